@@ -1,0 +1,664 @@
+"""Cross-attention: the public functions, the operators ``velm::attention_forward`` and ``velm::attention_backward``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+
+from velm_kernels import backends, checks
+from velm_kernels.attention import reference
+from velm_kernels.backends import Arguments, cpu
+from velm_kernels.backends.library import LIBRARY, declare
+
+MAX_HEAD_DIM = 256
+
+_TENSORS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
+    "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+)
+_SCALARS = (
+    "int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, float softcap, float norm_eps, float dropout_p"
+)
+_TENSOR_NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
+_SCALAR_NAMES = tuple(part.split()[-1] for part in _SCALARS.split(", "))
+
+# The tensors that backward can return a gradient for; bit i of grad_mask asks for the i-th.
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight")
+
+
+def cross_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Any:
+    """Scaled dot-product attention of queries to the keys and values of another modality.
+
+    Computes, without ever forming the scores in memory (Vaswani et al., 2017; tiled as in Dao et al., 2022)::
+
+        s = scale * query @ key^T            # after RMS norms of query and key over head_dim, where weights are given
+        s = softcap * tanh(s / softcap)      # where softcap is given
+        s = s + bias, masked keys -> -inf
+        out = dropout(softmax(s)) @ value
+
+    Args:
+        query: ``(batch, heads, queries, head_dim)``, float32, bfloat16, float16, or float64 (computed by the reference
+            backend). head_dim from 1 to 256. Accumulation is in float32.
+        key: ``(batch, kv_heads, keys, head_dim)``; kv_heads divides heads (grouped heads: query head h reads key
+            head ``h // (heads // kv_heads)``).
+        value: ``(batch, kv_heads, keys, value_dim)``, value_dim from 1 to 256.
+        key_lengths: ``(batch,)`` integers: only the first key_lengths[b] keys are attended to.
+        key_ranges: ``(start, stop)``, each ``(batch, queries)`` integers from 0 to keys: query i sees the keys from
+            start (included) to stop (excluded), none if stop <= start. Tiles outside of every range are skipped.
+        key_mask: ``(batch, keys)`` bool, True = may be attended.
+        mask: bool, broadcastable to ``(batch, heads, queries, keys)``, True = may be attended.
+        bias: float of query's dtype or float32, broadcastable to ``(batch, heads, queries, keys)``, added to the
+            scores; differentiable, its gradient summed over broadcast dimensions. -inf masks.
+        is_causal: query i sees keys 0..i, aligned at the top left like ``scaled_dot_product_attention``.
+        scale: factor of the scores, default ``head_dim ** -0.5``.
+        softcap: bound of the scores' magnitude before the bias (Gemma 2), default none.
+        query_norm_weight, key_norm_weight: ``(head_dim,)``: RMS norm with this weight before the product; differentiable.
+        norm_eps: added to the mean square in both norms.
+        dropout_p: probability in [0, 1) with which an attention weight is dropped; those kept are divided by
+            1 - dropout_p.
+        seed: integer (or integer tensor with one element) that fixes which weights are dropped, the same ones on
+            every backend; drawn from torch's generator where not given.
+        return_logsumexp: also return the log of the sum of exp(s) of each query, ``(batch, heads, queries)`` float32,
+            -inf where a query sees no key; differentiable.
+        return_key_mass: also return the attention each key received, summed over queries before dropout,
+            ``(batch, heads, keys)`` float32; not differentiable.
+
+    Masks of all kinds combine with "and". A query that sees no key gives 0 and passes back 0. Keys and values that no
+    query sees, and queries that see no key, are not read: what stands there changes nothing, NaN included.
+
+    Returns:
+        ``(batch, heads, queries, value_dim)`` in query's dtype; with extras a tuple ``(out, logsumexp, key_mass)`` of
+        what was asked for, in this order.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range. Values of key_lengths and
+            key_ranges are checked for CPU tensors, for others only under ``VELM_CHECK=1``; unchecked values outside
+            of the keys are clamped.
+    """
+    arguments = _canonical(
+        query,
+        key,
+        value,
+        key_lengths=key_lengths,
+        key_ranges=key_ranges,
+        key_mask=key_mask,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        query_norm_weight=query_norm_weight,
+        key_norm_weight=key_norm_weight,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_logsumexp=return_logsumexp,
+        return_key_mass=return_key_mass,
+    )
+    return _call(arguments, return_logsumexp, return_key_mass)
+
+
+def cross_attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Any:
+    """:func:`cross_attention` on sequences of different lengths packed one behind the other, without padding.
+
+    Args:
+        query: ``(query_tokens, heads, head_dim)``, all sequences behind each other.
+        key, value: ``(key_tokens, kv_heads, head_dim)`` and ``(key_tokens, kv_heads, value_dim)``.
+        cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` integers: sequence s has the query tokens
+            cu_seqlens_q[s] to cu_seqlens_q[s + 1] and attends to the key tokens cu_seqlens_k[s] to
+            cu_seqlens_k[s + 1]. They start with 0, do not decrease and end with the number of tokens.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, by default the numbers of tokens (which is
+            right, but on a GPU launches more blocks than needed).
+        key_ranges: ``(start, stop)``, each ``(query_tokens,)``, counted within the sequence.
+
+    The other arguments are those of :func:`cross_attention`; queries and keys are counted within their sequence.
+
+    Returns:
+        ``(query_tokens, heads, value_dim)``; with extras a tuple with logsumexp ``(heads, query_tokens)`` and key_mass
+        ``(heads, key_tokens)``.
+
+    Raises:
+        ValueError, TypeError: as :func:`cross_attention`; also for lengths that do not fit the packed tokens.
+    """
+    arguments = _canonical_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        key_ranges=key_ranges,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        query_norm_weight=query_norm_weight,
+        key_norm_weight=key_norm_weight,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_logsumexp=return_logsumexp,
+        return_key_mass=return_key_mass,
+    )
+    return _call(arguments, return_logsumexp, return_key_mass)
+
+
+def _call(arguments: Arguments, return_logsumexp: bool, return_key_mass: bool) -> Any:
+    out, logsumexp, key_mass = torch.ops.velm.attention_forward(*arguments.values(), backends.forced())
+    results = [out]
+    if return_logsumexp:
+        results.append(logsumexp)
+    if return_key_mass:
+        results.append(key_mass.detach())
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _canonical(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **settings: Any,
+) -> Arguments:
+    """Checks the arguments of :func:`cross_attention` and gives those of its operator, in order."""
+    checks.tensor("query", query, dims=4, layout="(batch, heads, queries, head_dim)")
+    checks.tensor("key", key, dims=4, layout="(batch, kv_heads, keys, head_dim)")
+    checks.tensor("value", value, dims=4, layout="(batch, kv_heads, keys, value_dim)")
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    checks.shape("key", key, "(batch, kv_heads, keys, head_dim)", (batch, kv_heads, keys, head_dim))
+    checks.shape("value", value, "(batch, kv_heads, keys, value_dim)", (batch, kv_heads, keys, value.shape[3]))
+    query, key, value = _check_heads(query, key, value, heads, kv_heads)
+
+    if key_lengths is not None:
+        key_lengths = _integers("key_lengths", key_lengths, query, "(batch,)", (batch,))
+    range_start, range_stop = _ranges(key_ranges, query, "(batch, queries)", (batch, queries))
+    if key_mask is not None:
+        checks.tensor("key_mask", key_mask)
+        checks.dtype_in("key_mask", key_mask, (torch.bool,))
+        checks.shape("key_mask", key_mask, "(batch, keys)", (batch, keys))
+        checks.same_device("key_mask", key_mask, "query", query)
+        key_mask = key_mask.contiguous()
+    layout, target = "(batch, heads, queries, keys)", (batch, heads, queries, keys)
+    if mask is not None:
+        checks.tensor("mask", mask)
+        checks.dtype_in("mask", mask, (torch.bool,))
+        checks.same_device("mask", mask, "query", query)
+        mask = checks.broadcastable("mask", mask, layout, target)
+    if bias is not None:
+        checks.tensor("bias", bias)
+        if torch.is_autocast_enabled(query.device.type) and bias.dtype != query.dtype:
+            bias = bias.float()
+        checks.dtype_in("bias", bias, (query.dtype, torch.float32))
+        checks.same_device("bias", bias, "query", query)
+        bias = checks.broadcastable("bias", bias, layout, target)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_lengths": key_lengths,
+        "range_start": range_start,
+        "range_stop": range_stop,
+        "key_mask": key_mask,
+        "mask": mask,
+        "bias": bias,
+        **_settings(query, None, None, 0, 0, **settings),
+    }
+
+
+def _canonical_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **settings: Any,
+) -> Arguments:
+    """Checks the arguments of :func:`cross_attention_varlen` and gives those of its operator, in order."""
+    checks.tensor("query", query, dims=3, layout="(query_tokens, heads, head_dim)")
+    checks.tensor("key", key, dims=3, layout="(key_tokens, kv_heads, head_dim)")
+    checks.tensor("value", value, dims=3, layout="(key_tokens, kv_heads, value_dim)")
+    tokens, heads, head_dim = query.shape
+    key_tokens, kv_heads = key.shape[:2]
+    checks.shape("key", key, "(key_tokens, kv_heads, head_dim)", (key_tokens, kv_heads, head_dim))
+    checks.shape("value", value, "(key_tokens, kv_heads, value_dim)", (key_tokens, kv_heads, value.shape[2]))
+    query, key, value = _check_heads(query, key, value, heads, kv_heads)
+
+    checks.tensor("cu_seqlens_q", cu_seqlens_q, dims=1, layout="(sequences + 1,)")
+    if cu_seqlens_q.shape[0] < 1:
+        raise ValueError("cu_seqlens_q: expected (sequences + 1,) with at least the leading 0, given (0,)")
+    entries = (cu_seqlens_q.shape[0],)
+    cu_seqlens_q = _integers("cu_seqlens_q", cu_seqlens_q, query, "(sequences + 1,)", entries)
+    cu_seqlens_k = _integers("cu_seqlens_k", cu_seqlens_k, query, "(sequences + 1,)", entries)
+    range_start, range_stop = _ranges(key_ranges, query, "(query_tokens,)", (tokens,))
+    for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+            raise TypeError(f"{name}: expected an integer, given {checks.describe(given)}")
+        if given is not None and given < 0:
+            raise ValueError(f"{name}: expected at least 0, given {given}")
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_lengths": None,
+        "range_start": range_start,
+        "range_stop": range_stop,
+        "key_mask": None,
+        "mask": None,
+        "bias": None,
+        **_settings(
+            query,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            tokens if max_seqlen_q is None else max_seqlen_q,
+            key_tokens if max_seqlen_k is None else max_seqlen_k,
+            **settings,
+        ),
+    }
+
+
+def _check_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = checks.autocast(query, key, value)
+    checks.dtype_in("query", query, checks.FLOAT_DTYPES)
+    for name, other in (("key", key), ("value", value)):
+        checks.dtype_in(name, other, (query.dtype,))
+        checks.same_device(name, other, "query", query)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"key: expected a number of kv_heads that divides the {heads} heads of query, given {kv_heads}")
+    for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a last dimension from 1 to {MAX_HEAD_DIM}, given {size}")
+    return query, key, value
+
+
+def _integers(
+    name: str, given: torch.Tensor, query: torch.Tensor, layout: str, expected: tuple[int, ...]
+) -> torch.Tensor:
+    checks.tensor(name, given)
+    checks.dtype_in(name, given, checks.INTEGER_DTYPES)
+    checks.shape(name, given, layout, expected)
+    checks.same_device(name, given, "query", query)
+    return checks.as_int32(given)
+
+
+def _ranges(
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None, query: torch.Tensor, layout: str, expected: tuple[int, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if key_ranges is None:
+        return None, None
+    if not isinstance(key_ranges, (tuple, list)) or len(key_ranges) != 2:
+        raise TypeError(f"key_ranges: expected a pair of tensors (start, stop), given {checks.describe(key_ranges)}")
+    start = _integers("key_ranges[0]", key_ranges[0], query, layout, expected)
+    return start, _integers("key_ranges[1]", key_ranges[1], query, layout, expected)
+
+
+def _settings(
+    query: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Arguments:
+    """Checks the arguments that both layouts share; ``return_logsumexp`` costs the operator nothing and is not one."""
+    head_dim = query.shape[-1]
+    for name, flag in (
+        ("is_causal", is_causal),
+        ("return_logsumexp", return_logsumexp),
+        ("return_key_mass", return_key_mass),
+    ):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name}: expected a bool, given {checks.describe(flag)}")
+    scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
+    if softcap is not None:
+        softcap = checks.number("softcap", softcap, 1e-30, 1e30, described="a number greater than 0")
+    norm_eps = checks.number("norm_eps", norm_eps, 0.0, 1e30, described="a number of at least 0")
+    dropout_p = checks.number("dropout_p", dropout_p, 0.0, 1.0, described="a probability in [0, 1)")
+    weights = []
+    for name, weight in (("query_norm_weight", query_norm_weight), ("key_norm_weight", key_norm_weight)):
+        if weight is not None:
+            checks.tensor(name, weight)
+            checks.shape(name, weight, "(head_dim,)", (head_dim,))
+            checks.same_device(name, weight, "query", query)
+            if torch.is_autocast_enabled(query.device.type):
+                weight = weight.to(query.dtype)
+            checks.dtype_in(name, weight, (query.dtype,))
+            weight = weight.contiguous()
+        weights.append(weight)
+    return {
+        "query_norm_weight": weights[0],
+        "key_norm_weight": weights[1],
+        "seed": checks.seed_tensor(dropout_p, seed, query.device),
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "is_causal": is_causal,
+        "scale": scale,
+        "softcap": 0.0 if softcap is None else softcap,
+        "norm_eps": norm_eps,
+        "dropout_p": dropout_p,
+        "return_key_mass": return_key_mass,
+    }
+
+
+def _check_values(arguments: Arguments) -> None:
+    """The checks that read values, inside the operator so that torch.compile does not trace them."""
+    query, key = arguments["query"], arguments["key"]
+    if arguments["cu_seqlens_q"] is None:
+        keys = key.shape[2]
+    else:
+        keys = _check_packing("cu_seqlens_k", arguments["cu_seqlens_k"], key.shape[0], arguments["max_seqlen_k"])
+        _check_packing("cu_seqlens_q", arguments["cu_seqlens_q"], query.shape[0], arguments["max_seqlen_q"])
+    if arguments["key_lengths"] is not None:
+        checks.values_between("key_lengths", arguments["key_lengths"], 0, keys)
+    for name, ranges in (("key_ranges[0]", "range_start"), ("key_ranges[1]", "range_stop")):
+        if arguments[ranges] is not None:
+            checks.values_between(name, arguments[ranges], 0, keys)
+
+
+def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> int:
+    """The length of the longest sequence, where it may be read."""
+    if not checks.reads_values(cu_seqlens):
+        return max_seqlen
+    offsets = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
+    if offsets[0] != 0 or offsets[-1] != tokens or any(length < 0 for length in lengths):
+        raise ValueError(f"{name}: expected offsets that rise from 0 to the {tokens} packed tokens, given {offsets}")
+    longest = max(lengths, default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen_{name[-1]}: expected at least the longest sequence {longest}, given {max_seqlen}")
+    return longest
+
+
+def _empty_like_heads(query: torch.Tensor, last: int) -> torch.Tensor:
+    """Memory in the order batch, queries, heads: merging the heads for the output projection is then free."""
+    if query.dim() == 3:
+        return query.new_empty(*query.shape[:2], last)
+    batch, heads, queries, _ = query.shape
+    return query.new_empty(batch, queries, heads, last).transpose(1, 2)
+
+
+def _fake_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+    names = _TENSOR_NAMES[3:] + _SCALAR_NAMES + ("return_key_mass",)
+    given = dict(zip(names, rest, strict=False))
+    if query.dim() == 3:
+        rows, mass = (query.shape[1], query.shape[0]), (query.shape[1], key.shape[0])
+    else:
+        rows, mass = tuple(query.shape[:3]), (*query.shape[:2], key.shape[2])
+    return (
+        _empty_like_heads(query, value.shape[-1]),
+        query.new_empty(rows, dtype=_extra_dtype(query)),
+        query.new_empty(mass if given["return_key_mass"] else (0,), dtype=_extra_dtype(query)),
+    )
+
+
+def _extra_dtype(query: torch.Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _fake_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *rest: Any) -> Any:
+    given = dict(zip((*_TENSOR_NAMES, "out", "logsumexp", *_SCALAR_NAMES, "grad_mask"), rest, strict=False))
+    results = []
+    for bit, name in enumerate(_DIFFERENTIABLE):
+        tensor = given[name]
+        if not given["grad_mask"] & (1 << bit):
+            results.append(grad_out.new_empty((0,)))
+        elif bit < 3:
+            results.append(_empty_like_heads(tensor, tensor.shape[-1]))
+        else:
+            results.append(tensor.new_empty(tensor.shape))
+    return tuple(results)
+
+
+declare(
+    "attention_forward",
+    f"{_TENSORS}, {_SCALARS}, bool return_key_mass",
+    "(Tensor, Tensor, Tensor)",
+    fake=_fake_forward,
+    check=_check_values,
+)
+declare(
+    "attention_backward",
+    f"Tensor grad_out, Tensor? grad_logsumexp, {_TENSORS}, Tensor out, Tensor logsumexp, {_SCALARS}, int grad_mask",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    tensors = inputs[: len(_TENSOR_NAMES)]
+    out, logsumexp, _ = output
+    ctx.save_for_backward(*tensors, out, logsumexp)
+    ctx.scalars = inputs[len(_TENSOR_NAMES) : len(_TENSOR_NAMES) + len(_SCALAR_NAMES)]
+    ctx.backend = inputs[-1]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[_TENSOR_NAMES.index(name)] for name in _DIFFERENTIABLE]
+    count = len(_TENSOR_NAMES) + len(_SCALAR_NAMES) + 2
+    if (grad_out is None and grad_logsumexp is None) or not any(wanted):
+        return (None,) * count
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[-2])
+    grads = torch.ops.velm.attention_backward(
+        grad_out,
+        grad_logsumexp,
+        *saved,
+        *ctx.scalars,
+        sum(1 << bit for bit, want in enumerate(wanted) if want),
+        ctx.backend,
+    )
+    results: list[torch.Tensor | None] = [None] * count
+    for name, want, grad in zip(_DIFFERENTIABLE, wanted, grads, strict=True):
+        if want:
+            results[_TENSOR_NAMES.index(name)] = grad
+    return tuple(results)
+
+
+torch.library.register_autograd(
+    "velm::attention_forward", _backward, setup_context=_save_for_backward, lib=LIBRARY
+)
+
+
+def _reference_sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
+    """The keyword arguments of the reference for each packed sequence (or for the one batch), with its tokens."""
+    common: Arguments = {
+        "is_causal": given["is_causal"],
+        "scale": given["scale"],
+        "softcap": given["softcap"] or None,
+        "norm_eps": given["norm_eps"],
+        "dropout_p": given["dropout_p"],
+        "seed": given["seed"],
+    }
+    start, stop = given["range_start"], given["range_stop"]
+    if given["cu_seqlens_q"] is None:
+        common |= {name: given[name] for name in ("key_lengths", "key_mask", "mask", "bias")}
+        common["key_ranges"] = None if start is None else (start, stop)
+        return [(common, slice(None), slice(None))]
+    sequences = []
+    offsets_q, offsets_k = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
+    for sequence in range(len(offsets_q) - 1):
+        rows = slice(offsets_q[sequence], offsets_q[sequence + 1])
+        cols = slice(offsets_k[sequence], offsets_k[sequence + 1])
+        ranges = None if start is None else (start[None, rows], stop[None, rows])
+        sequences.append((common | {"key_ranges": ranges, "first_batch": sequence}, rows, cols))
+    return sequences
+
+
+def _reference_call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator by :mod:`reference`, in float32 at least, differentiable in the tensors of ``given``."""
+    wide = torch.promote_types(given["query"].dtype, torch.float32)
+
+    def widened(name: str) -> Any:
+        return None if given[name] is None else given[name].to(wide)
+
+    query, key, value = widened("query"), widened("key"), widened("value")
+    norms = {name: widened(name) for name in ("query_norm_weight", "key_norm_weight")}
+    if given["cu_seqlens_q"] is None:
+        ((arguments, _, _),) = _reference_sequences(given)
+        arguments["bias"] = widened("bias")
+        return reference.cross_attention(query, key, value, **arguments, **norms)
+    outs = [query.new_zeros(0, query.shape[1], value.shape[2])]
+    logsumexps, masses = [query.new_zeros(query.shape[1], 0)], [query.new_zeros(query.shape[1], 0)]
+    for arguments, rows, cols in _reference_sequences(given):
+        packed = (tensor.transpose(0, 1)[None] for tensor in (query[rows], key[cols], value[cols]))
+        out, logsumexp, mass = reference.cross_attention(*packed, **arguments, **norms)
+        outs.append(out[0].transpose(0, 1))
+        logsumexps.append(logsumexp[0])
+        masses.append(mass[0])
+    return torch.cat(outs), torch.cat(logsumexps, 1), torch.cat(masses, 1)
+
+
+def _reference_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    given = dict(zip((*_TENSOR_NAMES, *_SCALAR_NAMES, "return_key_mass"), args, strict=True))
+    query, value = given["query"], given["value"]
+    out, logsumexp, key_mass = _reference_call(given)
+    result = _empty_like_heads(query, value.shape[-1])
+    result.copy_(out)
+    extra = _extra_dtype(query)
+    return (
+        result,
+        logsumexp.to(extra).contiguous(),
+        key_mass.to(extra).contiguous() if given["return_key_mass"] else query.new_empty((0,), dtype=extra),
+    )
+
+
+def _reference_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *args: Any) -> Any:
+    given = dict(zip((*_TENSOR_NAMES, "out", "logsumexp", *_SCALAR_NAMES, "grad_mask"), args, strict=True))
+    wanted = [name for bit, name in enumerate(_DIFFERENTIABLE) if given["grad_mask"] & (1 << bit)]
+    with torch.enable_grad():
+        for name in wanted:
+            given[name] = given[name].detach().requires_grad_()
+        out, logsumexp, _ = _reference_call(given)
+        outputs, grads = [out], [grad_out.to(out.dtype)]
+        if grad_logsumexp is not None:
+            outputs.append(logsumexp)
+            grads.append(grad_logsumexp.to(logsumexp.dtype))
+        found = torch.autograd.grad(outputs, [given[name] for name in wanted], grads, allow_unused=True)
+    by_name = dict(zip(wanted, found, strict=True))
+    results = []
+    for bit, name in enumerate(_DIFFERENTIABLE):
+        if name not in by_name:
+            results.append(grad_out.new_empty((0,)))
+            continue
+        tensor, grad = given[name], by_name[name]
+        result = _empty_like_heads(tensor, tensor.shape[-1]) if bit < 3 else torch.empty(
+            tensor.shape, dtype=tensor.dtype, device=tensor.device
+        )
+        results.append(result.detach().zero_() if grad is None else result.detach().copy_(grad))
+    return tuple(results)
+
+
+def unit_last_stride(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
+    """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
+    return [
+        value.contiguous() if index in large and value.shape[-1] > 1 and value.stride(-1) != 1 else value
+        for index, value in enumerate(args)
+    ]
+
+
+def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
+    """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
+    large = (0, 1, 2) if operator == "attention_forward" else (0, 2, 3, 4, 2 + len(_TENSOR_NAMES))
+    return lambda *args: op(operator)(*unit_last_stride(args, large))
+
+
+def _flops_forward(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of the two products as if nothing were masked, like torch's formula for its own attention."""
+    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
+    if len(query_shape) == 4:
+        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
+    return int(2 * rows * keys * (query_shape[-1] + value_shape[-1]))
+
+
+def _flops_backward(
+    grad_shape: Any, lse_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any
+) -> int:
+    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
+    if len(query_shape) == 4:
+        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
+    return int(2 * rows * keys * (3 * query_shape[-1] + 2 * value_shape[-1]))
+
+
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_forward)(_flops_forward)
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_backward)(_flops_backward)
+
+
+def _always(arguments: Arguments) -> list[str]:
+    return []
+
+
+backends.register("attention_forward", "reference", _reference_forward, _always)
+backends.register("attention_backward", "reference", _reference_backward, _always)
+for _operator in ("attention_forward", "attention_backward"):
+    backends.register(_operator, "cpu", kernel_call(_operator, cpu.op), cpu.common_reasons)
+backends.register_public("cross_attention", "attention_forward", _canonical)
+backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

@@ -1,0 +1,112 @@
+"""The written meaning of the attention operators, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+
+from velm_kernels.attention.philox import dropout_keep
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """``weight * x / sqrt(mean(x^2) + eps)`` over the last dimension (Zhang and Sennrich, 2019)."""
+    return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def visible_keys(
+    batch: int,
+    queries: int,
+    keys: int,
+    device: torch.device,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Bool, broadcastable to ``(batch, heads, queries, keys)``: True where a query may attend to a key."""
+    key = torch.arange(keys, device=device)
+    visible = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device=device)
+    if key_lengths is not None:
+        visible = visible & (key < key_lengths[:, None, None, None])
+    if key_ranges is not None:
+        start, stop = key_ranges
+        visible = visible & (key >= start[:, None, :, None]) & (key < stop[:, None, :, None])
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    if mask is not None:
+        visible = visible & mask
+    if is_causal:
+        visible = visible & (key <= torch.arange(queries, device=device)[:, None])
+    return visible
+
+
+def cross_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+    first_batch: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, logsumexp and key mass of ``velm_kernels.cross_attention``; all arithmetic in the inputs' dtype.
+
+    ``first_batch`` is the number of the first batch entry for the random numbers of dropout.
+    """
+    batch, heads, queries, head_dim = query.shape
+    keys = key.shape[2]
+    if query_norm_weight is not None:
+        query = rms_norm(query, query_norm_weight, norm_eps)
+    if key_norm_weight is not None:
+        key = rms_norm(key, key_norm_weight, norm_eps)
+    key = key.repeat_interleave(heads // key.shape[1], dim=1)
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+
+    visible = visible_keys(
+        batch,
+        queries,
+        keys,
+        query.device,
+        key_lengths=key_lengths,
+        key_ranges=key_ranges,
+        key_mask=key_mask,
+        mask=mask,
+        is_causal=is_causal,
+    ).expand(batch, heads, queries, keys)
+    if bias is not None:
+        visible = visible & (bias != -torch.inf)
+
+    # What nobody attends to, and who attends to nothing, is not read: zeros stand in for it.
+    zero = query.new_zeros(())
+    query = torch.where(visible.any(3)[..., None], query, zero)
+    key = torch.where(visible.any(2)[..., None], key, zero)
+    value = torch.where(visible.any(2)[..., None], value, zero)
+
+    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + torch.where(visible, bias, zero)
+    scores = scores.masked_fill(~visible, -torch.inf)
+
+    empty = ~visible.any(-1)
+    logsumexp = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), -1)
+    weights = torch.exp(scores - logsumexp[..., None])
+    key_mass = weights.detach().sum(2)
+    if dropout_p > 0:
+        assert seed is not None
+        keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, first_batch)
+        weights = torch.where(keep, weights / (1 - dropout_p), zero)
+    return weights @ value, logsumexp.masked_fill(empty, -torch.inf), key_mass

@@ -1,0 +1,148 @@
+"""Which implementations of an operator exist here, what each accepts, and which one is taken.
+
+Every operator has up to four implementations, tried in this order: ``cuda``, ``triton``, ``cpu``, ``reference``.
+An implementation answers for given arguments with a list of reasons why it cannot serve them; the first one whose
+list is empty is taken. The choice depends on the arguments alone, never on a timing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+Arguments = dict[str, Any]
+Reasons = Callable[[Arguments], list[str]]
+
+
+class NoBackendError(RuntimeError):
+    """No backend, or not the one asked for, can serve the arguments; the message lists every reason."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    backend: str
+    call: Callable[..., Any]
+    reasons: Reasons
+
+
+@dataclass(frozen=True)
+class PublicFunction:
+    operator: str
+    canonical: Callable[..., Arguments]
+
+
+_implementations: dict[str, dict[str, Implementation]] = {}
+_public_functions: dict[str, PublicFunction] = {}
+_warned: set[tuple[str, str]] = set()
+_forced_stack: list[str] = []
+
+
+def register(operator: str, backend: str, call: Callable[..., Any], reasons: Reasons) -> None:
+    """Makes ``call`` the implementation of ``operator`` by ``backend``.
+
+    ``call`` takes the operator's arguments in the order of its schema, without the trailing ``backend``.
+    ``reasons`` takes the same arguments as a dict and returns why they cannot be served; empty means they can.
+    """
+    if backend not in ORDER:
+        raise ValueError(f"backend: expected one of {', '.join(ORDER)}, given {backend!r}")
+    _implementations.setdefault(operator, {})[backend] = Implementation(backend, call, reasons)
+
+
+def register_public(name: str, operator: str, canonical: Callable[..., Arguments]) -> None:
+    """Lets :func:`explain` turn the arguments of the public function ``name`` into those of its operator."""
+    _public_functions[name] = PublicFunction(operator, canonical)
+
+
+def forced() -> str:
+    """The backend that the user asked for (``use_backend``, then ``VELM_BACKEND``), or ``""`` for none."""
+    if _forced_stack:
+        return _forced_stack[-1]
+    return _environment_choice
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name and name not in ORDER:
+        raise ValueError(f"{source}: expected one of {', '.join(ORDER)}, given {name!r}")
+    return name
+
+
+_environment_choice = _checked_name(os.environ.get("VELM_BACKEND", ""), "VELM_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Every operator called inside runs on the backend ``name``, and raises if that backend cannot serve it.
+
+    Backward runs on the backend that its forward was asked to use, also outside of the context. The choice is
+    one for the whole process, not one for each thread.
+    """
+    _forced_stack.append(_checked_name(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _forced_stack.pop()
+
+
+def reasons_against(operator: str, arguments: Arguments) -> dict[str, list[str]]:
+    """For every backend in the order they are tried: why it cannot serve ``arguments`` (empty: it can)."""
+    found = _implementations.get(operator, {})
+    return {
+        backend: found[backend].reasons(arguments) if backend in found else [f"has no {operator}"] for backend in ORDER
+    }
+
+
+def select(operator: str, arguments: Arguments, wanted: str = "") -> Implementation:
+    """The implementation that runs ``operator`` on ``arguments``."""
+    found = _implementations.get(operator, {})
+    if wanted:
+        reasons = found[wanted].reasons(arguments) if wanted in found else [f"has no {operator}"]
+        if reasons:
+            raise NoBackendError(f"{operator}: backend {wanted!r} was asked for, but {'; '.join(reasons)}")
+        return found[wanted]
+    refused: dict[str, list[str]] = {}
+    for backend in ORDER:
+        if backend not in found:
+            continue
+        reasons = found[backend].reasons(arguments)
+        if not reasons:
+            if backend == "reference":
+                _warn_of_fallback(operator, arguments, refused)
+            return found[backend]
+        refused[backend] = reasons
+    lines = "".join(f"\n  {backend}: {'; '.join(reasons)}" for backend, reasons in refused.items())
+    raise NoBackendError(f"{operator}: no backend can serve these arguments{lines}")
+
+
+def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, list[str]]) -> None:
+    import torch
+
+    # float64 is documented to be computed by the reference: nobody is surprised by it.
+    if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in arguments.values()):
+        return
+    text = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in refused.items())
+    if (operator, text) not in _warned:
+        _warned.add((operator, text))
+        warnings.warn(f"velm_kernels: {operator} runs on the slow reference backend ({text})", stacklevel=2)
+
+
+def explain(name: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend ``velm_kernels.<name>(*args, **kwargs)`` would run on, and why not on the others.
+
+    >>> print(velm_kernels.explain("cross_attention", query, key, value))
+    """
+    if name not in _public_functions:
+        raise ValueError(f"explain: expected one of {', '.join(sorted(_public_functions))}, given {name!r}")
+    public = _public_functions[name]
+    reasons = reasons_against(public.operator, public.canonical(*args, **kwargs))
+    wanted = forced()
+    taken = wanted or next(backend for backend in ORDER if not reasons[backend])
+    lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
+    for backend, why in reasons.items():
+        lines.append(f"  {backend:<10}{'yes' if not why else 'no: ' + '; '.join(why)}")
+    return "\n".join(lines)

@@ -1,0 +1,149 @@
+"""The C++ libraries for the CPU: one shared library an instruction set, of which the best usable one is opened.
+
+Each library registers its operators in a torch namespace of its own, ``velm_cpu_<instruction set>``, so that several
+can live in one process and be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from velm_kernels.backends import Arguments, register
+
+# Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
+# its data layouts are tested on processors without the instruction; it is never chosen by itself.
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
+TEST_ONLY = ("avx512_bf16_emulated",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_declared: set[str] = set()
+_schemas: list[str] = []
+_loaded: dict[str, str] = {}
+_in_use: str | None = None
+
+
+def library_directory() -> Path:
+    return Path(os.environ.get("VELM_LIB_DIR") or Path(__file__).parent.parent / "_lib")
+
+
+def library_path(isa: str) -> Path:
+    return library_directory() / f"libvelm_cpu_{isa}.so"
+
+
+def declare(schema: str) -> None:
+    """Declares an operator in the namespace of every instruction set; the libraries implement it when loaded."""
+    _schemas.append(schema)
+    for isa in INSTRUCTION_SETS + TEST_ONLY:
+        torch.library.define(f"velm_cpu_{isa}::{schema.partition('(')[0]}", "(" + schema.partition("(")[2])
+
+
+@functools.cache
+def processor_supports(isa: str) -> bool:
+    """Whether this processor and operating system can run code built for ``isa``."""
+    if isa == "baseline":
+        return True
+    if isa == "avx2":
+        return bool(torch.cpu._is_avx2_supported())
+    if isa in ("avx512", "avx512_bf16_emulated"):
+        return bool(torch.cpu._is_avx512_supported())
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def why_not(isa: str) -> str | None:
+    """Why the library for ``isa`` cannot be used here, or None if it can."""
+    if isa not in INSTRUCTION_SETS + TEST_ONLY:
+        return f"there is no instruction set {isa!r}, only {', '.join(INSTRUCTION_SETS)}"
+    if not processor_supports(isa):
+        return f"this processor cannot run {isa} code"
+    if not library_path(isa).exists():
+        return f"{library_path(isa)} was not built"
+    return load(isa)
+
+
+def load(isa: str) -> str | None:
+    """Opens the library for ``isa`` once; returns what went wrong, or None."""
+    if isa not in _loaded:
+        try:
+            torch.ops.load_library(str(library_path(isa)))
+            _loaded[isa] = ""
+        except OSError as error:
+            _loaded[isa] = f"{library_path(isa).name} does not load: {error}"
+    return _loaded[isa] or None
+
+
+def usable() -> list[str]:
+    """The instruction sets whose library is built and runs here, best last (test-only ones not among them)."""
+    return [isa for isa in INSTRUCTION_SETS if why_not(isa) is None]
+
+
+def in_use() -> str | None:
+    """The instruction set whose library serves the operators, or None if no library can be used."""
+    global _in_use
+    if _in_use is None:
+        wanted = os.environ.get("VELM_CPU_ISA")
+        if wanted:
+            reason = why_not(wanted)
+            if reason:
+                raise RuntimeError(f"VELM_CPU_ISA={wanted}: {reason}")
+            _in_use = wanted
+        else:
+            _in_use = next((isa for isa in reversed(INSTRUCTION_SETS) if why_not(isa) is None), None)
+    return _in_use
+
+
+@contextlib.contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """The CPU operators called inside run on the library for ``isa`` (forward and backward alike)."""
+    global _in_use
+    reason = why_not(isa)
+    if reason:
+        raise RuntimeError(f"use_isa: {reason}")
+    before = in_use()
+    _in_use = isa
+    try:
+        yield
+    finally:
+        _in_use = before
+
+
+def op(name: str) -> Callable[..., Any]:
+    """The operator ``name`` of the library in use."""
+    return getattr(getattr(torch.ops, f"velm_cpu_{in_use()}"), name).default  # type: ignore[no-any-return]
+
+
+def unavailable() -> list[str]:
+    """Why no CPU library can be used here; empty if one can."""
+    if in_use() is not None:
+        return []
+    return ["; ".join(f"{isa}: {why_not(isa)}" for isa in reversed(INSTRUCTION_SETS))]
+
+
+def common_reasons(arguments: Arguments) -> list[str]:
+    """Why no CPU kernel could take ``arguments``: library, devices, dtypes."""
+    reasons = unavailable()
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            tensors[name] = value[0]
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            reasons.append(f"{name} is on {tensor.device}")
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
+    return reasons
+
+
+def register_cpu(operator: str, reasons: Callable[[Arguments], list[str]] = common_reasons) -> None:
+    """Registers the C++ implementation of ``operator`` under backend ``cpu``."""
+
+    def call(*args: Any) -> Any:
+        return op(operator)(*args)
+
+    register(operator, "cpu", call, reasons)

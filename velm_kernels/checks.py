@@ -1,0 +1,110 @@
+"""Checks of arguments: each raises an error that names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def describe(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(name: str, value: Any, *, dims: int | None = None, layout: str = "") -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, given {describe(value)}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: expected {layout or f'{dims} dimensions'}, given {tuple(value.shape)}")
+    return value
+
+
+def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} like {other_name}, given {value.device}")
+
+
+def dtype_in(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if value.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, given {value.dtype}")
+
+
+def shape(name: str, value: torch.Tensor, layout: str, expected: Sequence[int]) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected {layout} = {tuple(expected)}, given {tuple(value.shape)}")
+
+
+def broadcastable(name: str, value: torch.Tensor, layout: str, target: Sequence[int]) -> torch.Tensor:
+    """``value`` with leading ones up to ``len(target)`` dimensions, each of them 1 or that of ``target``."""
+    if value.dim() > len(target) or any(
+        size not in (1, wanted) for size, wanted in zip(reversed(value.shape), reversed(target), strict=False)
+    ):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {layout} = {tuple(target)}, given {tuple(value.shape)}"
+        )
+    return value.reshape((1,) * (len(target) - value.dim()) + tuple(value.shape))
+
+
+def number(name: str, value: Any, low: float, high: float, *, described: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, given {describe(value)}")
+    if not low <= value < high:
+        raise ValueError(f"{name}: expected {described}, given {value}")
+    return float(value)
+
+
+def reads_values(value: torch.Tensor) -> bool:
+    """Whether checks may read this tensor: on a GPU that would wait for it, and is done only under VELM_CHECK=1."""
+    return value.device.type == "cpu" or os.environ.get("VELM_CHECK") == "1"
+
+
+def values_between(name: str, value: torch.Tensor, low: int, high: int) -> None:
+    """Every element in ``[low, high]``; silent where the tensor must not be read."""
+    if value.numel() and reads_values(value):
+        smallest, largest = int(value.min()), int(value.max())
+        if smallest < low or largest > high:
+            raise ValueError(f"{name}: expected values from {low} to {high}, given {smallest} to {largest}")
+
+
+def as_int32(value: torch.Tensor) -> torch.Tensor:
+    """Contiguous int32; what does not fit saturates, so that a check still sees that it is out of range."""
+    limits = torch.iinfo(torch.int32)
+    if value.dtype == torch.int64:
+        value = value.clamp(limits.min, limits.max)
+    return value.to(torch.int32).contiguous()
+
+
+def autocast(*tensors: torch.Tensor | None) -> list[Any]:
+    """``tensors`` in the dtype of an enabled autocast for their device, or as they are."""
+    first = next(value for value in tensors if value is not None)
+    kind = first.device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [
+        value.to(dtype) if value is not None and value.is_floating_point() and value.dtype != torch.float64 else value
+        for value in tensors
+    ]
+
+
+def seed_tensor(dropout_p: float, seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """The int64 scalar that keys dropout, drawn from torch's generator if the user gave none; None without dropout."""
+    if dropout_p == 0.0:
+        return None
+    if seed is None:
+        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.numel() != 1 or seed.is_floating_point():
+            raise ValueError(f"seed: expected an integer or an integer tensor with one element, given {describe(seed)}")
+        return seed.to(device=device, dtype=torch.int64).reshape(())
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an integer, given {describe(seed)}")
+    return torch.full((), seed, dtype=torch.int64, device=device)
