@@ -1,4 +1,4 @@
-"""Cross-attention: the public functions, the operators ``velm::attention_forward`` and ``velm::attention_backward``."""
+"""Cross-attention: the public functions, and which backends serve their operators."""
 
 from __future__ import annotations
 
@@ -6,28 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 
 from velm_kernels import backends, checks
-from velm_kernels.attention import reference
+from velm_kernels.attention import reference_backend
+from velm_kernels.attention.schema import TENSOR_NAMES
 from velm_kernels.backends import Arguments, cpu
-from velm_kernels.backends.library import LIBRARY, declare
 
 MAX_HEAD_DIM = 256
-
-_TENSORS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
-    "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
-)
-_SCALARS = (
-    "int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, float softcap, float norm_eps, float dropout_p"
-)
-_TENSOR_NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
-_SCALAR_NAMES = tuple(part.split()[-1] for part in _SCALARS.split(", "))
-
-# The tensors that backward can return a gradient for; bit i of grad_mask asks for the i-th.
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight")
 
 
 def cross_attention(
@@ -76,7 +61,8 @@ def cross_attention(
         is_causal: query i sees keys 0..i, aligned at the top left like ``scaled_dot_product_attention``.
         scale: factor of the scores, default ``head_dim ** -0.5``.
         softcap: bound of the scores' magnitude before the bias (Gemma 2), default none.
-        query_norm_weight, key_norm_weight: ``(head_dim,)``: RMS norm with this weight before the product; differentiable.
+        query_norm_weight, key_norm_weight: ``(head_dim,)``: RMS norm with this weight before the product;
+            differentiable.
         norm_eps: added to the mean square in both norms.
         dropout_p: probability in [0, 1) with which an attention weight is dropped; those kept are divided by
             1 - dropout_p.
@@ -319,7 +305,9 @@ def _check_heads(
         checks.dtype_in(name, other, (query.dtype,))
         checks.same_device(name, other, "query", query)
     if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(f"key: expected a number of kv_heads that divides the {heads} heads of query, given {kv_heads}")
+        raise ValueError(
+            f"key: expected a number of kv_heads that divides the {heads} heads of query, given {kv_heads}"
+        )
     for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
         if not 1 <= size <= MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a last dimension from 1 to {MAX_HEAD_DIM}, given {size}")
@@ -407,216 +395,6 @@ def _settings(
     }
 
 
-def _check_values(arguments: Arguments) -> None:
-    """The checks that read values, inside the operator so that torch.compile does not trace them."""
-    query, key = arguments["query"], arguments["key"]
-    if arguments["cu_seqlens_q"] is None:
-        keys = key.shape[2]
-    else:
-        keys = _check_packing("cu_seqlens_k", arguments["cu_seqlens_k"], key.shape[0], arguments["max_seqlen_k"])
-        _check_packing("cu_seqlens_q", arguments["cu_seqlens_q"], query.shape[0], arguments["max_seqlen_q"])
-    if arguments["key_lengths"] is not None:
-        checks.values_between("key_lengths", arguments["key_lengths"], 0, keys)
-    for name, ranges in (("key_ranges[0]", "range_start"), ("key_ranges[1]", "range_stop")):
-        if arguments[ranges] is not None:
-            checks.values_between(name, arguments[ranges], 0, keys)
-
-
-def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> int:
-    """The length of the longest sequence, where it may be read."""
-    if not checks.reads_values(cu_seqlens):
-        return max_seqlen
-    offsets = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(offsets, offsets[1:], strict=False)]
-    if offsets[0] != 0 or offsets[-1] != tokens or any(length < 0 for length in lengths):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to the {tokens} packed tokens, given {offsets}")
-    longest = max(lengths, default=0)
-    if longest > max_seqlen:
-        raise ValueError(f"max_seqlen_{name[-1]}: expected at least the longest sequence {longest}, given {max_seqlen}")
-    return longest
-
-
-def _empty_like_heads(query: torch.Tensor, last: int) -> torch.Tensor:
-    """Memory in the order batch, queries, heads: merging the heads for the output projection is then free."""
-    if query.dim() == 3:
-        return query.new_empty(*query.shape[:2], last)
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, queries, heads, last).transpose(1, 2)
-
-
-def _fake_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
-    names = _TENSOR_NAMES[3:] + _SCALAR_NAMES + ("return_key_mass",)
-    given = dict(zip(names, rest, strict=False))
-    if query.dim() == 3:
-        rows, mass = (query.shape[1], query.shape[0]), (query.shape[1], key.shape[0])
-    else:
-        rows, mass = tuple(query.shape[:3]), (*query.shape[:2], key.shape[2])
-    return (
-        _empty_like_heads(query, value.shape[-1]),
-        query.new_empty(rows, dtype=_extra_dtype(query)),
-        query.new_empty(mass if given["return_key_mass"] else (0,), dtype=_extra_dtype(query)),
-    )
-
-
-def _extra_dtype(query: torch.Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def _fake_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *rest: Any) -> Any:
-    given = dict(zip((*_TENSOR_NAMES, "out", "logsumexp", *_SCALAR_NAMES, "grad_mask"), rest, strict=False))
-    results = []
-    for bit, name in enumerate(_DIFFERENTIABLE):
-        tensor = given[name]
-        if not given["grad_mask"] & (1 << bit):
-            results.append(grad_out.new_empty((0,)))
-        elif bit < 3:
-            results.append(_empty_like_heads(tensor, tensor.shape[-1]))
-        else:
-            results.append(tensor.new_empty(tensor.shape))
-    return tuple(results)
-
-
-declare(
-    "attention_forward",
-    f"{_TENSORS}, {_SCALARS}, bool return_key_mass",
-    "(Tensor, Tensor, Tensor)",
-    fake=_fake_forward,
-    check=_check_values,
-)
-declare(
-    "attention_backward",
-    f"Tensor grad_out, Tensor? grad_logsumexp, {_TENSORS}, Tensor out, Tensor logsumexp, {_SCALARS}, int grad_mask",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    tensors = inputs[: len(_TENSOR_NAMES)]
-    out, logsumexp, _ = output
-    ctx.save_for_backward(*tensors, out, logsumexp)
-    ctx.scalars = inputs[len(_TENSOR_NAMES) : len(_TENSOR_NAMES) + len(_SCALAR_NAMES)]
-    ctx.backend = inputs[-1]
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[_TENSOR_NAMES.index(name)] for name in _DIFFERENTIABLE]
-    count = len(_TENSOR_NAMES) + len(_SCALAR_NAMES) + 2
-    if (grad_out is None and grad_logsumexp is None) or not any(wanted):
-        return (None,) * count
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[-2])
-    grads = torch.ops.velm.attention_backward(
-        grad_out,
-        grad_logsumexp,
-        *saved,
-        *ctx.scalars,
-        sum(1 << bit for bit, want in enumerate(wanted) if want),
-        ctx.backend,
-    )
-    results: list[torch.Tensor | None] = [None] * count
-    for name, want, grad in zip(_DIFFERENTIABLE, wanted, grads, strict=True):
-        if want:
-            results[_TENSOR_NAMES.index(name)] = grad
-    return tuple(results)
-
-
-torch.library.register_autograd(
-    "velm::attention_forward", _backward, setup_context=_save_for_backward, lib=LIBRARY
-)
-
-
-def _reference_sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
-    """The keyword arguments of the reference for each packed sequence (or for the one batch), with its tokens."""
-    common: Arguments = {
-        "is_causal": given["is_causal"],
-        "scale": given["scale"],
-        "softcap": given["softcap"] or None,
-        "norm_eps": given["norm_eps"],
-        "dropout_p": given["dropout_p"],
-        "seed": given["seed"],
-    }
-    start, stop = given["range_start"], given["range_stop"]
-    if given["cu_seqlens_q"] is None:
-        common |= {name: given[name] for name in ("key_lengths", "key_mask", "mask", "bias")}
-        common["key_ranges"] = None if start is None else (start, stop)
-        return [(common, slice(None), slice(None))]
-    sequences = []
-    offsets_q, offsets_k = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
-    for sequence in range(len(offsets_q) - 1):
-        rows = slice(offsets_q[sequence], offsets_q[sequence + 1])
-        cols = slice(offsets_k[sequence], offsets_k[sequence + 1])
-        ranges = None if start is None else (start[None, rows], stop[None, rows])
-        sequences.append((common | {"key_ranges": ranges, "first_batch": sequence}, rows, cols))
-    return sequences
-
-
-def _reference_call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operator by :mod:`reference`, in float32 at least, differentiable in the tensors of ``given``."""
-    wide = torch.promote_types(given["query"].dtype, torch.float32)
-
-    def widened(name: str) -> Any:
-        return None if given[name] is None else given[name].to(wide)
-
-    query, key, value = widened("query"), widened("key"), widened("value")
-    norms = {name: widened(name) for name in ("query_norm_weight", "key_norm_weight")}
-    if given["cu_seqlens_q"] is None:
-        ((arguments, _, _),) = _reference_sequences(given)
-        arguments["bias"] = widened("bias")
-        return reference.cross_attention(query, key, value, **arguments, **norms)
-    outs = [query.new_zeros(0, query.shape[1], value.shape[2])]
-    logsumexps, masses = [query.new_zeros(query.shape[1], 0)], [query.new_zeros(query.shape[1], 0)]
-    for arguments, rows, cols in _reference_sequences(given):
-        packed = (tensor.transpose(0, 1)[None] for tensor in (query[rows], key[cols], value[cols]))
-        out, logsumexp, mass = reference.cross_attention(*packed, **arguments, **norms)
-        outs.append(out[0].transpose(0, 1))
-        logsumexps.append(logsumexp[0])
-        masses.append(mass[0])
-    return torch.cat(outs), torch.cat(logsumexps, 1), torch.cat(masses, 1)
-
-
-def _reference_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    given = dict(zip((*_TENSOR_NAMES, *_SCALAR_NAMES, "return_key_mass"), args, strict=True))
-    query, value = given["query"], given["value"]
-    out, logsumexp, key_mass = _reference_call(given)
-    result = _empty_like_heads(query, value.shape[-1])
-    result.copy_(out)
-    extra = _extra_dtype(query)
-    return (
-        result,
-        logsumexp.to(extra).contiguous(),
-        key_mass.to(extra).contiguous() if given["return_key_mass"] else query.new_empty((0,), dtype=extra),
-    )
-
-
-def _reference_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *args: Any) -> Any:
-    given = dict(zip((*_TENSOR_NAMES, "out", "logsumexp", *_SCALAR_NAMES, "grad_mask"), args, strict=True))
-    wanted = [name for bit, name in enumerate(_DIFFERENTIABLE) if given["grad_mask"] & (1 << bit)]
-    with torch.enable_grad():
-        for name in wanted:
-            given[name] = given[name].detach().requires_grad_()
-        out, logsumexp, _ = _reference_call(given)
-        outputs, grads = [out], [grad_out.to(out.dtype)]
-        if grad_logsumexp is not None:
-            outputs.append(logsumexp)
-            grads.append(grad_logsumexp.to(logsumexp.dtype))
-        found = torch.autograd.grad(outputs, [given[name] for name in wanted], grads, allow_unused=True)
-    by_name = dict(zip(wanted, found, strict=True))
-    results = []
-    for bit, name in enumerate(_DIFFERENTIABLE):
-        if name not in by_name:
-            results.append(grad_out.new_empty((0,)))
-            continue
-        tensor, grad = given[name], by_name[name]
-        result = _empty_like_heads(tensor, tensor.shape[-1]) if bit < 3 else torch.empty(
-            tensor.shape, dtype=tensor.dtype, device=tensor.device
-        )
-        results.append(result.detach().zero_() if grad is None else result.detach().copy_(grad))
-    return tuple(results)
-
-
 def unit_last_stride(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
     """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
     return [
@@ -627,38 +405,17 @@ def unit_last_stride(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]
 
 def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
     """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
-    large = (0, 1, 2) if operator == "attention_forward" else (0, 2, 3, 4, 2 + len(_TENSOR_NAMES))
+    large = (0, 1, 2) if operator == "attention_forward" else (0, 2, 3, 4, 2 + len(TENSOR_NAMES))
     return lambda *args: op(operator)(*unit_last_stride(args, large))
-
-
-def _flops_forward(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Multiply-adds of the two products as if nothing were masked, like torch's formula for its own attention."""
-    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
-    if len(query_shape) == 4:
-        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
-    return int(2 * rows * keys * (query_shape[-1] + value_shape[-1]))
-
-
-def _flops_backward(
-    grad_shape: Any, lse_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any
-) -> int:
-    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
-    if len(query_shape) == 4:
-        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
-    return int(2 * rows * keys * (3 * query_shape[-1] + 2 * value_shape[-1]))
-
-
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_forward)(_flops_forward)
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_backward)(_flops_backward)
 
 
 def _always(arguments: Arguments) -> list[str]:
     return []
 
 
-backends.register("attention_forward", "reference", _reference_forward, _always)
-backends.register("attention_backward", "reference", _reference_backward, _always)
+backends.register("attention_forward", "reference", reference_backend.attention_forward, _always)
+backends.register("attention_backward", "reference", reference_backend.attention_backward, _always)
 for _operator in ("attention_forward", "attention_backward"):
-    backends.register(_operator, "cpu", kernel_call(_operator, cpu.op), cpu.common_reasons)
+    cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
 backends.register_public("cross_attention", "attention_forward", _canonical)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

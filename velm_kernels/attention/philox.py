@@ -32,7 +32,13 @@ def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[t
 
 
 def dropout_keep(
-    seed: torch.Tensor, batch: int, heads: int, queries: int, keys: int, dropout_p: float, first_batch: int = 0,
+    seed: torch.Tensor,
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dropout_p: float,
+    first_batch: int = 0,
     direction: int = 0,
 ) -> torch.Tensor:
     """Bool ``(batch, heads, queries, keys)``: which attention weights dropout with probability ``dropout_p`` keeps.

@@ -115,7 +115,7 @@ def use_isa(isa: str) -> Iterator[None]:
 
 def op(name: str) -> Callable[..., Any]:
     """The operator ``name`` of the library in use."""
-    return getattr(getattr(torch.ops, f"velm_cpu_{in_use()}"), name).default  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, f"velm_cpu_{in_use()}"), name).default
 
 
 def unavailable() -> list[str]:
@@ -140,10 +140,23 @@ def common_reasons(arguments: Arguments) -> list[str]:
     return reasons
 
 
-def register_cpu(operator: str, reasons: Callable[[Arguments], list[str]] = common_reasons) -> None:
-    """Registers the C++ implementation of ``operator`` under backend ``cpu``."""
+def has(operator: str) -> bool:
+    """Whether the library in use implements ``operator``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"velm_cpu_{in_use()}::{operator}", "CPU")
 
-    def call(*args: Any) -> Any:
-        return op(operator)(*args)
 
-    register(operator, "cpu", call, reasons)
+def register_cpu(
+    operator: str,
+    call: Callable[..., Any] | None = None,
+    reasons: Callable[[Arguments], list[str]] = common_reasons,
+) -> None:
+    """Registers the C++ implementation of ``operator`` under backend ``cpu``.
+
+    ``call`` prepares the arguments where the kernel wants more than the operator promises.
+    """
+
+    def reasons_and_presence(arguments: Arguments) -> list[str]:
+        found = reasons(arguments)
+        return found if found or has(operator) else [f"the library for {in_use()} has no {operator}"]
+
+    register(operator, "cpu", call or (lambda *args: op(operator)(*args)), reasons_and_presence)

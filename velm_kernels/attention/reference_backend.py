@@ -1,0 +1,108 @@
+"""The attention operators on the ``reference`` backend: the written meaning, and its gradients by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from velm_kernels.attention import reference
+from velm_kernels.attention.schema import (
+    DIFFERENTIABLE,
+    SCALAR_NAMES,
+    TENSOR_NAMES,
+    empty_like_heads,
+    extra_dtype,
+)
+from velm_kernels.backends import Arguments
+
+
+def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
+    """The keyword arguments of the reference for each packed sequence (or for the one batch), with its tokens."""
+    common: Arguments = {
+        "is_causal": given["is_causal"],
+        "scale": given["scale"],
+        "softcap": given["softcap"] or None,
+        "norm_eps": given["norm_eps"],
+        "dropout_p": given["dropout_p"],
+        "seed": given["seed"],
+    }
+    start, stop = given["range_start"], given["range_stop"]
+    if given["cu_seqlens_q"] is None:
+        common |= {name: given[name] for name in ("key_lengths", "key_mask", "mask", "bias")}
+        common["key_ranges"] = None if start is None else (start, stop)
+        return [(common, slice(None), slice(None))]
+    sequences = []
+    offsets_q, offsets_k = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
+    for sequence in range(len(offsets_q) - 1):
+        rows = slice(offsets_q[sequence], offsets_q[sequence + 1])
+        cols = slice(offsets_k[sequence], offsets_k[sequence + 1])
+        ranges = None if start is None else (start[None, rows], stop[None, rows])
+        sequences.append((common | {"key_ranges": ranges, "first_batch": sequence}, rows, cols))
+    return sequences
+
+
+def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operator by :mod:`reference`, in float32 at least, differentiable in the tensors of ``given``."""
+    wide = torch.promote_types(given["query"].dtype, torch.float32)
+
+    def widened(name: str) -> Any:
+        return None if given[name] is None else given[name].to(wide)
+
+    query, key, value = widened("query"), widened("key"), widened("value")
+    norms = {name: widened(name) for name in ("query_norm_weight", "key_norm_weight")}
+    if given["cu_seqlens_q"] is None:
+        ((arguments, _, _),) = _sequences(given)
+        arguments["bias"] = widened("bias")
+        return reference.cross_attention(query, key, value, **(arguments | norms))
+    outs = [query.new_zeros(0, query.shape[1], value.shape[2])]
+    logsumexps, masses = [query.new_zeros(query.shape[1], 0)], [query.new_zeros(query.shape[1], 0)]
+    for arguments, rows, cols in _sequences(given):
+        packed = [tensor.transpose(0, 1)[None] for tensor in (query[rows], key[cols], value[cols])]
+        out, logsumexp, mass = reference.cross_attention(*packed, **(arguments | norms))
+        outs.append(out[0].transpose(0, 1))
+        logsumexps.append(logsumexp[0])
+        masses.append(mass[0])
+    return torch.cat(outs), torch.cat(logsumexps, 1), torch.cat(masses, 1)
+
+
+def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
+    query, value = given["query"], given["value"]
+    out, logsumexp, key_mass = _call(given)
+    result = empty_like_heads(query, value.shape[-1])
+    result.copy_(out)
+    extra = extra_dtype(query)
+    return (
+        result,
+        logsumexp.to(extra).contiguous(),
+        key_mass.to(extra).contiguous() if given["return_key_mass"] else query.new_empty((0,), dtype=extra),
+    )
+
+
+def attention_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *args: Any) -> Any:
+    given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), args, strict=True))
+    wanted = [name for bit, name in enumerate(DIFFERENTIABLE) if given["grad_mask"] & (1 << bit)]
+    with torch.enable_grad():
+        for name in wanted:
+            given[name] = given[name].detach().requires_grad_()
+        out, logsumexp, _ = _call(given)
+        outputs, grads = [out], [grad_out.to(out.dtype)]
+        if grad_logsumexp is not None:
+            outputs.append(logsumexp)
+            grads.append(grad_logsumexp.to(logsumexp.dtype))
+        found = torch.autograd.grad(outputs, [given[name] for name in wanted], grads, allow_unused=True)
+    by_name = dict(zip(wanted, found, strict=True))
+    results = []
+    for bit, name in enumerate(DIFFERENTIABLE):
+        if name not in by_name:
+            results.append(grad_out.new_empty((0,)))
+            continue
+        tensor, grad = given[name], by_name[name]
+        result = (
+            empty_like_heads(tensor, tensor.shape[-1])
+            if bit < 3
+            else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        )
+        results.append(result.detach().zero_() if grad is None else result.detach().copy_(grad))
+    return tuple(results)
