@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
@@ -18,6 +19,8 @@ from setuptools.command.dist_info import dist_info
 ROOT = Path(__file__).resolve().parent
 MIN_CMAKE = (3, 25)
 MIN_TORCH = (2, 10)
+# Reads the license expression of pyproject.toml.
+MIN_SETUPTOOLS = 77
 # What one compiler process needs at most.
 JOB_MEMORY = 1.5e9
 
@@ -132,6 +135,13 @@ class CMakeBuild(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         return {}
 
+
+# Only without pip's build isolation; the setuptools of a new environment may be years old.
+if int(setuptools.__version__.split(".")[0]) < MIN_SETUPTOOLS:
+    raise SystemExit(
+        f"Building velm_kernels needs setuptools>={MIN_SETUPTOOLS}, and this environment has {setuptools.__version__}: "
+        f"pip install 'setuptools>={MIN_SETUPTOOLS}'"
+    )
 
 setup(
     # Makes the wheel one for this platform and lets setuptools run build_ext.

@@ -13,7 +13,10 @@ import sys
 import sysconfig
 from pathlib import Path
 
-MISSING = "velm_kernels is built against the torch of your environment, and there is none: install torch>=2.10 first."
+MISSING = (
+    "velm_kernels is built against the torch of your environment, and there is none: install torch>=2.10 first "
+    "(where it is installed and the installer hides it, pass --no-build-isolation)."
+)
 
 
 def candidates() -> list[Path]:

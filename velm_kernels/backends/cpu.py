@@ -49,6 +49,13 @@ def processor_supports(isa: str) -> bool:
     """Whether this processor and operating system can run code built for ``isa``."""
     if isa == "baseline":
         return True
+    try:
+        from velm_kernels import _facts
+    except ImportError:
+        # Built without pybind11 or the headers of Python: torch knows as much, if only by private names.
+        pass
+    else:
+        return ("avx512" if isa in TEST_ONLY else isa) in _facts.cpu()["isas"]
     if isa == "avx2":
         return bool(torch.cpu._is_avx2_supported())
     if isa in ("avx512", "avx512_bf16_emulated"):
@@ -122,6 +129,9 @@ def unavailable() -> list[str]:
     """Why no CPU library can be used here; empty if one can."""
     if in_use() is not None:
         return []
+    note = library_directory() / "not_built.txt"
+    if note.exists():
+        return [note.read_text().strip()]
     return ["; ".join(f"{isa}: {why_not(isa)}" for isa in reversed(INSTRUCTION_SETS))]
 
 

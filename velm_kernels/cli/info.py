@@ -1,0 +1,138 @@
+"""``velm info``: what is installed, what this machine is, and which backends can run here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+import velm_kernels
+from velm_kernels import backends
+from velm_kernels.backends import cpu
+
+HELP = "Show versions, processor, devices, and which backends are available and why others are not."
+PEAK_SECONDS = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peaks", action="store_true", help="also measure what this processor can do at most (about two seconds)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    facts = _facts()
+    _print("velm_kernels", [*_versions(), ("installed in", str(Path(velm_kernels.__file__).parent))])
+    _print("processor", _processor(facts))
+    _print("gpu", _gpus())
+    _print("cpu libraries", _libraries(facts))
+    _print("backends", _backends())
+    if args.peaks:
+        _print("limits", _peaks(facts))
+    return 0
+
+
+def _print(title: str, rows: list[tuple[str, str]]) -> None:
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<22}{value}")
+
+
+def _facts() -> ModuleType | None:
+    try:
+        from velm_kernels import _facts
+    except ImportError:
+        return None
+    return _facts
+
+
+def _versions() -> list[tuple[str, str]]:
+    rows = [("velm_kernels", velm_kernels.__version__), ("python", platform.python_version())]
+    for name in ("torch", "triton", "transformers"):
+        try:
+            rows.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            rows.append((name, "not installed"))
+    return rows
+
+
+def _processor(facts: ModuleType | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return [
+            ("model", platform.processor() or platform.machine()),
+            ("threads of torch", str(torch.get_num_threads())),
+        ]
+    found = facts.cpu()
+    return [
+        ("model", " ".join(filter(None, (found["vendor"], found["model"]))) or platform.machine()),
+        ("instruction sets", " ".join(found["features"]) or platform.machine()),
+        ("threads", f"{found['threads']} available, {torch.get_num_threads()} used by torch"),
+    ]
+
+
+def _gpus() -> list[tuple[str, str]]:
+    if not torch.cuda.is_available():
+        return [
+            ("none", "torch sees no GPU" if torch.backends.cuda.is_built() else "this torch is built for CPUs alone")
+        ]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
+                f"{properties.total_memory / 2**30:.1f} GiB",
+            )
+        )
+    return rows
+
+
+def _libraries(facts: ModuleType | None) -> list[tuple[str, str]]:
+    rows = []
+    try:
+        used = cpu.in_use()
+    except RuntimeError as error:
+        rows.append(("none in use", str(error)))
+        used = None
+    for isa in cpu.INSTRUCTION_SETS:
+        reason = cpu.why_not(isa)
+        rows.append((isa, f"no: {reason}" if reason else "in use" if isa == used else "usable"))
+    if facts is None:
+        rows.append(("built", "velm_kernels._facts is missing, nothing is known about the build"))
+    else:
+        build = facts.build()
+        rows.append(("built", f"by {build['compiler']} with the headers of torch {build['torch']}"))
+        if build["version"] != velm_kernels.__version__:
+            rows.append(("stale", f"the build is of velm_kernels {build['version']}: install the package again"))
+    return rows
+
+
+def _backends() -> list[tuple[str, str]]:
+    """What each backend would say to a small float32 call of cross_attention on the best device here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.zeros(1, 1, 1, 16, device=device)
+    rows = [("for float32 on", device)]
+    try:
+        lines = backends.explain("cross_attention", query, query, query).splitlines()
+    except RuntimeError as error:
+        return [*rows, ("none", str(error))]
+    for line in lines[1:]:
+        name, _, answer = line.strip().partition(" ")
+        rows.append((name, answer.strip()))
+    return rows
+
+
+def _peaks(facts: ModuleType | None) -> list[tuple[str, str]]:
+    if facts is None:
+        return [("not measured", "velm_kernels._facts was not built")]
+    bf16 = facts.peak_bf16(seconds=PEAK_SECONDS)
+    return [
+        ("fp32 multiply-add", f"{facts.peak_fp32(seconds=PEAK_SECONDS) / 1e9:.0f} GFLOP/s"),
+        ("bf16 pair products", f"{bf16 / 1e9:.0f} GFLOP/s" if bf16 else "this processor has none"),
+        ("copy", f"{facts.copy_bandwidth(seconds=PEAK_SECONDS) / 1e9:.1f} GB/s read and written"),
+    ]
