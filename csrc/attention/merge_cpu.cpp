@@ -1,0 +1,205 @@
+// Exact merge of attention over shards of the keys: one pass over the shards, forward and backward.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "attention/small_ops.h"
+#include "simd/math.h"
+#include "simd/parallel.h"
+
+namespace velm {
+namespace {
+
+using namespace simd;
+
+constexpr int64_t kGradOuts = 1, kGradLogsumexps = 2;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Work is split into blocks of kLanes queries of one batch entry, all heads: the weights of a block are computed on
+// whole vectors, and the rows are then visited in the order in which they usually lie in memory.
+struct Shape {
+  int64_t batch, heads, queries, dim;
+
+  explicit Shape(const Tensor& t) : batch(t.size(0)), heads(t.size(1)), queries(t.size(2)), dim(t.size(3)) {}
+  int64_t query_blocks() const { return (queries + kLanes - 1) / kLanes; }
+  int64_t blocks() const { return batch * query_blocks(); }
+  // About 32k elements at least for a thread.
+  int64_t grain() const { return 32768 / std::max<int64_t>(1, heads * kLanes * dim); }
+  int64_t lse_row(int64_t b, int64_t h) const { return (b * heads + h) * queries; }
+};
+
+template <class F>
+void for_blocks(const Shape& shape, const F& make_worker) {
+  if (shape.heads == 0) return;
+  parallel_ranges(shape.blocks(), shape.grain(), [&](int64_t begin, int64_t end) {
+    auto worker = make_worker();
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % shape.query_blocks() * kLanes;
+      worker(i / shape.query_blocks(), first, static_cast<int>(std::min<int64_t>(kLanes, shape.queries - first)));
+    }
+  });
+}
+
+// exp(lse - total), 0 for what is not there.
+VELM_INLINE Vec weight_of(Vec lse, Vec total) {
+  return select(lse == Vec(-kInfinity), zero(), simd::exp(lse - total));
+}
+
+template <class T>
+std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps) {
+  const Shape shape(outs[0]);
+  const size_t shards = outs.size();
+  Tensor out = empty_heads_last(outs[0], shape.batch, shape.heads, shape.queries, shape.dim);
+  Tensor logsumexp = torch::stable::new_empty(logsumexps[0], {shape.batch, shape.heads, shape.queries});
+  float* total = mutable_data<float>(logsumexp);
+  const Rows<T> result(out);
+  std::vector<Rows<const T>> rows(outs.begin(), outs.end());
+  std::vector<const float*> lses;
+  for (const Tensor& t : logsumexps) lses.push_back(const_data<float>(t));
+
+  for_blocks(shape, [&] {
+    // [heads][shards][kLanes]
+    return [&, weights = std::vector<float>(static_cast<size_t>(shape.heads) * shards * kLanes)](
+               int64_t b, int64_t first, int lanes) mutable {
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        const int64_t offset = shape.lse_row(b, h) + first;
+        float* w = weights.data() + static_cast<size_t>(h) * shards * kLanes;
+        Vec highest(-kInfinity);
+        for (size_t s = 0; s < shards; ++s) {
+          const Vec lse = load_first(lses[s] + offset, lanes);
+          // a > b is false for NaN: written so that a NaN is taken over and kept
+          highest = select(highest >= lse, highest, lse);
+        }
+        const VecMask empty = highest == Vec(-kInfinity);
+        const Vec base = select(empty, zero(), highest);
+        Vec sum = zero();
+        for (size_t s = 0; s < shards; ++s) {
+          const Vec e = simd::exp(load_first(lses[s] + offset, lanes) - base);
+          sum += e;
+          store(w + s * kLanes, e);
+        }
+        const Vec inverse = select(empty, zero(), Vec(1.0f) / sum);
+        for (size_t s = 0; s < shards; ++s) store(w + s * kLanes, load(w + s * kLanes) * inverse);
+        store_first(total + offset, select(empty, Vec(-kInfinity), base + simd::log(sum)), lanes);
+      }
+      for (int i = 0; i < lanes; ++i) {
+        for (int64_t h = 0; h < shape.heads; ++h) {
+          const float* w = weights.data() + static_cast<size_t>(h) * shards * kLanes + i;
+          T* to = result.at(b, h, first + i);
+          for (int64_t j = 0; j < shape.dim; j += kLanes) {
+            const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
+            Vec sum = zero();
+            for (size_t s = 0; s < shards; ++s) {
+              if (w[s * kLanes] == 0.0f) continue;
+              sum = fma(Vec(w[s * kLanes]), load_first(rows[s].at(b, h, first + i) + j, wide), sum);
+            }
+            store_first(to + j, sum, wide);
+          }
+        }
+      }
+    };
+  });
+  return {out, logsumexp};
+}
+
+template <class T>
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad_out,
+                                                              const std::optional<Tensor>& grad_logsumexp,
+                                                              const std::vector<Tensor>& outs,
+                                                              const std::vector<Tensor>& logsumexps,
+                                                              const Tensor& logsumexp, int64_t grad_mask) {
+  const Shape shape(grad_out);
+  const size_t shards = logsumexps.size();
+  const bool wants_outs = grad_mask & kGradOuts, wants_lses = grad_mask & kGradLogsumexps;
+  std::vector<Tensor> grad_outs, grad_lses;
+  std::vector<Rows<T>> to;
+  std::vector<float*> lse_to;
+  for (size_t s = 0; s < shards; ++s) {
+    if (wants_outs) {
+      grad_outs.push_back(empty_heads_last(grad_out, shape.batch, shape.heads, shape.queries, shape.dim));
+      to.emplace_back(grad_outs.back());
+    }
+    if (wants_lses) {
+      grad_lses.push_back(torch::stable::new_empty(logsumexp, {shape.batch, shape.heads, shape.queries}));
+      lse_to.push_back(mutable_data<float>(grad_lses.back()));
+    }
+  }
+  const float* total = const_data<float>(logsumexp);
+  const float* grad_total = grad_logsumexp ? const_data<float>(*grad_logsumexp) : nullptr;
+  const Rows<const T> grad(grad_out);
+  std::vector<Rows<const T>> rows;
+  if (wants_lses) rows = std::vector<Rows<const T>>(outs.begin(), outs.end());
+  std::vector<const float*> lses;
+  for (const Tensor& t : logsumexps) lses.push_back(const_data<float>(t));
+
+  for_blocks(shape, [&] {
+    const size_t floats = static_cast<size_t>(shape.heads) * shards * kLanes;
+    return [&, weights = std::vector<float>(floats), dots = std::vector<float>(wants_lses ? floats : 0)](
+               int64_t b, int64_t first, int lanes) mutable {
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        const int64_t offset = shape.lse_row(b, h) + first;
+        for (size_t s = 0; s < shards; ++s)
+          store(weights.data() + (static_cast<size_t>(h) * shards + s) * kLanes,
+                weight_of(load_first(lses[s] + offset, lanes), load_first(total + offset, lanes)));
+      }
+      for (int i = 0; i < lanes; ++i) {
+        for (int64_t h = 0; h < shape.heads; ++h) {
+          const T* g = grad.at(b, h, first + i);
+          for (size_t s = 0; s < shards; ++s) {
+            const size_t at = (static_cast<size_t>(h) * shards + s) * kLanes + static_cast<size_t>(i);
+            const float w = weights[at];
+            T* grad_row = wants_outs ? to[s].at(b, h, first + i) : nullptr;
+            const T* row = wants_lses && w != 0.0f ? rows[s].at(b, h, first + i) : nullptr;
+            Vec dot = zero();
+            for (int64_t j = 0; j < shape.dim; j += kLanes) {
+              const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
+              const Vec x = w == 0.0f ? zero() : load_first(g + j, wide);
+              if (grad_row) store_first(grad_row + j, Vec(w) * x, wide);
+              if (row) dot = fma(x, load_first(row + j, wide), dot);
+            }
+            if (wants_lses) dots[at] = sum_lanes(dot);
+          }
+        }
+      }
+      if (!wants_lses) return;
+      for (int64_t h = 0; h < shape.heads; ++h) {
+        const int64_t offset = shape.lse_row(b, h) + first;
+        const size_t base = static_cast<size_t>(h) * shards * kLanes;
+        Vec mean = zero();
+        for (size_t s = 0; s < shards; ++s)
+          mean = fma(load(weights.data() + base + s * kLanes), load(dots.data() + base + s * kLanes), mean);
+        const Vec shift = (grad_total ? load_first(grad_total + offset, lanes) : zero()) - mean;
+        for (size_t s = 0; s < shards; ++s) {
+          const Vec w = load(weights.data() + base + s * kLanes);
+          const Vec g = w * (load(dots.data() + base + s * kLanes) + shift);
+          store_first(lse_to[s] + offset, select(w == zero(), zero(), g), lanes);
+        }
+      }
+    };
+  });
+  return {grad_outs, grad_lses};
+}
+
+std::tuple<Tensor, Tensor> merge_attention_forward(std::vector<Tensor> outs, std::vector<Tensor> logsumexps) {
+  return with_type(outs[0].scalar_type(),
+                   [&](auto t) { return forward<decltype(t)>(outs, logsumexps); });
+}
+
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_attention_backward(
+    Tensor grad_out, std::optional<Tensor> grad_logsumexp, std::vector<Tensor> outs, std::vector<Tensor> logsumexps,
+    Tensor logsumexp, int64_t grad_mask) {
+  return with_type(grad_out.scalar_type(), [&](auto t) {
+    return backward<decltype(t)>(grad_out, grad_logsumexp, outs, logsumexps, logsumexp, grad_mask);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
+  m.impl("merge_attention_forward", TORCH_BOX(&merge_attention_forward));
+  m.impl("merge_attention_backward", TORCH_BOX(&merge_attention_backward));
+}
+
+}  // namespace
+}  // namespace velm

@@ -1,0 +1,90 @@
+// What the operators around attention share: element types, results, rows of 4-D tensors.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stdexcept>
+
+#include "simd/vec.h"
+
+namespace velm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the element type of `dtype`.
+template <class F>
+inline auto with_type(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Float) return f(float{});
+  if (dtype == ScalarType::BFloat16) return f(simd::bf16{});
+  if (dtype == ScalarType::Half) return f(simd::fp16{});
+  throw std::runtime_error("velm: expected float32, bfloat16 or float16");
+}
+
+template <class T>
+inline const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+inline T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+
+// Uninitialised (batch, heads, rows, dim), in memory (batch, rows, heads, dim): what a module turns into
+// (batch, rows, heads * dim) without a copy.
+inline Tensor empty_heads_last(const Tensor& like, int64_t batch, int64_t heads, int64_t rows, int64_t dim) {
+  return torch::stable::transpose(torch::stable::new_empty(like, {batch, rows, heads, dim}), 1, 2);
+}
+
+// Where the rows of a (batch, heads, rows, dim) tensor with last stride 1 lie.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0;
+
+  Rows() = default;
+  explicit Rows(const Tensor& t)
+      : data(const_cast<T*>(static_cast<const T*>(t.const_data_ptr()))),
+        batch_stride(t.stride(0)),
+        head_stride(t.stride(1)),
+        row_stride(t.stride(2)) {}
+  T* at(int64_t batch, int64_t head, int64_t row) const {
+    return data + batch * batch_stride + head * head_stride + row * row_stride;
+  }
+};
+
+// Uninitialised floats, aligned to cache lines, handed out piece by piece.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats)
+      : memory_(static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(floats + 16), kAlign))),
+        left_(floats) {}
+
+  static constexpr int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
+  float* take(int64_t floats) {
+    floats = padded(floats);
+    if (floats > left_) throw std::runtime_error("velm: scratch memory exhausted");
+    float* piece = memory_.get() + used_;
+    used_ += floats;
+    left_ -= floats;
+    return piece;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, kAlign); }
+  };
+  std::unique_ptr<float, Free> memory_;
+  int64_t used_ = 0, left_;
+};
+
+}  // namespace velm
