@@ -1,5 +1,14 @@
 """Cross-modal attention: operators and modules."""
 
+from velm_kernels.attention.bidirectional import bidirectional_attention
+from velm_kernels.attention.gated_residual import gated_residual
+from velm_kernels.attention.merge import merge_attention
 from velm_kernels.attention.ops import cross_attention, cross_attention_varlen
 
-__all__ = ["cross_attention", "cross_attention_varlen"]
+__all__ = [
+    "bidirectional_attention",
+    "cross_attention",
+    "cross_attention_varlen",
+    "gated_residual",
+    "merge_attention",
+]

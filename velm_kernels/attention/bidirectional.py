@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public
+from velm_kernels.backends import Arguments, forced, register, register_public
 from velm_kernels.backends.library import LIBRARY, declare
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
@@ -176,7 +176,7 @@ def _fake_backward(
 
 
 _INPUTS = "Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, Tensor? mask_a, Tensor? mask_b, Tensor? seed"
-# query_*, value_*: last stride 1, other strides arbitrary (may be 0). masks: (batch, a) and (batch, b) bool, contiguous.
+# query_*, value_*: last stride 1, other strides arbitrary (may be 0). masks: (batch, a), (batch, b) bool, contiguous.
 # seed: int64 scalar, given iff dropout_p > 0. Outs: (batch, heads, rows, dim) stored as (batch, rows, heads, dim);
 # logsumexps contiguous float32.
 declare(
@@ -185,8 +185,8 @@ declare(
     "(Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_forward,
 )
-# grad_out_*: last stride 1; None if the output was not used (then so is its direction, but for grad_logsumexp_*, which is
-# contiguous). Gradients are stored like the outs; what grad_mask does not ask for has shape (0,).
+# grad_out_*: last stride 1; None if the output was not used (then so is its direction, but for grad_logsumexp_*,
+# which is contiguous). Gradients are stored like the outs; what grad_mask does not ask for has shape (0,).
 declare(
     "bidirectional_attention_backward",
     "Tensor? grad_out_a, Tensor? grad_out_b, Tensor? grad_logsumexp_a, Tensor? grad_logsumexp_b, "
@@ -336,6 +336,4 @@ def _reference_backward(
 
 register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
 register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
-cpu.register_cpu("bidirectional_attention_forward")
-cpu.register_cpu("bidirectional_attention_backward")
 register_public("bidirectional_attention", "bidirectional_attention_forward", canonical)

@@ -101,8 +101,8 @@ declare(
     fake=_fake_forward,
 )
 # grad: (rows, dim) contiguous. x: as in forward if grad_mask & GRAD_GATE, else an empty (0,) tensor that carries its
-# dtype. grad_x: (rows, dim) contiguous in x's dtype; grad_gate: gate's shape and dtype, summed in float32 or better in an
-# order that depends on the shape alone. What grad_mask does not ask for has shape (0,).
+# dtype. grad_x: (rows, dim) contiguous in x's dtype; grad_gate: gate's shape and dtype, summed in float32 or better in
+# an order that depends on the shape alone. What grad_mask does not ask for has shape (0,).
 declare(
     "gated_residual_backward",
     "Tensor grad, Tensor x, Tensor gate, Tensor? row_mask, int grad_mask",

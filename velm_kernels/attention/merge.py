@@ -66,7 +66,7 @@ def _shards(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def canonical(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequence[Tensor]) -> Arguments:
-    """Checks the arguments of :func:`merge_attention` and returns those of the operator: lists of 4-D and 3-D tensors."""
+    """Checks the arguments of :func:`merge_attention` and returns those of the operator: 4-D and 3-D tensors."""
     out_shards = _shards("outs", outs)
     lse_shards = _shards("logsumexps", logsumexps)
     if not out_shards:
@@ -131,7 +131,7 @@ declare(
     "(Tensor, Tensor)",
     fake=_fake_forward,
 )
-# grad_out: last stride 1; grad_logsumexp: contiguous. outs may be the empty list if grad_mask has no GRAD_LOGSUMEXPS. What
+# grad_out: last stride 1; grad_logsumexp: contiguous. outs may be empty if grad_mask has no GRAD_LOGSUMEXPS. What
 # grad_mask does not ask for is an empty list. With w_s = exp(lse_s - lse): grad_out_s = w_s * grad_out, and
 # grad_lse_s = w_s * (grad_out . out_s - sum_t w_t * (grad_out . out_t) + grad_lse).
 declare(
