@@ -365,7 +365,7 @@ def _settings(
     scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
     if softcap is not None:
         softcap = checks.number("softcap", softcap, 1e-30, 1e30, described="a number greater than 0")
-    norm_eps = checks.number("norm_eps", norm_eps, 0.0, 1e30, described="a number of at least 0")
+    norm_eps = checks.number("norm_eps", norm_eps, 1e-30, 1e30, described="a number greater than 0")
     dropout_p = checks.number("dropout_p", dropout_p, 0.0, 1.0, described="a probability in [0, 1)")
     weights = []
     for name, weight in (("query_norm_weight", query_norm_weight), ("key_norm_weight", key_norm_weight)):

@@ -66,14 +66,7 @@ def cross_attention(
     ``first_batch`` is the number of the first batch entry for the random numbers of dropout.
     """
     batch, heads, queries, head_dim = query.shape
-    keys = key.shape[2]
-    if query_norm_weight is not None:
-        query = rms_norm(query, query_norm_weight, norm_eps)
-    if key_norm_weight is not None:
-        key = rms_norm(key, key_norm_weight, norm_eps)
-    key = key.repeat_interleave(heads // key.shape[1], dim=1)
-    value = value.repeat_interleave(heads // value.shape[1], dim=1)
-
+    kv_heads, keys = key.shape[1:3]
     visible = visible_keys(
         batch,
         queries,
@@ -90,9 +83,17 @@ def cross_attention(
 
     # What nobody attends to, and who attends to nothing, is not read: zeros stand in for it.
     zero = query.new_zeros(())
+    seen = visible.any(2).unflatten(1, (kv_heads, heads // kv_heads)).any(2)
     query = torch.where(visible.any(3)[..., None], query, zero)
-    key = torch.where(visible.any(2)[..., None], key, zero)
-    value = torch.where(visible.any(2)[..., None], value, zero)
+    key = torch.where(seen[..., None], key, zero)
+    value = torch.where(seen[..., None], value, zero)
+
+    if query_norm_weight is not None:
+        query = rms_norm(query, query_norm_weight, norm_eps)
+    if key_norm_weight is not None:
+        key = rms_norm(key, key_norm_weight, norm_eps)
+    key = key.repeat_interleave(heads // kv_heads, dim=1)
+    value = value.repeat_interleave(heads // kv_heads, dim=1)
 
     scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
@@ -109,4 +110,4 @@ def cross_attention(
         assert seed is not None
         keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, first_batch)
         weights = torch.where(keep, weights / (1 - dropout_p), zero)
-    return weights @ value, logsumexp.masked_fill(empty, -torch.inf), key_mass
+    return weights.to(value.dtype) @ value, logsumexp.masked_fill(empty, -torch.inf), key_mass

@@ -15,6 +15,7 @@ from velm_kernels.attention.schema import (
     extra_dtype,
 )
 from velm_kernels.backends import Arguments
+from velm_kernels.backends.library import autograd_inside
 
 
 def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
@@ -83,7 +84,7 @@ def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def attention_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *args: Any) -> Any:
     given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), args, strict=True))
     wanted = [name for bit, name in enumerate(DIFFERENTIABLE) if given["grad_mask"] & (1 << bit)]
-    with torch.enable_grad():
+    with autograd_inside():
         for name in wanted:
             given[name] = given[name].detach().requires_grad_()
         out, logsumexp, _ = _call(given)
@@ -91,7 +92,9 @@ def attention_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | No
         if grad_logsumexp is not None:
             outputs.append(logsumexp)
             grads.append(grad_logsumexp.to(logsumexp.dtype))
-        found = torch.autograd.grad(outputs, [given[name] for name in wanted], grads, allow_unused=True)
+        found: tuple[torch.Tensor | None, ...] = (None,) * len(wanted)
+        if out.requires_grad:  # there is at least one sequence
+            found = torch.autograd.grad(outputs, [given[name] for name in wanted], grads, allow_unused=True)
     by_name = dict(zip(wanted, found, strict=True))
     results = []
     for bit, name in enumerate(DIFFERENTIABLE):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ import torch
 from velm_kernels.backends import Arguments, cpu, select
 
 LIBRARY = torch.library.Library("velm", "DEF")
+
+
+@contextlib.contextmanager
+def autograd_inside() -> Iterator[None]:
+    """Records gradients inside the implementation of an operator, where torch may have switched that off.
+
+    Under a dispatch mode (a flop counter, a profiler) operators run below autograd, and ``torch.enable_grad`` alone
+    would change nothing.
+    """
+    with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
+        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
+        yield
 
 
 def declare(

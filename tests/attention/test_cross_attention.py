@@ -1,0 +1,201 @@
+"""Numbers of cross-attention on every backend: outputs, extras and every gradient against float64."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import velm_kernels
+from tests.attention.cases import Case, cases
+from tests.conftest import INTERPRETED, Backend, every_backend, every_cpu_backend
+from tests.numbers import assert_accurate
+from velm_kernels.attention import reference
+
+LARGEST = 40 if INTERPRETED else 150
+SEED = 2**40 + 12345
+
+
+def run(function: Any, tensors: dict[str, torch.Tensor], upstream: list[torch.Tensor], **arguments: Any) -> Any:
+    """Results of ``function`` (out, logsumexp, key_mass) and the gradients of all ``tensors``."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out, logsumexp, key_mass = function(**leaves, **arguments)
+    finite = torch.where(torch.isinf(logsumexp), 0.0, logsumexp)
+    wanted = upstream[0].to(out.dtype), upstream[1].to(finite.dtype)
+    loss_gradients = torch.autograd.grad(
+        [out, finite], list(leaves.values()), wanted, allow_unused=True, materialize_grads=True
+    )
+    results = {"out": out.detach(), "logsumexp": logsumexp.detach(), "key_mass": key_mass}
+    results |= {f"grad_{name}": grad for name, grad in zip(leaves, loss_gradients, strict=True)}
+    return results
+
+
+def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
+    tensors = case.tensors()
+    masking = case.masking()
+    visible = case.visible(masking, tensors.get("bias"))
+    settings = case.settings() | masking
+    upstream = case.upstream()
+    floors = case.gradient_floors(tensors, visible, upstream[0])
+    seed = torch.tensor(SEED)
+    exact = run(reference.cross_attention, {n: t.double() for n, t in tensors.items()}, upstream, **settings, seed=seed)
+    plain = run(reference.cross_attention, tensors, upstream, **settings, seed=seed)
+    with backend.use():
+        got = run(
+            velm_kernels.cross_attention,
+            case.poisoned(tensors, visible),
+            upstream,
+            **settings,
+            seed=SEED,
+            return_logsumexp=True,
+            return_key_mass=True,
+        )
+    for name, value in got.items():
+        assert_accurate(name, value, plain[name], exact[name], case.dtype, floor=floors.get(name, 0.0))
+    return got
+
+
+@every_backend
+@given(case=cases(largest=LARGEST))
+@example(case=Case(queries=0))
+@example(case=Case(keys=0, bias_shape=(True, True, True, True)))
+@example(case=Case(queries=33, keys=257, head_dim=64, value_dim=64, group=2, dtype=torch.bfloat16))
+@example(case=Case(queries=1, keys=300, head_dim=64, value_dim=64, group=4, masks=frozenset({"key_lengths"})))
+@example(case=Case(queries=20, keys=40, bias_shape=(False, True, True, True), masks=frozenset({"key_ranges"})))
+@example(case=Case(queries=20, keys=40, bias_shape=(False, False, False, False), dropout_p=0.3))
+@example(case=Case(head_dim=256, value_dim=256, queries=17, keys=19, norms=(True, True)))
+def test_numbers(backend: Backend, case: Case) -> None:
+    check(case, backend)
+
+
+@every_cpu_backend
+def test_same_bits_for_any_number_of_threads(backend: Backend) -> None:
+    case = Case(
+        batch=1, kv_heads=3, group=2, queries=70, keys=530, bias_shape=(False, False, True, True), dropout_p=0.1,
+        masks=frozenset({"key_ranges"}), norms=(True, True), poison=False,
+    )  # fmt: skip
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(check(case, backend))
+    for name, other in itertools.product(results[0], results[1:]):
+        assert torch.equal(results[0][name], other[name]), name
+
+
+@every_backend
+def test_only_wanted_gradients(backend: Backend) -> None:
+    case = Case(bias_shape=(True, True, True, True), norms=(True, True))
+    names = list(case.tensors())
+    with backend.use():
+        everything = case.tensors()
+        for tensor in everything.values():
+            tensor.requires_grad_()
+        torch.cos(velm_kernels.cross_attention(**everything)).sum().backward()
+        for wanted in names:
+            alone = case.tensors()
+            alone[wanted].requires_grad_()
+            torch.cos(velm_kernels.cross_attention(**alone)).sum().backward()
+            for name in names:
+                if name == wanted:
+                    torch.testing.assert_close(alone[name].grad, everything[name].grad)
+                else:
+                    assert alone[name].grad is None
+
+
+@every_backend
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=0, max_size=4),
+    is_causal=st.booleans(),
+    ranges=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+@example(lengths=[], is_causal=False, ranges=False, dtype=torch.float32)
+@example(lengths=[(3, 0), (0, 5), (1, 200)], is_causal=False, ranges=False, dtype=torch.float32)
+def test_varlen_is_each_sequence_alone(
+    backend: Backend, lengths: list[tuple[int, int]], is_causal: bool, ranges: bool, dtype: torch.dtype
+) -> None:
+    heads, kv_heads, head_dim, value_dim = 4, 2, 24, 16
+    generator = torch.Generator().manual_seed(len(lengths))
+    cu_q = torch.tensor([0, *itertools.accumulate(q for q, _ in lengths)])
+    cu_k = torch.tensor([0, *itertools.accumulate(k for _, k in lengths)])
+    tokens, key_tokens = int(cu_q[-1]), int(cu_k[-1])
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    query, key = randn(tokens, heads, head_dim), randn(key_tokens, kv_heads, head_dim)
+    value, upstream = randn(key_tokens, kv_heads, value_dim), randn(tokens, heads, value_dim)
+    arguments: dict[str, Any] = {"is_causal": is_causal, "dropout_p": 0.1}
+    start = torch.zeros(tokens, dtype=torch.int64)
+    stop = torch.cat([torch.zeros(0, dtype=torch.int64)] + [torch.full((q,), k - k // 3) for q, k in lengths])
+
+    def packed(function: Any, dtype: torch.dtype, **more: Any) -> list[torch.Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in (query, key, value)]
+        results = function(*leaves, **arguments, **more)
+        grads = torch.autograd.grad(results[0], leaves, upstream.to(dtype), materialize_grads=True, allow_unused=True)
+        return [result.detach() for result in results] + list(grads)
+
+    def one_by_one(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **more: Any) -> list[torch.Tensor]:
+        parts = [(query.new_zeros(0, heads, value_dim), query.new_zeros(heads, 0), query.new_zeros(heads, 0))]
+        for s in range(len(lengths)):
+            rows, cols = slice(int(cu_q[s]), int(cu_q[s + 1])), slice(int(cu_k[s]), int(cu_k[s + 1]))
+            inputs = [t.transpose(0, 1)[None] for t in (query[rows], key[cols], value[cols])]
+            if ranges:
+                more["key_ranges"] = (start[None, rows], stop[None, rows])
+            out, logsumexp, mass = reference.cross_attention(*inputs, **more, first_batch=s, seed=torch.tensor(SEED))
+            parts.append((out[0].transpose(0, 1), logsumexp[0], mass[0]))
+        outs, logsumexps, masses = zip(*parts, strict=True)
+        # Without any sequence there is nothing to differentiate; autograd wants a graph all the same.
+        return [torch.cat(outs) + 0 * query.sum(), torch.cat(logsumexps, 1), torch.cat(masses, 1)]
+
+    exact, plain = packed(one_by_one, torch.float64), packed(one_by_one, dtype)
+    with backend.use():
+        got = packed(
+            velm_kernels.cross_attention_varlen,
+            dtype,
+            cu_seqlens_q=cu_q,
+            cu_seqlens_k=cu_k,
+            seed=SEED,
+            return_logsumexp=True,
+            return_key_mass=True,
+            **({"key_ranges": (start, stop)} if ranges else {}),
+        )
+    names = ("out", "logsumexp", "key_mass", "grad_query", "grad_key", "grad_value")
+    for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
+        assert_accurate(name, ours, theirs, truth, dtype)
+
+
+@every_backend
+def test_expanded_inputs(backend: Backend) -> None:
+    """One query set for the whole batch (Q-Former) and one key for all heads arrive as stride 0."""
+    query, key, value = torch.randn(1, 4, 9, 16), torch.randn(3, 1, 20, 16), torch.randn(3, 1, 20, 16)
+    with backend.use():
+        got = velm_kernels.cross_attention(
+            query.expand(3, -1, -1, -1), key.expand(-1, 4, -1, -1), value.expand(-1, 4, -1, -1)
+        )
+        same = velm_kernels.cross_attention(query.repeat(3, 1, 1, 1), key.repeat(1, 4, 1, 1), value.repeat(1, 4, 1, 1))
+    assert torch.equal(got, same)
+
+
+def test_float64_is_computed_by_the_reference_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    query, key = torch.randn(1, 2, 3, 4, dtype=torch.float64), torch.randn(1, 2, 5, 4, dtype=torch.float64)
+    got = velm_kernels.cross_attention(query, key, key)
+    torch.testing.assert_close(got, reference.cross_attention(query, key, key)[0])
+    assert not recwarn.list
+
+
+def test_gradients_of_the_reference() -> None:
+    torch.manual_seed(0)
+    case = Case(queries=3, keys=4, head_dim=3, value_dim=2, bias_shape=(False, True, False, True), norms=(True, True))
+    leaves = {n: t.double().masked_fill(t.isinf(), 0.0).requires_grad_() for n, t in case.tensors().items()}
+
+    def function(*tensors: torch.Tensor) -> Any:
+        return velm_kernels.cross_attention(
+            **dict(zip(leaves, tensors, strict=True)), softcap=2.0, is_causal=True, return_logsumexp=True
+        )
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()))

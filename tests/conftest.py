@@ -1,0 +1,62 @@
+"""What every test uses: the backends that exist here, and how hypothesis searches."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import hypothesis
+import pytest
+import torch
+
+import velm_kernels
+from velm_kernels.backends import cpu
+
+hypothesis.settings.register_profile(
+    "velm",
+    max_examples=int(os.environ.get("VELM_TEST_EXAMPLES", "30")),
+    deadline=None,
+    # What a landing check finds must not depend on luck; at a desk every run searches elsewhere.
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.differing_executors],
+    print_blob=True,
+)
+hypothesis.settings.load_profile("velm")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend as the tests see it: for the CPU, one for every instruction set."""
+
+    name: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return (self.isa and f"{self.name}-{self.isa}") or self.name
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        with velm_kernels.use_backend(self.name), cpu.use_isa(self.isa) if self.isa else contextlib.nullcontext():
+            yield
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Sets that this processor cannot run are left out; one that it can run but that was not built fails its tests.
+CPU_BACKENDS = [Backend("cpu", isa) for isa in (*cpu.INSTRUCTION_SETS, *cpu.TEST_ONLY) if cpu.processor_supports(isa)]
+if only := os.environ.get("VELM_CPU_ISA"):
+    CPU_BACKENDS = [backend for backend in CPU_BACKENDS if backend.isa == only]
+BACKENDS = [Backend("triton")] if INTERPRETED else [Backend("reference"), *CPU_BACKENDS]
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
