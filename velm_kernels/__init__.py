@@ -9,6 +9,7 @@ from velm_kernels.attention import (
     merge_attention,
 )
 from velm_kernels.backends import explain, use_backend
+from velm_kernels.integrations import patch, unpatch
 
 __all__ = [
     "__version__",
@@ -18,5 +19,7 @@ __all__ = [
     "explain",
     "gated_residual",
     "merge_attention",
+    "patch",
+    "unpatch",
     "use_backend",
 ]
