@@ -1,10 +1,63 @@
-# make lib builds the operator libraries into the source tree (velm_kernels/_lib) for the interpreter named by PYTHON.
-PYTHON ?= python3
-BUILD ?= build
-MAX_JOBS ?= $(shell nproc)
+# make setup   the environment (.venv with pinned packages) and the build; the commands below begin with it
+# make test    format, lint and type checks, then every test
+# make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
+# make bench   the benchmarks
+# make lib     the operator libraries alone, for the interpreter named by PYTHON
 
-.PHONY: lib
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Elsewhere than on a machine without a GPU, name the build of torch that fits it.
+TORCH ?= torch==2.13.0
+MAX_JOBS ?= $(shell nproc)
+BUILD ?= build
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp' 'tests/*.h')
+
+.PHONY: setup test lint format demo bench lib clean
+
+$(STAMP): requirements-dev.txt pyproject.toml setup.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check --quiet $(TORCH)
+	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	CMAKE_ARGS="-DVELM_TESTING=ON $(CMAKE_ARGS)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	  $(RUN) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+# The libraries are brought up to date every time; only what changed is compiled.
+setup: $(STAMP)
+	CMAKE_ARGS="-DVELM_TESTING=ON $(CMAKE_ARGS)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	  $(RUN) setup.py --quiet build_ext --inplace
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# One torch thread for each of the parallel test processes: more would only wait for each other.
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal $(PYTEST_ARGS)
+
+demo: setup
+	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
+
+bench: setup
+	$(RUN) -m benchmarks $(BENCH_ARGS)
+
 lib:
 	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(shell $(PYTHON) -c "import sys; print(sys.executable)") \
 	  -DVELM_TESTING=ON $(CMAKE_ARGS)
 	cmake --build $(BUILD) --parallel $(MAX_JOBS)
+
+clean:
+	rm -rf build dist *.egg-info velm_kernels/_lib velm_kernels/_facts.*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -106,10 +106,13 @@ class CMakeBuild(build_ext):
         require_torch()
         package = ROOT / "velm_kernels" if self.inplace else Path(self.build_lib).resolve() / "velm_kernels"
         libraries = package / "_lib"
-        for stale in [*libraries.glob("*"), *package.glob("_facts.*.so")]:
-            stale.unlink()
         libraries.mkdir(parents=True, exist_ok=True)
         compiler, sentence = find_compiler()
+        # A wheel takes everything it finds. In the source tree, what is up to date need not be linked again.
+        if compiler is None or not self.inplace:
+            for stale in [*libraries.glob("*"), *package.glob("_facts.*.so")]:
+                stale.unlink()
+        (libraries / "not_built.txt").unlink(missing_ok=True)
         if compiler is None:
             # pip shows what a build prints only where it fails, so the package keeps the sentence for `velm info`.
             (libraries / "not_built.txt").write_text(sentence + "\n")
@@ -119,8 +122,11 @@ class CMakeBuild(build_ext):
         if missing:
             raise SystemExit(f"Building velm_kernels needs {' and '.join(missing)}: pip install {shlex.join(missing)}")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # --fresh: what an earlier build remembers of pip's build environment is gone. Objects are kept.
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        # What an earlier build remembers of pip's build environment is gone by now. Its objects are kept.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for found in (build / "CMakeFiles").glob("[0-9]*"):
+            shutil.rmtree(found, ignore_errors=True)
+        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DVELM_OUTPUT_DIR={package}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         environment = {**os.environ, "CXX": compiler}
