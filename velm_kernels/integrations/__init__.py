@@ -5,7 +5,7 @@
 transformers. How a new model family is written stands at the top of `patching.py`.
 """
 
-from .patching import families, patch, unpatch
+from .patching import patch, supported_families, unpatch
 from .report import Entry, Fallback, Report
 
-__all__ = ["Entry", "Fallback", "Report", "families", "patch", "unpatch"]
+__all__ = ["Entry", "Fallback", "Report", "patch", "supported_families", "unpatch"]

@@ -72,6 +72,7 @@ def attend(
     dropout_p: float = 0.0,
     scale: float | None = None,
     is_causal: bool = False,
+    softcap: float | None = None,
 ) -> Tensor:
     """Attention with the heads side by side again.
 
@@ -90,7 +91,15 @@ def attend(
         if hidden_rows is not None:
             query = query.masked_fill(hidden_rows, 0.0)
     out = velm_kernels.cross_attention(
-        query, key, value, mask=mask, bias=bias, is_causal=is_causal, scale=scale, dropout_p=dropout_p
+        query,
+        key,
+        value,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        dropout_p=dropout_p,
     )
     return out.transpose(1, 2).flatten(2)
 

@@ -105,7 +105,7 @@ def plain_linears(module: str, name: str, *, family: str) -> None:
     _LINEAR_SCOPES[module, name] = family
 
 
-def families() -> list[str]:
+def supported_families() -> list[str]:
     """Return the names of the families that `patch` knows."""
     _load_families()
     return sorted({*_FAMILY.values(), *_LINEAR_SCOPES.values()} - {""})
@@ -121,7 +121,7 @@ def patch(model: nn.Module, only: str | Iterable[str] | None = None, strict: boo
 
     Args:
         model: any module; its submodules are searched.
-        only: family names (`families()`) or shell patterns on module paths (`"vilt.encoder.*"`), one or several; what
+        only: family names (`supported_families()`) or shell patterns on module paths (`"vilt.encoder.*"`), one or several; what
             they do not select is left alone.
         strict: raise when a selected module of a known class has to be left as it is.
 
