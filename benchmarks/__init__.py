@@ -1,0 +1,1 @@
+"""What velm_kernels buys, in time and memory: ``python -m benchmarks``."""

@@ -1,0 +1,156 @@
+"""``python -m benchmarks``: measures, prints a table, writes a CSV and plots."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import attention, harness, models
+from velm_kernels import measure
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAMILIES = ("attention", "models")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="default: all")
+    parser.add_argument(
+        "--case", action="append", default=[], metavar="PATTERN", help="shell pattern on the case's name"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: fp32 and bf16")
+    parser.add_argument("--direction", action="append", help="fwd, fwd+bwd, inference, training step; default: all")
+    parser.add_argument("--rounds", type=int, default=10, help="samples of each way (default 10)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU (default 2)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave torch.compile out, which takes long to warm up"
+    )
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of bench.csv and the plots")
+    parser.add_argument("--list", action="store_true", help="only name the cases")
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    add_arguments(parser)
+    return parser.parse_args(arguments)
+
+
+def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, object, torch.dtype, str]]:
+    dtypes = [DTYPES[name] for name in args.dtype or ("fp32", "bf16")]
+    families = args.family or FAMILIES
+    if "attention" in families:
+        directions = args.direction or ("fwd", "fwd+bwd")
+        for case, dtype, direction in harness.selected(attention.cases(), args.case, dtypes, directions):
+            yield "attention", case, dtype, direction
+    if "models" in families:
+        for model in models.cases():
+            if args.case and not any(fnmatch.fnmatch(model.name, pattern) for pattern in args.case):
+                continue
+            for dtype in dtypes:
+                for direction in models.DIRECTIONS:
+                    # Whole models are measured in what people train and serve on CPUs and GPUs alike.
+                    if dtype != torch.float16 and direction in (args.direction or models.DIRECTIONS):
+                        yield "models", model, dtype, direction
+
+
+def table(rows: Sequence[harness.Row], title: str):
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left")
+    shown.add_column("way", no_wrap=True)
+    for name in ("ms", "quartiles", "of limit", "over best other", "for backward", "peak", "error"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        speed = row.speedup_over_best_other
+        shown.add_row(
+            row.way,
+            f"{row.median_ms:.3f}",
+            f"{row.lower_quartile_ms:.3f} to {row.upper_quartile_ms:.3f}",
+            "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.0%}",
+            "" if speed is None else f"{speed:.2f}x ({row.best_other})",
+            _mebibytes(row.saved_bytes),
+            _mebibytes(row.peak_bytes),
+            f"{row.error:.1e}",
+        )
+    return shown
+
+
+def _mebibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**20:.1f} MiB"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parse(arguments))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what ``args`` select; 0 if every way's numbers were right, else 1."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console()
+    console.width = max(console.width, 110)
+    jobs = list(_jobs(args))
+    if not jobs:
+        console.print("nothing selected; see --list")
+        return 2
+    if args.list:
+        for _, case, dtype, direction in jobs:
+            console.print(f"{case.name}  [{case.shape}]  {dtype}  {direction}", markup=False)  # type: ignore[attr-defined]
+        return 0
+    torch.set_num_threads(args.threads)
+    settings = harness.Settings(torch.device(args.device), args.rounds, not args.no_compile, not args.no_memory)
+    limits = measure.measure_limits(settings.device)
+    bf16 = f"{limits.bf16 / 1e9:.0f}" if limits.bf16 else "none"
+    console.print(
+        f"limits with {limits.threads} threads: fp32 {limits.fp32 / 1e9:.0f} GFLOP/s, bf16 {bf16}, "
+        f"copy {limits.copy / 1e9:.1f} GB/s, torch.matmul "
+        + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits.matmul.items())
+    )
+    rows: list[harness.Row] = []
+    failures: list[harness.Failure] = []
+    columns = (
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("measuring", total=len(jobs), now="")
+        for family, case, dtype, direction in jobs:
+            name = f"{case.name} {str(dtype).removeprefix('torch.')} {direction}"  # type: ignore[attr-defined]
+            progress.update(bar, now=name)
+            torch._dynamo.reset()
+            if isinstance(case, models.ModelCase):
+                new, failed = models.measure_model(case, dtype, direction, limits, settings)
+            else:
+                assert isinstance(case, harness.Case)
+                new, failed = harness.measure_case(case, family, dtype, direction, limits, settings)
+            if new:
+                harness.write_csv(args.out / "bench.csv", new)
+                console.print(table(new, f"{name}  ({case.shape})"))  # type: ignore[attr-defined]
+            for failure in failed:
+                console.print(f"no figure: {failure}", style="red", markup=False)
+            rows += new
+            failures += failed
+            progress.advance(bar)
+    if rows:
+        try:
+            from benchmarks import plots
+        except ImportError as error:
+            console.print(f"no plots: {error}")
+        else:
+            for path in plots.write(rows, args.out):
+                console.print(f"wrote {path}")
+        console.print(f"wrote {args.out / 'bench.csv'}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,274 @@
+"""The attention family at the shapes of models that people run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import velm_kernels
+from benchmarks.harness import Case, Inputs
+
+
+def eager(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
+    """Attention as it stands in most model files."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.softmax(scores, -1) @ value
+
+
+def sdpa(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, visible: Tensor | None = None
+) -> Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias if visible is None else visible, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _heads_last(generator: torch.Generator, batch: int, heads: int, length: int, head_dim: int) -> Tensor:
+    """``(batch, heads, length, head_dim)`` as a projection leaves it in memory."""
+    return _randn(generator, batch, length, heads, head_dim).transpose(1, 2)
+
+
+def _case(
+    name: str,
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    queries: int,
+    keys: int,
+    head_dim: int,
+    *,
+    detail: str = "",
+    backward: bool = True,
+    bias: bool = False,
+) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        inputs = {
+            "query": _heads_last(generator, batch, heads, queries, head_dim),
+            "key": _heads_last(generator, batch, kv_heads, keys, head_dim),
+            "value": _heads_last(generator, batch, kv_heads, keys, head_dim),
+        }
+        if bias:
+            inputs["bias"] = _randn(generator, 1, heads, queries, keys)
+        return inputs
+
+    pairs = batch * heads * queries * keys
+    grouped = f" kv{kv_heads}" if kv_heads != heads else ""
+    traffic = batch * head_dim * (2 * heads * queries + 2 * kv_heads * keys) + bias * heads * queries * keys
+    return Case(
+        operator="cross_attention",
+        name=name,
+        shape=f"B{batch} H{heads}{grouped} M{queries} N{keys} D{head_dim}{detail}",
+        make=make,
+        wanted=("query", "key", "value", "bias") if bias else ("query", "key", "value"),
+        ways={"eager": eager, "sdpa": sdpa, "velm": velm_kernels.cross_attention},
+        flops=4.0 * pairs * head_dim,
+        traffic=traffic,
+        backward_flops=10.0 * pairs * head_dim if backward else None,
+        backward_traffic=2.0 * traffic,
+        work=pairs,
+    )
+
+
+def _ranges(batch: int, heads: int, queries: int, images: int, image_tokens: int, head_dim: int) -> Case:
+    """Text interleaved with images, each stretch of it tied to the image before it (Flamingo, IDEFICS)."""
+    keys = images * image_tokens
+    plain = _case("idefics-4-images", batch, heads, heads, queries, keys, head_dim, detail=f", {images} images")
+
+    def make(generator: torch.Generator) -> Inputs:
+        image = torch.arange(queries) * images // queries
+        start = (image * image_tokens).expand(batch, queries).contiguous()
+        column = torch.arange(keys)
+        visible = (column >= start[..., None]) & (column < start[..., None] + image_tokens)
+        return plain.make(generator) | {"visible": visible[:, None], "key_ranges": (start, start + image_tokens)}
+
+    def velm(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, key_ranges: tuple[Tensor, Tensor]) -> Tensor:
+        return velm_kernels.cross_attention(query, key, value, key_ranges=key_ranges)
+
+    return Case(
+        operator="cross_attention",
+        name=plain.name,
+        shape=plain.shape,
+        make=make,
+        wanted=plain.wanted,
+        ways={
+            "eager": lambda query, key, value, visible, key_ranges: eager(query, key, value, visible=visible),
+            "sdpa": lambda query, key, value, visible, key_ranges: sdpa(query, key, value, visible=visible),
+            "velm": velm,
+        },
+        flops=plain.flops / images,
+        traffic=plain.traffic,
+        backward_flops=(plain.backward_flops or 0.0) / images,
+        backward_traffic=plain.backward_traffic,
+        work=plain.work,
+    )
+
+
+def _varlen(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> Case:
+    """Images of different sizes behind each other: the others pad them, or loop."""
+    starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, keys))
+    bounds = list(
+        zip(starts_q.tolist()[:-1], starts_q.tolist()[1:], starts_k.tolist()[:-1], starts_k.tolist()[1:], strict=True)
+    )
+
+    def make(generator: torch.Generator) -> Inputs:
+        return {
+            "query": _randn(generator, sum(queries), heads, head_dim),
+            "key": _randn(generator, sum(keys), heads, head_dim),
+            "value": _randn(generator, sum(keys), heads, head_dim),
+            "cu_seqlens_q": starts_q,
+            "cu_seqlens_k": starts_k,
+        }
+
+    def padded(attention):
+        def run(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+            columns_q, columns_k = (
+                torch.arange(max(lengths), device=query.device) < torch.tensor(lengths, device=query.device)[:, None]
+                for lengths in (queries, keys)
+            )
+            many = [
+                packed.new_zeros(*columns.shape, heads, head_dim).masked_scatter(columns[..., None, None], packed)
+                for packed, columns in ((query, columns_q), (key, columns_k), (value, columns_k))
+            ]
+            out = attention(*(tensor.transpose(1, 2) for tensor in many), visible=columns_k[:, None, None])
+            return out.transpose(1, 2)[columns_q]
+
+        return run
+
+    def loop(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+        outs = []
+        for q0, q1, k0, k1 in bounds:
+            parts = (query[None, q0:q1], key[None, k0:k1], value[None, k0:k1])
+            outs.append(sdpa(*(part.transpose(1, 2) for part in parts)).transpose(1, 2)[0])
+        return torch.cat(outs)
+
+    pairs = heads * sum(q * k for q, k in zip(queries, keys, strict=True))
+    traffic = heads * head_dim * (2.0 * sum(queries) + 2.0 * sum(keys))
+    return Case(
+        operator="cross_attention_varlen",
+        name="ragged-images",
+        shape=f"H{heads} D{head_dim}, {len(keys)} images of {min(keys)} to {max(keys)} tokens, M{queries[0]} each",
+        make=make,
+        wanted=("query", "key", "value"),
+        ways={
+            "eager": padded(eager),
+            "sdpa": padded(sdpa),
+            "sdpa-loop": loop,
+            "velm": velm_kernels.cross_attention_varlen,
+        },
+        flops=4.0 * pairs * head_dim,
+        traffic=traffic,
+        backward_flops=10.0 * pairs * head_dim,
+        backward_traffic=2 * traffic,
+        work=len(keys) * heads * max(queries) * max(keys),
+    )
+
+
+def _key_mass(batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Case:
+    plain = _case("key-mass", batch, heads, heads, queries, keys, head_dim, backward=False)
+
+    def materialised(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        weights = torch.softmax(query @ key.transpose(-1, -2) * head_dim**-0.5, -1)
+        return weights @ value, weights.sum(2)
+
+    def velm(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return velm_kernels.cross_attention(query, key, value, return_key_mass=True)
+
+    return Case(
+        operator="cross_attention",
+        name=plain.name,
+        shape=plain.shape,
+        make=plain.make,
+        wanted=(),
+        ways={"eager": materialised, "velm": velm},
+        flops=plain.flops + 2.0 * plain.work * head_dim,
+        traffic=plain.traffic,
+        backward_flops=None,
+        work=plain.work,
+    )
+
+
+def _bidirectional(batch: int, heads: int, a: int, b: int, head_dim: int) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        lengths = {"query_a": a, "query_b": b, "value_a": a, "value_b": b}
+        return {name: _heads_last(generator, batch, heads, length, head_dim) for name, length in lengths.items()}
+
+    def shared(query_a: Tensor, query_b: Tensor, value_a: Tensor, value_b: Tensor) -> tuple[Tensor, Tensor]:
+        """One matrix of scores for both directions, as in GLIP and Grounding DINO."""
+        scores = query_a @ query_b.transpose(-1, -2) * head_dim**-0.5
+        return torch.softmax(scores, -1) @ value_b, torch.softmax(scores.transpose(-1, -2), -1) @ value_a
+
+    def twice(query_a: Tensor, query_b: Tensor, value_a: Tensor, value_b: Tensor) -> tuple[Tensor, Tensor]:
+        return sdpa(query_a, query_b, value_b), sdpa(query_b, query_a, value_a)
+
+    pairs = batch * heads * a * b
+    traffic = 3.0 * batch * heads * (a + b) * head_dim
+    return Case(
+        operator="bidirectional_attention",
+        name="grounding-dino-fusion",
+        shape=f"B{batch} H{heads} A{a} B{b} D{head_dim}",
+        make=make,
+        wanted=("query_a", "query_b", "value_a", "value_b"),
+        ways={"eager": shared, "sdpa": twice, "velm": velm_kernels.bidirectional_attention},
+        flops=6.0 * pairs * head_dim,
+        traffic=traffic,
+        backward_flops=14.0 * pairs * head_dim,
+        backward_traffic=2 * traffic,
+        work=pairs,
+    )
+
+
+def _gated_residual(batch: int, length: int, dim: int) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        return {
+            "residual": _randn(generator, batch, length, dim),
+            "x": _randn(generator, batch, length, dim),
+            "gate": _randn(generator, 1),
+            "row_mask": torch.rand(batch, length, generator=generator) > 0.2,
+        }
+
+    def plain(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor) -> Tensor:
+        return residual + torch.tanh(gate) * (row_mask[..., None] * x)
+
+    size = float(batch * length * dim)
+    return Case(
+        operator="gated_residual",
+        name="gated-residual",
+        shape=f"B{batch} M{length} dim {dim}",
+        make=make,
+        wanted=("residual", "x", "gate"),
+        ways={"eager": plain, "velm": velm_kernels.gated_residual},
+        flops=3 * size,
+        traffic=3 * size,
+        backward_flops=4 * size,
+        # grad and x are read, grad of x is written; grad of residual is grad itself.
+        backward_traffic=3 * size,
+        work=size,
+    )
+
+
+def cases() -> list[Case]:
+    return [
+        _case("q-former", 8, 12, 12, 32, 257, 64),
+        _case("llama-3.2-vision", 4, 32, 8, 256, 1601, 128),
+        _ranges(2, 16, 512, 4, 257, 64),
+        _case("trained-bias", 4, 12, 12, 128, 577, 64, bias=True),
+        _varlen(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
+        _case("decode", 4, 32, 8, 1, 6404, 128, backward=False),
+        _key_mass(8, 12, 40, 577, 64),
+        _bidirectional(1, 4, 5000, 256, 256),
+        _gated_residual(4, 512, 4096),
+    ]

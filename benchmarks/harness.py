@@ -1,0 +1,330 @@
+"""One way to measure everything: numbers first, then alternating timings, memory, and the limits of the machine."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import datetime
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velm_kernels import measure
+
+Inputs = dict[str, Any]
+Function = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+# Above this many elements of work in float64 the exact result is computed by the eager code in float32 instead.
+LARGEST_EXACT = 2**27
+# torch has no half precision arithmetic on CPUs without it: only what takes seconds there, not minutes, is timed.
+LARGEST_HALF_ON_CPU = 2e9
+# A baseline that needs longer than this for one call is timed once.
+LONGEST_CALL = 20.0
+ULPS = 8.0
+VELM = "velm"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Work to be done, and several ways to do it.
+
+    Attributes:
+        make: makes float64 inputs from a generator; tensors that are not floating point stay as they are.
+        wanted: names of the inputs whose gradients are computed in the direction "fwd+bwd".
+        ways: name -> function of the inputs, by name. "eager" is plain torch and, in float64, the exact result;
+            "velm" is this library.
+        flops, traffic: operations and bytes that the forward pass cannot avoid; traffic is counted in elements.
+        backward_flops, backward_traffic: the same for the backward pass, None if there is none to measure.
+        work: elements of the largest intermediate of the eager way.
+    """
+
+    operator: str
+    name: str
+    shape: str
+    make: Callable[[torch.Generator], Inputs]
+    wanted: tuple[str, ...]
+    ways: dict[str, Function]
+    flops: float
+    traffic: float
+    backward_flops: float | None
+    backward_traffic: float = 0.0
+    work: float = 0.0
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return ("fwd",) if self.backward_flops is None else ("fwd", "fwd+bwd")
+
+
+@dataclass
+class Row:
+    """One line of the CSV; benchmarks/README.md says what the columns mean."""
+
+    date: str
+    torch: str
+    device: str
+    threads: int
+    instruction_set: str
+    peak_fp32: float
+    peak_bf16: float | None
+    copy_bandwidth: float
+    family: str
+    operator: str
+    case: str
+    shape: str
+    dtype: str
+    direction: str
+    way: str
+    samples: int
+    median_ms: float
+    lower_quartile_ms: float
+    upper_quartile_ms: float
+    best_ms: float
+    error: float
+    error_limit: float
+    exact: str
+    saved_bytes: int | None
+    peak_bytes: int | None
+    flops: float | None = None
+    bytes: float | None = None
+    limit_ms: float | None = None
+    fraction_of_limit: float | None = None
+    best_other: str = ""
+    speedup_over_best_other: float | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A way whose numbers were wrong, or that raised: it gets no figure."""
+
+    case: str
+    dtype: str
+    direction: str
+    way: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.case} {self.dtype} {self.direction}, {self.way}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: torch.device = torch.device("cpu")
+    rounds: int = 10
+    compile: bool = True
+    memory: bool = True
+    seed: int = 0
+
+
+def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:
+    def one(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(one, value))
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+
+    return {name: one(value) for name, value in inputs.items()}
+
+
+def runner(function: Function, inputs: Inputs, wanted: Sequence[str], seed: int) -> Callable[[], list[Tensor]]:
+    """A call without arguments that returns the outputs, and the gradients of ``wanted`` where there are any."""
+    leaves = [inputs[name].detach().requires_grad_() for name in wanted]
+    given = inputs | dict(zip(wanted, leaves, strict=True))
+    upstream: list[Tensor] = []
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            outs = function(**inputs)
+        return [outs] if isinstance(outs, Tensor) else list(outs)
+
+    def forward_backward() -> list[Tensor]:
+        result = function(**given)
+        outs = [result] if isinstance(result, Tensor) else list(result)
+        if not upstream:
+            generator = torch.Generator().manual_seed(seed)
+            for out in outs:
+                drawn = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+                upstream.append(drawn.to(out.device, out.dtype))
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, upstream)]
+
+    return forward_backward if wanted else forward
+
+
+def ways_to_time(case: Case, dtype: torch.dtype, settings: Settings) -> dict[str, Function]:
+    ways = dict(case.ways)
+    work = case.flops + (case.backward_flops or 0)
+    if dtype == torch.float16 and settings.device.type == "cpu" and work > LARGEST_HALF_ON_CPU:
+        return {VELM: ways[VELM]}
+    if settings.compile:
+        ways["compile"] = torch.compile(case.ways["eager"], dynamic=False)
+    return ways
+
+
+def check_numbers(
+    case: Case, dtype: torch.dtype, wanted: Sequence[str], ways: dict[str, Function], settings: Settings
+) -> tuple[dict[str, float], float, str, dict[str, str]]:
+    """Relative RMS error of each way, the most that is accepted, what they were compared with, and who failed.
+
+    An error may be twice that of plain torch in the same dtype, and a few units in the last place. In float16 on a
+    CPU, where plain torch needs minutes, it is plain torch in float32 on the same inputs, rounded: a stricter bound.
+    """
+    exact_dtype = torch.float64 if case.work <= LARGEST_EXACT else torch.float32
+    drawn = case.make(torch.Generator().manual_seed(settings.seed))
+    given = cast(drawn, dtype, settings.device)
+    exact = runner(case.ways["eager"], cast(given, exact_dtype, settings.device), wanted, settings.seed)()
+    half_on_cpu = dtype == torch.float16 and settings.device.type == "cpu"
+    plain_dtype = torch.float32 if half_on_cpu else dtype
+    plain = runner(case.ways["eager"], cast(given, plain_dtype, settings.device), wanted, settings.seed)()
+    plain_error = measure.relative_rms([tensor.to(dtype) for tensor in plain], exact)
+    limit = 2 * plain_error + ULPS * torch.finfo(dtype).eps
+    errors, failures = {}, {}
+    for name, function in ways.items():
+        try:
+            errors[name] = measure.relative_rms(runner(function, given, wanted, settings.seed)(), exact)
+        except Exception as error:
+            failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if not errors[name] <= limit:
+            failures[name] = f"relative RMS error {errors[name]:.2e} is above {limit:.2e}"
+    return errors, limit, "float64" if exact_dtype == torch.float64 else "float32 eager", failures
+
+
+def measure_case(
+    case: Case,
+    family: str,
+    dtype: torch.dtype,
+    direction: str,
+    limits: measure.Limits,
+    settings: Settings,
+) -> tuple[list[Row], list[Failure]]:
+    """Check and time every way of one case; a way whose numbers are wrong is not timed."""
+    backward = direction == "fwd+bwd"
+    wanted = case.wanted if backward else ()
+    ways = ways_to_time(case, dtype, settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*lower precision.*|.*TensorFloat32.*")
+        errors, error_limit, exact, failed = check_numbers(case, dtype, wanted, ways, settings)
+    dtype_name = str(dtype).removeprefix("torch.")
+    failures = [Failure(case.name, dtype_name, direction, way, reason) for way, reason in failed.items()]
+
+    given = cast(case.make(torch.Generator().manual_seed(settings.seed)), dtype, settings.device)
+    runs = {way: runner(ways[way], given, wanted, settings.seed) for way in ways if way not in failed}
+    if not runs:
+        return [], failures
+    timings = measure.alternate(runs, rounds=settings.rounds, longest=LONGEST_CALL, device=settings.device)
+
+    flops = case.flops + (case.backward_flops or 0.0) * backward
+    traffic = (case.traffic + case.backward_traffic * backward) * dtype.itemsize
+    limit = limits.seconds(flops, traffic, dtype)
+    rows = []
+    for way, timing in timings.items():
+        saved = peak = None
+        if settings.memory:
+            peak = measure.peak_memory(runs[way], settings.device)
+            if backward:
+                saved = _saved(ways[way], given, wanted)
+        lower, upper = timing.quartiles
+        rows.append(
+            Row(
+                date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                torch=torch.__version__,
+                device=limits.device,
+                threads=limits.threads,
+                instruction_set=instruction_set(settings.device),
+                peak_fp32=limits.fp32,
+                peak_bf16=limits.bf16,
+                copy_bandwidth=limits.copy,
+                family=family,
+                operator=case.operator,
+                case=case.name,
+                shape=case.shape,
+                dtype=dtype_name,
+                direction=direction,
+                way=way,
+                samples=len(timing.samples),
+                median_ms=timing.median * 1e3,
+                lower_quartile_ms=lower * 1e3,
+                upper_quartile_ms=upper * 1e3,
+                best_ms=timing.best * 1e3,
+                error=errors[way],
+                error_limit=error_limit,
+                exact=exact,
+                saved_bytes=saved,
+                peak_bytes=peak,
+                flops=flops,
+                bytes=traffic,
+                limit_ms=limit * 1e3,
+                fraction_of_limit=limit / timing.median,
+            )
+        )
+    compare(rows)
+    return rows, failures
+
+
+def _saved(function: Function, given: Inputs, wanted: Sequence[str]) -> int:
+    """Bytes kept for backward, the inputs not among them."""
+    leaves = {name: given[name].detach().requires_grad_() for name in wanted}
+    inputs = given | leaves
+    flat = [part for value in inputs.values() for part in (value if isinstance(value, tuple) else (value,))]
+    return measure.saved_for_backward(
+        lambda: function(**inputs), [tensor for tensor in flat if isinstance(tensor, Tensor)]
+    )
+
+
+def compare(rows: list[Row], ours: Sequence[str] = (VELM,)) -> None:
+    """Fills in, for each row, the fastest other one that is not of this library, and how many times as fast this is."""
+    others = [row for row in rows if row.way not in ours]
+    for row in rows:
+        rivals = [other for other in others if other is not row]
+        if rivals:
+            best = min(rivals, key=lambda other: other.median_ms)
+            row.best_other, row.speedup_over_best_other = best.way, best.median_ms / row.median_ms
+
+
+def instruction_set(device: torch.device) -> str:
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    from velm_kernels.backends import cpu
+
+    return cpu.in_use() or "none"
+
+
+def columns() -> list[str]:
+    return [field.name for field in dataclasses.fields(Row)]
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """Writes rows to ``path``, after what is there already if its columns are the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    names = columns()
+    fresh = not path.exists()
+    if not fresh:
+        with path.open(newline="") as file:
+            if next(csv.reader(file), None) != names:
+                raise ValueError(f"{path}: has other columns than this version writes; give another name")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        if fresh:
+            writer.writeheader()
+        for row in rows:
+            writer.writerow(dataclasses.asdict(row))
+
+
+def selected(
+    cases: Iterable[Case], patterns: Sequence[str], dtypes: Sequence[torch.dtype], directions: Sequence[str]
+) -> Iterator[tuple[Case, torch.dtype, str]]:
+    import fnmatch
+
+    for case in cases:
+        if patterns and not any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns):
+            continue
+        for dtype in case.dtypes:
+            for direction in case.directions:
+                if dtype in dtypes and direction in directions:
+                    yield case, dtype, direction

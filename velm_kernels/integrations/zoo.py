@@ -1,0 +1,244 @@
+"""Randomly initialised models of transformers at the sizes people run, with inputs, for profiling and benchmarks.
+
+A `Model` says how to build one kind of model (`model_type` in its configuration) and what to feed it. The published
+sizes of width, heads and tokens are the defaults; `layers` can cut the depth, since layers repeat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build and feed the models of one `model_type`.
+
+    Attributes:
+        class_name: class in transformers.
+        published: settings that the defaults of the configuration class lack.
+        depth: names of the settings that hold a number of layers, dotted for those of a sub-configuration.
+        inputs: makes inputs from (configuration, batch).
+        description: the tokens involved, for tables.
+    """
+
+    class_name: str
+    config_name: str
+    published: dict[str, Any]
+    depth: tuple[str, ...]
+    inputs: Callable[[Any, int], Inputs]
+    description: str
+
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _text(config: Any, batch: int, length: int, limit: str = "max_position_embeddings") -> Inputs:
+    length = min(length, getattr(config, limit, length))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    # Questions differ in length; padding is part of a realistic batch.
+    for row in range(batch):
+        mask[row, length - (row * 3) % max(1, length // 2) :] = 0
+    mask[0] = 1
+    low, high = min(5, config.vocab_size - 1), config.vocab_size
+    return {"input_ids": torch.randint(low, high, (batch, length)), "attention_mask": mask}
+
+
+def _vilt(config: Any, batch: int) -> Inputs:
+    size = config.image_size
+    return _text(config, batch, 40) | {
+        "pixel_values": torch.randn(batch, config.num_channels, size, size),
+        "pixel_mask": torch.ones(batch, size, size, dtype=torch.long),
+    }
+
+
+def _lxmert(config: Any, batch: int) -> Inputs:
+    return _text(config, batch, 20) | {
+        "visual_feats": torch.randn(batch, 36, config.visual_feat_dim),
+        "visual_pos": torch.rand(batch, 36, config.visual_pos_dim),
+    }
+
+
+def _visual_bert(config: Any, batch: int) -> Inputs:
+    return _text(config, batch, 64) | {
+        "visual_embeds": torch.randn(batch, 100, config.visual_embedding_dim),
+        "visual_attention_mask": torch.ones(batch, 100, dtype=torch.long),
+    }
+
+
+def _pixels(vision: Any, batch: int) -> Tensor:
+    return torch.randn(batch, getattr(vision, "num_channels", 3), vision.image_size, vision.image_size)
+
+
+def _flava(config: Any, batch: int) -> Inputs:
+    return _text(config.text_config, batch, 40) | {"pixel_values": _pixels(config.image_config, batch)}
+
+
+def _two_towers(config: Any, batch: int) -> Inputs:
+    return _text(config.text_config, batch, 40) | {"pixel_values": _pixels(config.vision_config, batch)}
+
+
+def _clip(config: Any, batch: int) -> Inputs:
+    inputs = _two_towers(config, batch)
+    inputs["input_ids"][:, -1] = config.text_config.eos_token_id or config.text_config.vocab_size - 1
+    return inputs
+
+
+def _qformer(config: Any, batch: int) -> Inputs:
+    return {
+        "query_embeds": torch.randn(batch, 32, config.hidden_size),
+        "encoder_hidden_states": torch.randn(batch, 257, config.encoder_hidden_size),
+        "encoder_attention_mask": torch.ones(batch, 257, dtype=torch.long),
+    }
+
+
+MODELS: dict[str, Model] = {
+    "vilt": Model(
+        "ViltModel",
+        "ViltConfig",
+        dict(_NO_DROPOUT),
+        ("num_hidden_layers",),
+        _vilt,
+        "40 text + 145 image tokens, width 768",
+    ),
+    "lxmert": Model(
+        "LxmertModel",
+        "LxmertConfig",
+        dict(_NO_DROPOUT),
+        ("l_layers", "r_layers", "x_layers"),
+        _lxmert,
+        "20 text tokens, 36 regions, width 768",
+    ),
+    "visual_bert": Model(
+        "VisualBertModel",
+        "VisualBertConfig",
+        _NO_DROPOUT | {"visual_embedding_dim": 2048},
+        ("num_hidden_layers",),
+        _visual_bert,
+        "64 text tokens, 100 regions, width 768",
+    ),
+    "flava": Model(
+        "FlavaModel",
+        "FlavaConfig",
+        {},
+        (
+            "image_config.num_hidden_layers",
+            "text_config.num_hidden_layers",
+            "multimodal_config.num_hidden_layers",
+        ),
+        _flava,
+        "40 text + 197 image tokens, width 768",
+    ),
+    "blip": Model(
+        "BlipForImageTextRetrieval",
+        "BlipConfig",
+        {"vision_config": {"image_size": 384}, "text_config": dict(_NO_DROPOUT)},
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _two_towers,
+        "40 text + 577 image tokens, width 768",
+    ),
+    "bridgetower": Model(
+        "BridgeTowerModel",
+        "BridgeTowerConfig",
+        {"text_config": dict(_NO_DROPOUT)},
+        ("num_hidden_layers", "vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _two_towers,
+        "40 text + 325 image tokens, width 768",
+    ),
+    "clip": Model(
+        "CLIPModel",
+        "CLIPConfig",
+        {"vision_config": {"patch_size": 16}},
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _clip,
+        "40 text + 197 image tokens, width 512 and 768",
+    ),
+    "blip_2_qformer": Model(
+        "Blip2QFormerModel",
+        "Blip2QFormerConfig",
+        dict(_NO_DROPOUT),
+        ("num_hidden_layers",),
+        _qformer,
+        "32 queries, 257 image tokens, width 768",
+    ),
+}
+
+
+def names() -> list[str]:
+    """Model types that can be built by name."""
+    return sorted(MODELS)
+
+
+def _set_depth(config: Any, setting: str, layers: int) -> None:
+    *path, name = setting.split(".")
+    for part in path:
+        config = getattr(config, part)
+    setattr(config, name, min(layers, getattr(config, name)))
+
+
+def configuration(model: str, layers: int | None = None) -> Any:
+    """Return the configuration of `model`: a name of `names()` or the path of a config.json (or its directory).
+
+    Raises:
+        ValueError: neither a known name nor a path, or a model type that is not known here.
+    """
+    import transformers
+
+    path = Path(model)
+    if model in MODELS:
+        entry = MODELS[model]
+        config = getattr(transformers, entry.config_name)(**entry.published)
+    elif path.exists():
+        config = transformers.AutoConfig.from_pretrained(path)
+        if config.model_type not in MODELS:
+            raise ValueError(f"model: {path} is a {config.model_type!r}; inputs are known for {', '.join(names())}")
+        entry = MODELS[config.model_type]
+    else:
+        raise ValueError(f"model: expected a path or one of {', '.join(names())}, given {model!r}")
+    if layers is not None:
+        for setting in entry.depth:
+            _set_depth(config, setting, layers)
+    return config
+
+
+def build(
+    model: str, *, batch: int = 1, layers: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[nn.Module, Inputs]:
+    """Return (model with random weights in eval mode, inputs).
+
+    Args:
+        model: a name of `names()` or the path of a config.json.
+        batch: examples.
+        layers: at most so many layers in each stack, by default as published.
+        dtype: of weights and floating-point inputs.
+        seed: of weights and inputs.
+    """
+    import transformers
+
+    config = configuration(model, layers)
+    entry = MODELS[config.model_type]
+    torch.manual_seed(seed)
+    built = getattr(transformers, entry.class_name)(config).eval().to(dtype)
+    inputs = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in entry.inputs(config, batch).items()
+    }
+    return built, inputs
+
+
+def outputs(result: Any) -> list[Tensor]:
+    """Every floating-point tensor of a model's output, in order."""
+    if isinstance(result, Tensor):
+        return [result] if result.is_floating_point() else []
+    if isinstance(result, dict):
+        result = list(result.values())
+    if isinstance(result, (list, tuple)):
+        return [tensor for part in result for tensor in outputs(part)]
+    return []

@@ -1,0 +1,231 @@
+"""Measuring what code costs: alternating timings, memory, and what this machine can do at most.
+
+Needs torch alone. Everything here works on CPUs and on CUDA devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that each sample took for one call."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        if len(self.samples) == 1:
+            return self.samples[0], self.samples[0]
+        lower, _, upper = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return lower, upper
+
+    @property
+    def best(self) -> float:
+        return min(self.samples)
+
+
+def seconds_of(run: Run, calls: int, device: torch.device) -> float:
+    """Seconds a call of ``run`` takes, over ``calls`` calls in a row."""
+    if device.type == "cuda":
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop) / 1e3 / calls
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - begin) / calls
+
+
+def alternate(
+    runs: Mapping[str, Run],
+    *,
+    rounds: int = 10,
+    warm_up: int = 2,
+    sample_seconds: float = 0.02,
+    longest: float | None = None,
+    device: torch.device | str = "cpu",
+    after_round: Callable[[int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time several ways to do the same work in turns, A B C A B C, so that what the machine does beside hits them all.
+
+    Args:
+        runs: name -> the call to time.
+        rounds: samples of each.
+        warm_up: calls before the first sample.
+        sample_seconds: a sample repeats short calls until they take about this long together.
+        longest: whoever needs more seconds than this for one call is not called again: that call is its only sample.
+        device: whose clock counts.
+        after_round: told the number of finished rounds.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, given {rounds}")
+    device = torch.device(device)
+    calls: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for name, run in runs.items():
+        took = seconds_of(run, 1, device)
+        if longest is not None and took > longest:
+            samples[name] = [took]
+            continue
+        for _ in range(warm_up - 1):
+            took = min(took, seconds_of(run, 1, device))
+        calls[name] = max(1, min(1000, round(sample_seconds / max(took, 1e-9))))
+    for finished in range(1, rounds + 1):
+        for name, count in calls.items():
+            samples[name].append(seconds_of(runs[name], count, device))
+        if after_round is not None:
+            after_round(finished)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def saved_for_backward(run: Run, inputs: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes that autograd keeps alive between the forward pass ``run`` and its backward, each storage counted once.
+
+    The storages of ``inputs`` (which the caller holds anyway, such as parameters) do not count.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    found: dict[int, int] = {}
+    # Kept until the end: a freed storage's address could be given to another one and hide it.
+    alive: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    del result
+    return sum(found.values())
+
+
+def peak_memory(run: Run, device: torch.device | str = "cpu") -> int:
+    """The most bytes of torch's allocator that ``run`` holds at once, beyond what was held before."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with (
+        _quiet(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
+        run()
+    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    held = most = 0
+    for _, change in events:
+        held += change
+        most = max(most, held)
+    return most
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler announces itself on the process's stderr, in the middle of progress bars."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def relative_rms(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
+    """The largest ``|got - exact| / |exact|`` (Frobenius) over pairs of tensors; inf where shapes or NaNs differ."""
+    worst = 0.0
+    for one, other in zip(got, exact, strict=True):
+        if one.shape != other.shape:
+            return float("inf")
+        difference = torch.linalg.vector_norm(one.double() - other.double())
+        size = torch.linalg.vector_norm(other.double())
+        error = float(difference / size) if size > 0 else float(difference)
+        worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine can do at most, in operations and bytes a second, measured now with ``threads`` threads."""
+
+    device: str
+    threads: int
+    fp32: float
+    bf16: float | None
+    copy: float
+    matmul: dict[str, float] = field(default_factory=dict)
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """The multiply-add peak for operands of ``dtype``: fp32's where the machine has nothing better."""
+        if self.device.startswith("cuda"):
+            return self.matmul[str(dtype).removeprefix("torch.")]
+        return self.bf16 if dtype == torch.bfloat16 and self.bf16 else self.fp32
+
+    def seconds(self, flops: float, traffic: float, dtype: torch.dtype) -> float:
+        """The least time for so many operations and bytes read and written: whichever takes longer."""
+        return max(flops / self.flops(dtype), traffic / self.copy)
+
+
+def measure_limits(device: torch.device | str = "cpu", seconds: float = 0.5) -> Limits:
+    """Measure the multiply-add peaks, the copy bandwidth and the rate of ``torch.matmul``.
+
+    On a CPU the peaks come from ``velm_kernels._facts``; without it, and on a GPU, from ``torch.matmul``.
+    """
+    device = torch.device(device)
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1536
+    matmul = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        timing = alternate({"matmul": lambda a=a, b=b: a @ b}, rounds=5, device=device)["matmul"]
+        matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / timing.best
+    threads = torch.get_num_threads()
+    if not cuda:
+        try:
+            from velm_kernels import _facts
+        except ImportError:
+            pass
+        else:
+            return Limits(
+                str(device),
+                threads,
+                _facts.peak_fp32(threads=threads, seconds=seconds),
+                _facts.peak_bf16(threads=threads, seconds=seconds),
+                _facts.copy_bandwidth(threads=threads, seconds=seconds),
+                matmul,
+            )
+    source = torch.empty(2**28 if cuda else 2**27, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    copy = alternate({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
+    return Limits(str(device), threads, matmul["float32"], matmul["bfloat16"], 2 * source.numel() / copy.best, matmul)
