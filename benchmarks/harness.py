@@ -114,7 +114,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Settings:
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     rounds: int = 10
     compile: bool = True
     memory: bool = True

@@ -6,6 +6,7 @@ Needs torch alone. Everything here works on CPUs and on CUDA devices.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import sys
@@ -138,7 +139,7 @@ def peak_memory(run: Run, device: torch.device | str = "cpu") -> int:
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
     ):
         run()
-    results = profile.profiler.kineto_results  # type: ignore[union-attr]
+    results = profile.profiler.kineto_results
     events = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
     held = most = 0
     for _, change in events:
@@ -208,7 +209,7 @@ def measure_limits(device: torch.device | str = "cpu", seconds: float = 0.5) -> 
     matmul = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.bfloat16):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        timing = alternate({"matmul": lambda a=a, b=b: a @ b}, rounds=5, device=device)["matmul"]
+        timing = alternate({"matmul": functools.partial(torch.matmul, a, b)}, rounds=5, device=device)["matmul"]
         matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / timing.best
     threads = torch.get_num_threads()
     if not cuda:
