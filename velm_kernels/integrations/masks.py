@@ -1,0 +1,141 @@
+"""Masks of models, dense and mostly regular, as the cheap arguments of `cross_attention`.
+
+Models hand their layers a dense mask of (batch, 1, queries, keys), additive or boolean, whatever its structure is:
+padding, causality, which picture a token may look at. All of these are the same for every query, or one run of keys for
+each query, which the kernels can skip along instead of reading a mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# An additive mask hides a key completely from here on: no score that a model computes survives this beside another.
+_HIDES = -1e9
+
+
+class Visible(NamedTuple):
+    """A mask in the terms of `cross_attention`.
+
+    Attributes:
+        arguments: some of `key_lengths`, `key_mask`, `key_ranges` and `mask`; None for a mask that has to be added.
+        hidden_rows: bool, (batch | 1, heads | 1, queries | 1, 1), True for rows in which an additive mask hides every
+            key. The models attend evenly to all keys there, which a zero query does too; `arguments` lets it see all
+            keys. None where there is none for certain, or where nobody reads them.
+    """
+
+    arguments: dict[str, Any] | None
+    hidden_rows: Tensor | None = None
+
+
+def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = False) -> Visible:
+    """Translate a model's mask.
+
+    A boolean mask (True = may be attended, as for `scaled_dot_product_attention`) keeps its meaning: a row without any
+    key gives zeros. An additive one that only hides becomes a boolean one, where this can be known: on a CPU the mask
+    is looked at, once for all layers that share it; elsewhere looking would wait for the device, and it stays a bias
+    unless the caller knows.
+
+    Args:
+        mask: (batch | 1, heads | 1, queries | 1, keys), bool or floating point, any strides; or None.
+        batch, queries: of the attention.
+        binary: the caller knows that an additive mask holds nothing but 0 and numbers that hide, and that rows without
+            any key are either absent or not read afterwards.
+    """
+    if mask is None:
+        return Visible({})
+    look = may_look(mask)
+    if not look or mask.requires_grad or mask.is_inference():
+        return _translate(mask, batch, queries, binary, look)
+    wanted = (mask._version, batch, queries, binary)
+    # On the tensor itself, so that it lives as long as the mask does.
+    kept = getattr(mask, "_velm_visible", None)
+    if kept is None or kept[0] != wanted:
+        kept = (wanted, _translate(mask, batch, queries, binary, look))
+        mask._velm_visible = kept  # type: ignore[attr-defined]
+    return kept[1]
+
+
+def why_not(mask: Any) -> str | None:
+    """Return why `translate` cannot serve a mask, or None."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        return f"the mask is a {type(mask).__name__}"
+    if mask.dim() != 4 or not (mask.dtype is torch.bool or mask.is_floating_point()):
+        return f"the mask is {mask.dtype} with {mask.dim()} dimensions"
+    return None
+
+
+def may_look(mask: Tensor) -> bool:
+    """Say whether values of a mask can be read without waiting for a device or breaking a graph."""
+    return mask.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+
+
+def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool) -> Visible:
+    # What was expanded is read once.
+    for dim in (1, 2):
+        if mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    rows = None
+    if mask.dtype is not torch.bool:
+        hidden = _hidden(mask)
+        if not binary or mask.requires_grad:
+            if not look or mask.requires_grad or not bool(((mask == 0) | hidden).all()):
+                return Visible(None)
+            empty = hidden.all(-1, keepdim=True)
+            rows = empty if bool(empty.any()) else None
+        mask = ~hidden if rows is None else ~hidden | rows
+    if mask.shape[3] == 0:
+        return Visible({}, rows)
+    return Visible(_looked(mask, batch, queries) if look else _unlooked(mask, batch, queries), rows)
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    return mask <= max(_HIDES, torch.finfo(mask.dtype).min)
+
+
+def _looked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
+    """`seen`: (batch | 1, heads | 1, queries | 1, keys) bool on the CPU."""
+    if bool(seen.all()):
+        return {}
+    if seen.shape[1] > 1:
+        if not torch.equal(seen, seen[:, :1].expand_as(seen)):
+            return {"mask": seen}
+        seen = seen[:, :1]
+    if seen.shape[2] > 1 and torch.equal(seen, seen[:, :, :1].expand_as(seen)):
+        seen = seen[:, :, :1]
+    rows = seen[:, 0]
+    start, stop = _runs(rows)
+    whole = torch.equal(stop - start, rows.sum(-1, dtype=torch.int32))
+    if rows.shape[1] == 1:
+        if whole and not bool(start.any()):
+            return {"key_lengths": stop[:, 0].expand(batch).contiguous()}
+        return {"key_mask": rows[:, 0].expand(batch, -1).contiguous()}
+    ranges = {"key_ranges": (_filled(start, batch, queries), _filled(stop, batch, queries))}
+    return ranges if whole else {**ranges, "mask": seen}
+
+
+def _unlooked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
+    """The same without reading values: ranges around what is seen let tiles be skipped, the mask does the rest."""
+    if seen.shape[1] > 1:
+        return {"mask": seen}
+    if seen.shape[2] == 1:
+        return {"key_mask": seen[:, 0, 0].expand(batch, -1).contiguous()}
+    start, stop = _runs(seen[:, 0])
+    return {"key_ranges": (_filled(start, batch, queries), _filled(stop, batch, queries)), "mask": seen}
+
+
+def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """First and last + 1 key seen in each row of (batch, rows, keys), both 0 where there is none."""
+    keys = rows.shape[-1]
+    position = torch.arange(1, keys + 1, dtype=torch.int32, device=rows.device)
+    stop = (rows * position).amax(-1)
+    start = keys - (rows * position.flip(0)).amax(-1)
+    return torch.where(stop > 0, start, 0).int(), stop.int()
+
+
+def _filled(ends: Tensor, batch: int, queries: int) -> Tensor:
+    return ends.expand(batch, queries).contiguous()
