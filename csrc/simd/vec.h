@@ -63,6 +63,21 @@ VELM_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return a * b + c;
 #endif
 }
+// max(a, b), b where a is NaN.
+VELM_INLINE Vec maximum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_max_ps(static_cast<__m512>(a), static_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_max_ps(static_cast<__m256>(a), static_cast<__m256>(b)));
+#else
+  return Vec(_mm_max_ps(static_cast<__m128>(a), static_cast<__m128>(b)));
+#endif
+}
+VELM_INLINE VecMask mask_of(VecUint::mask_type m) {
+  VecUint ones = 0u;
+  stdx::where(m, ones) = 0x3f800000u;
+  return std::bit_cast<Vec>(ones) != zero();
+}
 // Lanes 0, 1, 2, ...
 VELM_INLINE VecInt lane_index() {
   return VecInt([](auto i) { return static_cast<int32_t>(i); });

@@ -1,0 +1,121 @@
+// The arguments of the attention operators as plain pointers and sizes, and what each row of
+// queries may see.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "simd/vec.h"
+
+namespace velm::attention {
+
+using torch::stable::Tensor;
+
+enum class Dtype { f32, bf16, f16 };
+
+inline int64_t element_size(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline auto with_type(Dtype dtype, F&& f) {
+  switch (dtype) {
+    case Dtype::bf16:
+      return f(static_cast<simd::bf16*>(nullptr));
+    case Dtype::f16:
+      return f(static_cast<simd::fp16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+// Rows of contiguous elements, found by batch, head and row; strides in elements.
+struct Rows {
+  const char* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t batch = 0, head = 0, row = 0;
+
+  const char* at(int64_t b, int64_t h, int64_t i) const {
+    return data + (b * batch + h * head + i * row) * element_size(dtype);
+  }
+  char* mutable_at(int64_t b, int64_t h, int64_t i) const { return const_cast<char*>(at(b, h, i)); }
+};
+
+// A broadcastable (batch, heads, queries, keys) operand; broadcast dimensions have stride 0.
+struct Scores {
+  const char* data = nullptr;
+  Dtype dtype = Dtype::f32;
+  int64_t element = 0;
+  int64_t stride[4] = {};
+
+  explicit operator bool() const { return data != nullptr; }
+  const char* row(int64_t b, int64_t h, int64_t i) const {
+    return data + (b * stride[0] + h * stride[1] + i * stride[2]) * element;
+  }
+};
+
+// Keys a row may see: j with lo <= j < hi.
+struct Range {
+  int32_t lo = 0, hi = 0;
+};
+
+// The tensors both operators take, in the order of their schemas.
+struct Arguments {
+  Tensor query, key, value;
+  std::optional<Tensor> key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight, key_norm_weight,
+      seed, cu_seqlens_q, cu_seqlens_k;
+  bool is_causal;
+  double scale, softcap, norm_eps, dropout_p;
+};
+
+struct Problem {
+  explicit Problem(const Arguments& arguments);
+
+  int64_t batch, heads, kv_heads, group;
+  int64_t queries, keys;  // of a whole tensor: of one batch entry, or all packed tokens
+  int64_t head_dim, value_dim;
+  Dtype dtype;
+  bool varlen;
+  Rows q, k, v;
+  Scores mask, bias;
+  float scale, softcap;
+  bool dropout = false;
+  uint32_t dropout_below = 0;  // a random word below this drops its weight
+  float dropout_scale = 1.0f;
+  uint64_t seed = 0;
+
+  int64_t first_query(int64_t b) const { return varlen ? query_offsets_[b] : 0; }
+  int64_t first_key(int64_t b) const { return varlen ? key_offsets_[b] : 0; }
+  int64_t query_count(int64_t b) const { return varlen ? query_offsets_[b + 1] - query_offsets_[b] : queries; }
+  int64_t key_count(int64_t b) const { return varlen ? key_offsets_[b + 1] - key_offsets_[b] : keys; }
+  // Position of (b, h, i) in logsumexp, and of (b, h, j) in key_mass.
+  int64_t row_index(int64_t b, int64_t h, int64_t i) const {
+    return varlen ? h * queries + first_query(b) + i : (b * heads + h) * queries + i;
+  }
+  int64_t mass_index(int64_t b, int64_t h, int64_t j) const {
+    return varlen ? h * keys + first_key(b) + j : (b * heads + h) * keys + j;
+  }
+  // The keys that query i of batch entry b may see by lengths, ranges and causality.
+  Range range(int64_t b, int64_t i) const;
+  // Which keys of the range are masked besides; null where all may be attended.
+  const bool* holes(int64_t b) const { return holes_.empty() ? nullptr : holes_[b]; }
+  // Whether a key can be hidden from one row and visible to another.
+  bool masked_by_row() const { return ranges_ || causal_ || mask || bias; }
+
+ private:
+  bool causal_, ranges_ = false;
+  const int32_t *start_ = nullptr, *stop_ = nullptr;
+  std::vector<Range> key_bounds_;     // of every batch entry, from lengths and key_mask
+  std::vector<const bool*> holes_;    // empty where no key_mask leaves holes
+  std::vector<int64_t> query_offsets_, key_offsets_;
+};
+
+Dtype dtype_of(const Tensor& t);
+// Rows of a (B, H, N, D) tensor or of a packed (T, H, D) one.
+Rows rows_of(const Tensor& t, bool varlen);
+// A new tensor (B, H, N, last) with memory in the order (B, N, H, last); a packed one is contiguous.
+Tensor new_heads_last(const Tensor& like, int64_t last);
+
+}  // namespace velm::attention
