@@ -78,7 +78,7 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
     for (int64_t d = 0; d < p.value_dim; ++d) {
       for (int l = 0; l < kWidth; ++l) state.ot[d * kWidth + l] *= alpha[l];
     }
-    product_without_zeros(state.ot, kWidth, p.value_dim, values, 1, block.ldv, n, s, kWidth, kWidth);
+    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, block.ldv, n, s, kWidth);
   }
 }
 

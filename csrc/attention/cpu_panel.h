@@ -194,15 +194,18 @@ inline bool pack_key_rows(float* out, int64_t ld, const Problem& p, const Rows& 
   });
 }
 
-// C[r][lane] += sum over k of A[r, k] * B[k][lane], leaving out every term with B = 0: the slow way for
-// blocks whose A holds infinities or NaN that only some lanes may see.
-inline void product_without_zeros(float* c, int64_t ldc, int64_t rows, const float* a, int64_t a_row, int64_t a_depth,
-                                  int64_t depth, const float* b, int64_t ldb, int64_t columns) {
+// C[r][c] += sum over k of A[r, k] * B[k][c], leaving out every term where the weight is 0: the slow way for blocks
+// with infinities or NaN that only some rows may see. Weights are A or B.
+template <bool WeightsInA>
+void product_without_zeros(float* c, int64_t ldc, int64_t rows, int64_t columns, const float* a, int64_t a_row,
+                           int64_t a_depth, int64_t depth, const float* b, int64_t ldb) {
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t r = 0; r < rows; ++r) {
       const float x = a[r * a_row + k * a_depth];
-      for (int64_t l = 0; l < columns; ++l) {
-        if (b[k * ldb + l] != 0.0f) c[r * ldc + l] += x * b[k * ldb + l];
+      if (WeightsInA && x == 0.0f) continue;
+      for (int64_t i = 0; i < columns; ++i) {
+        const float y = b[k * ldb + i];
+        if (WeightsInA || y != 0.0f) c[r * ldc + i] += x * y;
       }
     }
   }

@@ -1,0 +1,413 @@
+// Attention backward: one pass with five matrix products a tile, probabilities recomputed from the
+// saved logsumexp.
+//
+// A job owns a run of keys of some key heads, so the gradients of keys and values are written by
+// it alone. Where keys are split between jobs, each leaves a partial gradient of the queries, and
+// these are added up in order; how keys are split depends on sizes only, never on threads.
+#include "attention/cpu_backward.h"
+
+#include <cmath>
+
+#include "attention/cpu_bias_gradient.h"
+#include "attention/cpu_scores.h"
+#include "simd/parallel.h"
+
+namespace velm::attention {
+
+namespace {
+
+constexpr int64_t kChunk = 96;
+// Enough jobs for this many threads to share evenly.
+constexpr int64_t kJobs = 32;
+
+struct Pair {
+  int64_t b, kv_head;
+};
+
+struct Job {
+  std::vector<Pair> pairs;
+  int64_t split;
+  float* grad_bias;
+};
+
+// How the work is cut, from sizes alone.
+struct Plan {
+  int64_t splits = 1;    // parts of the keys of every pair
+  int64_t partials = 1;  // copies of the bias gradient
+  int64_t groups = 1;    // jobs that share a slice of the bias gradient
+};
+
+Plan make_plan(const Problem& p, const int64_t* bias_size) {
+  Plan plan;
+  int64_t chunks = 1;
+  for (int64_t b = 0; b < p.batch; ++b) chunks = std::max(chunks, (p.key_count(b) + kChunk - 1) / kChunk);
+  const int64_t pairs = std::max<int64_t>(1, p.batch * p.kv_heads);
+  const int64_t slices =
+      bias_size ? std::max<int64_t>(1, (bias_size[0] > 1 ? p.batch : 1) * (bias_size[1] > 1 ? p.kv_heads : 1)) : pairs;
+  plan.splits = std::clamp<int64_t>(kJobs / slices, 1, chunks);
+  plan.groups = std::clamp<int64_t>(kJobs / 2 / (slices * plan.splits), 1, pairs / slices);
+  plan.partials = plan.groups * (bias_size && bias_size[3] == 1 ? plan.splits : 1);
+  return plan;
+}
+
+int64_t panel_count(const Problem& p, int64_t b) { return (p.group * p.query_count(b) + kPanel - 1) / kPanel; }
+
+class Worker {
+ public:
+  Worker(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets, float* partial)
+      : p_(p), g_(g), plan_(plan), offsets_(offsets), partial_(partial), scratch_(memory_, p, kChunk, true) {
+    want_scores_ = g.grad_query.data || g.grad_key.data || g.grad_bias;
+    ldk_ = padded(p.head_dim);
+    ldv_ = padded(p.value_dim);
+    k_ = memory_.take(kChunk * ldk_);
+    v_ = memory_.take(kChunk * ldv_);
+    dk_ = memory_.take(kChunk * ldk_);
+    dv_ = memory_.take(kChunk * ldv_);
+    weights_ = memory_.take(kChunk * kPanel);
+    ds_ = memory_.take(kChunk * kPanel);
+    if (p.dropout) dropped_ = memory_.take(kChunk * kPanel);
+    int64_t most = 0;
+    for (int64_t b = 0; b < p.batch; ++b) most = std::max(most, panel_count(p, b));
+    // Packed queries are kept for all chunks of keys unless there are very many.
+    kept_ = std::min<int64_t>(most, kKeptPanels);
+    keep_all_ = most <= kKeptPanels;
+    qt_ = memory_.take(kept_ * kPanel * p.head_dim);
+    dot_ = memory_.take(kept_ * kPanel * p.value_dim);
+    q_ = memory_.take(kept_ * kPanel * ldk_);
+    do_ = memory_.take(kept_ * kPanel * ldv_);
+    if (g.grad_query.data && !partial) dq_ = memory_.take(most * kPanel * p.head_dim);
+    std::fill_n(k_, kChunk * ldk_, 0.0f);
+    std::fill_n(v_, kChunk * ldv_, 0.0f);
+  }
+
+  void run(const Job& job) {
+    for (const Pair& pair : job.pairs) run_pair(job, pair);
+  }
+
+ private:
+  static constexpr int64_t kKeptPanels = 128;
+
+  // What is known of a panel before the keys are gone through.
+  struct Prepared {
+    alignas(64) float lse2[kPanel], delta[kPanel];
+    bool q_finite = true, do_finite = true;
+  };
+
+  void run_pair(const Job& job, const Pair& pair) {
+    const int64_t rows = p_.group * p_.query_count(pair.b);
+    panels_.clear();
+    prepared_.clear();
+    for (int64_t r = 0; r < rows; r += kPanel) {
+      panels_.emplace_back(p_, pair.b, pair.kv_head, r, rows - r);
+      prepared_.emplace_back();
+      prepare(panels_.back(), prepared_.back());
+      if (keep_all_) pack_panel(panels_.size() - 1, panels_.size() - 1);
+    }
+    float* dq = dq_;
+    const int64_t dq_size = static_cast<int64_t>(panels_.size()) * kPanel * p_.head_dim;
+    if (partial_) {
+      const int64_t at = offsets_[pair.b * p_.kv_heads + pair.kv_head];
+      dq = partial_ + (job.split * offsets_.back() + at) * kPanel * p_.head_dim;
+    }
+    if (g_.grad_query.data) std::fill_n(dq, dq_size, 0.0f);
+
+    const int64_t keys = p_.key_count(pair.b), chunks = (keys + kChunk - 1) / kChunk;
+    for (int64_t c = job.split * chunks / plan_.splits; c < (job.split + 1) * chunks / plan_.splits; ++c)
+      run_chunk(job, pair, c * kChunk, std::min(keys, (c + 1) * kChunk), dq);
+
+    if (g_.grad_query.data && !partial_) {
+      for (size_t i = 0; i < panels_.size(); ++i) write_grad_query(p_, g_, panels_[i], dq + i * kPanel * p_.head_dim);
+    }
+  }
+
+  void prepare(const Panel& panel, Prepared& state) {
+    for (int l = 0; l < kPanel; ++l) {
+      // Weights of rows that see nothing come out as exp2(-inf) = 0.
+      state.lse2[l] = kInfinity;
+      state.delta[l] = 0.0f;
+      if (l >= panel.count) continue;
+      const float lse = g_.logsumexp[p_.row_index(panel.b, panel.head[l], panel.query[l])];
+      if (lse == -kInfinity) continue;
+      state.lse2[l] = lse * kLog2e;
+      if (!want_scores_) continue;
+      const int64_t b = p_.varlen ? 0 : panel.b, i = p_.first_query(panel.b) + panel.query[l];
+      float delta = with_type(g_.out.dtype, [&](auto* tag) {
+        using T = std::remove_pointer_t<decltype(tag)>;
+        const T* out = reinterpret_cast<const T*>(g_.out.at(b, panel.head[l], i));
+        const T* grad = reinterpret_cast<const T*>(g_.grad_out.at(b, panel.head[l], i));
+        Vec sum = simd::zero();
+        for (int64_t d = 0; d < p_.value_dim; d += kLanes) {
+          const int wide = static_cast<int>(std::min<int64_t>(p_.value_dim - d, kLanes));
+          sum = simd::fma(simd::load_first(out + d, wide), simd::load_first(grad + d, wide), sum);
+        }
+        return simd::sum_lanes(sum);
+      });
+      if (g_.grad_logsumexp) {
+        const int64_t* stride = g_.grad_logsumexp_stride;
+        delta -= g_.grad_logsumexp[b * stride[0] + panel.head[l] * stride[1] + i * stride[2]];
+      }
+      state.delta[l] = delta;
+    }
+  }
+
+  void pack_panel(size_t i, size_t slot) {
+    const Panel& panel = panels_[i];
+    const int64_t width = panel.vectors * kLanes;
+    // Rows that see nothing may hold anything and must not spread it.
+    const auto keep = [&](int l) { return prepared_[i].lse2[l] != kInfinity; };
+    pack_transposed(qt_ + slot * kPanel * p_.head_dim, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), keep);
+    if (want_scores_) {
+      pack_transposed(dot_ + slot * kPanel * p_.value_dim, width, p_, panel, g_.grad_out, p_.value_dim, 1.0f, keep);
+    }
+    if (g_.grad_key.data)
+      prepared_[i].q_finite = pack_panel_rows(q_ + slot * kPanel * ldk_, ldk_, p_, panel, p_.q, p_.head_dim, keep);
+    if (g_.grad_value.data) {
+      prepared_[i].do_finite =
+          pack_panel_rows(do_ + slot * kPanel * ldv_, ldv_, p_, panel, g_.grad_out, p_.value_dim, keep);
+    }
+  }
+
+  void run_chunk(const Job& job, const Pair& pair, int64_t first, int64_t stop, float* dq) {
+    KeyBlock block;
+    block.first = first;
+    block.count = stop - first;
+    block.k = k_;
+    block.v = v_;
+    block.ldk = ldk_;
+    block.ldv = ldv_;
+    const bool* holes = p_.holes(pair.b);
+    block.holes = holes ? holes + first : nullptr;
+    std::fill_n(dk_, block.count * ldk_, 0.0f);
+    std::fill_n(dv_, block.count * ldv_, 0.0f);
+    int64_t lo = INT64_MAX, hi = 0;
+    for (const Panel& panel : panels_) {
+      if (panel.hi <= panel.lo) continue;
+      lo = std::min(lo, panel.lo);
+      hi = std::max(hi, panel.hi);
+    }
+    lo = std::max(lo, first);
+    hi = std::min(hi, stop);
+    if (lo < hi && !(holes && std::find(holes + lo, holes + hi, true) == holes + hi)) {
+      const int64_t at = lo - first;
+      const bool* block_holes = holes ? holes + lo : nullptr;
+      block.k_finite = pack_key_rows(k_ + at * ldk_, ldk_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim,
+                                     block_holes) ||
+                       !p_.masked_by_row();
+      pack_key_rows(v_ + at * ldv_, ldv_, p_, p_.v, pair.b, pair.kv_head, lo, hi - lo, p_.value_dim, block_holes);
+      for (size_t i = 0; i < panels_.size(); ++i) {
+        Panel& panel = panels_[i];
+        const int64_t a = std::max(panel.lo, first) - first, z = std::min(panel.hi, stop) - first;
+        if (a >= z) continue;
+        if (!keep_all_) pack_panel(i, 0);
+        float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * p_.head_dim;
+        if (panel.vectors == 2) {
+          differentiate<2>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, panel_dq);
+        } else {
+          differentiate<1>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, panel_dq);
+        }
+      }
+    }
+    if (g_.grad_key.data) write_key_rows(g_.grad_key, pair, block, dk_, ldk_, p_.head_dim, p_.scale);
+    if (g_.grad_value.data) write_key_rows(g_.grad_value, pair, block, dv_, ldv_, p_.value_dim, 1.0f);
+  }
+
+  // The part of keys [from, to) of the block and one panel in every gradient.
+  template <int V>
+  void differentiate(const Job& job, Panel& panel, const Prepared& state, const KeyBlock& block, int64_t from,
+                     int64_t to, size_t slot, float* dq) {
+    constexpr int kWidth = V * kLanes;
+    const int64_t n = to - from;
+    const float* qt = qt_ + slot * kPanel * p_.head_dim;
+    if (!score_tile<V>(weights_, p_, panel, block, from, to, qt, kWidth, scratch_)) return;
+    Vec lse2[V], delta[V];
+    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+      lse2[v] = simd::load(state.lse2 + v * kLanes);
+      delta[v] = simd::load(state.delta + v * kLanes);
+    });
+    if (want_scores_) {
+      simd::product<V, false, simd::Start::zero>(ds_, kWidth, n, block.v + from * block.ldv, block.ldv, p_.value_dim,
+                                                 dot_ + slot * kPanel * p_.value_dim, kWidth);
+    }
+    const float* dropped = weights_;
+    if (p_.dropout) {
+      for (int64_t at = 0; at < n * kWidth; at += kWidth) {
+        simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+          float* w = weights_ + at + v * kLanes;
+          simd::store(w, simd::exp2(simd::load(w) - lse2[v]));
+        });
+      }
+      for_dropout<V>(p_, panel, block.first + from, n, [&](int64_t i, int v, simd::VecMask keep) {
+        const int64_t at = i * kWidth + v * kLanes;
+        simd::store(dropped_ + at, simd::select(keep, simd::load(weights_ + at) * p_.dropout_scale, simd::zero()));
+        if (want_scores_) {
+          simd::store(ds_ + at, simd::select(keep, simd::load(ds_ + at) * p_.dropout_scale, simd::zero()));
+        }
+      });
+      dropped = dropped_;
+    }
+    for (int64_t at = 0; at < n * kWidth; at += kWidth) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        float* w = weights_ + at + v * kLanes;
+        Vec weight = simd::load(w);
+        if (!p_.dropout) {
+          weight = simd::exp2(weight - lse2[v]);
+          simd::store(w, weight);
+        }
+        if (want_scores_) {
+          float* to_ds = ds_ + at + v * kLanes;
+          const Vec ds = weight * (simd::load(to_ds) - delta[v]);
+          // A hidden value may have made the other factor NaN.
+          simd::store(to_ds, simd::select(weight == simd::zero(), simd::zero(), ds));
+        }
+      });
+    }
+    if (g_.grad_bias) add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, ds_, block.first + from, n);
+    if (want_scores_ && p_.softcap > 0) {
+      for (int64_t at = 0; at < n * kWidth; at += kLanes) {
+        const Vec t = simd::load(scratch_.tanh + at), ds = simd::load(ds_ + at);
+        simd::store(ds_ + at, simd::select(ds == simd::zero(), ds, ds * (1.0f - t * t)));
+      }
+    }
+    const bool rowwise = p_.masked_by_row();
+    if (g_.grad_value.data) {
+      const float* rows = do_ + slot * kPanel * ldv_;
+      float* to_dv = dv_ + from * ldv_;
+      if (state.do_finite || !rowwise) {
+        simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), dropped, kWidth,
+                                                    kWidth, rows, ldv_);
+      } else {
+        product_without_zeros<true>(to_dv, ldv_, n, p_.value_dim, dropped, kWidth, 1, kWidth, rows, ldv_);
+      }
+    }
+    if (g_.grad_key.data) {
+      const float* rows = q_ + slot * kPanel * ldk_;
+      float* to_dk = dk_ + from * ldk_;
+      if (state.q_finite || !rowwise) {
+        simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), ds_, kWidth, kWidth,
+                                                    rows, ldk_);
+      } else {
+        product_without_zeros<true>(to_dk, ldk_, n, p_.head_dim, ds_, kWidth, 1, kWidth, rows, ldk_);
+      }
+    }
+    if (g_.grad_query.data) {
+      const float* keys = block.k + from * block.ldk;
+      if (block.k_finite) {
+        simd::product<V, true, simd::Start::add>(dq, kWidth, p_.head_dim, keys, block.ldk, n, ds_, kWidth);
+      } else {
+        product_without_zeros<false>(dq, kWidth, p_.head_dim, kWidth, keys, 1, block.ldk, n, ds_, kWidth);
+      }
+    }
+  }
+
+  void write_key_rows(const Rows& rows, const Pair& pair, const KeyBlock& block, const float* from, int64_t ld,
+                      int64_t columns, float factor) {
+    with_type(rows.dtype, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      for (int64_t j = 0; j < block.count; ++j) {
+        T* to = reinterpret_cast<T*>(
+            rows.mutable_at(p_.varlen ? 0 : pair.b, pair.kv_head, p_.first_key(pair.b) + block.first + j));
+        for (int64_t d = 0; d < columns; d += kLanes) {
+          simd::store_first(to + d, simd::load(from + j * ld + d) * factor,
+                            static_cast<int>(std::min<int64_t>(columns - d, kLanes)));
+        }
+      }
+    });
+  }
+
+ public:
+  static void write_grad_query(const Problem& p, const Gradients& g, const Panel& panel, const float* dq) {
+    alignas(64) float factor[kPanel];
+    std::fill_n(factor, kPanel, p.scale);
+    unpack_transposed(g.grad_query, p, panel, dq, panel.vectors * kLanes, p.head_dim, factor);
+  }
+
+ private:
+  const Problem& p_;
+  const Gradients& g_;
+  const Plan& plan_;
+  const std::vector<int64_t>& offsets_;
+  float* partial_;
+  simd::Scratch memory_;
+  ScoreScratch scratch_;
+  bool want_scores_, keep_all_;
+  int64_t ldk_, ldv_, kept_;
+  float *k_, *v_, *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *qt_, *dot_, *q_, *do_, *dq_ = nullptr;
+  std::vector<Panel> panels_;
+  std::vector<Prepared> prepared_;
+};
+
+// Adds the partial gradients of the queries up, in the order of the key splits.
+void reduce_grad_query(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets,
+                       float* partial) {
+  const int64_t pairs = p.batch * p.kv_heads, size = kPanel * p.head_dim;
+  simd::parallel_items(pairs, [&](int64_t pair) {
+    const int64_t b = pair / p.kv_heads, rows = p.group * p.query_count(b);
+    for (int64_t r = 0; r < rows; r += kPanel) {
+      const Panel panel(p, b, pair % p.kv_heads, r, rows - r);
+      float* sum = partial + (offsets[pair] + r / kPanel) * size;
+      for (int64_t s = 1; s < plan.splits; ++s) {
+        const float* other = sum + s * offsets.back() * size;
+        for (int64_t i = 0; i < panel.vectors * kLanes * p.head_dim; i += kLanes)
+          simd::store(sum + i, simd::load(sum + i) + simd::load(other + i));
+      }
+      Worker::write_grad_query(p, g, panel, sum);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t bias_partials(const Problem& p, const int64_t (&bias_size)[4]) { return make_plan(p, bias_size).partials; }
+
+void backward(const Problem& p, const Gradients& g) {
+  const Plan plan = make_plan(p, g.grad_bias ? g.bias_size : nullptr);
+  const int64_t pairs = p.batch * p.kv_heads;
+
+  // Panels before each pair, for the partial gradients of the queries.
+  std::vector<int64_t> offsets{0};
+  for (int64_t i = 0; i < pairs; ++i) offsets.push_back(offsets.back() + panel_count(p, i / p.kv_heads));
+  simd::Scratch memory;
+  float* partial = nullptr;
+  if (g.grad_query.data && plan.splits > 1)
+    partial = memory.take(plan.splits * offsets.back() * kPanel * p.head_dim);
+
+  // Pairs that add to the same slice of the bias gradient are dealt out to `groups` jobs with a copy each.
+  const int64_t bias_count = g.bias_size[0] * g.bias_size[1] * g.bias_size[2] * g.bias_size[3];
+  std::vector<std::vector<Pair>> lists;
+  if (g.grad_bias) {
+    const int64_t batches = g.bias_size[0] > 1 ? p.batch : 1, heads = g.bias_size[1] > 1 ? p.kv_heads : 1;
+    lists.resize(static_cast<size_t>(batches * heads * plan.groups));
+    std::vector<int64_t> seen(static_cast<size_t>(batches * heads), 0);
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t b = i / p.kv_heads, h = i % p.kv_heads;
+      const int64_t slice = (batches > 1 ? b : 0) * heads + (heads > 1 ? h : 0);
+      lists[slice * plan.groups + seen[slice]++ % plan.groups].push_back({b, h});
+    }
+  } else {
+    for (int64_t i = 0; i < pairs; ++i) lists.push_back({{i / p.kv_heads, i % p.kv_heads}});
+  }
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < lists.size(); ++i) {
+    for (int64_t s = 0; s < plan.splits; ++s) {
+      const int64_t group = static_cast<int64_t>(i) % plan.groups;
+      const int64_t copy = plan.partials > plan.groups ? group * plan.splits + s : group;
+      jobs.push_back({lists[i], s, g.grad_bias ? g.grad_bias + copy * bias_count : nullptr});
+    }
+  }
+  simd::parallel_ranges(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
+    Worker worker(p, g, plan, offsets, partial);
+    for (int64_t i = begin; i < end; ++i) worker.run(jobs[i]);
+  });
+  if (partial) reduce_grad_query(p, g, plan, offsets, partial);
+  if (g.grad_bias && plan.partials > 1) {
+    simd::parallel_ranges(bias_count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float sum = g.grad_bias[i];
+        for (int64_t c = 1; c < plan.partials; ++c) sum += g.grad_bias[c * bias_count + i];
+        g.grad_bias[i] = sum;
+      }
+    });
+  }
+}
+
+}  // namespace velm::attention
