@@ -73,6 +73,7 @@ class Worker {
     keep_all_ = most <= kKeptPanels;
     qt_ = memory_.take(kept_ * kPanel * p.head_dim);
     dot_ = memory_.take(kept_ * kPanel * p.value_dim);
+    ot_ = memory_.take(kPanel * p.value_dim);
     q_ = memory_.take(kept_ * kPanel * ldk_);
     do_ = memory_.take(kept_ * kPanel * ldv_);
     if (g.grad_query.data && !partial) dq_ = memory_.take(most * kPanel * p.head_dim);
@@ -100,8 +101,7 @@ class Worker {
     for (int64_t r = 0; r < rows; r += kPanel) {
       panels_.emplace_back(p_, pair.b, pair.kv_head, r, rows - r);
       prepared_.emplace_back();
-      prepare(panels_.back(), prepared_.back());
-      if (keep_all_) pack_panel(panels_.size() - 1, panels_.size() - 1);
+      prepare(panels_.size() - 1, keep_all_ ? panels_.size() - 1 : 0);
     }
     float* dq = dq_;
     const int64_t dq_size = static_cast<int64_t>(panels_.size()) * kPanel * p_.head_dim;
@@ -120,7 +120,10 @@ class Worker {
     }
   }
 
-  void prepare(const Panel& panel, Prepared& state) {
+  // logsumexp, and the dot product of out and its gradient, for every lane.
+  void prepare(size_t i, size_t slot) {
+    const Panel& panel = panels_[i];
+    Prepared& state = prepared_[i];
     for (int l = 0; l < kPanel; ++l) {
       // Weights of rows that see nothing come out as exp2(-inf) = 0.
       state.lse2[l] = kInfinity;
@@ -129,24 +132,23 @@ class Worker {
       const float lse = g_.logsumexp[p_.row_index(panel.b, panel.head[l], panel.query[l])];
       if (lse == -kInfinity) continue;
       state.lse2[l] = lse * kLog2e;
-      if (!want_scores_) continue;
-      const int64_t b = p_.varlen ? 0 : panel.b, i = p_.first_query(panel.b) + panel.query[l];
-      float delta = with_type(g_.out.dtype, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
-        const T* out = reinterpret_cast<const T*>(g_.out.at(b, panel.head[l], i));
-        const T* grad = reinterpret_cast<const T*>(g_.grad_out.at(b, panel.head[l], i));
-        Vec sum = simd::zero();
-        for (int64_t d = 0; d < p_.value_dim; d += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(p_.value_dim - d, kLanes));
-          sum = simd::fma(simd::load_first(out + d, wide), simd::load_first(grad + d, wide), sum);
-        }
-        return simd::sum_lanes(sum);
-      });
-      if (g_.grad_logsumexp) {
-        const int64_t* stride = g_.grad_logsumexp_stride;
-        delta -= g_.grad_logsumexp[b * stride[0] + panel.head[l] * stride[1] + i * stride[2]];
-      }
-      state.delta[l] = delta;
+      if (!g_.grad_logsumexp) continue;
+      const int64_t b = p_.varlen ? 0 : panel.b, row = p_.first_query(panel.b) + panel.query[l];
+      const int64_t* stride = g_.grad_logsumexp_stride;
+      state.delta[l] = g_.grad_logsumexp[b * stride[0] + panel.head[l] * stride[1] + row * stride[2]];
+    }
+    pack_panel(i, slot);
+    if (!want_scores_) return;
+    const int width = panel.vectors * kLanes;
+    const float* grad = dot_ + slot * kPanel * p_.value_dim;
+    pack_transposed(ot_, width, p_, panel, g_.out, p_.value_dim, 1.0f,
+                    [&](int l) { return state.lse2[l] != kInfinity; });
+    for (int l = 0; l < width; l += kLanes) {
+      // In the order of the product that delta is subtracted from: rows with one key then cancel exactly.
+      Vec sum = simd::zero();
+      for (int64_t d = 0; d < p_.value_dim; ++d)
+        sum = simd::fma(simd::load(ot_ + d * width + l), simd::load(grad + d * width + l), sum);
+      simd::store(state.delta + l, sum - simd::load(state.delta + l));
     }
   }
 
@@ -331,7 +333,7 @@ class Worker {
   ScoreScratch scratch_;
   bool want_scores_, keep_all_;
   int64_t ldk_, ldv_, kept_;
-  float *k_, *v_, *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *qt_, *dot_, *q_, *do_, *dq_ = nullptr;
+  float *k_, *v_, *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *qt_, *dot_, *ot_, *q_, *do_, *dq_ = nullptr;
   std::vector<Panel> panels_;
   std::vector<Prepared> prepared_;
 };
