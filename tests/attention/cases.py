@@ -139,7 +139,7 @@ class Case:
         rms = [tensor.square().mean(-1, keepdim=True).add(1e-5).sqrt() for tensor in (query, key)]
         normed = [tensor / size if wanted else tensor for tensor, size, wanted in zip((query, key), rms, self.norms)]
         spread = (upstream.abs() @ value.abs().repeat_interleave(self.group, 1).transpose(-1, -2) + 1) * visible
-        spread = 0.1 * spread / visible.sum(-1, keepdim=True).clamp(min=1)
+        spread = 0.1 / (1 - self.dropout_p) * spread / visible.sum(-1, keepdim=True).clamp(min=1)
         scores = spread * (self.head_dim**-0.5 if self.scale is None else self.scale)
         grad_query = scores @ normed[1].abs().repeat_interleave(self.group, 1)
         grad_key = (scores.transpose(-1, -2) @ normed[0].abs()).unflatten(1, (self.kv_heads, self.group)).sum(2)
