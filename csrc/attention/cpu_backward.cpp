@@ -90,7 +90,7 @@ class Worker {
 
   // What is known of a panel before the keys are gone through.
   struct Prepared {
-    alignas(64) float lse2[kPanel], delta[kPanel];
+    alignas(64) float lse[kPanel], delta[kPanel];
     bool q_finite = true, do_finite = true;
   };
 
@@ -125,13 +125,13 @@ class Worker {
     const Panel& panel = panels_[i];
     Prepared& state = prepared_[i];
     for (int l = 0; l < kPanel; ++l) {
-      // Weights of rows that see nothing come out as exp2(-inf) = 0.
-      state.lse2[l] = kInfinity;
+      // Weights of rows that see nothing come out as exp(-inf) = 0.
+      state.lse[l] = kInfinity;
       state.delta[l] = 0.0f;
       if (l >= panel.count) continue;
-      const float lse = g_.logsumexp[p_.row_index(panel.b, panel.head[l], panel.query[l])];
-      if (lse == -kInfinity) continue;
-      state.lse2[l] = lse * kLog2e;
+      const float logsumexp = g_.logsumexp[p_.row_index(panel.b, panel.head[l], panel.query[l])];
+      if (logsumexp == -kInfinity) continue;
+      state.lse[l] = logsumexp;
       if (!g_.grad_logsumexp) continue;
       const int64_t b = p_.varlen ? 0 : panel.b, row = p_.first_query(panel.b) + panel.query[l];
       const int64_t* stride = g_.grad_logsumexp_stride;
@@ -142,7 +142,7 @@ class Worker {
     const int width = panel.vectors * kLanes;
     const float* grad = dot_ + slot * kPanel * p_.value_dim;
     pack_transposed(ot_, width, p_, panel, g_.out, p_.value_dim, 1.0f,
-                    [&](int l) { return state.lse2[l] != kInfinity; });
+                    [&](int l) { return state.lse[l] != kInfinity; });
     for (int l = 0; l < width; l += kLanes) {
       // In the order of the product that delta is subtracted from: rows with one key then cancel exactly.
       Vec sum = simd::zero();
@@ -156,7 +156,7 @@ class Worker {
     const Panel& panel = panels_[i];
     const int64_t width = panel.vectors * kLanes;
     // Rows that see nothing may hold anything and must not spread it.
-    const auto keep = [&](int l) { return prepared_[i].lse2[l] != kInfinity; };
+    const auto keep = [&](int l) { return prepared_[i].lse[l] != kInfinity; };
     pack_transposed(qt_ + slot * kPanel * p_.head_dim, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), keep);
     if (want_scores_) {
       pack_transposed(dot_ + slot * kPanel * p_.value_dim, width, p_, panel, g_.grad_out, p_.value_dim, 1.0f, keep);
@@ -221,9 +221,9 @@ class Worker {
     const int64_t n = to - from;
     const float* qt = qt_ + slot * kPanel * p_.head_dim;
     if (!score_tile<V>(weights_, p_, panel, block, from, to, qt, kWidth, scratch_)) return;
-    Vec lse2[V], delta[V];
+    Vec lse[V], delta[V];
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
-      lse2[v] = simd::load(state.lse2 + v * kLanes);
+      lse[v] = simd::load(state.lse + v * kLanes);
       delta[v] = simd::load(state.delta + v * kLanes);
     });
     if (want_scores_) {
@@ -235,7 +235,7 @@ class Worker {
       for (int64_t at = 0; at < n * kWidth; at += kWidth) {
         simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
           float* w = weights_ + at + v * kLanes;
-          simd::store(w, simd::exp2(simd::load(w) - lse2[v]));
+          simd::store(w, simd::exp(simd::load(w) - lse[v]));
         });
       }
       for_dropout<V>(p_, panel, block.first + from, n, [&](int64_t i, int v, simd::VecMask keep) {
@@ -252,7 +252,7 @@ class Worker {
         float* w = weights_ + at + v * kLanes;
         Vec weight = simd::load(w);
         if (!p_.dropout) {
-          weight = simd::exp2(weight - lse2[v]);
+          weight = simd::exp(weight - lse[v]);
           simd::store(w, weight);
         }
         if (want_scores_) {

@@ -50,7 +50,7 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
     // A row that has seen nothing yet keeps -inf as its maximum and subtracts 0 instead.
     base[v] = simd::select(top[v] == Vec(-kInfinity), simd::zero(), top[v]);
-    const Vec a = simd::exp2(simd::load(state.max + v * kLanes) - base[v]);
+    const Vec a = simd::exp(simd::load(state.max + v * kLanes) - base[v]);
     simd::store(alpha + v * kLanes, a);
     simd::store(state.max + v * kLanes, top[v]);
     sum[v] = simd::load(state.sum + v * kLanes) * a;
@@ -58,7 +58,7 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
   for (int64_t i = 0; i < n; ++i) {
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
       float* at = s + i * kWidth + v * kLanes;
-      const Vec e = simd::exp2(simd::load(at) - base[v]);
+      const Vec e = simd::exp(simd::load(at) - base[v]);
       sum[v] += e;
       simd::store(at, e);
     });
@@ -195,7 +195,7 @@ class Worker {
       inverse[l] = empty ? 0.0f : 1.0f / state.sum[l];
       if (l < panel.count) {
         logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])] =
-            empty ? -kInfinity : (state.max[l] + std::log2(state.sum[l])) * kLn2;
+            empty ? -kInfinity : state.max[l] + std::log(state.sum[l]);
       }
     }
     unpack_transposed(out_, p_, panel, state.ot, panel.vectors * kLanes, p_.value_dim, inverse);

@@ -63,18 +63,18 @@ class Worker {
     constexpr int kWidth = V * kLanes;
     pack_transposed(qt_, kWidth, p_, panel, p_.q, p_.head_dim, query_factor(p_), [](int) { return true; });
     if (!score_tile<V>(s_, p_, panel, block, from, to, qt_, kWidth, scratch_)) return;
-    alignas(64) float lse2[kPanel];
+    alignas(64) float lse[kPanel];
     for (int l = 0; l < kPanel; ++l) {
-      lse2[l] = kInfinity;
+      lse[l] = kInfinity;
       if (l >= panel.count) continue;
-      const float lse = logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])];
-      if (lse != -kInfinity) lse2[l] = lse * kLog2e;
+      const float logsumexp = logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])];
+      if (logsumexp != -kInfinity) lse[l] = logsumexp;
     }
     for (int64_t i = 0; i < to - from; ++i) {
       float* sum = sums_ + (from + i) * kLanes;
       Vec total = simd::load(sum);
       for (int v = 0; v < V; ++v)
-        total += simd::exp2(simd::load(s_ + i * kWidth + v * kLanes) - simd::load(lse2 + v * kLanes));
+        total += simd::exp(simd::load(s_ + i * kWidth + v * kLanes) - simd::load(lse + v * kLanes));
       simd::store(sum, total);
     }
   }

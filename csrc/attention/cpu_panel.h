@@ -16,8 +16,6 @@ namespace velm::attention {
 inline constexpr int kLanes = simd::kLanes;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-inline constexpr float kLog2e = 1.4426950408889634f;
-inline constexpr float kLn2 = 0.6931471805599453f;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

@@ -1,6 +1,7 @@
 // Tiles of scores, keys by rows and query rows by lanes: the products, softcap, bias and masks.
 //
-// Scores are kept times log2(e), so that softmax needs exp2 and no multiplication.
+// Scores stay in natural units: a row with one key has logsumexp equal to its score bit for bit, and thus weight 1.
+// Powers of two would save two operations an element and lose that to the rounding of logsumexp.
 #pragma once
 
 #include "attention/cpu_panel.h"
@@ -13,9 +14,9 @@ namespace velm::attention {
 using simd::Vec;
 
 // What a query is multiplied with when it is packed.
-inline float query_factor(const Problem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e; }
+inline float query_factor(const Problem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale; }
 
-// Bias (times log2 e) of kLanes keys of one row, -inf where mask or bias hide them.
+// Bias of kLanes keys of one row, -inf where mask or bias hide them.
 VELM_INLINE Vec additive_of_row(const Problem& p, const char* bias, const char* mask, int64_t j, int wide) {
   Vec x = simd::zero();
   if (bias) {
@@ -28,7 +29,7 @@ VELM_INLINE Vec additive_of_row(const Problem& p, const char* bias, const char* 
       float t[kLanes] = {};
       for (int i = 0; i < wide; ++i) t[i] = simd::to_float(from[i * step]);
       return simd::load(t);
-    }) * kLog2e;
+    });
   }
   if (mask) {
     const int64_t step = p.mask.stride[3];
@@ -110,7 +111,6 @@ bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block,
       hi[v] = simd::load(panel.relative_hi + v * kLanes);
     }
   }
-  const float cap = p.softcap * kLog2e;
   for (int64_t i = 0; i < n; ++i) {
     const bool hole = block.holes && !block.holes[from + i];
     const Vec j(static_cast<float>(from + i));
@@ -120,7 +120,7 @@ bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block,
       if (p.softcap > 0) {
         const Vec t = simd::tanh(x);
         if (scratch.tanh) simd::store(scratch.tanh + at, t);
-        x = t * cap;
+        x = t * p.softcap;
       }
       if (scratch.additive) {
         const Vec e = simd::load(scratch.additive + at);
