@@ -10,14 +10,18 @@ from velm_kernels.attention import (
 )
 from velm_kernels.backends import explain, use_backend
 from velm_kernels.integrations import patch, unpatch
+from velm_kernels.linear import MLP, Linear, linear
 
 __all__ = [
+    "MLP",
+    "Linear",
     "__version__",
     "bidirectional_attention",
     "cross_attention",
     "cross_attention_varlen",
     "explain",
     "gated_residual",
+    "linear",
     "merge_attention",
     "patch",
     "unpatch",

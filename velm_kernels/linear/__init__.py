@@ -1,0 +1,7 @@
+"""Projections with a fused epilogue: ``activation(x weight^T + bias) + residual``."""
+
+from velm_kernels.linear.modules import MLP, Linear
+from velm_kernels.linear.ops import linear
+from velm_kernels.linear.rule import faster_than_torch
+
+__all__ = ["MLP", "Linear", "faster_than_torch", "linear"]

@@ -1,0 +1,259 @@
+"""``activation(x weight^T + bias) + residual`` as one operator: the projection of a layer with its epilogue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments, forced, register, register_public
+from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.linear import cpu_backend, reference
+from velm_kernels.linear.reference import ACTIVATIONS, FROM_OUTPUT
+
+GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``activation(x @ weight^T + bias) + residual`` with everything after the product fused into it.
+
+    Args:
+        x: ``(..., in_features)``, float32, bfloat16, float16, or float64 (computed by the reference backend).
+        weight: ``(out_features, in_features)``, dtype of x.
+        bias: ``(out_features,)``, dtype of x.
+        activation: None, ``"relu"``, ``"gelu"`` (with erf), ``"gelu_tanh"`` (its tanh form; Hendrycks and Gimpel,
+            2016), ``"quick_gelu"`` (``z * sigmoid(1.702 z)``, as in CLIP), ``"silu"`` (``z * sigmoid(z)``) or
+            ``"tanh"``.
+        residual: ``(..., out_features)``, added after the activation. Any floating dtype; one other than x's is added
+            outside of the fused kernel and the result promoted as torch does.
+
+    Under autocast x, weight and bias are cast to its dtype, as by ``torch.nn.functional.linear``.
+
+    Returns:
+        ``(..., out_features)``, contiguous, in x's dtype. Products accumulate in float32, and the activation sees them
+        before they are rounded.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together, or the activation is unknown.
+
+    Backward keeps x, weight and, only for an activation, one tensor of the output's size: the pre-activation, or for
+    relu and tanh the activation's value, which is the output itself if there is no residual. What needs no gradient
+    is neither kept nor computed. On the CPU the product runs in this library or in torch, by the fixed rule of
+    :func:`velm_kernels.linear.faster_than_torch`.
+    """
+    x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
+    arguments = canonical(x, weight, bias, activation, residual)
+    late = residual is not None and residual.dtype != x.dtype
+    if late:
+        arguments["residual"] = None
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    arguments["save"] = bool(needs_grad and _saves_tensor(arguments["activation"], arguments["residual"] is not None))
+    out, _ = torch.ops.velm.linear_forward(*arguments.values(), forced())
+    out = out.view(*x.shape[:-1], weight.shape[0])
+    return out + residual if late else out
+
+
+def _saves_tensor(activation: str, has_residual: bool) -> bool:
+    """Whether backward needs a tensor that is neither an input nor the output."""
+    return activation != "" and (has_residual or activation not in FROM_OUTPUT)
+
+
+def canonical(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Arguments:
+    """Checks the arguments of :func:`linear` and returns those of the operator."""
+    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    if x.dim() == 0:
+        raise ValueError("x: expected (..., in_features), given ()")
+    checks.tensor("weight", weight, dims=2, layout="(out_features, in_features)")
+    checks.dtype_in("weight", weight, (x.dtype,))
+    checks.same_device("weight", weight, "x", x)
+    out_features, in_features = weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"x: expected (..., in_features) with in_features = {in_features} as in weight {tuple(weight.shape)}, "
+            f"given {tuple(x.shape)}"
+        )
+    if bias is not None:
+        checks.dtype_in("bias", checks.tensor("bias", bias), (x.dtype,))
+        checks.same_device("bias", bias, "x", x)
+        checks.shape("bias", bias, "(out_features,)", (out_features,))
+    if activation is not None and not isinstance(activation, str):
+        raise TypeError(f"activation: expected a name or None, given {checks.describe(activation)}")
+    if activation is not None and activation not in ACTIVATIONS[1:]:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])} or None, given {activation!r}")
+    if residual is not None:
+        checks.dtype_in("residual", checks.tensor("residual", residual), checks.FLOAT_DTYPES)
+        checks.same_device("residual", residual, "x", x)
+        checks.shape("residual", residual, "(..., out_features)", (*x.shape[:-1], out_features))
+    return {
+        "x": _rows(x),
+        "weight": _unit_stride(weight),
+        "bias": None if bias is None else bias.contiguous(),
+        "residual": None if residual is None else _rows(residual),
+        "activation": activation or "",
+        "save": False,
+    }
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows = rows * size
+    return _unit_stride(x.reshape(rows, x.shape[-1]))
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    save: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save else (0,))
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    saved: Tensor | None,
+    activation: str,
+    grad_mask: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = grad_weight = grad_bias = (0,)
+    if grad_mask & GRAD_X and weight is not None:
+        grad_x = (grad.shape[0], weight.shape[1])  # type: ignore[assignment]
+    if grad_mask & GRAD_WEIGHT and x is not None:
+        grad_weight = (grad.shape[1], x.shape[1])  # type: ignore[assignment]
+    if grad_mask & GRAD_BIAS:
+        grad_bias = (grad.shape[1],)
+    return grad.new_empty(grad_x), grad.new_empty(grad_weight), grad.new_empty(grad_bias)
+
+
+# x (rows, in_features), weight (out_features, in_features), residual (rows, out_features): last stride 1, any row
+# stride; bias contiguous; all of one dtype. activation: "" for none. Results contiguous: out (rows, out_features), and
+# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) for relu and tanh), else
+# shape (0,).
+declare(
+    "linear_forward",
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool save",
+    "(Tensor, Tensor)",
+    fake=_fake_forward,
+)
+# grad (rows, out_features): last stride 1. x is there iff grad_mask has GRAD_WEIGHT, weight iff it has GRAD_X, saved
+# iff there is an activation: z, or for relu and tanh activation(z). What grad_mask does not ask for has shape (0,).
+declare(
+    "linear_backward",
+    "Tensor grad, Tensor? x, Tensor? weight, Tensor? saved, str activation, int grad_mask",
+    "(Tensor, Tensor, Tensor)",
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, residual, activation, save, backend = inputs
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    saved = None
+    if activation and (needs_x or needs_weight or needs_bias):
+        if not save and _saves_tensor(activation, residual is not None):
+            raise RuntimeError("velm::linear_forward: save must be True where this activation needs a gradient")
+        saved = output[1] if save else output[0]
+    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
+    ctx.activation, ctx.backend = activation, backend
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    results: list[Tensor | None] = [None] * 7
+    if grad is None:
+        return tuple(results)
+    x, weight, saved = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    if any(wanted):
+        grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
+        grads = torch.ops.velm.linear_backward(
+            _unit_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend
+        )
+        results[:3] = [value if want else None for value, want in zip(grads, wanted, strict=True)]
+    if ctx.needs_input_grad[3]:
+        results[3] = grad
+    return tuple(results)
+
+
+torch.library.register_autograd("velm::linear_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
+
+
+def _flops_forward(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    return int(2 * x_shape[0] * weight_shape[0] * weight_shape[1])
+
+
+def _flops_backward(grad_shape: Any, x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
+    # x is given for the gradient of weight, and weight for that of x
+    features = (x_shape[1] if x_shape else 0) + (weight_shape[1] if weight_shape else 0)
+    return int(2 * grad_shape[0] * grad_shape[1] * features)
+
+
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.linear_forward)(_flops_forward)
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.linear_backward)(_flops_backward)
+
+
+def _reference_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(wide) @ weight.to(wide).transpose(0, 1)
+    if bias is not None:
+        z = z + bias.to(wide)
+    activated = reference.activate(z, activation)
+    out = activated if residual is None else activated + residual.to(wide)
+    kept = x.new_empty((0,))
+    if save:
+        kept = (activated if activation in FROM_OUTPUT else z).to(x.dtype, copy=True)
+    return out.to(x.dtype), kept
+
+
+def _reference_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, saved: Tensor | None, activation: str, grad_mask: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad_z = grad.to(wide)
+    if saved is not None:
+        grad_z = reference.activation_gradient(grad_z, saved.to(wide), activation)
+    grad_x, grad_weight, grad_bias = (grad.new_empty((0,)) for _ in range(3))
+    if weight is not None:
+        grad_x = (grad_z @ weight.to(wide)).to(grad.dtype)
+    if x is not None:
+        grad_weight = (grad_z.transpose(0, 1) @ x.to(wide)).to(grad.dtype)
+    if grad_mask & GRAD_BIAS:
+        grad_bias = grad_z.sum(0).to(grad.dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+register("linear_forward", "reference", _reference_forward, lambda arguments: [])
+register("linear_backward", "reference", _reference_backward, lambda arguments: [])
+register("linear_forward", "cpu", cpu_backend.forward, cpu_backend.reasons)
+register("linear_backward", "cpu", cpu_backend.backward, cpu_backend.reasons)
+register_public("linear", "linear_forward", canonical)
