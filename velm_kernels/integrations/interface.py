@@ -13,7 +13,7 @@ from . import masks
 from .calls import added_mask, weights_wanted
 
 # Implementations whose meaning the replacements reproduce. Others bring their own masks (lengths, block masks).
-_SERVED = ("eager", "sdpa")
+_SERVED = ("eager", "sdpa", "velm")
 # Arguments that change what an attention function computes, as far as these models let them through.
 _CHANGING = ("cache", "is_causal", "position_bias", "s_aux", "sliding_window", "softcap")
 _RMS_NORMS = frozenset(

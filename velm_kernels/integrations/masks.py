@@ -81,35 +81,39 @@ def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool)
             mask = mask.narrow(dim, 0, 1)
     rows = None
     if mask.dtype is not torch.bool:
-        hidden = _hidden(mask)
+        seen = mask > max(_HIDES, torch.finfo(mask.dtype).min)
         if not binary or mask.requires_grad:
-            if not look or mask.requires_grad or not bool(((mask == 0) | hidden).all()):
+            if not look or mask.requires_grad or not torch.equal(mask == 0, seen):
                 return Visible(None)
-            empty = hidden.all(-1, keepdim=True)
-            rows = empty if bool(empty.any()) else None
-        mask = ~hidden if rows is None else ~hidden | rows
+            empty = ~seen.any(-1, keepdim=True)
+            if bool(empty.any()):
+                seen, rows = seen | empty, empty
+        mask = seen
     if mask.shape[3] == 0:
         return Visible({}, rows)
     return Visible(_looked(mask, batch, queries) if look else _unlooked(mask, batch, queries), rows)
 
 
-def _hidden(mask: Tensor) -> Tensor:
-    return mask <= max(_HIDES, torch.finfo(mask.dtype).min)
-
-
 def _looked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
     """`seen`: (batch | 1, heads | 1, queries | 1, keys) bool on the CPU."""
-    if bool(seen.all()):
-        return {}
     if seen.shape[1] > 1:
         if not torch.equal(seen, seen[:, :1].expand_as(seen)):
             return {"mask": seen}
         seen = seen[:, :1]
-    if seen.shape[2] > 1 and torch.equal(seen, seen[:, :, :1].expand_as(seen)):
-        seen = seen[:, :, :1]
     rows = seen[:, 0]
     start, stop = _runs(rows)
-    whole = torch.equal(stop - start, rows.sum(-1, dtype=torch.int32))
+    count = rows.sum(-1, dtype=torch.int32)
+    if bool((count == seen.shape[3]).all()):
+        return {}
+    whole = torch.equal(stop - start, count)
+    if rows.shape[1] > 1 and torch.equal(count, count[:, :1].expand_as(count)):
+        # Perhaps every query sees the same.
+        same = (
+            torch.equal(start, start[:, :1].expand_as(start))
+            if whole
+            else torch.equal(rows, rows[:, :1].expand_as(rows))
+        )
+        rows, start, stop = (x[:, :1] if same else x for x in (rows, start, stop))
     if rows.shape[1] == 1:
         if whole and not bool(start.any()):
             return {"key_lengths": stop[:, 0].expand(batch).contiguous()}
@@ -131,10 +135,11 @@ def _unlooked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
 def _runs(rows: Tensor) -> tuple[Tensor, Tensor]:
     """First and last + 1 key seen in each row of (batch, rows, keys), both 0 where there is none."""
     keys = rows.shape[-1]
-    position = torch.arange(1, keys + 1, dtype=torch.int32, device=rows.device)
-    stop = (rows * position).amax(-1)
-    start = keys - (rows * position.flip(0)).amax(-1)
-    return torch.where(stop > 0, start, 0).int(), stop.int()
+    # The smaller the type, the less is written on the way.
+    position = torch.arange(1, keys + 1, dtype=torch.int16 if keys < 2**15 else torch.int32, device=rows.device)
+    stop = torch.where(rows, position, 0).amax(-1).int()
+    start = keys - torch.where(rows, position.flip(0), 0).amax(-1).int()
+    return torch.where(stop > 0, start, 0), stop
 
 
 def _filled(ends: Tensor, batch: int, queries: int) -> Tensor:
