@@ -53,6 +53,7 @@ def test_same_outputs_and_gradients_and_unpatch_restores(name: str, attention: s
     assert all(isinstance(module, cls) for module, cls in zip(model.modules(), classes, strict=True))
     velm_kernels.unpatch(model)
     assert [type(module) for module in model.modules()] == classes
+    assert not [name for module in model.modules() for name in vars(module) if name.startswith("velm")]
     assert_equal(run(model, inputs), plain)
 
 

@@ -165,6 +165,8 @@ def unpatch(model: nn.Module) -> int:
     _swap([(module, module.velm_original_class) for module in patched])
     for module in patched:
         _RECORDED_IN.pop(module, None)
+        for name in [name for name in vars(module) if name.startswith("velm_")]:
+            delattr(module, name)
     return len(patched)
 
 

@@ -68,7 +68,7 @@ class Attention(Replacement):
         key = split_heads(self.k_proj(states), self.head_dim)
         value = split_heads(self.v_proj(states), self.head_dim)
         if not crossing:
-            cos, sin = self.rotary_emb(value, position_ids)
+            cos, sin = self._rotation(value, position_ids, past_key_values)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -89,6 +89,14 @@ class Attention(Replacement):
             **norms,
         )
         return self.o_proj(out), None
+
+    def _rotation(self, value: Tensor, position_ids: Any, past_key_values: Any) -> tuple[Tensor, Tensor]:
+        if type(self.rotary_emb).__name__ == "IdeficsRotaryEmbedding":
+            return self.rotary_emb(value, position_ids)
+        # Older transformers keep a table of all positions.
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cos, sin = self.rotary_emb(value, seq_len=value.shape[2] + past)
+        return cos[position_ids], sin[position_ids]
 
 
 @replaces(_MODULE, "IdeficsGatedCrossAttentionLayer", family="idefics", by="gated_residual")

@@ -204,6 +204,12 @@ class VisionLayer(Replacement):
     gate_attn: Tensor
     gate_ffn: Tensor
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Older encoders call it hidden_state; a decorator of the original forward renames it.
+        if "hidden_state" in kwargs:
+            kwargs["hidden_states"] = kwargs.pop("hidden_state")
+        return super().__call__(*args, **kwargs)
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Any:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask=attention_mask)
         if not self.is_gated:
