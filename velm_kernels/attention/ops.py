@@ -10,7 +10,7 @@ import torch
 from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend
 from velm_kernels.attention.schema import TENSOR_NAMES
-from velm_kernels.backends import Arguments, cpu
+from velm_kernels.backends import Arguments, cpu, triton
 
 MAX_HEAD_DIM = 256
 
@@ -417,5 +417,6 @@ backends.register("attention_forward", "reference", reference_backend.attention_
 backends.register("attention_backward", "reference", reference_backend.attention_backward, _always)
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
+    triton.register_triton(_operator, "attention.triton_attention")
 backends.register_public("cross_attention", "attention_forward", _canonical)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

@@ -1,0 +1,179 @@
+"""Triton kernels of the attention backward pass: gradient of a bias that was broadcast."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import (
+    base2,
+    block_bounds,
+    grad_scores,
+    kept,
+    key_rows_ok,
+    load_rows,
+    product,
+    round_to,
+    row_bounds,
+    scores,
+    wide,
+)
+
+
+@triton.jit
+def grad_bias_kernel(
+    query,
+    key,
+    value,
+    grad_out,
+    logsumexp,
+    delta,
+    partial,
+    query_strides,
+    key_strides,
+    value_strides,
+    grad_out_strides,
+    logsumexp_strides,
+    masks,
+    scaling,
+    sizes,
+    bias_heads,
+    row_tiles,
+    column_tiles,
+    batch_steps,
+    head_steps,
+    row_steps,
+    column_steps,
+    splits,
+    steps_each,
+    elements,
+    CAUSAL: tl.constexpr,
+    SUMS_ROWS: tl.constexpr,
+    SUMS_COLUMNS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of the bias: sums the score gradients of everything it was broadcast to, always in the same order.
+
+    The sum runs over `batch_steps` x `head_steps` x `row_steps` x `column_steps` score tiles, of which a program takes
+    `steps_each` into `partial` (splits, elements of the bias); `sum_partials_kernel` adds those."""
+    tile = tl.program_id(0) // splits
+    split = tl.program_id(0) % splits
+    column_tile = tile % column_tiles
+    row_tile = (tile // column_tiles) % row_tiles
+    bias_head = (tile // column_tiles // row_tiles) % bias_heads
+    bias_batch = tile // column_tiles // row_tiles // bias_heads
+    queries = sizes.queries
+    keys = sizes.keys
+    b_i = tl.arange(0, BLOCK_M)
+    b_j = tl.arange(0, BLOCK_N)
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = split * steps_each
+    last = tl.minimum(first + steps_each, batch_steps * head_steps * row_steps * column_steps)
+    for step in tl.range(first, last):
+        # One of each pair is 0.
+        start_n = (column_tile + step % column_steps) * BLOCK_N
+        start_m = (row_tile + (step // column_steps) % row_steps) * BLOCK_M
+        head = bias_head + (step // column_steps // row_steps) % head_steps
+        b = bias_batch + step // column_steps // row_steps // head_steps
+        b_m = start_m + b_i
+        b_n = start_n + b_j
+        b_in = b_m < queries
+        b_lo, b_hi = row_bounds(masks, b, b * queries, queries, keys, b_m, CAUSAL)
+        lo, hi, _, _ = block_bounds(b_lo, b_hi, b_in)
+        if (lo < start_n + BLOCK_N) & (hi > start_n):
+            kv_head = head // sizes.group
+            p_q = (
+                query
+                + wide(b) * query_strides.batch
+                + wide(head) * query_strides.head
+                + wide(start_m) * query_strides.row
+            )
+            p_do = (
+                grad_out
+                + wide(b) * grad_out_strides.batch
+                + wide(head) * grad_out_strides.head
+                + wide(start_m) * grad_out_strides.row
+            )
+            p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + wide(start_n) * key_strides.row
+            p_v = (
+                value
+                + wide(b) * value_strides.batch
+                + wide(kv_head) * value_strides.head
+                + wide(start_n) * value_strides.row
+            )
+            lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head
+            b_ok = key_rows_ok(masks, b, b_n, lo, hi, keys, True)
+            b_q = load_rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, True, WIDE)
+            b_do = load_rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, True, WIDE)
+            b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
+            b_v = load_rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, True, WIDE)
+            b_lse = base2(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))
+            b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
+            b_s, b_visible, b_tanh = scores(
+                masks,
+                scaling,
+                product(b_q, tl.trans(b_k), PRECISION),
+                b,
+                head,
+                b_m[:, None],
+                b_n[None, :],
+                b_lo[:, None],
+                b_hi[:, None],
+                keys,
+                queries,
+                True,
+            )
+            b_p = tl.exp2(b_s - b_lse[:, None])
+            b_keep: tl.constexpr = None
+            if masks.seed is not None:
+                b_keep = kept(masks, b * sizes.heads + head, b_m[:, None], start_n, BLOCK_N, False)
+            b_ds, _ = grad_scores(
+                b_p,
+                product(b_do, tl.trans(b_v), PRECISION),
+                b_delta[:, None],
+                b_visible,
+                b_tanh,
+                b_keep,
+                masks.keep_scale,
+            )
+            b_sum += b_ds
+
+    bias_rows = queries
+    bias_columns = keys
+    if SUMS_ROWS:
+        bias_rows = 1
+    if SUMS_COLUMNS:
+        bias_columns = 1
+    p_tile = partial + wide(split) * elements + (wide(bias_batch) * bias_heads + bias_head) * bias_rows * bias_columns
+    b_m = row_tile * BLOCK_M + b_i
+    b_n = column_tile * BLOCK_N + b_j
+    if SUMS_ROWS and SUMS_COLUMNS:
+        tl.store(p_tile, tl.sum(tl.sum(b_sum, 1), 0))
+    elif SUMS_ROWS:
+        tl.store(p_tile + b_n, tl.sum(b_sum, 0), mask=b_n < keys)
+    elif SUMS_COLUMNS:
+        tl.store(p_tile + b_m, tl.sum(b_sum, 1), mask=b_m < queries)
+    else:
+        tl.store(
+            p_tile + wide(b_m)[:, None] * keys + b_n[None, :],
+            b_sum,
+            mask=(b_m < queries)[:, None] & (b_n < keys)[None, :],
+        )
+
+
+@triton.jit
+def sum_partials_kernel(partial, total, count, elements, BLOCK: tl.constexpr):
+    """total[e] = sum over `count` of partial[:, e], in order, in float32."""
+    b_e = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    b_ok = b_e < elements
+    b_sum = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, count):
+        b_sum += tl.load(partial + wide(i) * elements + b_e, mask=b_ok, other=0.0)
+    tl.store(total + b_e, round_to(b_sum, total.dtype.element_ty), mask=b_ok)

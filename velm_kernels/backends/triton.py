@@ -1,0 +1,313 @@
+"""What every Triton kernel of the library shares: where it can run, how it is launched, and with which block sizes.
+
+Block sizes come from a small table by kernel, architecture, element size and head dimension (`TABLE`). With
+VELM_AUTOTUNE=1 the neighbours of the entry are timed once for each class of shapes, and the fastest is kept in a
+file under VELM_CACHE_DIR (default ~/.cache/velm_kernels).
+
+TRITON_INTERPRET=1, set before triton is imported, executes the kernels on CPU tensors by Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from velm_kernels.backends import Arguments, register
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Oldest architecture that the kernels are compiled for.
+OLDEST = 80
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes and launch options of one kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of run."""
+
+    kind: str
+    kernel: Any
+    grid: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: Config
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels are executed by Triton's interpreter."""
+    if not is_installed():
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def why_not(device: torch.device) -> list[str]:
+    """Reasons why no Triton kernel can run on tensors of `device`; empty when one can."""
+    if not is_installed():
+        return ["triton is not installed (pip install triton)"]
+    if device.type == "cpu":
+        return [] if is_interpreted() else ["CPU tensors need Triton's interpreter (TRITON_INTERPRET=1)"]
+    if device.type != "cuda":
+        return [f"no Triton kernels for {device.type} tensors"]
+    if torch.version.hip is not None:
+        return ["not tested on ROCm"]
+    major, minor = torch.cuda.get_device_capability(device)
+    if major * 10 + minor < OLDEST:
+        return [f"compute capability {major}.{minor} is older than {OLDEST // 10}.{OLDEST % 10}"]
+    return []
+
+
+def common_reasons(arguments: Arguments) -> list[str]:
+    """Why no Triton kernel could take `arguments`: triton itself, devices, dtypes."""
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    for name, value in arguments.items():
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+            tensors[name] = value[0]
+    reasons = why_not(next(iter(tensors.values())).device)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+            reasons.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
+    return reasons
+
+
+def register_triton(operator: str, module: str, reasons: Callable[[Arguments], list[str]] = common_reasons) -> None:
+    """Makes the function `operator` of `velm_kernels.<module>` the Triton implementation of the operator of that name.
+    The module, and triton with it, is imported at the first call."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"velm_kernels.{module}"), operator)(*args)
+
+    register(operator, "triton", call, reasons)
+
+
+_pretended: int | None = None
+
+
+@contextlib.contextmanager
+def pretend(arch: int) -> Iterator[list[Launch]]:
+    """Record launches as `arch` (80, 90, 100 or 120) would do them, instead of running them. -> the list they go to"""
+    global _pretended, _recorded
+    before = _pretended, _recorded
+    _pretended, _recorded = arch, []
+    try:
+        yield _recorded
+    finally:
+        _pretended, _recorded = before
+
+
+_recorded: list[Launch] | None = None
+
+
+def is_recording() -> bool:
+    return _recorded is not None
+
+
+@lru_cache(maxsize=64)
+def _capability(index: int | None) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return major * 10 + minor
+
+
+def architecture(device: torch.device) -> int:
+    """The column of `TABLE` for a device: 0 for the interpreter, else 80, 90, 100 or 120."""
+    if _pretended is not None:
+        return _pretended
+    if device.type != "cuda" or is_interpreted():
+        return 0
+    capability = _capability(device.index)
+    if capability >= 120:
+        return 120
+    if capability >= 100:
+        return 100
+    if capability >= 90:
+        return 90
+    # sm_86 and sm_89 have the matrix instructions of sm_80 but the small shared memory of sm_120.
+    return 80 if capability in (80, 87) else 120
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 matrix products are computed: as exactly as torch.matmul would under the same setting. "tf32x3"
+    splits operands into three TF32 products, which keeps float32's accuracy and the matrix units."""
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3"
+
+
+def dimension_class(head_dim: int) -> int:
+    """The head dimension that a kernel is compiled for: the next power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+# kind -> (element bytes, largest head dimension) -> architecture -> (block_m, block_n, warps, stages).
+# The entries were chosen from what the compiler reports (no spills; see tests/triton/resources.csv), for two blocks a
+# multiprocessor where registers allow it; they have not been timed on devices.
+_Row = dict[int, tuple[int, int, int, int]]
+TABLE: dict[str, dict[tuple[int, int], _Row]] = {}
+
+
+def _lookup(kind: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:
+    if arch == 0:
+        # Small tiles, so that small tests cross many of their edges.
+        return Config(16, 16, 4, 1)
+    rows = TABLE[kind]
+    size, dim = dtype.itemsize, dimension_class(head_dim)
+    key = min(k for k in rows if k[0] >= size and k[1] >= dim)
+    return Config(*rows[key][arch])
+
+
+def default_config(kind: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Config:
+    """The table's entry for one kernel."""
+    return _lookup(kind, dtype, head_dim, architecture(device))
+
+
+def candidates(config: Config) -> list[Config]:
+    """What autotuning tries: the table's entry first, then its neighbours."""
+    found = [config]
+    for block_m in (config.block_m // 2, config.block_m, config.block_m * 2):
+        for block_n in (config.block_n // 2, config.block_n, config.block_n * 2):
+            for num_warps in (4, 8):
+                for num_stages in (2, 3, 4):
+                    new = Config(block_m, block_n, num_warps, num_stages)
+                    if 16 <= block_m <= 128 and 16 <= block_n <= 128 and new not in found:
+                        found.append(new)
+    return found
+
+
+def autotunes() -> bool:
+    return os.environ.get("VELM_AUTOTUNE", "") == "1"
+
+
+def cache_directory() -> Path:
+    chosen = os.environ.get("VELM_CACHE_DIR")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "velm_kernels"
+
+
+def _measure(run: Callable[[], None]) -> float:
+    """Milliseconds of one run; inf where the device refuses the block sizes."""
+    import triton
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run()
+        return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
+    except OutOfResources:
+        return float("inf")
+
+
+# Tests put a function of (config, run) -> milliseconds here.
+measure: Callable[[Config, Callable[[], None]], float] = lambda config, run: _measure(run)  # noqa: E731
+_tuned: dict[str, Config] = {}
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _tuning_file(key: str) -> Path:
+    return cache_directory() / "autotune" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+
+
+def _read(path: Path, key: str) -> Config | None:
+    try:
+        found = json.loads(path.read_text())
+        if found["key"] != key:
+            return None
+        return Config(**found["config"])
+    except (OSError, ValueError, KeyError, TypeError):
+        # Absent, damaged or written by another version: tuned again.
+        return None
+
+
+def _write(path: Path, key: str, config: Config, milliseconds: float) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed into place, so that processes that tune at the same time never read half a file.
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump({"key": key, "config": asdict(config), "milliseconds": milliseconds}, file)
+    os.replace(file.name, path)
+
+
+def _size_class(number: int) -> int:
+    """Sizes are tuned together up to the next power of two."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def choose(
+    kind: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    shape: tuple[int, ...],
+    variant: str,
+    run: Callable[[Config], None],
+    adjust: Callable[[Config], Config] = lambda config: config,
+) -> Config:
+    """Block sizes for one kernel: the table's, or under VELM_AUTOTUNE=1 the fastest for this class of shapes.
+
+    `shape` are the sizes that matter (rounded up to powers of two), `variant` names compile-time switches, `run`
+    launches the kernel with given block sizes; it must leave nothing behind that a second run would see. `adjust`
+    limits block sizes to what the caller can use."""
+    config = adjust(default_config(kind, dtype, head_dim, device))
+    if not autotunes() or is_recording() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return config
+    import triton
+
+    sizes = "x".join(str(_size_class(number)) for number in shape)
+    key = f"{kind}|{_device_name(device)}|triton {triton.__version__}|{dtype}|{head_dim}|{sizes}|{variant}"
+    known = _tuned.get(key)
+    if known is not None:
+        return known
+    path = _tuning_file(key)
+    best = _read(path, key)
+    if best is None:
+        tried = list(dict.fromkeys(adjust(candidate) for candidate in candidates(config)))
+        times = [measure(candidate, lambda c=candidate: run(c)) for candidate in tried]  # type: ignore[misc]
+        fastest = min(range(len(tried)), key=times.__getitem__)
+        best = tried[fastest]
+        _write(path, key, best, times[fastest])
+    _tuned[key] = best
+    return best
+
+
+def launch(
+    kind: str, kernel: Any, grid: int, arguments: tuple[Any, ...], constants: dict[str, Any], config: Config
+) -> None:
+    """Run `kernel` on `grid` programs, or record the launch inside `pretend`. A grid of nothing runs nothing."""
+    if grid <= 0:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kind, kernel, grid, arguments, constants, config))
+        return
+    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    if not is_interpreted():
+        options["enable_fp_fusion"] = True
+    kernel[(grid,)](*arguments, **constants, **options)
+
+
+def with_blocks(config: Config, block_m: int | None = None, block_n: int | None = None) -> Config:
+    """`config` with other block sizes."""
+    return replace(config, block_m=block_m or config.block_m, block_n=block_n or config.block_n)
