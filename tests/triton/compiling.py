@@ -90,8 +90,9 @@ def _usage(cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True,
-                              text=True).stdout
+        return subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
@@ -100,8 +101,12 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> float:
     # system's.
     registers_a_block = num_warps * -(-registers * 32 // 256) * 256
     shared_a_block = -(-shared // 128) * 128 + 1024
-    blocks = min(REGISTERS // registers_a_block, SHARED_TOTAL[arch] // shared_a_block, BLOCKS[arch],
-                 THREADS[arch] // (32 * num_warps))
+    blocks = min(
+        REGISTERS // registers_a_block,
+        SHARED_TOTAL[arch] // shared_a_block,
+        BLOCKS[arch],
+        THREADS[arch] // (32 * num_warps),
+    )
     return blocks * num_warps * 32 / THREADS[arch]
 
 

@@ -98,13 +98,29 @@ class Problem:
         return Strides(0 if self.packed else self.heads * self.queries, self.sizes.queries, self.rows)
 
     @property
+    def spans_far(self) -> bool:
+        """Whether an offset inside one head of mask or bias may not fit 32 bits."""
+        return any(
+            strides is not None and self.queries * strides.row + self.keys * strides.column >= 2**31
+            for strides in (self.masks.mask_strides, self.masks.bias_strides)
+        )
+
+    @property
+    def level(self) -> str:
+        """How much the kernels do beside the products, which decides how large their tiles may be."""
+        m = self.masks
+        if m.seed is not None or self.scaling.cap is not None:
+            return "loaded"
+        return "plain" if m.range_start is None and m.mask is None and m.bias is None else "masked"
+
+    @property
     def is_empty(self) -> bool:
         return self.rows == 0 or self.batch == 0 or self.queries == 0
 
     def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
         shape = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.value_dim)
         widest = max(self.head_dim, self.value_dim)
-        return choose(kind, self.dtype, widest, self.device, shape, self.variant, run, adjust)
+        return choose(kind, self.level, self.dtype, widest, self.device, shape, self.variant, run, adjust)
 
     def constants(self, config: Config, *tensors: torch.Tensor) -> dict[str, Any]:
         """What the kernels over query-key tiles are compiled for."""
@@ -115,7 +131,7 @@ class Problem:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_D": dimension_class(self.head_dim),
-            "WIDE": max(strides) >= NARROW_STRIDE,
+            "WIDE": max(strides) >= NARROW_STRIDE or self.spans_far,
             "PRECISION": precision(self.dtype),
         }
 

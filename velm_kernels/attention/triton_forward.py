@@ -64,7 +64,7 @@ def _attend(
         b_ok = key_rows_ok(masks, b, b_n, lo, hi, keys, MASKED)
         READS_SOME: tl.constexpr = MASKED or (masks.key_mask is not None)
         b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, READS_SOME, WIDE)
-        b_s, b_visible, _ = scores(
+        b_s, b_visible, _b_tanh = scores(
             masks,
             scaling,
             product(b_q, tl.trans(b_k), PRECISION),
@@ -77,6 +77,7 @@ def _attend(
             keys,
             queries,
             MASKED,
+            WIDE,
         )
         # [BM]
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -428,7 +429,7 @@ def key_mass_kernel(
         b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
         wanted = True
         if masks.range_start is not None:
-            lo, hi, _, _ = block_bounds(b_lo, b_hi, b_m < queries)
+            lo, hi, _full_lo, _full_hi = block_bounds(b_lo, b_hi, b_m < queries)
             wanted = (lo < start_n + BLOCK_N) & (hi > start_n)
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_m < queries, other=-float("inf"))
@@ -443,7 +444,7 @@ def key_mass_kernel(
                 WIDE,
             )
             # [BN, BM]
-            b_s, _, _ = scores(
+            b_s, _b_visible, _b_tanh = scores(
                 masks,
                 scaling,
                 product(b_k, tl.trans(b_q), PRECISION),
@@ -456,6 +457,7 @@ def key_mass_kernel(
                 keys,
                 queries,
                 True,
+                WIDE,
             )
             # An empty row: exp2(-inf - inf) = 0.
             b_lse2 = tl.where(b_lse == -float("inf"), float("inf"), b_lse / LN2)

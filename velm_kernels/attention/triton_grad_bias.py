@@ -86,7 +86,7 @@ def grad_bias_kernel(
         b_n = start_n + b_j
         b_in = b_m < queries
         b_lo, b_hi = row_bounds(masks, b, b * queries, queries, keys, b_m, CAUSAL)
-        lo, hi, _, _ = block_bounds(b_lo, b_hi, b_in)
+        lo, hi, _full_lo, _full_hi = block_bounds(b_lo, b_hi, b_in)
         if (lo < start_n + BLOCK_N) & (hi > start_n):
             kv_head = head // sizes.group
             p_q = (
@@ -129,12 +129,13 @@ def grad_bias_kernel(
                 keys,
                 queries,
                 True,
+                WIDE,
             )
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_keep: tl.constexpr = None
             if masks.seed is not None:
                 b_keep = kept(masks, b * sizes.heads + head, b_m[:, None], start_n, BLOCK_N, False)
-            b_ds, _ = grad_scores(
+            b_ds, _b_dqk = grad_scores(
                 b_p,
                 product(b_do, tl.trans(b_v), PRECISION),
                 b_delta[:, None],

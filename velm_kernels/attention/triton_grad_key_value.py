@@ -70,7 +70,7 @@ def _grad_key_value_tiles(
         if MASKED:
             b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
             if masks.range_start is not None:
-                lo, hi, _, _ = block_bounds(b_lo, b_hi, b_in)
+                lo, hi, _full_lo, _full_hi = block_bounds(b_lo, b_hi, b_in)
                 wanted = (lo < start_n + BLOCK_N) & (hi > start_n)
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
@@ -93,6 +93,7 @@ def _grad_key_value_tiles(
                 keys,
                 queries,
                 MASKED,
+                WIDE,
             )
             b_p = tl.exp2(b_s - base2(b_lse)[None, :])
             b_keep: tl.constexpr = None
@@ -106,7 +107,7 @@ def _grad_key_value_tiles(
                 b_dv = product_add(round_to(b_dropped, p_do.dtype.element_ty), b_do, b_dv, PRECISION)
             if WANTS_KEY:
                 b_dp = product(b_v, tl.trans(b_do), PRECISION)
-                _, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_visible, b_tanh, b_keep, masks.keep_scale)
+                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_visible, b_tanh, b_keep, masks.keep_scale)
                 b_dk = product_add(round_to(b_dqk, p_q.dtype.element_ty), b_q, b_dk, PRECISION)
     return b_dk, b_dv
 

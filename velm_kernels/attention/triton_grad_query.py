@@ -132,6 +132,7 @@ def _grad_query_tiles(
             keys,
             queries,
             MASKED,
+            WIDE,
         )
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_dp = product(b_do, tl.trans(b_v), PRECISION)

@@ -230,7 +230,18 @@ def kept(masks, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: t
 
 
 @triton.jit
-def scores(masks, scaling, b_qk, b, b_head, b_m, b_n, b_lo, b_hi, keys, queries, MASKED: tl.constexpr):
+def matrix_pointers(x, strides, b, b_head, b_m, b_n, WIDE: tl.constexpr):
+    """Where a tile of (batch, heads, queries, keys) stands; offsets within one head are 32-bit unless `WIDE`."""
+    if WIDE:
+        b_m = b_m.to(tl.int64)
+        b_n = b_n.to(tl.int64)
+    return x + wide(b) * strides.batch + wide(b_head) * strides.head + (b_m * strides.row + b_n * strides.column)
+
+
+@triton.jit
+def scores(
+    masks, scaling, b_qk, b, b_head, b_m, b_n, b_lo, b_hi, keys, queries, MASKED: tl.constexpr, WIDE: tl.constexpr
+):
     """Scores in the base-2 domain of a tile of products `b_qk`: -inf where not visible.
 
     -> (scores, visible or None, tanh or None). Inputs are expanded to the tile's two dimensions; `b_head` may be a
@@ -253,13 +264,11 @@ def scores(masks, scaling, b_qk, b, b_head, b_m, b_n, b_lo, b_hi, keys, queries,
         b_ok = tl.load(p_key_mask, mask=b_n < keys, other=0) != 0
         b_visible = b_ok if b_visible is None else b_visible & b_ok
     if masks.mask is not None:
-        st = masks.mask_strides
-        p_mask = masks.mask + wide(b) * st.batch + wide(b_head) * st.head + wide(b_m) * st.row + wide(b_n) * st.column
+        p_mask = matrix_pointers(masks.mask, masks.mask_strides, b, b_head, b_m, b_n, WIDE)
         b_ok = tl.load(p_mask, mask=b_inside, other=0) != 0
         b_visible = b_ok if b_visible is None else b_visible & b_ok
     if masks.bias is not None:
-        st = masks.bias_strides
-        p_bias = masks.bias + wide(b) * st.batch + wide(b_head) * st.head + wide(b_m) * st.row + wide(b_n) * st.column
+        p_bias = matrix_pointers(masks.bias, masks.bias_strides, b, b_head, b_m, b_n, WIDE)
         b_bias = tl.load(p_bias, mask=b_inside, other=0.0).to(tl.float32)
         b_s += b_bias * LOG2E
         b_ok = b_bias != -float("inf")

@@ -163,26 +163,29 @@ def dimension_class(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-# kind -> (element bytes, largest head dimension) -> architecture -> (block_m, block_n, warps, stages).
-# The entries were chosen from what the compiler reports (no spills; see tests/triton/resources.csv), for two blocks a
-# multiprocessor where registers allow it; they have not been timed on devices.
-_Row = dict[int, tuple[int, int, int, int]]
-TABLE: dict[str, dict[tuple[int, int], _Row]] = {}
+# (kernel, what it does beside its products) -> (element bytes, largest head dimension) -> architecture ->
+# (block_m, block_n, warps, stages); ANY stands for the architectures that have no entry of their own. "plain" kernels
+# mask by length and causality at most, "masked" ones also by ranges, masks or bias, "loaded" ones have dropout or a
+# softcap. The entries were chosen from what the compiler reports (no spills; tests/triton/resources.csv); they have not
+# been timed on devices.
+ANY = 0
+_Blocks = tuple[int, int, int, int]
+TABLE: dict[tuple[str, str], dict[tuple[int, int], dict[int, _Blocks]]] = {}
 
 
-def _lookup(kind: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:
+def _lookup(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:
     if arch == 0:
         # Small tiles, so that small tests cross many of their edges.
         return Config(16, 16, 4, 1)
-    rows = TABLE[kind]
+    rows = TABLE[kind, level]
     size, dim = dtype.itemsize, dimension_class(head_dim)
-    key = min(k for k in rows if k[0] >= size and k[1] >= dim)
-    return Config(*rows[key][arch])
+    row = rows[min(key for key in rows if key[0] >= size and key[1] >= dim)]
+    return Config(*row.get(arch, row[ANY]))
 
 
-def default_config(kind: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Config:
+def default_config(kind: str, level: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> Config:
     """The table's entry for one kernel."""
-    return _lookup(kind, dtype, head_dim, architecture(device))
+    return _lookup(kind, level, dtype, head_dim, architecture(device))
 
 
 def candidates(config: Config) -> list[Config]:
@@ -258,6 +261,7 @@ def _size_class(number: int) -> int:
 
 def choose(
     kind: str,
+    level: str,
     dtype: torch.dtype,
     head_dim: int,
     device: torch.device,
@@ -271,7 +275,7 @@ def choose(
     `shape` are the sizes that matter (rounded up to powers of two), `variant` names compile-time switches, `run`
     launches the kernel with given block sizes; it must leave nothing behind that a second run would see. `adjust`
     limits block sizes to what the caller can use."""
-    config = adjust(default_config(kind, dtype, head_dim, device))
+    config = adjust(default_config(kind, level, dtype, head_dim, device))
     if not autotunes() or is_recording() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return config
     import triton

@@ -1,0 +1,220 @@
+"""Triton kernels of gated_residual and merge_attention."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import round_to, tanh, wide
+
+
+@triton.jit
+def gated_residual_kernel(
+    residual,
+    x,
+    gate,
+    row_mask,
+    out,
+    residual_stride,
+    x_stride,
+    rows,
+    dim,
+    dim_blocks,
+    GATE_IS_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out = residual + tanh(gate) * x; rows that `row_mask` switches off are those of `residual`."""
+    b_row = (tl.program_id(0) // dim_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_column = (tl.program_id(0) % dim_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_live = b_row < rows
+    b_ok = b_live[:, None] & (b_column < dim)[None, :]
+    if row_mask is not None:
+        b_live = tl.load(row_mask + b_row, mask=b_live, other=0) != 0
+    b_read = b_ok & b_live[:, None]
+    if GATE_IS_ROW:
+        b_gate = tl.load(gate + b_column, mask=b_column < dim, other=0.0).to(tl.float32)
+    else:
+        b_gate = tl.load(gate).to(tl.float32) + tl.zeros((BLOCK_N,), tl.float32)
+    b_r = tl.load(residual + wide(b_row)[:, None] * residual_stride + b_column[None, :], mask=b_ok, other=0.0)
+    b_x = tl.load(x + wide(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
+    # Selected, not multiplied by 0: an infinite gate must not reach a row that is switched off.
+    b_branch = tl.where(b_read, tanh(b_gate)[None, :] * b_x.to(tl.float32), 0.0)
+    b_out = b_r.to(tl.float32) + b_branch
+    tl.store(out + wide(b_row)[:, None] * dim + b_column[None, :], round_to(b_out, out.dtype.element_ty), mask=b_ok)
+
+
+@triton.jit
+def gated_residual_backward_kernel(
+    grad,
+    x,
+    gate,
+    row_mask,
+    grad_x,
+    partial_gate,
+    x_stride,
+    rows,
+    dim,
+    dim_blocks,
+    steps,
+    GATE_IS_ROW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_x = tanh(gate) * grad, and partial sums of grad_gate = (1 - tanh(gate)^2) * sum over rows of grad * x.
+
+    A program takes `steps` blocks of rows of one block of columns, in order. `partial_gate` is (row programs, dim) for
+    a gate with one number a column, else (programs,)."""
+    row_program = tl.program_id(0) // dim_blocks
+    b_column = (tl.program_id(0) % dim_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_in = b_column < dim
+    if GATE_IS_ROW:
+        b_gate = tl.load(gate + b_column, mask=b_in, other=0.0).to(tl.float32)
+    else:
+        b_gate = tl.load(gate).to(tl.float32) + tl.zeros((BLOCK_N,), tl.float32)
+    b_tanh = tanh(b_gate)
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, steps):
+        b_row = (row_program * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        b_live = b_row < rows
+        b_ok = b_live[:, None] & b_in[None, :]
+        if row_mask is not None:
+            b_live = tl.load(row_mask + b_row, mask=b_live, other=0) != 0
+        b_read = b_ok & b_live[:, None]
+        b_at = wide(b_row)[:, None] * dim + b_column[None, :]
+        b_grad = tl.load(grad + b_at, mask=b_read, other=0.0).to(tl.float32)
+        if grad_x is not None:
+            b_dx = tl.where(b_read, b_tanh[None, :] * b_grad, 0.0)
+            tl.store(grad_x + b_at, round_to(b_dx, grad_x.dtype.element_ty), mask=b_ok)
+        if partial_gate is not None:
+            b_x = tl.load(x + wide(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
+            b_sum += b_grad * b_x.to(tl.float32)
+    if partial_gate is not None:
+        b_total = tl.sum(b_sum, 0) * (1.0 - b_tanh * b_tanh)
+        if GATE_IS_ROW:
+            tl.store(partial_gate + wide(row_program) * dim + b_column, b_total, mask=b_in)
+        else:
+            tl.store(partial_gate + tl.program_id(0), tl.sum(b_total, 0))
+
+
+@triton.jit
+def _row_pointers(x, strides, b_row, heads, queries):
+    b = b_row // (heads * queries)
+    b_head = (b_row // queries) % heads
+    return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_row % queries) * strides.row
+
+
+@triton.jit
+def merge_kernel(
+    outs,
+    logsumexps,
+    out,
+    logsumexp,
+    outs_strides,
+    out_strides,
+    heads,
+    queries,
+    rows,
+    SHARDS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum of the shards `outs` (a tuple of tensors) weighted by exp(their logsumexp - the total one), in order."""
+    b_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_in = b_row < rows
+    b_row = tl.where(b_in, b_row, 0)
+    b_d = tl.arange(0, BLOCK_D)
+    b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    for shard in tl.static_range(SHARDS):
+        b_max = tl.maximum(b_max, tl.load(logsumexps[shard] + b_row, mask=b_in, other=-float("inf")))
+    b_shift = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    for shard in tl.static_range(SHARDS):
+        b_lse = tl.load(logsumexps[shard] + b_row, mask=b_in, other=-float("inf"))
+        b_weight = tl.exp(b_lse - b_shift)
+        # What has no keys is not read.
+        b_ok = (b_in & (b_lse != -float("inf")))[:, None] & (b_d < DIM)[None, :]
+        p_rows = _row_pointers(outs[shard], outs_strides[shard], b_row, heads, queries)
+        b_out = tl.load(p_rows[:, None] + b_d[None, :], mask=b_ok, other=0.0).to(tl.float32)
+        b_acc += b_weight[:, None] * b_out
+        b_sum += b_weight
+    b_empty = b_sum == 0.0
+    b_safe = tl.where(b_empty, 1.0, b_sum)
+    tl.store(logsumexp + b_row, tl.where(b_empty, -float("inf"), b_shift + tl.log(b_safe)), mask=b_in)
+    p_rows = _row_pointers(out, out_strides, b_row, heads, queries)
+    tl.store(
+        p_rows[:, None] + b_d[None, :],
+        round_to(b_acc / b_safe[:, None], out.dtype.element_ty),
+        mask=b_in[:, None] & (b_d < DIM)[None, :],
+    )
+
+
+@triton.jit
+def merge_backward_kernel(
+    grad_out,
+    out,
+    shard_logsumexp,
+    logsumexp,
+    grad_shard,
+    products,
+    grad_out_strides,
+    out_strides,
+    grad_shard_strides,
+    heads,
+    queries,
+    rows,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One shard: the gradient of its `out` = weight * grad_out (where `grad_shard` is given), and grad_out . out in
+    `products` (where given)."""
+    b_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_in = b_row < rows
+    b_row = tl.where(b_in, b_row, 0)
+    b_d = tl.arange(0, BLOCK_D)
+    b_lse = tl.load(shard_logsumexp + b_row, mask=b_in, other=-float("inf"))
+    b_live = b_lse != -float("inf")
+    b_ok = (b_in & b_live)[:, None] & (b_d < DIM)[None, :]
+    p_do = _row_pointers(grad_out, grad_out_strides, b_row, heads, queries)
+    b_do = tl.load(p_do[:, None] + b_d[None, :], mask=b_ok, other=0.0).to(tl.float32)
+    if grad_shard is not None:
+        b_total = tl.load(logsumexp + b_row, mask=b_in & b_live, other=0.0)
+        b_weight = tl.where(b_live, tl.exp(b_lse - b_total), 0.0)
+        p_grad = _row_pointers(grad_shard, grad_shard_strides, b_row, heads, queries)
+        tl.store(
+            p_grad[:, None] + b_d[None, :],
+            round_to(b_weight[:, None] * b_do, grad_shard.dtype.element_ty),
+            mask=b_in[:, None] & (b_d < DIM)[None, :],
+        )
+    if products is not None:
+        p_out = _row_pointers(out, out_strides, b_row, heads, queries)
+        b_out = tl.load(p_out[:, None] + b_d[None, :], mask=b_ok, other=0.0).to(tl.float32)
+        tl.store(products + b_row, tl.sum(b_do * b_out, 1), mask=b_in)
+
+
+@triton.jit
+def merge_logsumexp_backward_kernel(
+    products, logsumexps, logsumexp, grad_logsumexp, grad_logsumexps, rows, SHARDS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """grad_lse_s = w_s * (product_s - sum over t of w_t * product_t + grad_lse); `products` and the gradients are
+    (shards, rows), `logsumexps` too."""
+    b_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b_in = b_row < rows
+    b_total = tl.load(logsumexp + b_row, mask=b_in, other=-float("inf"))
+    b_mean = tl.zeros((BLOCK,), tl.float32)
+    b_shift = tl.where(b_total == -float("inf"), 0.0, b_total)
+    for shard in tl.range(0, SHARDS):
+        b_at = wide(shard) * rows + b_row
+        b_weight = tl.exp(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")) - b_shift)
+        b_mean += b_weight * tl.load(products + b_at, mask=b_in, other=0.0)
+    if grad_logsumexp is not None:
+        b_mean -= tl.load(grad_logsumexp + b_row, mask=b_in, other=0.0)
+    for shard in tl.range(0, SHARDS):
+        b_at = wide(shard) * rows + b_row
+        b_weight = tl.exp(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")) - b_shift)
+        b_product = tl.load(products + b_at, mask=b_in, other=0.0)
+        b_grad = tl.where(b_weight == 0.0, 0.0, b_weight * (b_product - b_mean))
+        tl.store(grad_logsumexps + b_at, b_grad, mask=b_in)
