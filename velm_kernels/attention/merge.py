@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 
 GRAD_OUTS, GRAD_LOGSUMEXPS = 1, 2
@@ -214,4 +214,6 @@ register("merge_attention_forward", "reference", _reference_forward, lambda argu
 register("merge_attention_backward", "reference", _reference_backward, lambda arguments: [])
 cpu.register_cpu("merge_attention_forward")
 cpu.register_cpu("merge_attention_backward")
+triton.register_triton("merge_attention_forward", "attention.triton_small")
+triton.register_triton("merge_attention_backward", "attention.triton_small")
 register_public("merge_attention", "merge_attention_forward", canonical)

@@ -68,6 +68,7 @@ def _attend(
             masks,
             scaling,
             product(b_q, tl.trans(b_k), PRECISION),
+            b_ok,
             b,
             b_head,
             b_m[:, None],
@@ -77,6 +78,7 @@ def _attend(
             keys,
             queries,
             MASKED,
+            False,
             WIDE,
         )
         # [BM]
@@ -92,7 +94,9 @@ def _attend(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
         if masks.seed is not None:
-            b_keep = kept(masks, b_dropout_head, b_m[:, None], start_n, BLOCK_N, False)
+            b_keep = kept(
+                masks.seed, masks.drop_below, masks.direction, b_dropout_head, b_m[:, None], start_n, BLOCK_N, False
+            )
             b_p = tl.where(b_keep, b_p, 0.0)
         b_v = load_rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, READS_SOME, WIDE)
         if HIDES_COLUMNS:
@@ -418,7 +422,8 @@ def key_mass_kernel(
     )
     p_q = query + wide(b) * query_strides.batch + wide(head) * query_strides.head + wide(start_q) * query_strides.row
     p_lse = logsumexp + wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + start_q
-    b_k = load_rows(p_k, b_j, key_strides.row, b_n < keys, HEAD_DIM, BLOCK_D, True, WIDE)
+    b_ok = key_rows_ok(masks, b, b_n, 0, keys, keys, True)
+    b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
     b_mass = tl.zeros((BLOCK_N,), tl.float32)
     b_i = tl.arange(0, BLOCK_M)
     start = 0
@@ -448,6 +453,7 @@ def key_mass_kernel(
                 masks,
                 scaling,
                 product(b_k, tl.trans(b_q), PRECISION),
+                b_ok,
                 b,
                 head,
                 b_m[None, :],
@@ -456,6 +462,7 @@ def key_mass_kernel(
                 b_hi[None, :],
                 keys,
                 queries,
+                True,
                 True,
                 WIDE,
             )

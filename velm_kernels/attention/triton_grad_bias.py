@@ -120,6 +120,7 @@ def grad_bias_kernel(
                 masks,
                 scaling,
                 product(b_q, tl.trans(b_k), PRECISION),
+                b_ok,
                 b,
                 head,
                 b_m[:, None],
@@ -129,12 +130,22 @@ def grad_bias_kernel(
                 keys,
                 queries,
                 True,
+                False,
                 WIDE,
             )
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_keep: tl.constexpr = None
             if masks.seed is not None:
-                b_keep = kept(masks, b * sizes.heads + head, b_m[:, None], start_n, BLOCK_N, False)
+                b_keep = kept(
+                    masks.seed,
+                    masks.drop_below,
+                    masks.direction,
+                    b * sizes.heads + head,
+                    b_m[:, None],
+                    start_n,
+                    BLOCK_N,
+                    False,
+                )
             b_ds, _b_dqk = grad_scores(
                 b_p,
                 product(b_do, tl.trans(b_v), PRECISION),

@@ -37,6 +37,7 @@ def _grad_key_value_tiles(
     stride_do,
     masks,
     scaling,
+    b_ok,
     b,
     head,
     b_n,
@@ -84,6 +85,7 @@ def _grad_key_value_tiles(
                 masks,
                 scaling,
                 product(b_k, tl.trans(b_q), PRECISION),
+                b_ok,
                 b,
                 head,
                 b_m[None, :],
@@ -93,12 +95,22 @@ def _grad_key_value_tiles(
                 keys,
                 queries,
                 MASKED,
+                True,
                 WIDE,
             )
             b_p = tl.exp2(b_s - base2(b_lse)[None, :])
             b_keep: tl.constexpr = None
             if masks.seed is not None:
-                b_keep = kept(masks, b * heads + head, b_m[None, :], start_n, BLOCK_N, True)
+                b_keep = kept(
+                    masks.seed,
+                    masks.drop_below,
+                    masks.direction,
+                    b * heads + head,
+                    b_m[None, :],
+                    start_n,
+                    BLOCK_N,
+                    True,
+                )
             if WANTS_VALUE:
                 if masks.seed is not None:
                     b_dropped = tl.where(b_keep, b_p * masks.keep_scale, 0.0)
@@ -213,6 +225,7 @@ def grad_key_value_kernel(
             grad_out_strides.row,
             masks,
             scaling,
+            b_ok,
             b,
             head,
             b_n,
@@ -250,6 +263,7 @@ def grad_key_value_kernel(
                 grad_out_strides.row,
                 masks,
                 scaling,
+                b_ok,
                 b,
                 head,
                 b_n,

@@ -123,6 +123,7 @@ def _grad_query_tiles(
             masks,
             scaling,
             product(b_q, tl.trans(b_k), PRECISION),
+            b_ok,
             b,
             head,
             b_m[:, None],
@@ -132,13 +133,16 @@ def _grad_query_tiles(
             keys,
             queries,
             MASKED,
+            False,
             WIDE,
         )
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_dp = product(b_do, tl.trans(b_v), PRECISION)
         b_keep: tl.constexpr = None
         if masks.seed is not None:
-            b_keep = kept(masks, b * heads + head, b_m[:, None], start_n, BLOCK_N, False)
+            b_keep = kept(
+                masks.seed, masks.drop_below, masks.direction, b * heads + head, b_m[:, None], start_n, BLOCK_N, False
+            )
         b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_visible, b_tanh, b_keep, masks.keep_scale)
         if p_ds is not None:
             p_tile = p_ds + wide(b_m)[:, None] * grad_bias_strides.row + b_n[None, :]

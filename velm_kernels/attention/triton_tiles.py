@@ -55,6 +55,8 @@ class Masks(NamedTuple):
     # A word of the generator below this drops its element.
     drop_below: Any
     keep_scale: Any
+    # 0, but for the second direction of bidirectional attention.
+    direction: Any = 0
 
 
 class Sizes(NamedTuple):
@@ -205,28 +207,28 @@ def tanh(b_x):
 
 
 @triton.jit
-def kept(masks, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which elements dropout keeps: Philox4x32-10 with the seed as key and (query, key // 4, batch * heads + head, 0)
-    as counter; the four words serve four neighbouring keys. `b_m` and `b_head_index` are expanded like the tile, which
-    starts at key `start_n`, a multiple of 4. -> [BM, BN], or [BN, BM] where KEYS_FIRST"""
+def kept(seed, drop_below, direction, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Which elements dropout keeps: Philox4x32-10 with the seed as key and (query, key // 4, batch * heads + head,
+    direction) as counter; the four words serve four neighbouring keys. `b_m` and `b_head_index` are expanded like the
+    tile, which starts at key `start_n`, a multiple of 4. -> [BM, BN], or [BN, BM] where KEYS_FIRST"""
     b_group = (start_n // 4) + tl.arange(0, BLOCK_N // 4)
     if KEYS_FIRST:
         b_group = b_group[:, None]
     else:
         b_group = b_group[None, :]
-    seed = tl.load(masks.seed)
+    seed = tl.load(seed)
     # Every word depends on both indices only after some rounds: start from full tiles.
     b_c0 = b_m + b_group * 0
     b_c1 = b_group + b_m * 0
     b_c2 = b_head_index + b_c0 * 0
-    b_0, b_1, b_2, b_3 = tl.philox(seed, b_c0, b_c1, b_c2, b_c0 * 0)
+    b_0, b_1, b_2, b_3 = tl.philox(seed, b_c0, b_c1, b_c2, b_c0 * 0 + direction)
     b_words = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
     if KEYS_FIRST:
         b_words = tl.permute(b_words, (0, 2, 3, 1))
         b_words = tl.reshape(b_words, (BLOCK_N, b_m.shape[1]))
     else:
         b_words = tl.reshape(b_words, (b_m.shape[0], BLOCK_N))
-    return b_words >= tl.cast(masks.drop_below, tl.uint32)
+    return b_words >= tl.cast(drop_below, tl.uint32)
 
 
 @triton.jit
@@ -240,12 +242,27 @@ def matrix_pointers(x, strides, b, b_head, b_m, b_n, WIDE: tl.constexpr):
 
 @triton.jit
 def scores(
-    masks, scaling, b_qk, b, b_head, b_m, b_n, b_lo, b_hi, keys, queries, MASKED: tl.constexpr, WIDE: tl.constexpr
+    masks,
+    scaling,
+    b_qk,
+    b_key_ok,
+    b,
+    b_head,
+    b_m,
+    b_n,
+    b_lo,
+    b_hi,
+    keys,
+    queries,
+    MASKED: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """Scores in the base-2 domain of a tile of products `b_qk`: -inf where not visible.
 
     -> (scores, visible or None, tanh or None). Inputs are expanded to the tile's two dimensions; `b_head` may be a
-    scalar. A tile that is not `MASKED` lies inside [lo, hi) of all of its rows."""
+    scalar. `b_key_ok` [BN] is what `key_rows_ok` says of the keys; KEYS_FIRST: the tile is [BN, BM]. A tile that is not
+    `MASKED` lies inside [lo, hi) of all of its rows."""
     b_tanh: tl.constexpr = None
     if scaling.cap is not None:
         b_tanh = tanh(b_qk * scaling.product)
@@ -260,9 +277,11 @@ def scores(
             b_visible = b_visible & (b_n >= b_lo)
     b_inside = (b_m < queries) & (b_n < keys)
     if masks.key_mask is not None:
-        p_key_mask = masks.key_mask + wide(b) * keys + b_n
-        b_ok = tl.load(p_key_mask, mask=b_n < keys, other=0) != 0
-        b_visible = b_ok if b_visible is None else b_visible & b_ok
+        if KEYS_FIRST:
+            b_open = b_key_ok[:, None]
+        else:
+            b_open = b_key_ok[None, :]
+        b_visible = b_open if b_visible is None else b_visible & b_open
     if masks.mask is not None:
         p_mask = matrix_pointers(masks.mask, masks.mask_strides, b, b_head, b_m, b_n, WIDE)
         b_ok = tl.load(p_mask, mask=b_inside, other=0) != 0

@@ -170,7 +170,18 @@ def dimension_class(head_dim: int) -> int:
 # been timed on devices.
 ANY = 0
 _Blocks = tuple[int, int, int, int]
-TABLE: dict[tuple[str, str], dict[tuple[int, int], dict[int, _Blocks]]] = {}
+_SMALL: dict[tuple[int, int], dict[int, _Blocks]] = {
+    (2, 128): {ANY: (32, 32, 8, 1)},
+    (2, 256): {ANY: (32, 32, 8, 1)},
+    (4, 64): {ANY: (32, 32, 8, 1)},
+    (4, 128): {ANY: (32, 32, 8, 1)},
+    (4, 256): {ANY: (16, 16, 8, 1)},
+}
+TABLE: dict[tuple[str, str], dict[tuple[int, int], dict[int, _Blocks]]] = {
+    (kind, level): _SMALL
+    for kind in ("forward", "grad_query", "grad_key_value", "grad_bias", "key_mass", "grad_side")
+    for level in ("plain", "masked", "loaded")
+}
 
 
 def _lookup(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:

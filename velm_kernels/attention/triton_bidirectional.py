@@ -1,0 +1,192 @@
+"""Bidirectional attention by Triton kernels: the launches, for tensors in canonical form."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from velm_kernels.attention.merge import empty_heads_last
+from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
+from velm_kernels.attention.triton_attention import (
+    LOG2E,
+    NARROW_STRIDE,
+    Problem,
+    as_bytes,
+    cdiv,
+    delta_of,
+    forward,
+    prepare,
+    row_strides,
+    unit_rows,
+)
+from velm_kernels.attention.triton_bidirectional_kernels import grad_side_kernel
+from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
+
+GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
+
+
+def _direction(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    number: int,
+) -> Problem:
+    """One direction as ordinary attention with a key mask."""
+    given: dict[str, Any] = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES))
+    given.update(value=value, key_mask=mask, seed=seed, is_causal=False, scale=scale, softcap=0.0, dropout_p=dropout_p)
+    p = prepare(given, query, key)
+    return replace(p, masks=p.masks._replace(direction=number)) if seed is not None else p
+
+
+def bidirectional_attention_forward(
+    query_a: torch.Tensor,
+    query_b: torch.Tensor,
+    value_a: torch.Tensor,
+    value_b: torch.Tensor,
+    mask_a: torch.Tensor | None,
+    mask_b: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+) -> tuple[torch.Tensor, ...]:
+    """`velm::bidirectional_attention_forward`: the softmax of each direction runs along its own axis of the scores, so
+    that each direction is a pass of the attention kernel."""
+    out_a, logsumexp_a = forward(_direction(query_a, query_b, value_b, mask_b, seed, scale, dropout_p, 0))
+    out_b, logsumexp_b = forward(_direction(query_b, query_a, value_a, mask_a, seed, scale, dropout_p, 1))
+    return out_a, out_b, logsumexp_a, logsumexp_b
+
+
+def _grad_side(
+    x: dict[str, Any],
+    y: dict[str, Any],
+    seed: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    wants_query: bool,
+    wants_value: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the side `x`, whose other side is `y`."""
+    query, value = x["query"], x["value"]
+    batch, heads, length_x, head_dim = query.shape
+    length_y = y["query"].shape[2]
+    grad_query = empty_heads_last(query, query.shape) if wants_query else None
+    grad_value = empty_heads_last(value, value.shape) if wants_value else None
+    if length_y == 0:
+        return (
+            None if grad_query is None else grad_query.zero_(),
+            None if grad_value is None else grad_value.zero_(),
+        )
+    drops = seed is not None
+    tensors = (query, y["query"], value, y["value"], x["grad_out"], y["grad_out"])
+    strides = [row_strides(tensor) for tensor in tensors]
+    grad_strides = [None if grad is None else row_strides(grad) for grad in (grad_query, grad_value)]
+    far = max(stride for found in (*strides, *grad_strides) if found is not None for stride in found)
+
+    def run(config: Config) -> None:
+        blocks = cdiv(length_x, config.block_m)
+        arguments = (
+            *tensors,
+            x["logsumexp"],
+            y["logsumexp"],
+            x["delta"],
+            y["delta"],
+            as_bytes(x["mask"]),
+            as_bytes(y["mask"]),
+            seed,
+            int(dropout_p * 2**32) if drops else None,
+            1.0 / (1.0 - dropout_p) if drops else None,
+            grad_query,
+            grad_value,
+            *strides,
+            *grad_strides,
+            heads,
+            length_x,
+            length_y,
+            scale,
+            scale * LOG2E,
+            blocks,
+        )
+        constants = {
+            "DIRECTION_X": x["number"],
+            "HAS_X": x["has_gradient"],
+            "HAS_Y": y["has_gradient"],
+            "HEAD_DIM": head_dim,
+            "DIM_X": value.shape[3],
+            "DIM_Y": y["value"].shape[3],
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": dimension_class(head_dim),
+            "BLOCK_X": dimension_class(value.shape[3]),
+            "BLOCK_Y": dimension_class(y["value"].shape[3]),
+            "WIDE": far >= NARROW_STRIDE,
+            "PRECISION": precision(query.dtype),
+        }
+        launch("grad_side", grad_side_kernel, batch * heads * blocks, arguments, constants, config)
+
+    widest = max(head_dim, value.shape[3], y["value"].shape[3])
+    shape = (batch, heads, length_x, length_y)
+    level = "loaded" if drops else "plain"
+    run(choose("grad_side", level, query.dtype, widest, query.device, shape, level, run))
+    return grad_query, grad_value
+
+
+def bidirectional_attention_backward(
+    grad_out_a: torch.Tensor | None,
+    grad_out_b: torch.Tensor | None,
+    grad_logsumexp_a: torch.Tensor | None,
+    grad_logsumexp_b: torch.Tensor | None,
+    query_a: torch.Tensor,
+    query_b: torch.Tensor,
+    value_a: torch.Tensor,
+    value_b: torch.Tensor,
+    mask_a: torch.Tensor | None,
+    mask_b: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    out_a: torch.Tensor,
+    out_b: torch.Tensor,
+    logsumexp_a: torch.Tensor,
+    logsumexp_b: torch.Tensor,
+    scale: float,
+    dropout_p: float,
+    grad_mask: int,
+) -> tuple[torch.Tensor, ...]:
+    """`velm::bidirectional_attention_backward`: a pass over the scores for each side, which serves both directions."""
+    sides = []
+    for number, (query, key, value, other, mask, other_mask, out, lse, grad_out, grad_lse) in enumerate(
+        (
+            (query_a, query_b, value_a, value_b, mask_a, mask_b, out_a, logsumexp_a, grad_out_a, grad_logsumexp_a),
+            (query_b, query_a, value_b, value_a, mask_b, mask_a, out_b, logsumexp_b, grad_out_b, grad_logsumexp_b),
+        )
+    ):
+        has_gradient = grad_out is not None or grad_lse is not None
+        grad = torch.zeros_like(out) if grad_out is None else unit_rows(grad_out)
+        p = _direction(query, key, other, other_mask, None, scale, 0.0, number)
+        delta = delta_of(p, grad, grad_lse, out, lse) if p.rows else torch.empty_like(lse)
+        sides.append(
+            {
+                "number": number,
+                "query": unit_rows(query),
+                "value": unit_rows(value),
+                "mask": mask,
+                "logsumexp": lse,
+                "grad_out": grad,
+                "delta": delta,
+                "has_gradient": has_gradient,
+            }
+        )
+    results = []
+    for x, y, query_bit, value_bit in (
+        (sides[0], sides[1], GRAD_QUERY_A, GRAD_VALUE_A),
+        (sides[1], sides[0], GRAD_QUERY_B, GRAD_VALUE_B),
+    ):
+        wants = bool(grad_mask & query_bit), bool(grad_mask & value_bit)
+        grads = _grad_side(x, y, seed, scale, dropout_p, *wants) if any(wants) else (None, None)
+        results.append([query_a.new_empty((0,)) if grad is None else grad for grad in grads])
+    (grad_query_a, grad_value_a), (grad_query_b, grad_value_b) = results
+    return grad_query_a, grad_query_b, grad_value_a, grad_value_b
