@@ -288,7 +288,8 @@ def scores(
         b_visible = b_ok if b_visible is None else b_visible & b_ok
     if masks.bias is not None:
         p_bias = matrix_pointers(masks.bias, masks.bias_strides, b, b_head, b_m, b_n, WIDE)
-        b_bias = tl.load(p_bias, mask=b_inside, other=0.0).to(tl.float32)
+        # Rows past the end see nothing, or else they would count as readers of a key.
+        b_bias = tl.load(p_bias, mask=b_inside, other=-float("inf")).to(tl.float32)
         b_s += b_bias * LOG2E
         b_ok = b_bias != -float("inf")
         b_visible = b_ok if b_visible is None else b_visible & b_ok
