@@ -170,17 +170,43 @@ def dimension_class(head_dim: int) -> int:
 # been timed on devices.
 ANY = 0
 _Blocks = tuple[int, int, int, int]
-_SMALL: dict[tuple[int, int], dict[int, _Blocks]] = {
-    (2, 128): {ANY: (32, 32, 8, 1)},
-    (2, 256): {ANY: (32, 32, 8, 1)},
-    (4, 64): {ANY: (32, 32, 8, 1)},
-    (4, 128): {ANY: (32, 32, 8, 1)},
-    (4, 256): {ANY: (16, 16, 8, 1)},
-}
-TABLE: dict[tuple[str, str], dict[tuple[int, int], dict[int, _Blocks]]] = {
-    (kind, level): _SMALL
-    for kind in ("forward", "grad_query", "grad_key_value", "grad_bias", "key_mass", "grad_side")
-    for level in ("plain", "masked", "loaded")
+_Rows = dict[tuple[int, int], dict[int, _Blocks]]
+
+
+def _rows(*halves: dict[int, _Blocks] | _Blocks, single: tuple[_Blocks, ...]) -> _Rows:
+    """Entries for two-byte elements and for float32, each for head dimensions up to 64, 128 and 256."""
+    sixteen = [blocks if isinstance(blocks, dict) else {ANY: blocks} for blocks in halves]
+    return dict(zip(((2, 64), (2, 128), (2, 256)), sixteen)) | {
+        (4, dim): {ANY: blocks} for dim, blocks in zip((64, 128, 256), single)
+    }
+
+
+_S64, _S32, _S16 = (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)
+TABLE: dict[tuple[str, str], _Rows] = {
+    ("forward", "plain"): _rows(
+        (128, 64, 8, 3),
+        {ANY: (128, 32, 8, 3), 90: (128, 64, 8, 2), 100: (128, 64, 8, 2)},
+        (32, 32, 4, 2),
+        single=(_S64, _S32, _S16),
+    ),
+    ("forward", "masked"): _rows((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("forward", "loaded"): _rows((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_query", "plain"): _rows((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), single=(_S64, _S32, _S16)),
+    ("grad_query", "masked"): _rows((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_query", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_key_value", "plain"): _rows((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_key_value", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_key_value", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_bias", "masked"): _rows((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_bias", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("key_mass", "plain"): _rows((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), single=(_S64, _S32, _S16)),
+    ("key_mass", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("key_mass", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("linear", "plain"): _rows(
+        (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), single=((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))
+    ),
+    ("grad_side", "plain"): _rows((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_side", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
 }
 
 

@@ -1,0 +1,151 @@
+"""Triton kernels of linear: the product with its epilogue, and the gradient in front of the products of backward."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from velm_kernels.attention.triton_tiles import product_add, round_to, tanh, wide
+
+
+@triton.jit
+def _sigmoid(b_x):
+    return 1.0 / (1.0 + tl.exp2(b_x * -1.4426950408889634))
+
+
+@triton.jit
+def _activate(b_z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        # Not a maximum: NaN stays NaN.
+        return tl.where(b_z <= 0.0, 0.0, b_z)
+    elif ACTIVATION == "gelu":
+        return 0.5 * b_z * (1.0 + tl.erf(b_z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return 0.5 * b_z * (1.0 + tanh(0.7978845608028654 * (b_z + 0.044715 * b_z * b_z * b_z)))
+    elif ACTIVATION == "quick_gelu":
+        return b_z * _sigmoid(1.702 * b_z)
+    elif ACTIVATION == "silu":
+        return b_z * _sigmoid(b_z)
+    elif ACTIVATION == "tanh":
+        return tanh(b_z)
+    else:
+        return b_z
+
+
+@triton.jit
+def _slope(b_saved, ACTIVATION: tl.constexpr):
+    """Derivative of the activation, from its value for relu and tanh, from z for the others."""
+    if ACTIVATION == "relu":
+        return tl.where(b_saved <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "tanh":
+        return 1.0 - b_saved * b_saved
+    elif ACTIVATION == "gelu":
+        b_density = tl.exp2(b_saved * b_saved * (-0.5 * 1.4426950408889634)) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(b_saved * 0.7071067811865476)) + b_saved * b_density
+    elif ACTIVATION == "gelu_tanh":
+        b_tanh = tanh(0.7978845608028654 * (b_saved + 0.044715 * b_saved * b_saved * b_saved))
+        b_inner = 0.7978845608028654 * (1.0 + 0.134145 * b_saved * b_saved)
+        return 0.5 * (1.0 + b_tanh) + 0.5 * b_saved * (1.0 - b_tanh * b_tanh) * b_inner
+    elif ACTIVATION == "quick_gelu":
+        b_sigmoid = _sigmoid(1.702 * b_saved)
+        return b_sigmoid * (1.0 + 1.702 * b_saved * (1.0 - b_sigmoid))
+    else:
+        b_sigmoid = _sigmoid(b_saved)
+        return b_sigmoid * (1.0 + b_saved * (1.0 - b_sigmoid))
+
+
+@triton.jit
+def linear_kernel(
+    x,
+    weight,
+    bias,
+    residual,
+    out,
+    saved,
+    x_stride,
+    weight_stride,
+    residual_stride,
+    rows,
+    out_features,
+    in_features,
+    row_blocks,
+    column_blocks,
+    ACTIVATION: tl.constexpr,
+    SAVES_VALUE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out = activation(x weight^T + bias) + residual, and in `saved`, where given, what backward needs of it."""
+    # Programs that run together share rows of x and of weight in the cache.
+    pid = tl.program_id(0)
+    in_group = GROUP * column_blocks
+    first_row_block = (pid // in_group) * GROUP
+    group_rows = tl.minimum(row_blocks - first_row_block, GROUP)
+    start_m = (first_row_block + (pid % in_group) % group_rows) * BLOCK_M
+    start_n = ((pid % in_group) // group_rows) * BLOCK_N
+    b_i = start_m + tl.arange(0, BLOCK_M)
+    b_j = start_n + tl.arange(0, BLOCK_N)
+    b_k = tl.arange(0, BLOCK_K)
+    b_in_m = b_i < rows
+    b_in_n = b_j < out_features
+    p_x = x + wide(b_i)[:, None] * x_stride + b_k[None, :]
+    p_w = weight + wide(b_j)[:, None] * weight_stride + b_k[None, :]
+    b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_k in tl.range(0, in_features, BLOCK_K):
+        b_in_k = start_k + b_k < in_features
+        b_x = tl.load(p_x + start_k, mask=b_in_m[:, None] & b_in_k[None, :], other=0.0)
+        b_w = tl.load(p_w + start_k, mask=b_in_n[:, None] & b_in_k[None, :], other=0.0)
+        b_acc = product_add(b_x, tl.trans(b_w), b_acc, PRECISION)
+    if bias is not None:
+        b_acc += tl.load(bias + b_j, mask=b_in_n, other=0.0).to(tl.float32)[None, :]
+    b_ok = b_in_m[:, None] & b_in_n[None, :]
+    b_at = wide(b_i)[:, None] * out_features + b_j[None, :]
+    b_out = _activate(b_acc, ACTIVATION)
+    if saved is not None:
+        if SAVES_VALUE:
+            tl.store(saved + b_at, round_to(b_out, saved.dtype.element_ty), mask=b_ok)
+        else:
+            tl.store(saved + b_at, round_to(b_acc, saved.dtype.element_ty), mask=b_ok)
+    if residual is not None:
+        p_r = residual + wide(b_i)[:, None] * residual_stride + b_j[None, :]
+        b_out += tl.load(p_r, mask=b_ok, other=0.0).to(tl.float32)
+    tl.store(out + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
+
+
+@triton.jit
+def linear_grad_kernel(
+    grad,
+    saved,
+    grad_z,
+    partial_bias,
+    grad_stride,
+    rows,
+    features,
+    column_blocks,
+    steps,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad_z = grad * activation'(z), and its sums over `steps` blocks of rows in `partial_bias` (programs, features);
+    either may be None."""
+    row_program = tl.program_id(0) // column_blocks
+    b_j = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_in_n = b_j < features
+    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in tl.range(0, steps):
+        b_i = (row_program * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        b_ok = (b_i < rows)[:, None] & b_in_n[None, :]
+        b_g = tl.load(grad + wide(b_i)[:, None] * grad_stride + b_j[None, :], mask=b_ok, other=0.0).to(tl.float32)
+        b_at = wide(b_i)[:, None] * features + b_j[None, :]
+        if saved is not None:
+            b_saved = tl.load(saved + b_at, mask=b_ok, other=0.0).to(tl.float32)
+            b_g = b_g * _slope(b_saved, ACTIVATION)
+        if grad_z is not None:
+            tl.store(grad_z + b_at, round_to(b_g, grad_z.dtype.element_ty), mask=b_ok)
+        b_sum += b_g
+    if partial_bias is not None:
+        tl.store(partial_bias + wide(row_program) * features + b_j, tl.sum(b_sum, 0), mask=b_in_n)
