@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, forced, register, register_public
+from velm_kernels.backends import Arguments, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 from velm_kernels.linear import cpu_backend, reference
 from velm_kernels.linear.reference import ACTIVATIONS, FROM_OUTPUT
@@ -256,4 +256,6 @@ register("linear_forward", "reference", _reference_forward, lambda arguments: []
 register("linear_backward", "reference", _reference_backward, lambda arguments: [])
 register("linear_forward", "cpu", cpu_backend.forward, cpu_backend.reasons)
 register("linear_backward", "cpu", cpu_backend.backward, cpu_backend.reasons)
+triton.register_triton("linear_forward", "linear.triton_linear")
+triton.register_triton("linear_backward", "linear.triton_linear")
 register_public("linear", "linear_forward", canonical)

@@ -1,7 +1,7 @@
 """linear by Triton kernels: the launches, for tensors in canonical form.
 
-The product runs in Triton where there is an epilogue to fuse into it. A product alone, and those of backward, are torch's:
-they are near the limit there.
+The product runs in Triton where there is an epilogue to fuse into it. A product alone, and those of backward, are
+torch's: they are near the limit there.
 """
 
 from __future__ import annotations
