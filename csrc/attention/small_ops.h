@@ -6,8 +6,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 
@@ -59,32 +57,6 @@ struct Rows {
   T* at(int64_t batch, int64_t head, int64_t row) const {
     return data + batch * batch_stride + head * head_stride + row * row_stride;
   }
-};
-
-// Uninitialised floats, aligned to cache lines, handed out piece by piece.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats)
-      : memory_(static_cast<float*>(::operator new(sizeof(float) * static_cast<size_t>(floats + 16), kAlign))),
-        left_(floats) {}
-
-  static constexpr int64_t padded(int64_t floats) { return (floats + 15) / 16 * 16; }
-  float* take(int64_t floats) {
-    floats = padded(floats);
-    if (floats > left_) throw std::runtime_error("velm: scratch memory exhausted");
-    float* piece = memory_.get() + used_;
-    used_ += floats;
-    left_ -= floats;
-    return piece;
-  }
-
- private:
-  static constexpr std::align_val_t kAlign{64};
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, kAlign); }
-  };
-  std::unique_ptr<float, Free> memory_;
-  int64_t used_ = 0, left_;
 };
 
 }  // namespace velm

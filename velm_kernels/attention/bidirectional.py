@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
-from velm_kernels.backends import Arguments, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
@@ -338,4 +338,6 @@ register("bidirectional_attention_forward", "reference", _reference_forward, lam
 register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
 triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional")
 triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional")
+cpu.register_cpu("bidirectional_attention_forward")
+cpu.register_cpu("bidirectional_attention_backward")
 register_public("bidirectional_attention", "bidirectional_attention_forward", canonical)

@@ -1,0 +1,198 @@
+// Bidirectional attention on the CPU: what forward and backward share.
+//
+// The scores of one batch entry and head form a matrix whose rows belong to the longer sequence and whose columns to
+// the shorter one. It is computed in tiles of kTileRows x kTileColumns, and each tile serves both directions: rows
+// attend over its columns and columns over its rows. What a direction gathers for a row is complete after one pass over
+// the columns; what is gathered for the columns is collected over chunks of rows and added up at the end. The chunks
+// depend on the sizes alone, and so does every sum.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "attention/cpu_philox.h"
+#include "attention/small_ops.h"
+#include "simd/math.h"
+#include "simd/parallel.h"
+#include "simd/product.h"
+#include "simd/scratch.h"
+#include "simd/transpose.h"
+
+namespace velm::bidirectional {
+
+using simd::kLanes;
+using simd::Vec;
+
+inline constexpr int64_t kRows = 48, kColumns = 96;
+inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Row length of packed matrices: whole vectors, and an odd number of cache lines, so that rows read side by side fall
+// into different sets of the cache.
+inline int64_t padded(int64_t columns) { return (round_up(columns, 16) / 16 | 1) * 16; }
+
+// One of the two sequences.
+template <class T>
+struct Side {
+  Rows<const T> query, value;
+  const bool* mask = nullptr;  // (batch, length), true = may be attended by the other side
+  int64_t length = 0, value_dim = 0;
+
+  Side(const Tensor& query, const Tensor& value, const std::optional<Tensor>& mask)
+      : query(query),
+        value(value),
+        mask(mask ? const_data<bool>(*mask) : nullptr),
+        length(query.size(2)),
+        value_dim(value.size(3)) {}
+  const bool* mask_of(int64_t batch) const { return mask ? mask + batch * length : nullptr; }
+  bool any_visible(int64_t batch) const {
+    const bool* m = mask_of(batch);
+    return m ? std::any_of(m, m + length, [](bool x) { return x; }) : length > 0;
+  }
+};
+
+template <class T>
+struct Problem {
+  Side<T> rows, columns;
+  int64_t batch, heads, head_dim;
+  bool swapped;  // rows belong to sequence b
+  float scale;
+  bool dropout;
+  uint64_t seed = 0;
+  uint32_t drop_below = 0;
+  float keep_scale = 1.0f;
+
+  Problem(const Tensor& query_a, const Tensor& query_b, const Tensor& value_a, const Tensor& value_b,
+          const std::optional<Tensor>& mask_a, const std::optional<Tensor>& mask_b, const std::optional<Tensor>& seed_,
+          double scale_, double dropout_p)
+      : rows(query_a, value_a, mask_a),
+        columns(query_b, value_b, mask_b),
+        batch(query_a.size(0)),
+        heads(query_a.size(1)),
+        head_dim(query_a.size(3)),
+        swapped(rows.length < columns.length),
+        scale(static_cast<float>(scale_)),
+        dropout(seed_.has_value()) {
+    if (swapped) std::swap(rows, columns);
+    if (dropout) {
+      seed = static_cast<uint64_t>(*const_data<int64_t>(*seed_));
+      drop_below = static_cast<uint32_t>(dropout_p * 4294967296.0);
+      keep_scale = static_cast<float>(1.0 / (1.0 - dropout_p));
+    }
+  }
+
+  // Rows of a chunk: enough chunks for many threads, but none so short that packing the columns for it would show.
+  int64_t chunk() const {
+    const int64_t wanted = (32 + batch * heads - 1) / std::max<int64_t>(1, batch * heads);
+    return std::max<int64_t>(8 * kRows, round_up((rows.length + wanted - 1) / wanted, kRows));
+  }
+  int64_t chunks() const { return std::max<int64_t>(1, (rows.length + chunk() - 1) / chunk()); }
+  int64_t padded_columns() const { return padded(columns.length); }
+
+  // Factors of dropout for the weights of row over columns: f[i * ld + j], i < count, j < wide (rounded up to a vector).
+  // Needs first_column % 4 == 0.
+  void row_factors(float* f, int64_t ld, int64_t index, int64_t first_row, int64_t count, int64_t first_column,
+                   int64_t wide) const {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < wide; j += 4 * kLanes) {
+        simd::VecUint c[4] = {simd::VecUint(static_cast<uint32_t>(first_row + i)),
+                              quad_numbers((first_column + j) / 4), simd::VecUint(static_cast<uint32_t>(index)),
+                              simd::VecUint(swapped ? 1u : 0u)};
+        attention::philox(c, seed);
+        float words[4][kLanes];
+        for (int w = 0; w < 4; ++w) simd::store(words[w], factor(c[w]));
+        const int64_t stop = std::min<int64_t>(4 * kLanes, round_up(wide, kLanes) - j);
+        for (int64_t k = 0; k < stop; ++k) f[i * ld + j + k] = words[k & 3][k >> 2];
+      }
+    }
+  }
+
+  // The same for the weights of columns over rows, f[i * ld + j] for row i and column j. Needs first_row % 4 == 0.
+  void column_factors(float* f, int64_t ld, int64_t index, int64_t first_row, int64_t count, int64_t first_column,
+                      int64_t wide) const {
+    for (int64_t i = 0; i < count; i += 4) {
+      for (int64_t j = 0; j < wide; j += kLanes) {
+        simd::VecUint c[4] = {quad_numbers(first_column + j), simd::VecUint(static_cast<uint32_t>((first_row + i) / 4)),
+                              simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 0u : 1u)};
+        attention::philox(c, seed);
+        for (int64_t w = 0; w < std::min<int64_t>(4, count - i); ++w) simd::store(f + (i + w) * ld + j, factor(c[w]));
+      }
+    }
+  }
+
+ private:
+  static simd::VecUint quad_numbers(int64_t first) {
+    const auto base = static_cast<uint32_t>(first);
+    return simd::VecUint([=](auto i) { return base + static_cast<uint32_t>(i); });
+  }
+  Vec factor(simd::VecUint word) const {
+    return simd::select(attention::at_least(word, drop_below), Vec(keep_scale), simd::zero());
+  }
+};
+
+// out[i * ld + d] = row first + i, zero beyond `dim`; rows for which read(row) is false are zero.
+template <class T, class Read>
+inline void pack_rows(float* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head, int64_t first,
+                      int64_t count, int64_t dim, const Read& read) {
+  const int64_t full = round_up(dim, kLanes);
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = out + i * ld;
+    if (read(first + i)) {
+      const T* from = rows.at(batch, head, first + i);
+      int64_t d = 0;
+      for (; d + kLanes <= dim; d += kLanes) simd::store(to + d, simd::load(from + d));
+      if (d < dim) simd::store(to + d, simd::load_first(from + d, static_cast<int>(dim - d)));
+    } else {
+      std::fill(to, to + full, 0.0f);
+    }
+  }
+}
+
+// out[d * ld + j] = factor * row j [d], with zeros for rows for which read(row) is false and up to a whole vector.
+template <class T, class Read>
+inline void pack_transposed(float* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+                            int64_t count, int64_t dim, float factor, const Read& read) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int wide = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
+      Vec block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i)
+        block[i] = j + i < count && read(j + i)
+                       ? simd::load_first(rows.at(batch, head, j + i) + d, wide) * factor
+                       : simd::zero();
+      simd::transpose(block);
+      for (int i = 0; i < wide; ++i) simd::store(out + (d + i) * ld + j, block[i]);
+    }
+  }
+}
+
+// 1 for what may be attended, 0 elsewhere and up to a whole vector.
+inline void pack_mask(float* out, const bool* mask, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) out[j] = !mask || mask[j] ? 1.0f : 0.0f;
+  std::fill(out + count, out + round_up(count, kLanes), 0.0f);
+}
+
+template <class T>
+inline void store_row(T* out, const float* in, int64_t dim, float factor) {
+  int64_t d = 0;
+  for (; d + kLanes <= dim; d += kLanes) simd::store(out + d, simd::load(in + d) * factor);
+  if (d < dim) {
+    const int left = static_cast<int>(dim - d);
+    simd::store_first(out + d, simd::load_first(in + d, left) * factor, left);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
+                                                   std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
+                                                   std::optional<Tensor> seed, double scale, double dropout_p);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
+    std::optional<Tensor> grad_out_a, std::optional<Tensor> grad_out_b, std::optional<Tensor> grad_logsumexp_a,
+    std::optional<Tensor> grad_logsumexp_b, Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
+    std::optional<Tensor> mask_a, std::optional<Tensor> mask_b, std::optional<Tensor> seed, Tensor out_a, Tensor out_b,
+    Tensor logsumexp_a, Tensor logsumexp_b, double scale, double dropout_p, int64_t grad_mask);
+
+}  // namespace velm::bidirectional
