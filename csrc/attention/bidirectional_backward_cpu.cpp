@@ -239,8 +239,8 @@ class Backward {
       }
     }
 
-    // From scores and gradients of the weights: row_tile_ and column_tile_ become the weights after dropout, scores_ the
-    // gradient of the scores, dS = P_rows * (dP_rows - delta_row) + P_columns * (dP_columns - delta_column).
+    // From scores and gradients of the weights: row_tile_ and column_tile_ become the weights after dropout, scores_
+    // the gradient of the scores, dS = P_rows * (dP_rows - delta_row) + P_columns * (dP_columns - delta_column).
     template <bool Dropout>
     void differentiate(int64_t count, int64_t column, int64_t full, bool over_columns, bool over_rows) {
       for (int64_t i = 0; i < count; ++i) {
@@ -263,8 +263,8 @@ class Backward {
             const Vec weight = simd::exp2(score - simd::load(lse_ + column + j));
             const Vec factor = Dropout ? simd::load(column_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(column_tile_ + at);
-            gradient = simd::fma(weight, (Dropout ? upstream * factor : upstream) - simd::load(delta_ + column + j),
-                                 gradient);
+            gradient =
+                simd::fma(weight, (Dropout ? upstream * factor : upstream) - simd::load(delta_ + column + j), gradient);
             simd::store(column_tile_ + at, Dropout ? weight * factor : weight);
           } else if (over_rows) {
             simd::store(column_tile_ + at, simd::zero());

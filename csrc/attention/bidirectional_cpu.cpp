@@ -121,8 +121,8 @@ class Forward {
             multiply(weights_, count, full);
           }
           simd::product_wide<true, simd::Start::add>(sums.out + column * f_.ld_row_value_, f_.ld_row_value_, wide,
-                                                     round_up(p_.rows.value_dim, kLanes), weights_, kLd, count,
-                                                     values_, f_.ld_row_value_);
+                                                     round_up(p_.rows.value_dim, kLanes), weights_, kLd, count, values_,
+                                                     f_.ld_row_value_);
         }
         if (seen_count > 0) {
           if (seen_count == full)
@@ -142,8 +142,7 @@ class Forward {
         const bool empty = sum_[i] == 0.0f;
         store_row(f_.out_rows_.at(b_, h_, first + i), out_ + i * ld_column_value_, p_.columns.value_dim,
                   empty ? 0.0f : 1.0f / sum_[i]);
-        f_.lse_rows_[index_ * p_.rows.length + first + i] =
-            empty ? -kInfinity : highest_[i] * kLn2 + std::log(sum_[i]);
+        f_.lse_rows_[index_ * p_.rows.length + first + i] = empty ? -kInfinity : highest_[i] * kLn2 + std::log(sum_[i]);
       }
     }
 
@@ -175,7 +174,8 @@ class Forward {
           for (int64_t k = 0; k < std::min<int64_t>(kLanes, p_.columns.length - column - j); ++k) {
             if (factor[k] == 1.0f) continue;
             float* row = sums.out + (column + j + k) * f_.ld_row_value_;
-            for (int64_t d = 0; d < p_.rows.value_dim; d += kLanes) simd::store(row + d, simd::load(row + d) * factor[k]);
+            for (int64_t d = 0; d < p_.rows.value_dim; d += kLanes)
+              simd::store(row + d, simd::load(row + d) * factor[k]);
           }
         }
       }

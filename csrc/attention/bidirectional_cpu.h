@@ -29,10 +29,14 @@ inline constexpr int64_t kRows = 48, kColumns = 96;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
 // Row length of packed matrices: whole vectors, and an odd number of cache lines, so that rows read side by side fall
 // into different sets of the cache.
-inline int64_t padded(int64_t columns) { return (round_up(columns, 16) / 16 | 1) * 16; }
+inline int64_t padded(int64_t columns) {
+  return (round_up(columns, 16) / 16 | 1) * 16;
+}
 
 // One of the two sequences.
 template <class T>
@@ -92,15 +96,14 @@ struct Problem {
   int64_t chunks() const { return std::max<int64_t>(1, (rows.length + chunk() - 1) / chunk()); }
   int64_t padded_columns() const { return padded(columns.length); }
 
-  // Factors of dropout for the weights of row over columns: f[i * ld + j], i < count, j < wide (rounded up to a vector).
-  // Needs first_column % 4 == 0.
+  // Factors of dropout for the weights of row over columns: f[i * ld + j], i < count, j < wide (rounded up to a
+  // vector). Needs first_column % 4 == 0.
   void row_factors(float* f, int64_t ld, int64_t index, int64_t first_row, int64_t count, int64_t first_column,
                    int64_t wide) const {
     for (int64_t i = 0; i < count; ++i) {
       for (int64_t j = 0; j < wide; j += 4 * kLanes) {
-        simd::VecUint c[4] = {simd::VecUint(static_cast<uint32_t>(first_row + i)),
-                              quad_numbers((first_column + j) / 4), simd::VecUint(static_cast<uint32_t>(index)),
-                              simd::VecUint(swapped ? 1u : 0u)};
+        simd::VecUint c[4] = {simd::VecUint(static_cast<uint32_t>(first_row + i)), quad_numbers((first_column + j) / 4),
+                              simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 1u : 0u)};
         attention::philox(c, seed);
         float words[4][kLanes];
         for (int w = 0; w < 4; ++w) simd::store(words[w], factor(c[w]));
@@ -160,9 +163,8 @@ inline void pack_transposed(float* out, int64_t ld, const Rows<const T>& rows, i
       const int wide = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
       Vec block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = j + i < count && read(j + i)
-                       ? simd::load_first(rows.at(batch, head, j + i) + d, wide) * factor
-                       : simd::zero();
+        block[i] = j + i < count && read(j + i) ? simd::load_first(rows.at(batch, head, j + i) + d, wide) * factor
+                                                : simd::zero();
       simd::transpose(block);
       for (int i = 0; i < wide; ++i) simd::store(out + (d + i) * ld + j, block[i]);
     }

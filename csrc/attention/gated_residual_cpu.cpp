@@ -18,12 +18,12 @@ constexpr int64_t kGradX = 1, kGradGate = 2;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
-// tanh(gate), one for every column or one for all.
-std::vector<float> tanh_of(const Tensor& gate) {
+// tanh(gate), one for every column or one for all. In double, since backward needs 1 - tanh^2, which cancels.
+std::vector<double> tanh_of(const Tensor& gate) {
   return with_type(gate.scalar_type(), [&](auto t) {
     using G = decltype(t);
-    std::vector<float> out(static_cast<size_t>(gate.numel()));
-    for (size_t i = 0; i < out.size(); ++i) out[i] = std::tanh(to_float(const_data<G>(gate)[i]));
+    std::vector<double> out(static_cast<size_t>(gate.numel()));
+    for (size_t i = 0; i < out.size(); ++i) out[i] = std::tanh(static_cast<double>(to_float(const_data<G>(gate)[i])));
     return out;
   });
 }
@@ -88,7 +88,8 @@ Tensor gated_residual_forward(Tensor residual, Tensor x, Tensor gate, std::optio
   const ScalarType dtype = residual.scalar_type() == x.scalar_type() ? x.scalar_type() : ScalarType::Float;
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)}, dtype);
   const bool* mask = row_mask ? const_data<bool>(*row_mask) : nullptr;
-  const std::vector<float> tanh_gate = tanh_of(gate);
+  const std::vector<double> exact = tanh_of(gate);
+  const std::vector<float> tanh_gate(exact.begin(), exact.end());
   with_type(residual.scalar_type(), [&](auto r) {
     with_type(x.scalar_type(), [&](auto b) {
       using R = decltype(r);
@@ -169,7 +170,8 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor
   const bool wants_x = grad_mask & kGradX, wants_gate = grad_mask & kGradGate;
   Tensor grad_x = wants_x ? torch::stable::new_empty(x, {rows, dim}) : nothing(x);
   Tensor grad_gate = wants_gate ? torch::stable::new_empty(gate, {gate.numel()}) : nothing(gate);
-  const std::vector<float> tanh_gate = tanh_of(gate);
+  const std::vector<double> exact = tanh_of(gate);
+  const std::vector<float> tanh_gate(exact.begin(), exact.end());
   const int64_t gates = gate.numel();
 
   // Chunks depend on the shape alone: the sums are the same for any number of threads.
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor
       for (int64_t j = 0; j < gates; ++j) {
         double total = 0;
         for (int64_t c = 0; c < chunks; ++c) total += sums[static_cast<size_t>(c * gates + j)];
-        const double tanh_j = tanh_gate[static_cast<size_t>(j)];
+        const double tanh_j = exact[static_cast<size_t>(j)];
         store_scalar(out + j, static_cast<float>((1 - tanh_j * tanh_j) * total));
       }
     });

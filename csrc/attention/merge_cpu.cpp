@@ -184,13 +184,14 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
 }
 
 std::tuple<Tensor, Tensor> merge_attention_forward(std::vector<Tensor> outs, std::vector<Tensor> logsumexps) {
-  return with_type(outs[0].scalar_type(),
-                   [&](auto t) { return forward<decltype(t)>(outs, logsumexps); });
+  return with_type(outs[0].scalar_type(), [&](auto t) { return forward<decltype(t)>(outs, logsumexps); });
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_attention_backward(
-    Tensor grad_out, std::optional<Tensor> grad_logsumexp, std::vector<Tensor> outs, std::vector<Tensor> logsumexps,
-    Tensor logsumexp, int64_t grad_mask) {
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_attention_backward(Tensor grad_out,
+                                                                              std::optional<Tensor> grad_logsumexp,
+                                                                              std::vector<Tensor> outs,
+                                                                              std::vector<Tensor> logsumexps,
+                                                                              Tensor logsumexp, int64_t grad_mask) {
   return with_type(grad_out.scalar_type(), [&](auto t) {
     return backward<decltype(t)>(grad_out, grad_logsumexp, outs, logsumexps, logsumexp, grad_mask);
   });

@@ -34,7 +34,9 @@ inline T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+inline Tensor nothing(const Tensor& like) {
+  return torch::stable::new_empty(like, {0});
+}
 
 // Uninitialised (batch, heads, rows, dim), in memory (batch, rows, heads, dim): what a module turns into
 // (batch, rows, heads * dim) without a copy.

@@ -27,7 +27,9 @@ def run(function: Any, outs: Tensor, lses: Tensor, upstream: tuple[Tensor, Tenso
     return {"out": out.detach(), "logsumexp": logsumexp.detach(), "grad_outs": grads[0], "grad_logsumexps": grads[1]}
 
 
-def draw(shards: int, batch: int, heads: int, queries: int, dim: int, dtype: torch.dtype, seed: int, spread: float) -> Any:
+def draw(
+    shards: int, batch: int, heads: int, queries: int, dim: int, dtype: torch.dtype, seed: int, spread: float
+) -> Any:
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:

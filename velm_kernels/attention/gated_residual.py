@@ -166,7 +166,8 @@ def _reference_backward(
             branch = branch.masked_fill(~row_mask[:, None], 0.0)
         products = grad_branch * branch
         total = products.sum(0) if gate.numel() == x.shape[1] else products.sum().view(1)
-        grad_gate = ((1 - tanh.square()) * total).to(gate.dtype)
+        # In float64, since 1 - tanh^2 cancels where the gate is wide open.
+        grad_gate = ((1 - torch.tanh(gate.double()).square()) * total).to(gate.dtype)
     return grad_x, grad_gate
 
 
