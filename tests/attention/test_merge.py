@@ -1,4 +1,4 @@
-"""merge_attention on every backend: numbers, the identity it exists for, absent shards, torch features, bad arguments."""
+"""merge_attention on every backend: numbers, absent shards, torch features, bad arguments."""
 
 from __future__ import annotations
 
