@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from velm_kernels import use_backend
+from velm_kernels.backends import cpu
+from velm_kernels.fusion import dropout_residual, reference
+
+SEED = 0x123456789ABCDEF0
+ISAS = [isa for isa in cpu.INSTRUCTION_SETS if cpu.why_not(isa) is None]
+
+
+def _gradients(x, residual, p, grad):
+    x, residual = x.detach().requires_grad_(), residual.detach().requires_grad_()
+    out = dropout_residual(x, residual, p, seed=SEED)
+    out.backward(grad)
+    return out.detach(), x.grad, residual.grad
+
+
+@pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip("no CPU library was built"))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 63), (7, 64), (5, 130), (2, 4, 768)])
+@pytest.mark.parametrize("p", [0.1, 0.75])
+def test_every_instruction_set_computes_what_the_reference_computes(isa, dtype, shape, p):
+    torch.manual_seed(0)
+    x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
+    with cpu.use_isa(isa), use_backend("cpu"):
+        actual = _gradients(x, residual, p, grad)
+    with use_backend("reference"):
+        expected = _gradients(x, residual, p, grad)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6 if dtype is torch.float32 else 1e-2, atol=1e-6)
+        assert torch.equal(a == 0, b == 0)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_share_and_independence_of_what_is_kept(p):
+    keep = reference.kept(torch.tensor(SEED), 512, 512, p).double()
+    share, deviation = keep.mean().item(), (p * (1 - p) / keep.numel()) ** 0.5
+    assert abs(share - (1 - p)) < 5 * deviation
+    centred = keep - (1 - p)
+    for shift in [(0, 1), (0, 16), (0, 64), (1, 0)]:
+        correlation = (centred * centred.roll(shift, (0, 1))).mean().item() / (p * (1 - p))
+        assert abs(correlation) < 5 / 512
+    assert not torch.equal(keep, reference.kept(torch.tensor(SEED + 1), 512, 512, p).double())
+
+
+def test_backward_drops_what_forward_dropped():
+    x = torch.rand(4, 100) + 1
+    x.requires_grad_()
+    out = dropout_residual(x, dropout_p=0.4)
+    out.sum().backward()
+    assert torch.equal(out == 0, x.grad == 0)
+    assert 0 < (out == 0).sum() < out.numel()
+    torch.testing.assert_close(out.detach(), x.grad * x.detach())
+
+
+def test_layouts_and_empty_shapes():
+    base = torch.randn(6, 5, 40)
+    x = base.transpose(0, 1)[:, :, ::2]
+    out = dropout_residual(x, x, 0.3, seed=SEED)
+    assert torch.equal(out, dropout_residual(x.contiguous(), x.contiguous(), 0.3, seed=SEED))
+    assert dropout_residual(torch.randn(0, 4), dropout_p=0.3).shape == (0, 4)
+    assert dropout_residual(torch.randn(4, 0), dropout_p=0.3).shape == (4, 0)
+
+
+def test_without_dropout_it_adds():
+    x, residual = torch.randn(3, 8), torch.randn(3, 8)
+    assert torch.equal(dropout_residual(x, residual, 0.0), x + residual)
+    assert torch.equal(dropout_residual(x, None, 0.0), x)
+
+
+def test_seed_comes_from_torchs_generator():
+    x = torch.randn(8, 64)
+    torch.manual_seed(1)
+    first, second = dropout_residual(x, dropout_p=0.5), dropout_residual(x, dropout_p=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(dropout_residual(x, dropout_p=0.5), first)
+    assert not torch.equal(first, second)
+
+
+def test_same_bits_for_any_number_of_threads():
+    x = torch.randn(301, 768)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = dropout_residual(x, x, 0.1, seed=SEED)
+        torch.set_num_threads(3)
+        assert torch.equal(dropout_residual(x, x, 0.1, seed=SEED), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_operator_checks_and_compile():
+    x, seed = torch.randn(5, 70, requires_grad=True), torch.tensor(SEED)
+    torch.library.opcheck(torch.ops.velm.dropout_residual_forward.default, (x, x.detach(), seed, 0.2, ""))
+    torch.library.opcheck(torch.ops.velm.dropout_residual_backward.default, (x.detach(), seed, 0.2, ""))
+    compiled = torch.compile(lambda x: dropout_residual(x, x, 0.2, seed=7), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), dropout_residual(x, x, 0.2, seed=7))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0],), TypeError, "x: "),
+        ((torch.ones(2, dtype=torch.long),), TypeError, "x: "),
+        ((torch.ones(()),), ValueError, r"x: expected \(\.\.\., dim\)"),
+        ((torch.ones(2, 3), torch.ones(3)), ValueError, "residual: "),
+        ((torch.ones(2, 3), torch.ones(2, 3).half()), TypeError, "residual: "),
+        ((torch.ones(2, 3), None, 1.0), ValueError, "dropout_p: "),
+        ((torch.ones(2, 3), None, -0.1), ValueError, "dropout_p: "),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        dropout_residual(*arguments)
