@@ -9,6 +9,7 @@ from velm_kernels.attention import (
     merge_attention,
 )
 from velm_kernels.backends import explain, use_backend
+from velm_kernels.fusion import dropout_residual
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
 
@@ -19,6 +20,7 @@ __all__ = [
     "bidirectional_attention",
     "cross_attention",
     "cross_attention_varlen",
+    "dropout_residual",
     "explain",
     "gated_residual",
     "linear",

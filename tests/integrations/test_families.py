@@ -220,3 +220,25 @@ def test_torch_compile_of_a_patched_model():
     assert len(compiled[1]) == len(plain[1])
     for path, gradient in plain[1].items():
         assert _close(compiled[1].get("_orig_mod." + path, compiled[1].get(path)), gradient, plain[1]), path
+
+
+@pytest.mark.parametrize("projection", ["attention.output", "output"])
+def test_dropout_before_the_residual_follows_training_mode(projection):
+    from .models import visual_bert
+
+    torch.manual_seed(0)
+    model, _ = visual_bert(dropout=0.4)
+    block = model.encoder.layer[0].get_submodule(projection)
+    block.LayerNorm = torch.nn.Identity()
+    velm_kernels.patch(model)
+    assert isinstance(block, Replacement)
+    x, residual = torch.randn(1, 6, block.dense.in_features), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        expected = block.eval()(x, residual)
+        torch.testing.assert_close(expected, block.dense(x) + residual)
+        draws = block.train()(x.expand(2000, -1, -1), residual.expand(2000, -1, -1))
+    dropped = draws == residual
+    share, deviation = dropped.double().mean().item(), (0.4 * 0.6 / dropped.numel()) ** 0.5
+    assert abs(share - 0.4) < 5 * deviation
+    kept = residual + (expected - residual) / 0.6
+    torch.testing.assert_close(draws[~dropped], kept.expand_as(draws)[~dropped], rtol=1e-4, atol=1e-5)

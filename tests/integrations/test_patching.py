@@ -85,9 +85,9 @@ def test_only_that_selects_nothing_is_an_error():
 
 
 def test_what_is_not_a_module_is_refused():
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
         velm_kernels.patch({})
-    with pytest.raises(TypeError, match="expected a torch.nn.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
         velm_kernels.unpatch({})
 
 

@@ -116,7 +116,7 @@ def test_cross_attention_without_a_mask_is_not_causal():
 @pytest.mark.parametrize("name", ["visual_bert", "lxmert", "vilt", "flava", "blip_retrieval"])
 def test_models_that_would_never_call_it_are_refused(name):
     model, _ = models.build(name)
-    with pytest.raises(ValueError, match="'velm' is not available for transformers.models"):
+    with pytest.raises(ValueError, match=r"'velm' is not available for transformers\.models"):
         type(model)._from_config(model.config, attn_implementation="velm")
 
 

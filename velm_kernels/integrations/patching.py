@@ -52,7 +52,7 @@ _LINEAR_SCOPES: dict[Key, str] = {}
 _SUBCLASSES: dict[type, type] = {}
 # Where calls served by the original are recorded. Kept outside the modules, so that nothing of it is copied or pickled.
 _RECORDED_IN: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Report], str]] = weakref.WeakKeyDictionary()
-_LINEAR: Key = ("torch.nn.modules.linear", "Linear")
+LINEAR: Key = ("torch.nn.modules.linear", "Linear")
 
 
 class Replacement(nn.Module):
@@ -121,8 +121,8 @@ def patch(model: nn.Module, only: str | Iterable[str] | None = None, strict: boo
 
     Args:
         model: any module; its submodules are searched.
-        only: family names (`supported_families()`) or shell patterns on module paths (`"vilt.encoder.*"`), one or several; what
-            they do not select is left alone.
+        only: family names (`supported_families()`) or shell patterns on module paths (`"vilt.encoder.*"`), one or
+            several; what they do not select is left alone.
         strict: raise when a selected module of a known class has to be left as it is.
 
     Returns:
@@ -171,6 +171,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 def _load_families() -> None:
+    importlib.import_module("velm_kernels.integrations.projections")
     package = importlib.import_module("velm_kernels.integrations.families")
     for found in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{found.name}")
@@ -187,12 +188,12 @@ def _known(model: nn.Module) -> list[tuple[str, nn.Module, Key, str]]:
     for module in model.modules():
         family = _LINEAR_SCOPES.get(_key(module))
         if family is not None:
-            scoped.update((inner, family) for inner in module.modules() if _key(inner) == _LINEAR)
+            scoped.update((inner, family) for inner in module.modules() if _key(inner) == LINEAR)
     found = []
     for path, module in model.named_modules():
         key = _key(module)
-        if key == _LINEAR:
-            if module in scoped and _LINEAR in _REPLACEMENTS:
+        if key == LINEAR:
+            if module in scoped and LINEAR in _REPLACEMENTS:
                 found.append((path, module, key, scoped[module]))
         elif key in _REPLACEMENTS:
             found.append((path, module, key, _FAMILY[key]))
