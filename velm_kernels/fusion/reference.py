@@ -28,5 +28,6 @@ def kept(seed: Tensor, rows: int, dim: int, dropout_p: float) -> Tensor:
 
 def dropout_residual(x: Tensor, residual: Tensor | None, seed: Tensor, dropout_p: float) -> Tensor:
     """``residual + dropout(x)`` for ``x (rows, dim)``; all arithmetic in the inputs' dtype."""
-    dropped = torch.where(kept(seed, *x.shape, dropout_p), x / (1 - dropout_p), x.new_zeros(()))
+    rows, dim = x.shape
+    dropped = torch.where(kept(seed, rows, dim, dropout_p), x / (1 - dropout_p), x.new_zeros(()))
     return dropped if residual is None else residual + dropped
