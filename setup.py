@@ -104,6 +104,7 @@ class CheckedDistInfo(dist_info):
 class CMakeBuild(build_ext):
     def run(self) -> None:
         require_torch()
+        parallel = str(jobs())
         package = ROOT / "velm_kernels" if self.inplace else Path(self.build_lib).resolve() / "velm_kernels"
         libraries = package / "_lib"
         libraries.mkdir(parents=True, exist_ok=True)
@@ -130,7 +131,7 @@ class CMakeBuild(build_ext):
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DVELM_OUTPUT_DIR={package}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         environment = {**os.environ, "CXX": compiler}
-        for step in (configure, ["cmake", "--build", str(build), "--parallel", str(jobs())]):
+        for step in (configure, ["cmake", "--build", str(build), "--parallel", parallel]):
             if subprocess.run(step, env=environment, check=False).returncode:
                 raise SystemExit(f"Building velm_kernels failed, as shown above, in: {shlex.join(step)}")
 
