@@ -42,7 +42,7 @@ BATCH, HEADS, QUERIES, TOKENS = 8, 16, 1024, 1024
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _arguments(level: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:

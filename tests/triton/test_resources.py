@@ -1,0 +1,71 @@
+"""The Triton kernels compile for every architecture, do not spill, and occupy no more than resources.csv says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.triton import compiling
+from velm_kernels.backends import triton as backend
+
+pytestmark = pytest.mark.skipif(backend.is_interpreted(), reason="compiles kernels")
+
+# What a run of all tests compiles: one of the heaviest instances of each kind. `python -m tests.triton.resources`
+# compiles all of them.
+CHECKED = [
+    ("forward", "plain", "float16", 64, 80),
+    ("grad_query", "plain", "float16", 64, 80),
+    ("grad_key_value", "plain", "float16", 64, 80),
+    ("grad_bias", "masked", "float16", 64, 80),
+    ("key_mass", "masked", "float16", 64, 80),
+    ("forward", "plain", "float16", 64, 90),
+    ("grad_key_value", "plain", "float16", 64, 90),
+    ("forward", "plain", "float16", 64, 100),
+    ("forward", "plain", "float16", 64, 120),
+]
+
+
+@pytest.mark.parametrize("key", CHECKED, ids=lambda key: "-".join(map(str, key)))
+def test_resources(key: tuple[str, str, str, int, int]) -> None:
+    from tests.triton import resources
+
+    table = resources.read()
+    blocks, now = resources.measure(key)
+    assert key in table, "python -m tests.triton.resources --write"
+    assert table[key][0] == blocks, "block sizes changed: python -m tests.triton.resources --write"
+    assert resources.complaints(key, now, table[key][1]) == []
+
+
+def test_the_table_has_no_complaints() -> None:
+    from tests.triton import resources
+
+    table = resources.read()
+    assert table
+    assert [text for key, (_, found) in table.items() for text in resources.complaints(key, found, None)] == []
+
+
+def test_the_table_knows_the_block_sizes() -> None:
+    """Block sizes are not changed without asking the compiler again."""
+    from tests.triton import resources
+
+    for (kind, level, dtype, dim, arch), (blocks, _) in resources.read().items():
+        config = backend._lookup(kind, level, getattr(torch, dtype), dim, arch)
+        assert blocks == f"{config.block_m}x{config.block_n}x{config.num_stages}", (kind, level, dtype, dim, arch)
+
+
+def test_worse_resources_are_noticed() -> None:
+    from tests.triton import resources
+
+    key = ("forward", "plain", "float16", 64, 80)
+    good = compiling.Resources(128, 0, 49152, 4, 0.25, "mma.sync")
+    assert resources.complaints(key, good, good) == []
+    for worse in (
+        compiling.Resources(128, 8, 49152, 4, 0.25, "mma.sync"),
+        compiling.Resources(168, 0, 49152, 4, 0.125, "mma.sync"),
+        compiling.Resources(128, 0, 99152, 4, 0.25, "mma.sync"),
+        compiling.Resources(128, 0, 49152, 4, 0.25, "none"),
+    ):
+        assert resources.complaints(key, worse, good)
+    assert resources.complaints(key, compiling.Resources(128, 0, 200000, 4, 0.25, "mma.sync"), None)
