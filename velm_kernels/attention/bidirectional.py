@@ -334,10 +334,16 @@ def _reference_backward(
     )
 
 
+def _triton_reasons(arguments: Arguments) -> list[str]:
+    names = ("query_a", "value_a", "value_b")
+    wide = [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
+    return triton.common_reasons(arguments) + wide
+
+
 register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
 register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
-triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional")
-triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional")
+triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional", _triton_reasons)
+triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional", _triton_reasons)
 cpu.register_cpu("bidirectional_attention_forward")
 cpu.register_cpu("bidirectional_attention_backward")
 register_public("bidirectional_attention", "bidirectional_attention_forward", canonical)

@@ -344,9 +344,13 @@ def launch(
         _recorded.append(Launch(kind, kernel, grid, arguments, constants, config))
         return
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if not is_interpreted():
-        options["enable_fp_fusion"] = True
-    kernel[(grid,)](*arguments, **constants, **options)
+    if is_interpreted():
+        kernel[(grid,)](*arguments, **constants, **options)
+        return
+    # Triton launches on the current device, which need not be the one of the tensors.
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device):
+        kernel[(grid,)](*arguments, **constants, **options, enable_fp_fusion=True)
 
 
 def with_blocks(config: Config, block_m: int | None = None, block_n: int | None = None) -> Config:
