@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import velm_kernels
 from velm_kernels.backends import cpu
 from velm_kernels.linear import faster_than_torch, rule
 from velm_kernels.linear.rule import own_product, use_product
@@ -45,7 +46,7 @@ def test_processors(
         assert faster_than_torch(0, 768, 3072, dtype, "cpu", training) is False
         assert faster_than_torch(2048, 768, 3072, dtype, torch.device("cuda"), training) is False
         assert faster_than_torch(2048, 768, 3072, torch.float64, "cpu", training) is False
-    if dtype == torch.float32:
+    if dtype != torch.float16:
         assert faster_than_torch(1, 768, 3072, dtype, "cpu", False) is False
 
 
@@ -64,3 +65,13 @@ def test_use_product_overrides_and_nests() -> None:
     assert own_product(*arguments) == faster_than_torch(*arguments)
     with pytest.raises(ValueError, match="use_product: expected one of velm, torch, given 'mkl'"), use_product("mkl"):
         pass
+
+
+def test_a_product_that_goes_to_torch_is_torch() -> None:
+    x, weight = torch.randn(40, 8, requires_grad=True), torch.randn(12, 8)
+    with use_product("torch"):
+        out = velm_kernels.linear(x, weight)
+    assert torch.equal(out, torch.nn.functional.linear(x, weight))
+    assert type(out.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
+    with use_product("velm"):
+        assert "linear_forward" in type(velm_kernels.linear(x, weight).grad_fn.next_functions[0][0]).__name__

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 from velm_kernels.linear import cpu_backend, reference
 from velm_kernels.linear.reference import ACTIVATIONS, FROM_OUTPUT
+from velm_kernels.linear.rule import own_product
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 
@@ -52,6 +53,8 @@ def linear(
     """
     x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
     arguments = canonical(x, weight, bias, activation, residual)
+    if activation is None and residual is None and _is_plain_torch(x, weight.shape[0]):
+        return torch.nn.functional.linear(x, weight, bias)
     late = residual is not None and residual.dtype != x.dtype
     if late:
         arguments["residual"] = None
@@ -60,6 +63,18 @@ def linear(
     out, _ = torch.ops.velm.linear_forward(*arguments.values(), forced())
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out + residual if late else out
+
+
+def _is_plain_torch(x: Tensor, out_features: int) -> bool:
+    """Whether the operator would do no more than call torch: then calling torch at once saves the detour.
+
+    Under torch.compile the graph keeps the operator, whose choice may then depend on sizes known at run time.
+    """
+    if torch.compiler.is_compiling() or forced() or x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
+        return False
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features if in_features else 0
+    return not own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad)
 
 
 def _saves_tensor(activation: str, has_residual: bool) -> bool:

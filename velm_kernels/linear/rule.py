@@ -19,6 +19,9 @@ PRODUCTS = ("velm", "torch")
 # Below this many rows torch's float32 product is bound by reading the weight, and there is nothing to gain.
 AMD_FLOAT32_ROWS = 32
 
+# Below this many rows a bfloat16 product is bound by reading the weight too, and a call costs more than it saves.
+BFLOAT16_ROWS = 8
+
 _forced: list[str] = []
 
 
@@ -50,7 +53,7 @@ def faster_than_torch(
 
     - float16 on processors without float16 arithmetic (avx512fp16, amx-fp16): torch computes such products one
       element at a time; this library converts while packing and accumulates in float32.
-    - bfloat16 on processors without bfloat16 arithmetic (avx512bf16, amx-bf16): the same.
+    - bfloat16 on processors without bfloat16 arithmetic (avx512bf16, amx-bf16): the same, from ``BFLOAT16_ROWS`` rows.
     - float32 on AMD processors with AVX-512, from ``AMD_FLOAT32_ROWS`` rows: torch's product comes from a library tuned
       for other processors and leaves more than half of the multiply-add rate unused.
     - Everything else, and devices other than the CPU: torch.
@@ -77,7 +80,7 @@ def _rule(
     if dtype == torch.float16:
         return not features & {"avx512fp16", "amx-fp16"}
     if dtype == torch.bfloat16:
-        return not features & {"avx512bf16", "amx-bf16"}
+        return x_rows >= BFLOAT16_ROWS and not features & {"avx512bf16", "amx-bf16"}
     return vendor == "AuthenticAMD" and isa.startswith("avx512") and x_rows >= AMD_FLOAT32_ROWS
 
 
