@@ -17,7 +17,7 @@ namespace {
 // Keys in a block: its K and V rows stay in the second-level cache for all panels of an item.
 constexpr int64_t kBlock = 96;
 // Panels that go over the same blocks together.
-constexpr int64_t kPanelsPerItem = 8;
+constexpr int64_t kPanelsPerItem = 16;
 
 struct Item {
   int64_t b, kv_head, first, rows;
@@ -87,7 +87,7 @@ std::vector<Item> make_items(const Problem& p) {
   int64_t panels = 0;
   for (int64_t b = 0; b < p.batch; ++b) panels += (p.group * p.query_count(b) + kPanel - 1) / kPanel * p.kv_heads;
   // Fewer panels an item where there would be too few items to share out.
-  const int64_t per_item = std::clamp<int64_t>(panels / 32, 1, kPanelsPerItem);
+  const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, kPanelsPerItem);
   for (int64_t b = 0; b < p.batch; ++b) {
     const int64_t rows = p.group * p.query_count(b);
     for (int64_t h = 0; h < p.kv_heads; ++h) {
@@ -98,9 +98,9 @@ std::vector<Item> make_items(const Problem& p) {
   return items;
 }
 
-// Whether rows of this tensor can be read where they are: fp32, and no stride that maps all rows of a register
-// tile to the same few sets of the first-level cache.
-bool readable_in_place(const Rows& rows) { return rows.dtype == Dtype::f32 && rows.row % 512 != 0; }
+// Whether rows of this tensor can be read where they are: fp32, and close enough together that a block of them
+// spreads over the sets of the first-level cache and over few pages.
+bool readable_in_place(const Rows& rows) { return rows.dtype == Dtype::f32 && rows.row <= 320 && rows.row % 128 != 0; }
 
 class Worker {
  public:
@@ -108,7 +108,7 @@ class Worker {
       : p_(p), out_(out), logsumexp_(logsumexp), scratch_(memory_, p, kBlock, false) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
     in_place_k_ = readable_in_place(p.k);
-    in_place_v_ = p.v.dtype == Dtype::f32 && !p.masked_by_row();
+    in_place_v_ = readable_in_place(p.v) && !p.masked_by_row();
     ldk_ = padded(p.head_dim);
     ldv_ = padded(p.value_dim);
     s_ = memory_.take(kBlock * kPanel);

@@ -169,11 +169,18 @@ inline bool pack_key_rows(float* out, int64_t ld, const Problem& p, const Rows& 
   return with_type(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     simd::Vec bad = simd::zero();
+    // Rows often lie pages apart, where the processor does not prefetch by itself.
+    constexpr int64_t kAhead = 12;
+    const char* base = rows.at(p.varlen ? 0 : b, kv_head, p.first_key(b) + first);
+    const int64_t step = rows.row * static_cast<int64_t>(sizeof(T)), length = columns * static_cast<int64_t>(sizeof(T));
     for (int64_t j = 0; j < count; ++j) {
       float* to = out + j * ld;
       int64_t d = 0;
+      if (j + kAhead < count) {
+        for (int64_t line = 0; line < length; line += 64) __builtin_prefetch(base + (j + kAhead) * step + line);
+      }
       if (holes == nullptr || holes[j]) {
-        const T* row = reinterpret_cast<const T*>(rows.at(p.varlen ? 0 : b, kv_head, p.first_key(b) + first + j));
+        const T* row = reinterpret_cast<const T*>(base + j * step);
         for (; d + kLanes <= columns; d += kLanes) {
           const simd::Vec x = simd::load(row + d);
           bad = simd::fma(x, simd::zero(), bad);
