@@ -171,13 +171,14 @@ inline bool pack_key_rows(float* out, int64_t ld, const Problem& p, const Rows& 
     simd::Vec bad = simd::zero();
     // Rows often lie pages apart, where the processor does not prefetch by itself.
     constexpr int64_t kAhead = 12;
+    const int64_t left = p.key_count(b) - first;  // runs ahead into the block that comes next
     const char* base = rows.at(p.varlen ? 0 : b, kv_head, p.first_key(b) + first);
     const int64_t step = rows.row * static_cast<int64_t>(sizeof(T)), length = columns * static_cast<int64_t>(sizeof(T));
     for (int64_t j = 0; j < count; ++j) {
       float* to = out + j * ld;
       int64_t d = 0;
-      if (j + kAhead < count) {
-        for (int64_t line = 0; line < length; line += 64) __builtin_prefetch(base + (j + kAhead) * step + line);
+      if (j + kAhead < left) {
+        for (int64_t line = 0; line < length; line += 64) __builtin_prefetch(base + (j + kAhead) * step + line, 0, 2);
       }
       if (holes == nullptr || holes[j]) {
         const T* row = reinterpret_cast<const T*>(base + j * step);
