@@ -66,9 +66,8 @@ void convert_bias_gradient(const Tensor& to, const float* from) {
   with_type(dtype_of(to), [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     T* out = static_cast<T*>(to.mutable_data_ptr());
-    simd::parallel_ranges(to.numel(), 1 << 15, [&](int64_t begin, int64_t end) {
-      simd::convert(out + begin, from + begin, end - begin);
-    });
+    simd::parallel_ranges(to.numel(), 1 << 15,
+                          [&](int64_t begin, int64_t end) { simd::convert(out + begin, from + begin, end - begin); });
   });
 }
 

@@ -50,7 +50,9 @@ Plan make_plan(const Problem& p, const int64_t* bias_size) {
   return plan;
 }
 
-int64_t panel_count(const Problem& p, int64_t b) { return (p.group * p.query_count(b) + kPanel - 1) / kPanel; }
+int64_t panel_count(const Problem& p, int64_t b) {
+  return (p.group * p.query_count(b) + kPanel - 1) / kPanel;
+}
 
 class Worker {
  public:
@@ -192,9 +194,9 @@ class Worker {
     if (lo < hi && !(holes && std::find(holes + lo, holes + hi, true) == holes + hi)) {
       const int64_t at = lo - first;
       const bool* block_holes = holes ? holes + lo : nullptr;
-      block.k_finite = pack_key_rows(k_ + at * ldk_, ldk_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim,
-                                     block_holes) ||
-                       !p_.masked_by_row();
+      block.k_finite =
+          pack_key_rows(k_ + at * ldk_, ldk_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim, block_holes) ||
+          !p_.masked_by_row();
       pack_key_rows(v_ + at * ldv_, ldv_, p_, p_.v, pair.b, pair.kv_head, lo, hi - lo, p_.value_dim, block_holes);
       for (size_t i = 0; i < panels_.size(); ++i) {
         Panel& panel = panels_[i];
@@ -359,7 +361,9 @@ void reduce_grad_query(const Problem& p, const Gradients& g, const Plan& plan, c
 
 }  // namespace
 
-int64_t bias_partials(const Problem& p, const int64_t (&bias_size)[4]) { return make_plan(p, bias_size).partials; }
+int64_t bias_partials(const Problem& p, const int64_t (&bias_size)[4]) {
+  return make_plan(p, bias_size).partials;
+}
 
 void backward(const Problem& p, const Gradients& g) {
   const Plan plan = make_plan(p, g.grad_bias ? g.bias_size : nullptr);
@@ -370,8 +374,7 @@ void backward(const Problem& p, const Gradients& g) {
   for (int64_t i = 0; i < pairs; ++i) offsets.push_back(offsets.back() + panel_count(p, i / p.kv_heads));
   simd::Scratch memory;
   float* partial = nullptr;
-  if (g.grad_query.data && plan.splits > 1)
-    partial = memory.take(plan.splits * offsets.back() * kPanel * p.head_dim);
+  if (g.grad_query.data && plan.splits > 1) partial = memory.take(plan.splits * offsets.back() * kPanel * p.head_dim);
 
   // Pairs that add to the same slice of the bias gradient are dealt out to `groups` jobs with a copy each.
   const int64_t bias_count = g.bias_size[0] * g.bias_size[1] * g.bias_size[2] * g.bias_size[3];

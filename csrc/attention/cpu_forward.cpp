@@ -42,9 +42,8 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { top[v] = simd::load(state.max + v * kLanes); });
   for (int64_t i = 0; i < n; ++i) {
     // A NaN may get lost here, but not in the exponentials.
-    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
-      top[v] = simd::maximum(top[v], simd::load(s + i * kWidth + v * kLanes));
-    });
+    simd::unroll<V>(
+        [&](auto v) VELM_INLINE_LAMBDA { top[v] = simd::maximum(top[v], simd::load(s + i * kWidth + v * kLanes)); });
   }
   Vec sum[V];
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -100,7 +99,9 @@ std::vector<Item> make_items(const Problem& p) {
 
 // Whether rows of this tensor can be read where they are: fp32, and close enough together that a block of them
 // spreads over the sets of the first-level cache and over few pages.
-bool readable_in_place(const Rows& rows) { return rows.dtype == Dtype::f32 && rows.row <= 320 && rows.row % 128 != 0; }
+bool readable_in_place(const Rows& rows) {
+  return rows.dtype == Dtype::f32 && rows.row <= 320 && rows.row % 128 != 0;
+}
 
 class Worker {
  public:
@@ -182,8 +183,8 @@ class Worker {
       if (!v_) v_ = memory_.take(kBlock * ldv_);
       block.v = v_;
       block.ldv = ldv_;
-      const bool finite = pack_key_rows(v_, ldv_, p_, p_.v, item.b, item.kv_head, block.first, block.count,
-                                        p_.value_dim, block.holes);
+      const bool finite =
+          pack_key_rows(v_, ldv_, p_, p_.v, item.b, item.kv_head, block.first, block.count, p_.value_dim, block.holes);
       block.v_finite = finite || !p_.masked_by_row();
     }
   }

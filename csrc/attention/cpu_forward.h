@@ -13,6 +13,4 @@ void sum_key_mass(const Problem& p, const float* logsumexp, float* key_mass);
 // The forward pass where the rows that share a key head are so few that lanes run along head_dim
 // instead; may_decode says where.
 
-
-
 }  // namespace velm::attention

@@ -18,7 +18,9 @@ using simd::Vec;
 struct Shape {
   int64_t batch, heads, rows, dim;
   Shape(const Tensor& x, bool varlen)
-      : batch(varlen ? 1 : x.size(0)), heads(x.size(1)), rows(varlen ? x.size(0) : x.size(2)),
+      : batch(varlen ? 1 : x.size(0)),
+        heads(x.size(1)),
+        rows(varlen ? x.size(0) : x.size(2)),
         dim(x.size(varlen ? 2 : 3)) {}
   int64_t count() const { return batch * heads * rows; }
   // Rows are numbered with heads last, as the results lie in memory.
@@ -53,11 +55,11 @@ std::vector<float> widen(const Tensor& weight) {
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen) {
   const Shape shape(x, varlen);
-  Tensor result = varlen ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, torch::headeronly::ScalarType::Float)
-                         : torch::stable::transpose(
-                               torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)},
-                                                        torch::headeronly::ScalarType::Float),
-                               1, 2);
+  Tensor result =
+      varlen ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, torch::headeronly::ScalarType::Float)
+             : torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)},
+                                                                 torch::headeronly::ScalarType::Float),
+                                        1, 2);
   const std::vector<float> w = widen(weight);
   const Rows from = rows_of(x, varlen), to = rows_of(result, varlen);
   simd::parallel_ranges(shape.count(), 256, [&](int64_t begin, int64_t end) {

@@ -17,7 +17,9 @@ inline constexpr int kLanes = simd::kLanes;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) {
+  return (n + to - 1) / to * to;
+}
 
 // Row length of packed matrices: whole vectors, and an odd number of cache lines, so that rows
 // read side by side fall into different sets of the cache.
@@ -79,19 +81,29 @@ void pack_transposed(float* out, int64_t ld, const Problem& p, const Panel& pane
   with_type(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* from[kPanel];
+    bool full[2] = {true, true};
     const int64_t first = p.first_query(panel.b);
     for (int l = 0; l < kPanel; ++l) {
       from[l] = l < panel.count && keep(l)
                     ? reinterpret_cast<const T*>(rows.at(p.varlen ? 0 : panel.b, panel.head[l], first + panel.query[l]))
                     : nullptr;
+      if (from[l] == nullptr) full[l / kLanes] = false;
     }
     for (int v = 0; v < panel.vectors; ++v) {
       for (int64_t d = 0; d < columns; d += kLanes) {
         const int wide = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
         simd::Vec block[kLanes];
+        if (wide == kLanes && full[v]) {
+          simd::unroll<kLanes>([&](auto l)
+                                   VELM_INLINE_LAMBDA { block[l] = simd::load(from[v * kLanes + l] + d) * scale; });
+          simd::transpose(block);
+          simd::unroll<kLanes>([&](auto j)
+                                   VELM_INLINE_LAMBDA { simd::store(out + (d + j) * ld + v * kLanes, block[j]); });
+          continue;
+        }
         for (int l = 0; l < kLanes; ++l) {
           const T* row = from[v * kLanes + l];
-          block[l] = row == nullptr ? simd::zero()
+          block[l] = row == nullptr   ? simd::zero()
                      : wide == kLanes ? simd::load(row + d) * scale
                                       : simd::load_first(row + d, wide) * scale;
         }

@@ -16,7 +16,9 @@ using torch::stable::Tensor;
 
 enum class Dtype { f32, bf16, f16 };
 
-inline int64_t element_size(Dtype d) { return d == Dtype::f32 ? 4 : 2; }
+inline int64_t element_size(Dtype d) {
+  return d == Dtype::f32 ? 4 : 2;
+}
 
 // Calls f with a null pointer of the element type.
 template <class F>
@@ -107,8 +109,8 @@ struct Problem {
  private:
   bool causal_, ranges_ = false;
   const int32_t *start_ = nullptr, *stop_ = nullptr;
-  std::vector<Range> key_bounds_;     // of every batch entry, from lengths and key_mask
-  std::vector<const bool*> holes_;    // empty where no key_mask leaves holes
+  std::vector<Range> key_bounds_;   // of every batch entry, from lengths and key_mask
+  std::vector<const bool*> holes_;  // empty where no key_mask leaves holes
   std::vector<int64_t> query_offsets_, key_offsets_;
 };
 

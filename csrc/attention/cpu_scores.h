@@ -14,51 +14,54 @@ namespace velm::attention {
 using simd::Vec;
 
 // What a query is multiplied with when it is packed.
-inline float query_factor(const Problem& p) { return p.softcap > 0 ? p.scale / p.softcap : p.scale; }
-
-// Bias of kLanes keys of one row, -inf where mask or bias hide them.
-VELM_INLINE Vec additive_of_row(const Problem& p, const char* bias, const char* mask, int64_t j, int wide) {
-  Vec x = simd::zero();
-  if (bias) {
-    const int64_t step = p.bias.stride[3];
-    x = with_type(p.bias.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      const T* from = reinterpret_cast<const T*>(bias) + j * step;
-      if (step == 1) return simd::load_first(from, wide);
-      if (step == 0) return Vec(simd::to_float(*from));
-      float t[kLanes] = {};
-      for (int i = 0; i < wide; ++i) t[i] = simd::to_float(from[i * step]);
-      return simd::load(t);
-    });
-  }
-  if (mask) {
-    const int64_t step = p.mask.stride[3];
-    const char* from = mask + j * step;
-    float t[kLanes];
-    for (int i = 0; i < kLanes; ++i) t[i] = i < wide && from[i * step] ? 1.0f : 0.0f;
-    x = simd::select(simd::load(t) == simd::zero(), Vec(-kInfinity), x);
-  }
-  return x;
+inline float query_factor(const Problem& p) {
+  return p.softcap > 0 ? p.scale / p.softcap : p.scale;
 }
 
-// e[(j - from) * V * kLanes + lane] for keys [from, to) of the sequence. Returns whether any is not -inf.
-template <int V>
-bool additive_tile(float* e, const Problem& p, const Panel& panel, int64_t from, int64_t to) {
-  const char *bias[kPanel], *mask[kPanel];
+// Up to kLanes keys from j on of one row of the bias.
+template <class T>
+VELM_INLINE Vec bias_of_row(const T* row, int64_t step, int64_t j, int wide) {
+  if (step == 1) return wide == kLanes ? simd::load(row + j) : simd::load_first(row + j, wide);
+  if (step == 0) return Vec(simd::to_float(*row));
+  float t[kLanes] = {};
+  for (int i = 0; i < wide; ++i) t[i] = simd::to_float(row[(j + i) * step]);
+  return simd::load(t);
+}
+
+// x where the mask is true, -inf elsewhere, for up to kLanes keys from j on of one row.
+VELM_INLINE Vec masked_by(const char* row, int64_t step, int64_t j, int wide, Vec x) {
+  float t[kLanes];
+  for (int i = 0; i < kLanes; ++i) t[i] = i < wide && row[(j + i) * step] ? 1.0f : 0.0f;
+  return simd::select(simd::load(t) == simd::zero(), Vec(-kInfinity), x);
+}
+
+// e[(j - from) * V * kLanes + lane], the bias of keys [from, to) of the sequence, -inf where mask or bias hide them.
+// Returns whether any is not -inf.
+template <int V, class T, bool Biased, bool Masked>
+bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from, int64_t to) {
+  const T* bias[kPanel] = {};
+  const char* mask[kPanel] = {};
   bool same = true;
   for (int l = 0; l < V * kLanes; ++l) {
-    bias[l] = p.bias ? p.bias.row(panel.b, panel.head[l], panel.query[l]) : nullptr;
-    mask[l] = p.mask ? p.mask.row(panel.b, panel.head[l], panel.query[l]) : nullptr;
+    if (Biased) bias[l] = reinterpret_cast<const T*>(p.bias.row(panel.b, panel.head[l], panel.query[l]));
+    if (Masked) mask[l] = p.mask.row(panel.b, panel.head[l], panel.query[l]);
     same = same && bias[l] == bias[0] && mask[l] == mask[0];
   }
+  const int64_t bias_step = p.bias.stride[3], mask_step = p.mask.stride[3];
   Vec highest(-kInfinity);
   constexpr int kWidth = V * kLanes;
+  const auto row = [&](int l, int64_t j, int wide) VELM_INLINE_LAMBDA {
+    Vec x = simd::zero();
+    if constexpr (Biased) x = bias_of_row(bias[l], bias_step, j, wide);
+    if constexpr (Masked) x = masked_by(mask[l], mask_step, j, wide, x);
+    return x;
+  };
   for (int64_t j = from; j < to; j += kLanes) {
     const int wide = static_cast<int>(std::min<int64_t>(to - j, kLanes));
     float* out = e + (j - from) * kWidth;
     if (same) {
       float t[kLanes];
-      simd::store(t, additive_of_row(p, bias[0], mask[0], j, wide));
+      simd::store(t, row(0, j, wide));
       for (int i = 0; i < wide; ++i) {
         const Vec x(t[i]);
         highest = simd::maximum(highest, x);
@@ -68,8 +71,16 @@ bool additive_tile(float* e, const Problem& p, const Panel& panel, int64_t from,
     }
     for (int v = 0; v < V; ++v) {
       Vec block[kLanes];
-      for (int l = 0; l < kLanes; ++l)
-        block[l] = additive_of_row(p, bias[v * kLanes + l], mask[v * kLanes + l], j, wide);
+      if (!Masked && wide == kLanes && bias_step == 1) {
+        simd::unroll<kLanes>([&](auto l) VELM_INLINE_LAMBDA { block[l] = simd::load(bias[v * kLanes + l] + j); });
+        simd::transpose(block);
+        simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA {
+          highest = simd::maximum(highest, block[i]);
+          simd::store(out + i * kWidth + v * kLanes, block[i]);
+        });
+        continue;
+      }
+      for (int l = 0; l < kLanes; ++l) block[l] = row(v * kLanes + l, j, wide);
       simd::transpose(block);
       for (int i = 0; i < wide; ++i) {
         highest = simd::maximum(highest, block[i]);
@@ -78,6 +89,16 @@ bool additive_tile(float* e, const Problem& p, const Panel& panel, int64_t from,
     }
   }
   return simd::max_lanes(highest) > -kInfinity;
+}
+
+template <int V>
+bool additive_tile(float* e, const Problem& p, const Panel& panel, int64_t from, int64_t to) {
+  if (!p.bias) return fill_additive<V, float, false, true>(e, p, panel, from, to);
+  return with_type(p.bias.dtype, [&](auto* tag) {
+    using T = std::remove_pointer_t<decltype(tag)>;
+    return p.mask ? fill_additive<V, T, true, true>(e, p, panel, from, to)
+                  : fill_additive<V, T, true, false>(e, p, panel, from, to);
+  });
 }
 
 // Scratch of a worker for score tiles of up to `keys` keys.
@@ -141,8 +162,8 @@ void for_dropout(const Problem& p, const Panel& panel, int64_t first, int64_t n,
   simd::VecUint query[V], head[V];
   for (int v = 0; v < V; ++v) {
     query[v] = simd::VecUint([&](auto l) { return static_cast<uint32_t>(panel.query[v * kLanes + l]); });
-    head[v] = simd::VecUint(
-        [&](auto l) { return static_cast<uint32_t>(panel.b * p.heads + panel.head[v * kLanes + l]); });
+    head[v] =
+        simd::VecUint([&](auto l) { return static_cast<uint32_t>(panel.b * p.heads + panel.head[v * kLanes + l]); });
   }
   for (int64_t quad = first / 4; quad * 4 < first + n; ++quad) {
     for (int v = 0; v < V; ++v) {

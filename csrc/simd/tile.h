@@ -10,17 +10,21 @@ namespace velm::simd {
 // register a column of B and one for the broadcast. More than 8 accumulators are needed to keep
 // two multiply-add units of four cycles' latency busy.
 template <int V>
-inline constexpr int kTileRows = kRegisters == 32 ? (V == 1 ? 12 : V == 2 ? 12 : V == 3 ? 8 : 6)
-                                                  : (V == 1 ? 8 : V == 2 ? 6 : V == 3 ? 4 : 3);
+inline constexpr int kTileRows = kRegisters == 32 ? (V == 1   ? 12
+                                                     : V == 2 ? 12
+                                                     : V == 3 ? 8
+                                                              : 6)
+                                                  : (V == 1   ? 8
+                                                     : V == 2 ? 6
+                                                     : V == 3 ? 4
+                                                              : 3);
 
 template <int R, int V>
 struct Tile {
   Vec c[R][V];
 
   VELM_INLINE void clear() {
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
-      unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] = zero(); });
-    });
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] = zero(); }); });
   }
   VELM_INLINE void load(const float* p, int64_t row_stride) {
     unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
@@ -34,9 +38,7 @@ struct Tile {
   }
   // Multiplies every column of lanes by its own factor.
   VELM_INLINE void scale(const Vec (&factor)[V]) {
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
-      unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] *= factor[v]; });
-    });
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] *= factor[v]; }); });
   }
 
   // a_row and a_depth are strides of A in elements, b_depth that of B. Pass a literal 1 for the

@@ -63,8 +63,8 @@ VELM_INLINE void transpose(Vec (&rows)[kLanes]) {
 // type. Lanes of out from `rows` up to the next multiple of kLanes are set to zero, so every
 // out row needs room for that many.
 template <class T>
-inline void transpose_to(float* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t rows,
-                         int64_t columns, float scale = 1.0f) {
+inline void transpose_to(float* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t rows, int64_t columns,
+                         float scale = 1.0f) {
   for (int64_t i = 0; i < rows; i += kLanes) {
     const int tall = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
     for (int64_t j = 0; j < columns; j += kLanes) {
@@ -74,8 +74,7 @@ inline void transpose_to(float* out, int64_t out_stride, const T* in, int64_t in
       if (tall == kLanes && wide == kLanes) {
         unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA { block[r] = load(from + r * in_stride) * scale; });
       } else {
-        for (int r = 0; r < kLanes; ++r)
-          block[r] = r < tall ? load_first(from + r * in_stride, wide) * scale : zero();
+        for (int r = 0; r < kLanes; ++r) block[r] = r < tall ? load_first(from + r * in_stride, wide) * scale : zero();
       }
       transpose(block);
       float* to = out + j * out_stride + i;

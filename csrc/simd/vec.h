@@ -41,15 +41,20 @@ struct fp16 {
 // them live in registers.
 template <int N, class F>
 VELM_INLINE void unroll(F&& f) {
-  [&]<int... I>(std::integer_sequence<int, I...>) VELM_INLINE_LAMBDA {
-    (f(std::integral_constant<int, I>{}), ...);
-  }(std::make_integer_sequence<int, N>{});
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      VELM_INLINE_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
 }
 
-VELM_INLINE VecUint bits_of(Vec x) { return std::bit_cast<VecUint>(x); }
-VELM_INLINE Vec float_of(VecUint x) { return std::bit_cast<Vec>(x); }
+VELM_INLINE VecUint bits_of(Vec x) {
+  return std::bit_cast<VecUint>(x);
+}
+VELM_INLINE Vec float_of(VecUint x) {
+  return std::bit_cast<Vec>(x);
+}
 
-VELM_INLINE Vec zero() { return Vec(0.0f); }
+VELM_INLINE Vec zero() {
+  return Vec(0.0f);
+}
 VELM_INLINE Vec select(VecMask m, Vec a, Vec b) {
   stdx::where(m, b) = a;
   return b;
@@ -88,8 +93,12 @@ VELM_INLINE VecMask first_lanes(int n) {
 
 // ---- scalar conversions ------------------------------------------------------------------
 
-VELM_INLINE float to_float(float x) { return x; }
-VELM_INLINE float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+VELM_INLINE float to_float(float x) {
+  return x;
+}
+VELM_INLINE float to_float(bf16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
 
 inline float to_float(fp16 x) {
 #if defined(__F16C__)
@@ -115,8 +124,12 @@ VELM_INLINE uint32_t round_to_bf16_bits(float x) {
   return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 
-VELM_INLINE void store_scalar(float* p, float x) { *p = x; }
-VELM_INLINE void store_scalar(bf16* p, float x) { p->bits = static_cast<uint16_t>(round_to_bf16_bits(x)); }
+VELM_INLINE void store_scalar(float* p, float x) {
+  *p = x;
+}
+VELM_INLINE void store_scalar(bf16* p, float x) {
+  p->bits = static_cast<uint16_t>(round_to_bf16_bits(x));
+}
 
 inline void store_scalar(fp16* p, float x) {
 #if defined(__F16C__)
@@ -150,8 +163,12 @@ VELM_INLINE float round_trip(float x) {
 
 // ---- full vectors ------------------------------------------------------------------------
 
-VELM_INLINE Vec load(const float* p) { return Vec(p, stdx::element_aligned); }
-VELM_INLINE void store(float* p, Vec x) { x.copy_to(p, stdx::element_aligned); }
+VELM_INLINE Vec load(const float* p) {
+  return Vec(p, stdx::element_aligned);
+}
+VELM_INLINE void store(float* p, Vec x) {
+  x.copy_to(p, stdx::element_aligned);
+}
 
 VELM_INLINE Vec load(const bf16* p) {
 #if defined(__AVX512F__)
@@ -280,6 +297,8 @@ VELM_INLINE float sum_lanes(Vec x) {
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
 }
 
-VELM_INLINE float max_lanes(Vec x) { return stdx::hmax(x); }
+VELM_INLINE float max_lanes(Vec x) {
+  return stdx::hmax(x);
+}
 
 }  // namespace velm::simd
