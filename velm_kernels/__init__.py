@@ -2,6 +2,10 @@
 
 from velm_kernels._version import __version__
 from velm_kernels.attention import (
+    BidirectionalAttention,
+    CoAttention,
+    CrossAttention,
+    GatedCrossAttention,
     bidirectional_attention,
     cross_attention,
     cross_attention_varlen,
@@ -15,6 +19,10 @@ from velm_kernels.linear import MLP, Linear, linear
 
 __all__ = [
     "MLP",
+    "BidirectionalAttention",
+    "CoAttention",
+    "CrossAttention",
+    "GatedCrossAttention",
     "Linear",
     "__version__",
     "bidirectional_attention",

@@ -3,9 +3,14 @@
 from velm_kernels.attention.bidirectional import bidirectional_attention
 from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.merge import merge_attention
+from velm_kernels.attention.modules import BidirectionalAttention, CoAttention, CrossAttention, GatedCrossAttention
 from velm_kernels.attention.ops import cross_attention, cross_attention_varlen
 
 __all__ = [
+    "BidirectionalAttention",
+    "CoAttention",
+    "CrossAttention",
+    "GatedCrossAttention",
     "bidirectional_attention",
     "cross_attention",
     "cross_attention_varlen",
