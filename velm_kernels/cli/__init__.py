@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("info",)
+COMMANDS = ("info", "check")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

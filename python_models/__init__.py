@@ -1,0 +1,1 @@
+"""Complete models that use velm_kernels, trained and evaluated on real data."""

@@ -1,0 +1,322 @@
+"""What ``velm check`` runs: small calls that together reach every feature of every operator."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import velm_kernels
+from velm_kernels.attention import reference, reference_small
+
+Inputs = dict[str, Any]
+
+
+def _as_it_is(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+@dataclass(frozen=True)
+class Check:
+    """One call of a public function.
+
+    Attributes:
+        make: makes float64 inputs from a generator.
+        function, reference: the public function and its written meaning, both called with the inputs by name.
+        wanted: inputs whose gradients are compared.
+        poison: puts NaN and infinity where nothing may be read; gets copies of the inputs.
+    """
+
+    operator: str
+    name: str
+    make: Callable[[torch.Generator], Inputs]
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    wanted: tuple[str, ...]
+    poison: Callable[[Inputs], Inputs] = _as_it_is
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+B, HEADS, KV, M, N = 2, 4, 2, 37, 75
+
+
+def _qkv(generator: torch.Generator, heads: int = HEADS, kv: int = HEADS, dim: int = 40, value_dim: int = 24) -> Inputs:
+    return {
+        "query": _randn(generator, B, M, heads, dim).transpose(1, 2),
+        "key": _randn(generator, B, N, kv, dim).transpose(1, 2),
+        "value": _randn(generator, B, N, kv, value_dim).transpose(1, 2),
+    }
+
+
+def _seed(seed: int | None) -> Tensor | None:
+    return None if seed is None else torch.tensor(seed)
+
+
+def _reference_attention(extras: bool = False, seed: int | None = None, **inputs: Any) -> Any:
+    out, logsumexp, key_mass = reference.cross_attention(seed=_seed(seed), **inputs)
+    return (out, logsumexp, key_mass) if extras else out
+
+
+def _attention(extras: bool = False, **inputs: Any) -> Any:
+    return velm_kernels.cross_attention(return_logsumexp=extras, return_key_mass=extras, **inputs)
+
+
+def _poison_unseen(inputs: Inputs) -> Inputs:
+    """NaN in keys and values that no query sees and in queries that see no key."""
+    given = {name: inputs[name] for name in ("key_lengths", "key_ranges", "key_mask", "mask") if name in inputs}
+    batch, heads, queries, _ = inputs["query"].shape
+    kv, keys = inputs["key"].shape[1:3]
+    visible = reference.visible_keys(batch, queries, keys, inputs["query"].device, **given)
+    visible = visible.expand(batch, heads, queries, keys)
+    unseen = ~visible.any(2).unflatten(1, (kv, heads // kv)).any(2)[..., None]
+    return inputs | {
+        "query": inputs["query"].masked_fill(~visible.any(3)[..., None], torch.nan),
+        "key": inputs["key"].masked_fill(unseen, torch.nan),
+        "value": inputs["value"].masked_fill(unseen, torch.inf),
+    }
+
+
+QKV = ("query", "key", "value")
+
+
+def _attention_check(
+    name: str, more: Callable[[torch.Generator], Inputs], wanted: tuple[str, ...] = QKV, **shape: int
+) -> Check:
+    return Check(
+        "cross_attention",
+        name,
+        lambda generator: _qkv(generator, **shape) | more(generator),
+        _attention,
+        _reference_attention,
+        wanted,
+        _poison_unseen,
+    )
+
+
+def _nothing(generator: torch.Generator) -> Inputs:
+    return {}
+
+
+def _lengths(generator: torch.Generator) -> Inputs:
+    return {"key_lengths": torch.tensor([N - 13, 1])}
+
+
+def _ranges(generator: torch.Generator) -> Inputs:
+    start = torch.randint(0, N, (B, M), generator=generator)
+    # Some ranges are empty.
+    stop = (start + torch.randint(0, 20, (B, M), generator=generator)).clamp(max=N)
+    return {"key_ranges": (start, stop)}
+
+
+def _masks(generator: torch.Generator) -> Inputs:
+    key_mask = torch.rand(B, N, generator=generator) > 0.3
+    key_mask[1] = False
+    return {"key_mask": key_mask, "mask": torch.rand(B, 1, M, N, generator=generator) > 0.2}
+
+
+def _bias(generator: torch.Generator) -> Inputs:
+    return {"bias": 2 * _randn(generator, 1, HEADS, M, N)}
+
+
+def _norms(generator: torch.Generator) -> Inputs:
+    return {name: 1 + 0.3 * _randn(generator, 40) for name in ("query_norm_weight", "key_norm_weight")}
+
+
+def _varlen_make(generator: torch.Generator) -> Inputs:
+    queries, keys = [20, 0, 17, 5], [31, 9, 0, 70]
+    return {
+        "query": _randn(generator, sum(queries), HEADS, 40),
+        "key": _randn(generator, sum(keys), KV, 40),
+        "value": _randn(generator, sum(keys), KV, 24),
+        "cu_seqlens_q": torch.tensor([0, *queries]).cumsum(0).int(),
+        "cu_seqlens_k": torch.tensor([0, *keys]).cumsum(0).int(),
+    }
+
+
+def _varlen_reference(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    outs = []
+    for number in range(len(bounds_q) - 1):
+        rows, columns = (slice(*bounds[number : number + 2]) for bounds in (bounds_q, bounds_k))
+        parts = (tensor.transpose(0, 1)[None] for tensor in (query[rows], key[columns], value[columns]))
+        outs.append(reference.cross_attention(*parts)[0][0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _poison_varlen(inputs: Inputs) -> Inputs:
+    """The second sequence has keys but no query, the third a query but no keys."""
+    inputs = inputs | {name: inputs[name].clone() for name in QKV}
+    inputs["key"][31:40] = torch.nan
+    inputs["value"][31:40] = torch.nan
+    inputs["query"][20:37] = torch.nan
+    return inputs
+
+
+def _two_ways_make(generator: torch.Generator, masked: bool, dropout: bool) -> Inputs:
+    inputs: Inputs = {
+        "query_a": _randn(generator, B, M, HEADS, 40).transpose(1, 2),
+        "query_b": _randn(generator, B, N, HEADS, 40).transpose(1, 2),
+        "value_a": _randn(generator, B, M, HEADS, 24).transpose(1, 2),
+        "value_b": _randn(generator, B, N, HEADS, 32).transpose(1, 2),
+    }
+    if masked:
+        inputs["mask_a"] = torch.rand(B, M, generator=generator) > 0.3
+        inputs["mask_b"] = torch.rand(B, N, generator=generator) > 0.3
+        inputs["mask_b"][1] = False
+    if dropout:
+        inputs |= {"dropout_p": 0.25, "seed": 7}
+    return inputs
+
+
+def _two_ways_reference(seed: int | None = None, **inputs: Any) -> Any:
+    return reference_small.bidirectional_attention(seed=_seed(seed), **inputs)
+
+
+def _two_ways(**inputs: Any) -> Any:
+    return velm_kernels.bidirectional_attention(return_logsumexp=True, **inputs)
+
+
+def _poison_two_ways(inputs: Inputs) -> Inputs:
+    for side in "ab":
+        hidden = ~inputs[f"mask_{side}"][:, None, :, None]
+        inputs = inputs | {f"value_{side}": inputs[f"value_{side}"].masked_fill(hidden, torch.nan)}
+    return inputs
+
+
+def _gated_make(generator: torch.Generator, gate: int) -> Inputs:
+    return {
+        "residual": _randn(generator, B, M, 96),
+        "x": _randn(generator, B, M, 96),
+        "gate": _randn(generator, gate),
+        "row_mask": torch.rand(B, M, generator=generator) > 0.3,
+    }
+
+
+def _poison_gated(inputs: Inputs) -> Inputs:
+    return inputs | {"x": inputs["x"].masked_fill(~inputs["row_mask"][..., None], torch.nan)}
+
+
+def _merge_make(generator: torch.Generator) -> Inputs:
+    logsumexps = 3 * _randn(generator, 3, B, HEADS, M)
+    logsumexps[1, 0] = -torch.inf
+    logsumexps[:, 1, 0, :5] = -torch.inf
+    return {"outs": _randn(generator, 3, B, HEADS, M, 24), "logsumexps": logsumexps.float()}
+
+
+def _poison_merge(inputs: Inputs) -> Inputs:
+    return inputs | {"outs": inputs["outs"].masked_fill((inputs["logsumexps"] == -torch.inf)[..., None], torch.nan)}
+
+
+def _merge(outs: Tensor, logsumexps: Tensor) -> Any:
+    return velm_kernels.merge_attention(outs, logsumexps.float())
+
+
+def _linear_checks() -> list[Check]:
+    from velm_kernels.linear import reference as linear_reference
+
+    found = []
+    for activation, residual in (("", False), ("gelu", False), ("relu", True)):
+
+        def make(generator: torch.Generator, residual: bool = residual) -> Inputs:
+            inputs = {
+                "x": _randn(generator, B, M, 70),
+                "weight": _randn(generator, 90, 70) * 70**-0.5,
+                "bias": _randn(generator, 90),
+            }
+            return inputs | ({"residual": _randn(generator, B, M, 90)} if residual else {})
+
+        chosen = {"activation": activation} if activation else {}
+        found.append(
+            Check(
+                "linear",
+                (activation or "plain") + (" + residual" if residual else ""),
+                make,
+                functools.partial(velm_kernels.linear, **chosen),
+                functools.partial(linear_reference.linear, **chosen),
+                ("x", "weight", "bias", *(("residual",) if residual else ())),
+            )
+        )
+    return found
+
+
+def checks() -> list[Check]:
+    """Every check, operator by operator."""
+    two_ways = ("query_a", "query_b", "value_a", "value_b")
+    found = [
+        _attention_check("plain", _nothing),
+        _attention_check("grouped heads, head_dim 64", _nothing, kv=KV, dim=64, value_dim=64),
+        _attention_check("logsumexp and key mass", lambda generator: {"extras": True}),
+        _attention_check("key_lengths", _lengths),
+        _attention_check("key_ranges", _ranges),
+        _attention_check("key_mask and mask, empty rows", _masks, kv=KV),
+        _attention_check("bias with gradient", _bias, (*QKV, "bias")),
+        _attention_check("causal", lambda generator: {"is_causal": True}),
+        _attention_check("softcap", lambda generator: {"softcap": 5.0}),
+        _attention_check("norms", _norms, (*QKV, "query_norm_weight", "key_norm_weight"), kv=KV),
+        _attention_check("dropout", lambda generator: {"dropout_p": 0.25, "seed": 7}),
+        Check(
+            "cross_attention_varlen",
+            "ragged, empty sequences",
+            _varlen_make,
+            velm_kernels.cross_attention_varlen,
+            _varlen_reference,
+            QKV,
+            _poison_varlen,
+        ),
+        Check(
+            "bidirectional_attention",
+            "plain",
+            lambda generator: _two_ways_make(generator, False, False),
+            _two_ways,
+            _two_ways_reference,
+            two_ways,
+        ),
+        Check(
+            "bidirectional_attention",
+            "masks",
+            lambda generator: _two_ways_make(generator, True, False),
+            _two_ways,
+            _two_ways_reference,
+            two_ways,
+            _poison_two_ways,
+        ),
+        Check(
+            "bidirectional_attention",
+            "dropout",
+            lambda generator: _two_ways_make(generator, False, True),
+            _two_ways,
+            _two_ways_reference,
+            two_ways,
+        ),
+        Check(
+            "merge_attention",
+            "missing shards",
+            _merge_make,
+            _merge,
+            reference_small.merge_attention,
+            ("outs", "logsumexps"),
+            _poison_merge,
+        ),
+    ]
+    for gate in (1, 96):
+        found.append(
+            Check(
+                "gated_residual",
+                f"gate of {gate}",
+                functools.partial(_gated_make, gate=gate),
+                velm_kernels.gated_residual,
+                reference_small.gated_residual,
+                ("residual", "x", "gate"),
+                _poison_gated,
+            )
+        )
+    if hasattr(velm_kernels, "linear"):
+        found += _linear_checks()
+    return found
