@@ -207,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     console.print(str(report), markup=False, highlight=False)
     changed = same_outputs(plain, splits)
-    console.print(f"patch changes the outputs of the unpatched model by {changed:.1e} (relative RMS); unpatch restores them")
+    console.print(
+        f"patch changes the outputs of the unpatched model by {changed:.1e} (relative RMS); unpatch restores them"
+    )
     accuracy = evaluate(console, args, fast, splits)
     compared = compare_families(console, args)
 

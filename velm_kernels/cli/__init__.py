@@ -1,4 +1,5 @@
-"""The command ``velm``. A command is a module of this package with HELP, add_arguments(parser) and run(args)."""
+"""The command ``velm``. A command is a module of this package with HELP, add_arguments(parser) and run(args);
+one with PASSES_ON finds arguments that it did not add in args.others."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("info", "check")
+COMMANDS = ("info", "check", "profile", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,8 +20,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module = importlib.import_module(f"velm_kernels.cli.{name}")
         subparser = subparsers.add_parser(name, help=module.HELP, description=module.HELP)
         module.add_arguments(subparser)
-        subparser.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+        subparser.set_defaults(run=module.run, passes_on=getattr(module, "PASSES_ON", False))
+    args, others = parser.parse_known_args(arguments)
+    if others and not args.passes_on:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    args.others = others
     try:
         return int(args.run(args))
     except KeyboardInterrupt:

@@ -196,7 +196,9 @@ def _print_table(results: list[Result]) -> None:
         print(target)
         for operator in operators:
             mine = [r for r in results if r.target == target and r.check.operator == operator]
-            parts = [f"{sum(r.status == status for r in mine)} {status}" for status in ("passed", "failed", "not served")]
+            parts = [
+                f"{sum(r.status == status for r in mine)} {status}" for status in ("passed", "failed", "not served")
+            ]
             worst = [
                 f"{str(dtype).removeprefix('torch.')} {max(r.error for r in mine if r.dtype == dtype):.1e}"
                 for dtype in DTYPES

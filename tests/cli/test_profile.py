@@ -1,0 +1,65 @@
+"""`velm profile` and `velm bench` on small work."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from velm_kernels.cli import main
+
+pytest.importorskip("transformers")
+
+TINY = {
+    "model_type": "visual_bert",
+    "vocab_size": 99,
+    "visual_embedding_dim": 20,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def test_profile_of_a_config_file(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    assert main(["profile", str(path), "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "VisualBertModel: " in shown
+    assert "peak MiB" in shown
+
+
+def test_wrong_outputs_exit_with_1(tmp_path, monkeypatch):
+    import velm_kernels
+
+    def patch(model):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY))
+    monkeypatch.setattr(velm_kernels, "patch", patch)
+    assert main(["profile", str(path), "--rounds", "1"]) == 1
+
+
+@pytest.mark.parametrize("model", ["no_such_model", "bert"])
+def test_unknown_model_is_named(model, tmp_path, capsys):
+    if model == "bert":
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"model_type": "bert"}))
+        model = str(path)
+    assert main(["profile", model]) == 2
+    assert "vilt" in capsys.readouterr().out
+
+
+def test_bench_passes_its_arguments_on(capsys):
+    assert main(["bench", "--list", "--case", "q-former", "--dtype", "fp32"]) == 0
+    assert capsys.readouterr().out.count("q-former") == 2
+
+
+def test_other_commands_refuse_unknown_arguments():
+    with pytest.raises(SystemExit):
+        main(["info", "--nonsense"])

@@ -1,0 +1,35 @@
+"""``velm bench``: the benchmarks, which live beside the package in its repository."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import velm_kernels
+
+HELP = "Run the benchmarks, in a checkout of the repository; takes the arguments of python -m benchmarks."
+PASSES_ON = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    for folder in (Path.cwd(), Path(velm_kernels.__file__).parent.parent):
+        if (folder / "benchmarks" / "harness.py").is_file():
+            if str(folder) not in sys.path:
+                sys.path.insert(0, str(folder))
+            break
+    else:
+        print("velm bench: no benchmarks/ here; run it in a checkout of the velm_kernels repository")
+        return 2
+    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
+    if "rich" in missing:
+        print("velm bench needs rich (and matplotlib for its plots): pip install rich matplotlib")
+        return 2
+    from benchmarks.__main__ import main  # type: ignore[import-not-found, unused-ignore]
+
+    return int(main(args.others))
