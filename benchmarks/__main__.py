@@ -7,6 +7,7 @@ import fnmatch
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, object, torch.dtype, str]]:
+def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Any, torch.dtype, str]]:
     dtypes = [DTYPES[name] for name in args.dtype or ("fp32", "bf16")]
     families = args.family or FAMILIES
     if "attention" in families:
@@ -59,7 +60,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, object, torch.dtype, 
                         yield "models", model, dtype, direction
 
 
-def table(rows: Sequence[harness.Row], title: str):
+def table(rows: Sequence[harness.Row], title: str) -> Any:
     from rich.table import Table
 
     shown = Table(title=title, title_justify="left")
@@ -102,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if args.list:
         for _, case, dtype, direction in jobs:
-            console.print(f"{case.name}  [{case.shape}]  {dtype}  {direction}", markup=False)  # type: ignore[attr-defined]
+            console.print(f"{case.name}  [{case.shape}]  {dtype}  {direction}", markup=False)
         return 0
     torch.set_num_threads(args.threads)
     settings = harness.Settings(torch.device(args.device), args.rounds, not args.no_compile, not args.no_memory)
@@ -124,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("measuring", total=len(jobs), now="")
         for family, case, dtype, direction in jobs:
-            name = f"{case.name} {str(dtype).removeprefix('torch.')} {direction}"  # type: ignore[attr-defined]
+            name = f"{case.name} {str(dtype).removeprefix('torch.')} {direction}"
             progress.update(bar, now=name)
             torch._dynamo.reset()
             if isinstance(case, models.ModelCase):
@@ -134,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 new, failed = harness.measure_case(case, family, dtype, direction, limits, settings)
             if new:
                 harness.write_csv(args.out / "bench.csv", new)
-                console.print(table(new, f"{name}  ({case.shape})"))  # type: ignore[attr-defined]
+                console.print(table(new, f"{name}  ({case.shape})"))
             for failure in failed:
                 console.print(f"no figure: {failure}", style="red", markup=False)
             rows += new

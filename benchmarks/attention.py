@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,7 +135,7 @@ def _varlen(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> C
             "cu_seqlens_k": starts_k,
         }
 
-    def padded(attention):
+    def padded(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Tensor:
             columns_q, columns_k = (
                 torch.arange(max(lengths), device=query.device) < torch.tensor(lengths, device=query.device)[:, None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -119,7 +120,7 @@ def measure_model(
         model.train(training)
         # A rate of 0: everybody keeps the same weights, whatever the number of steps.
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True) if training else None
-        runs[way] = lambda model=model, optimizer=optimizer: step(model, inputs, optimizer, settings.seed)
+        runs[way] = functools.partial(step, model, inputs, optimizer, settings.seed)
     timings = measure.alternate(runs, rounds=settings.rounds, device=settings.device)
     rows = []
     for way, timing in timings.items():
@@ -129,7 +130,7 @@ def measure_model(
             if training:
                 torch.manual_seed(settings.seed)
                 known = [*models[way].parameters(), *models[way].buffers(), *inputs.values()]
-                saved = measure.saved_for_backward(lambda way=way: models[way](**inputs), known)
+                saved = measure.saved_for_backward(functools.partial(models[way], **inputs), known)
         lower, upper = timing.quartiles
         rows.append(
             Row(

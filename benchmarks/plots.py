@@ -20,15 +20,16 @@ def write(rows: Sequence[Row], folder: Path) -> list[Path]:
         chosen = [row for row in rows if row.family == family]
         groups = list(dict.fromkeys((row.case, row.dtype, row.direction) for row in chosen))
         ways = list(dict.fromkeys(row.way for row in chosen))
-        times = {(row.case, row.dtype, row.direction, row.way): row.median_ms for row in chosen}
+        times = {((row.case, row.dtype, row.direction), row.way): row.median_ms for row in chosen}
         figure, axes = plt.subplots(figsize=(9, 0.9 + 0.5 * len(groups)), layout="constrained")
         height = 0.8 / len(ways)
         for number, way in enumerate(ways):
             places, widths = [], []
             for place, group in enumerate(groups):
-                if (*group, way) in times and (*group, "eager") in times:
+                mine, eager = times.get((group, way)), times.get((group, "eager"))
+                if mine is not None and eager is not None:
                     places.append(place + (number - (len(ways) - 1) / 2) * height)
-                    widths.append(times[(*group, "eager")] / times[(*group, way)])
+                    widths.append(eager / mine)
             axes.barh(places, widths, height=height, label=way)
         axes.set_yticks(range(len(groups)), [" ".join(group) for group in groups], fontsize=8)
         axes.invert_yaxis()

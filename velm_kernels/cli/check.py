@@ -136,10 +136,10 @@ def run_check(check: Check, dtype: torch.dtype, target: Target) -> Result:
         with target.use():
             got = _run(check.function, given, check.wanted)
             again = _run(check.function, given, check.wanted)
-    except backends.NoBackendError as error:
-        return Result(target, check, dtype, "not served", detail=str(error))
-    except Exception as error:
-        return Result(target, check, dtype, "failed", float("inf"), f"{type(error).__name__}: {error}")
+    except backends.NoBackendError as refused:
+        return Result(target, check, dtype, "not served", detail=str(refused))
+    except Exception as raised:
+        return Result(target, check, dtype, "failed", float("inf"), f"{type(raised).__name__}: {raised}")
     same = all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
     got = [tensor.cpu() for tensor in got]
     worst, problem = 0.0, "" if same else "two runs give different bits"

@@ -232,14 +232,13 @@ def _linear_checks() -> list[Check]:
             }
             return inputs | ({"residual": _randn(generator, B, M, 90)} if residual else {})
 
-        chosen = {"activation": activation} if activation else {}
         found.append(
             Check(
                 "linear",
                 (activation or "plain") + (" + residual" if residual else ""),
                 make,
-                functools.partial(velm_kernels.linear, **chosen),
-                functools.partial(linear_reference.linear, **chosen),
+                functools.partial(velm_kernels.linear, activation=activation or None),
+                functools.partial(linear_reference.linear, activation=activation),
                 ("x", "weight", "bias", *(("residual",) if residual else ())),
             )
         )
