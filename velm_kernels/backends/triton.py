@@ -198,7 +198,12 @@ TABLE: dict[tuple[str, str], _Rows] = {
     ("grad_key_value", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("grad_key_value", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("grad_bias", "masked"): _rows((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_bias", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_bias", "loaded"): _rows(
+        (32, 32, 8, 1),
+        {ANY: (32, 32, 8, 1), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)},
+        (16, 32, 8, 1),
+        single=(_S64, _S32, _S16),
+    ),
     ("key_mass", "plain"): _rows((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), single=(_S64, _S32, _S16)),
     ("key_mass", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("key_mass", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
