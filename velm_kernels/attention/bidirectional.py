@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.flop_counter
 from torch import Tensor
 
 from velm_kernels import checks
@@ -221,6 +222,21 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd(
     "velm::bidirectional_attention_forward", _backward, setup_context=_setup_context, lib=LIBRARY
 )
+
+
+def _flops_forward(query_a: Any, query_b: Any, value_a: Any, value_b: Any, *args: Any, **kwargs: Any) -> int:
+    batch, heads, a, head_dim = query_a
+    return int(2 * batch * heads * a * query_b[2] * (head_dim + value_a[3] + value_b[3]))
+
+
+def _flops_backward(*args: Any, **kwargs: Any) -> int:
+    query_a, query_b, value_a, value_b = args[4:8]
+    batch, heads, a, head_dim = query_a
+    return int(2 * batch * heads * a * query_b[2] * (3 * head_dim + 2 * value_a[3] + 2 * value_b[3]))
+
+
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.bidirectional_attention_forward)(_flops_forward)
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.bidirectional_attention_backward)(_flops_backward)
 
 
 def _heads_last(x: Tensor) -> Tensor:
