@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     defaults = {"together": 6, "steps": 6, "batch": 8, "rounds": 1}
     if not args.short:
-        defaults = {"together": 100, "steps": 500, "batch": 32, "rounds": 4}
+        defaults = {"together": 60, "steps": 400, "batch": 32, "rounds": 3}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

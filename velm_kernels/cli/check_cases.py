@@ -12,6 +12,8 @@ from torch import Tensor
 
 import velm_kernels
 from velm_kernels.attention import reference, reference_small
+from velm_kernels.fusion import reference as fusion_reference
+from velm_kernels.linear import reference as linear_reference
 
 Inputs = dict[str, Any]
 
@@ -219,8 +221,6 @@ def _merge(outs: Tensor, logsumexps: Tensor) -> Any:
 
 
 def _linear_checks() -> list[Check]:
-    from velm_kernels.linear import reference as linear_reference
-
     found = []
     for activation, residual in (("", False), ("gelu", False), ("relu", True)):
 
@@ -243,6 +243,15 @@ def _linear_checks() -> list[Check]:
             )
         )
     return found
+
+
+def _dropout_make(generator: torch.Generator, residual: bool) -> Inputs:
+    names = ("x", "residual") if residual else ("x",)
+    return {name: _randn(generator, B * M, 90) for name in names} | {"dropout_p": 0.25, "seed": 7}
+
+
+def _dropout_reference(x: Tensor, dropout_p: float, seed: int, residual: Tensor | None = None) -> Tensor:
+    return fusion_reference.dropout_residual(x, residual, torch.tensor(seed), dropout_p)
 
 
 def checks() -> list[Check]:
@@ -316,6 +325,15 @@ def checks() -> list[Check]:
                 _poison_gated,
             )
         )
-    if hasattr(velm_kernels, "linear"):
-        found += _linear_checks()
-    return found
+    for residual in (False, True):
+        found.append(
+            Check(
+                "dropout_residual",
+                "with residual" if residual else "alone",
+                functools.partial(_dropout_make, residual=residual),
+                velm_kernels.dropout_residual,
+                _dropout_reference,
+                ("x", "residual") if residual else ("x",),
+            )
+        )
+    return found + _linear_checks()
