@@ -191,9 +191,15 @@ TABLE: dict[tuple[str, str], _Rows] = {
     ),
     ("forward", "masked"): _rows((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("forward", "loaded"): _rows((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_query", "plain"): _rows((128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), single=(_S64, _S32, _S16)),
-    ("grad_query", "masked"): _rows((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_query", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("grad_query", "plain"): _rows(
+        (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), single=(_S16, _S16, (16, 16, 8, 1))
+    ),
+    ("grad_query", "masked"): _rows(
+        (64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S16, _S16, (16, 16, 8, 1))
+    ),
+    ("grad_query", "loaded"): _rows(
+        (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S16, _S16, (16, 16, 8, 1))
+    ),
     ("grad_key_value", "plain"): _rows((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("grad_key_value", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
     ("grad_key_value", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
