@@ -28,7 +28,7 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     if own_product(x.shape[0], x.shape[1], weight.shape[0], x.dtype, x.device, save):
-        return cpu.op("linear_forward")(x, weight, bias, residual, activation, save)  # type: ignore[no-any-return]
+        return cpu.op("linear_forward")(x, weight, bias, residual, activation, save)
     kept = x.new_empty((0,))
     if not activation and residual is None:
         return torch.nn.functional.linear(x, weight, bias), kept
@@ -50,7 +50,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     in_features = next((t.shape[1] for t in (x, weight) if t is not None), 0)
     if own_product(grad.shape[0], in_features, grad.shape[1], grad.dtype, grad.device, True):
-        return cpu.op("linear_backward")(grad, x, weight, saved, activation, grad_mask)  # type: ignore[no-any-return]
+        return cpu.op("linear_backward")(grad, x, weight, saved, activation, grad_mask)
     grad_z, grad_bias = cpu.op("linear_activation_gradient")(
         grad, saved, activation, saved is not None and bool(grad_mask & ~GRAD_BIAS), bool(grad_mask & GRAD_BIAS)
     )
