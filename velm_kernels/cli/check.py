@@ -139,7 +139,14 @@ def run_check(check: Check, dtype: torch.dtype, target: Target) -> Result:
     except backends.NoBackendError as refused:
         return Result(target, check, dtype, "not served", detail=str(refused))
     except Exception as raised:
-        return Result(target, check, dtype, "failed", float("inf"), f"{type(raised).__name__}: {raised}")
+        return Result(
+            target,
+            check,
+            dtype,
+            "failed",
+            float("inf"),
+            f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}",
+        )
     same = all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
     got = [tensor.cpu() for tensor in got]
     worst, problem = 0.0, "" if same else "two runs give different bits"
