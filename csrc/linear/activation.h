@@ -37,7 +37,9 @@ inline constexpr float kInverseSqrtTwoPi = 0.39894228f;
 inline constexpr float kGeluCubic = 0.044715f;
 inline constexpr float kQuickRate = 1.702f;
 
-VELM_INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + simd::exp(-x)); }
+VELM_INLINE Vec sigmoid(Vec x) {
+  return 1.0f / (1.0f + simd::exp(-x));
+}
 
 template <Activation A>
 VELM_INLINE Vec activate(Vec z) {

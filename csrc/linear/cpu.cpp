@@ -22,7 +22,9 @@ constexpr int64_t kGradX = 1, kGradWeight = 2, kGradBias = 4;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 
-Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, {0}); }
+Tensor nothing(const Tensor& like) {
+  return torch::stable::new_empty(like, {0});
+}
 
 Precision precision_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 ? Precision::kBf16 : Precision::kFp32;

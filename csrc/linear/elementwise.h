@@ -1,5 +1,5 @@
-// What surrounds the product, one element at a time, for matrices of any element type: reading operands as fp32, and the
-// epilogue. Chosen once by element type and activation as a function pointer, so that packing and multiplying are
+// What surrounds the product, one element at a time, for matrices of any element type: reading operands as fp32, and
+// the epilogue. Chosen once by element type and activation as a function pointer, so that packing and multiplying are
 // compiled once and not for every combination.
 #pragma once
 

@@ -1,7 +1,7 @@
-// Around the micro-kernel (R rows by V vectors of C in registers) the loops are those of Goto and van de Geijn (2008): a
-// panel of A stays in the first-level cache while the panels of a block of B stream from the second-level cache. A block
-// of C is finished while it is still in the second-level cache. The order of additions in one element of C depends on
-// the depth alone, so neither blocks nor threads change a bit of it.
+// Around the micro-kernel (R rows by V vectors of C in registers) the loops are those of Goto and van de Geijn (2008):
+// a panel of A stays in the first-level cache while the panels of a block of B stream from the second-level cache. A
+// block of C is finished while it is still in the second-level cache. The order of additions in one element of C
+// depends on the depth alone, so neither blocks nor threads change a bit of it.
 
 #include "linear/gemm.h"
 
@@ -91,8 +91,8 @@ void pack_rows(Format format, typename Format::Word* out, const Source& in, int6
   });
 }
 
-// Packs `count` columns of `in` from `column` on, over rows [first_row, first_row + depth), into panels of W columns. If
-// sums is given it receives, for every kPackRows rows, their sum: (divide_up(depth, kPackRows), round_up(count, W)).
+// Packs `count` columns of `in` from `column` on, over rows [first_row, first_row + depth), into panels of W columns.
+// If sums is given it receives, for every kPackRows rows, their sum: (divide_up(depth, kPackRows), round_up(count, W)).
 template <int W, class Format>
 void pack_columns(Format format, typename Format::Word* out, const Source& in, int64_t column, int64_t count,
                   int64_t first_row, int64_t depth, float* sums) {
@@ -180,7 +180,9 @@ void multiply_plain(Precision precision, const Source& a, const Source& b, int64
   });
 }
 
-int64_t depth_slabs(int64_t depth) { return std::max<int64_t>(1, divide_up(depth, kDepthSlab)); }
+int64_t depth_slabs(int64_t depth) {
+  return std::max<int64_t>(1, divide_up(depth, kDepthSlab));
+}
 
 void multiply_over_rows(Precision precision, const Source& a, const Source& b, int64_t rows, int64_t columns,
                         int64_t depth, double* sums, FinishSlab finish) {
@@ -243,7 +245,8 @@ __attribute__((noinline)) void dot_tile(const T* a, int64_t a_stride, const T* c
 
 template <class T>
 void few_rows(const Tensor& a, const Tensor& b, Finish finish) {
-  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(0), a_stride = a.stride(0), b_stride = b.stride(0);
+  const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(0), a_stride = a.stride(0),
+                b_stride = b.stride(0);
   const T* left = static_cast<const T*>(a.const_data_ptr());
   const T* right = static_cast<const T*>(b.const_data_ptr());
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, depth * kDotBlock));

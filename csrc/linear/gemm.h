@@ -9,8 +9,12 @@
 
 namespace velm::linear {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
 
 // Rows of one partial sum of a bias gradient.
 inline constexpr int64_t kSumRows = 64;
@@ -49,8 +53,8 @@ class FunctionRef<void(Args...)> {
 // (c, stride, row, rows, column, columns): every block of the result arrives once, from any thread.
 using Finish = FunctionRef<void(const float*, int64_t, int64_t, int64_t, int64_t, int64_t)>;
 
-// Operands are rounded to bfloat16 and multiplied as pairs where the processor has an instruction for that; otherwise the
-// multiplication is fp32.
+// Operands are rounded to bfloat16 and multiplied as pairs where the processor has an instruction for that; otherwise
+// the multiplication is fp32.
 enum class Precision { kFp32, kBf16 };
 
 // a (rows, depth) times b (columns, depth)^T: the forward product.

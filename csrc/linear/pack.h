@@ -34,7 +34,9 @@ struct Pairs16 {
   static constexpr int64_t kDepth = 2;
 };
 
-VELM_INLINE void store_words(uint32_t* p, Vec x, int n) { store_words(reinterpret_cast<float*>(p), x, n); }
+VELM_INLINE void store_words(uint32_t* p, Vec x, int n) {
+  store_words(reinterpret_cast<float*>(p), x, n);
+}
 
 // Elements 2i and 2i + 1 of 2 * kLanes values as bfloat16 in word i.
 VELM_INLINE Vec pair_neighbours(const float* values) {
@@ -73,7 +75,8 @@ void pack_along_depth(Format, typename Format::Word* out, const Source& in, int6
         });
         simd::transpose(square);
         auto* to = out + (k + s) / Format::kDepth * W + first;
-        const int words = static_cast<int>(std::min<int64_t>(kLanes, (steps - s + Format::kDepth - 1) / Format::kDepth));
+        const int words =
+            static_cast<int>(std::min<int64_t>(kLanes, (steps - s + Format::kDepth - 1) / Format::kDepth));
         if (words == kLanes) {
           simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA { store_words(to + i * W, square[i], wide); });
         } else {

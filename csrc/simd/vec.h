@@ -91,7 +91,7 @@ VELM_INLINE VecMask first_lanes(int n) {
   return VecMask(stdx::static_simd_cast<Vec>(lane_index()) < Vec(static_cast<float>(n)));
 }
 
-// ---- scalar conversions ------------------------------------------------------------------
+// scalar conversions
 
 VELM_INLINE float to_float(float x) {
   return x;
@@ -161,7 +161,7 @@ VELM_INLINE float round_trip(float x) {
   return to_float(t);
 }
 
-// ---- full vectors ------------------------------------------------------------------------
+// full vectors
 
 VELM_INLINE Vec load(const float* p) {
   return Vec(p, stdx::element_aligned);
@@ -229,7 +229,7 @@ VELM_INLINE void store(fp16* p, Vec x) {
 #endif
 }
 
-// ---- the first n lanes, 0 <= n <= kLanes; memory past them is not touched -----------------
+// the first n lanes, 0 <= n <= kLanes; memory past them is not touched
 
 VELM_INLINE Vec load_first(const float* p, int n) {
 #if defined(__AVX512F__)
@@ -279,7 +279,7 @@ inline void convert(To* out, const From* in, int64_t n) {
   if (i < n) store_first(out + i, load_first(in + i, static_cast<int>(n - i)), static_cast<int>(n - i));
 }
 
-// ---- sums over lanes, always in the same order ---------------------------------------------
+// sums over lanes, always in the same order
 
 VELM_INLINE float sum_lanes(Vec x) {
 #if defined(__AVX512F__)
