@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import runpy
 import shlex
@@ -58,6 +59,11 @@ def require_torch() -> None:
 
 def find_compiler() -> tuple[str | None, str]:
     """Return (compiler, "") or (None, a sentence that says why there will be no compiled operators)."""
+    without = (
+        "so velm_kernels is installed without its compiled CPU operators and works through Triton and plain PyTorch"
+    )
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return None, f"The CPU operators are written for x86-64 and this is {platform.machine()}, {without}."
     wanted = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     advice = "install g++ 11 or newer and reinstall velm_kernels"
     for name in wanted:
@@ -75,8 +81,8 @@ def find_compiler() -> tuple[str | None, str]:
             return name, ""
     tried = ", ".join(wanted)
     return None, (
-        f"No C++ compiler with C++20 and <experimental/simd> was found (tried {tried}), so velm_kernels is installed "
-        f"without its compiled CPU operators and works through Triton and plain PyTorch: to have them, {advice}."
+        f"No C++ compiler with C++20 and <experimental/simd> was found (tried {tried}), {without}: "
+        f"to have them, {advice}."
     )
 
 

@@ -27,13 +27,13 @@ struct Upstream {
   }
   bool used() const { return has_grad_out || grad_lse; }
 
-  // For queries [first, first + count): the logsumexp times log2 e, +inf where there is none (weights become 0), and
+  // For queries [first, first + count): the logsumexp, +inf where there is none (weights become 0), and
   // delta = grad_out . out - grad_lse. Packed grad_out rows are given.
-  void pack_sums(float* lse2, float* delta, const float* packed_grad, int64_t ld, int64_t index, int64_t batch,
+  void pack_sums(float* row_lse, float* delta, const float* packed_grad, int64_t ld, int64_t index, int64_t batch,
                  int64_t head, int64_t first, int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = index * length + first + i;
-      lse2[i] = lse[at] == -kInfinity ? kInfinity : lse[at] * kLog2e;
+      row_lse[i] = lse[at] == -kInfinity ? kInfinity : lse[at];
       Vec sum = simd::zero();
       if (has_grad_out) {
         const T* o = out.at(batch, head, first + i);
@@ -146,7 +146,7 @@ class Backward {
       const bool all_read = columns_active_;
       const auto visible = [=](int64_t j) { return !mask || mask[j]; };
       const auto read = [=](int64_t j) { return all_read || visible(j); };
-      pack_transposed(query_columns_, ld_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale * kLog2e, read);
+      pack_transposed(query_columns_, ld_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale, read);
       pack_rows(query_rows_, k_.ld_query_, columns.query, b_, h_, 0, columns.length, p_.head_dim, read);
       pack_transposed(value_columns_, ld_, columns.value, b_, h_, columns.length, columns.value_dim, 1.0f, visible);
       pack_mask(visible_, mask, columns.length);
@@ -252,7 +252,7 @@ class Backward {
           Vec gradient = simd::zero();
           if (over_columns) {
             const simd::VecMask seen = simd::load(visible_ + column + j) != simd::zero();
-            const Vec weight = simd::select(seen, simd::exp2(score - lse), simd::zero());
+            const Vec weight = simd::select(seen, simd::exp(score - lse), simd::zero());
             const Vec factor = Dropout ? simd::load(row_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(row_tile_ + at);
             const Vec change = weight * ((Dropout ? upstream * factor : upstream) - delta);
@@ -260,7 +260,7 @@ class Backward {
             simd::store(row_tile_ + at, Dropout ? weight * factor : weight);
           }
           if (row) {
-            const Vec weight = simd::exp2(score - simd::load(lse_ + column + j));
+            const Vec weight = simd::exp(score - simd::load(lse_ + column + j));
             const Vec factor = Dropout ? simd::load(column_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(column_tile_ + at);
             gradient =

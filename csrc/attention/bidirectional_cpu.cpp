@@ -8,7 +8,7 @@
 namespace velm::bidirectional {
 namespace {
 
-// Sums over one chunk of rows, for every column: relative to its highest score (times log2 e) there.
+// Sums over one chunk of rows, for every column: relative to its highest score there.
 struct ColumnSums {
   float *highest, *sum, *out;  // out: [column][padded(value_dim of the rows)], not divided by sum
 };
@@ -76,8 +76,8 @@ class Forward {
       h_ = index % p_.heads;
       const auto& columns = p_.columns;
       const bool* mask = columns.mask_of(b_);
-      pack_transposed(column_queries_, f_.ld_columns_, columns.query, b_, h_, columns.length, p_.head_dim,
-                      p_.scale * kLog2e, [](int64_t) { return true; });
+      pack_transposed(column_queries_, f_.ld_columns_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale,
+                      [](int64_t) { return true; });
       pack_rows(column_values_, ld_column_value_, columns.value, b_, h_, 0, columns.length, columns.value_dim,
                 [=](int64_t j) { return !mask || mask[j]; });
       pack_mask(column_visible_, mask, columns.length);
@@ -142,7 +142,7 @@ class Forward {
         const bool empty = sum_[i] == 0.0f;
         store_row(f_.out_rows_.at(b_, h_, first + i), out_ + i * ld_column_value_, p_.columns.value_dim,
                   empty ? 0.0f : 1.0f / sum_[i]);
-        f_.lse_rows_[index_ * p_.rows.length + first + i] = empty ? -kInfinity : highest_[i] * kLn2 + std::log(sum_[i]);
+        f_.lse_rows_[index_ * p_.rows.length + first + i] = empty ? -kInfinity : highest_[i] + std::log(sum_[i]);
       }
     }
 
@@ -159,12 +159,12 @@ class Forward {
         for (int64_t i = 0; i < count; ++i) {
           Vec weight = simd::zero();
           if (row_visible_[i]) {
-            weight = simd::exp2(simd::load(scores_ + i * kLd + j) - base);
+            weight = simd::exp(simd::load(scores_ + i * kLd + j) - base);
             sum += weight;
           }
           simd::store(weights_ + i * kLd + j, weight);
         }
-        const Vec shrink = simd::exp2(before - base);
+        const Vec shrink = simd::exp(before - base);
         simd::store(sums.sum + column + j, simd::fma(simd::load(sums.sum + column + j), shrink, sum));
         simd::store(sums.highest + column + j, highest);
         // Nothing was gathered yet where `before` is -inf.
@@ -196,13 +196,13 @@ class Forward {
         const Vec base(highest == -kInfinity ? 0.0f : highest);
         Vec sum = simd::zero();
         for (int64_t j = 0; j < full; j += kLanes) {
-          const Vec weight = simd::exp2(score(row, j) - base);
+          const Vec weight = simd::exp(score(row, j) - base);
           sum += weight;
           simd::store(row + j, weight);
         }
         highest_[i] = highest;
         if (highest > before && before > -kInfinity) {
-          const float shrink = std::exp2(before - highest);
+          const float shrink = std::exp(before - highest);
           sum_[i] *= shrink;
           float* out = out_ + i * ld_column_value_;
           for (int64_t d = 0; d < p_.columns.value_dim; d += kLanes) simd::store(out + d, simd::load(out + d) * shrink);
@@ -233,11 +233,11 @@ class Forward {
     for (const ColumnSums& part : parts) highest = std::max(highest, part.highest[j]);
     const float base = highest == -kInfinity ? 0.0f : highest;
     float sum = 0.0f;
-    for (const ColumnSums& part : parts) sum += part.sum[j] * std::exp2(part.highest[j] - base);
+    for (const ColumnSums& part : parts) sum += part.sum[j] * std::exp(part.highest[j] - base);
     const bool empty = sum == 0.0f;
     float* total = parts[0].out + j * ld_row_value_;
     for (size_t c = 0; c < parts.size(); ++c) {
-      const float factor = std::exp2(parts[c].highest[j] - base);
+      const float factor = std::exp(parts[c].highest[j] - base);
       const float* part = parts[c].out + j * ld_row_value_;
       for (int64_t d = 0; d < p_.rows.value_dim; d += kLanes) {
         const Vec x = simd::load(part + d) * factor;
@@ -246,7 +246,7 @@ class Forward {
     }
     store_row(out_columns_.at(index / p_.heads, index % p_.heads, j), total, p_.rows.value_dim,
               empty ? 0.0f : 1.0f / sum);
-    lse_columns_[index * p_.columns.length + j] = empty ? -kInfinity : highest * kLn2 + std::log(sum);
+    lse_columns_[index * p_.columns.length + j] = empty ? -kInfinity : highest + std::log(sum);
   }
 
   const Problem<T>& p_;

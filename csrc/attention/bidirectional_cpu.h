@@ -27,7 +27,6 @@ using simd::Vec;
 
 inline constexpr int64_t kRows = 48, kColumns = 96;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 inline int64_t round_up(int64_t n, int64_t to) {
   return (n + to - 1) / to * to;

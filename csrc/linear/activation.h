@@ -29,7 +29,7 @@ inline auto with_activation(std::string_view name, F&& f) {
 
 // The derivative is computed from activation(z) for these and from z for the others.
 template <Activation A>
-inline constexpr bool kFromOutput = A == Activation::kRelu || A == Activation::kTanh;
+inline constexpr bool kFromOutput = A == Activation::kRelu;
 
 inline constexpr float kSqrtHalf = 0.70710678f;
 inline constexpr float kSqrtTwoOverPi = 0.79788456f;
@@ -83,7 +83,8 @@ VELM_INLINE Vec activation_gradient(Vec grad, Vec saved) {
     const Vec s = sigmoid(rate * saved);
     return grad * s * simd::fma(rate * saved, 1.0f - s, Vec(1.0f));
   } else if constexpr (A == kTanh) {
-    return grad * (1.0f - saved * saved);
+    const Vec t = simd::tanh(saved);
+    return grad * (1.0f - t * t);
   } else {
     return grad;
   }

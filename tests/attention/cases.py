@@ -131,10 +131,10 @@ class Case:
         poisoned["value"][unseen] = torch.nan
         return poisoned | {name: self.laid_out(poisoned[name]) for name in ("query", "key", "value")}
 
-    def gradient_floors(
+    def floors(
         self, tensors: dict[str, torch.Tensor], visible: torch.Tensor, upstream: torch.Tensor
     ) -> dict[str, float]:
-        """A tenth of the gradients' sizes if their terms did not cancel, with even attention weights."""
+        """A tenth of the results' sizes if their terms did not cancel, with even attention weights."""
         query, key, value = (tensors[name].double() for name in ("query", "key", "value"))
         rms = [tensor.square().mean(-1, keepdim=True).add(1e-5).sqrt() for tensor in (query, key)]
         normed = [tensor / size if wanted else tensor for tensor, size, wanted in zip((query, key), rms, self.norms)]
@@ -149,7 +149,10 @@ class Case:
         sizes["key"] = grad_key / rms[1] if self.norms[1] else grad_key
         if self.bias_shape is not None:
             sizes["bias"] = spread.sum([dim for dim, kept in enumerate(self.bias_shape) if not kept], keepdim=True)
-        return {f"grad_{name}": float(torch.linalg.vector_norm(size)) for name, size in sizes.items()}
+        sizes = {f"grad_{name}": size for name, size in sizes.items()}
+        seen = 0.1 * visible / visible.sum(-1, keepdim=True).clamp(min=1)
+        sizes["out"] = seen @ value.abs().repeat_interleave(self.group, 1)
+        return {name: float(torch.linalg.vector_norm(size)) for name, size in sizes.items()}
 
 
 @st.composite

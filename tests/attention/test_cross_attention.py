@@ -40,7 +40,7 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
     visible = case.visible(masking, tensors.get("bias"))
     settings = case.settings() | masking
     upstream = case.upstream()
-    floors = case.gradient_floors(tensors, visible, upstream[0])
+    floors = case.floors(tensors, visible, upstream[0])
     seed = torch.tensor(SEED)
     exact = run(reference.cross_attention, {n: t.double() for n, t in tensors.items()}, upstream, **settings, seed=seed)
     plain = run(reference.cross_attention, tensors, upstream, **settings, seed=seed)

@@ -59,6 +59,15 @@ def eager(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
     return out if residual is None else out + residual
 
 
+def eager_in_steps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """As written by hand: in half precision the product is rounded before the bias is added."""
+    z = x @ weight.T
+    out = ACTIVATIONS[activation](z if bias is None else z + bias)
+    return out if residual is None else out + residual
+
+
 def compare(
     inputs: tuple[Tensor | None, ...], activation: str | None, grad: Tensor, context: contextlib.AbstractContextManager
 ) -> None:
@@ -74,7 +83,7 @@ def compare(
     dtype = grad.dtype
     with context:
         got = run(velm_kernels.linear, dtype)
-    plain = run(eager, dtype)
+    plain = zip(run(eager, dtype), run(eager_in_steps, dtype), strict=True)
     exact = run(eager, torch.float64)
     names = ["out"] + [
         f"grad_{n}" for n, v in zip(("x", "weight", "bias", "residual"), inputs, strict=True) if v is not None

@@ -123,7 +123,8 @@ def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, li
     import torch
 
     # float64 is documented to be computed by the reference: nobody is surprised by it.
-    if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in arguments.values()):
+    given = [value for listed in arguments.values() for value in (listed if isinstance(listed, list) else [listed])]
+    if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in given):
         return
     text = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in refused.items())
     if (operator, text) not in _warned:

@@ -47,7 +47,7 @@ def linear(
         ValueError: shapes or devices do not fit together, or the activation is unknown.
 
     Backward keeps x, weight and, only for an activation, one tensor of the output's size: the pre-activation, or for
-    relu and tanh the activation's value, which is the output itself if there is no residual. What needs no gradient
+    relu the activation's value, which is the output itself if there is no residual. What needs no gradient
     is neither kept nor computed. On the CPU the product runs in this library or in torch, by the fixed rule of
     :func:`velm_kernels.linear.faster_than_torch`.
     """
@@ -169,7 +169,7 @@ def _fake_backward(
 
 # x (rows, in_features), weight (out_features, in_features), residual (rows, out_features): last stride 1, any row
 # stride; bias contiguous; all of one dtype. activation: "" for none. Results contiguous: out (rows, out_features), and
-# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) for relu and tanh), else
+# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) for relu), else
 # shape (0,).
 declare(
     "linear_forward",
@@ -178,7 +178,7 @@ declare(
     fake=_fake_forward,
 )
 # grad (rows, out_features): last stride 1. x is there iff grad_mask has GRAD_WEIGHT, weight iff it has GRAD_X, saved
-# iff there is an activation: z, or for relu and tanh activation(z). What grad_mask does not ask for has shape (0,).
+# iff there is an activation: z, or for relu activation(z). What grad_mask does not ask for has shape (0,).
 declare(
     "linear_backward",
     "Tensor grad, Tensor? x, Tensor? weight, Tensor? saved, str activation, int grad_mask",

@@ -34,11 +34,12 @@ def _activate(b_z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _slope(b_saved, ACTIVATION: tl.constexpr):
-    """Derivative of the activation, from its value for relu and tanh, from z for the others."""
+    """Derivative of the activation, from its value for relu, from z for the others."""
     if ACTIVATION == "relu":
         return tl.where(b_saved <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "tanh":
-        return 1.0 - b_saved * b_saved
+        b_tanh = tanh(b_saved)
+        return 1.0 - b_tanh * b_tanh
     elif ACTIVATION == "gelu":
         b_density = tl.exp2(b_saved * b_saved * (-0.5 * 1.4426950408889634)) * 0.3989422804014327
         return 0.5 * (1.0 + tl.erf(b_saved * 0.7071067811865476)) + b_saved * b_density
