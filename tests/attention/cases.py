@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from tests.numbers import ULPS
 from velm_kernels.attention import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,6 +132,13 @@ class Case:
         poisoned["value"][unseen] = torch.nan
         return poisoned | {name: self.laid_out(poisoned[name]) for name in ("query", "key", "value")}
 
+    @property
+    def ulps(self) -> float:
+        """What the numbers rule adds: backward recomputes weights from scores, whose rounding grows with their size."""
+        sizes = [1.0 if normed else self.input_scale for normed in self.norms]
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return ULPS + sizes[0] * sizes[1] * scale * self.head_dim**0.5
+
     def floors(
         self, tensors: dict[str, torch.Tensor], visible: torch.Tensor, upstream: torch.Tensor
     ) -> dict[str, float]:
@@ -150,7 +158,7 @@ class Case:
         if self.bias_shape is not None:
             sizes["bias"] = spread.sum([dim for dim, kept in enumerate(self.bias_shape) if not kept], keepdim=True)
         sizes = {f"grad_{name}": size for name, size in sizes.items()}
-        seen = 0.1 * visible / visible.sum(-1, keepdim=True).clamp(min=1)
+        seen = 0.1 * visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
         sizes["out"] = seen @ value.abs().repeat_interleave(self.group, 1)
         return {name: float(torch.linalg.vector_norm(size)) for name, size in sizes.items()}
 

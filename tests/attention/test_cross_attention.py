@@ -55,7 +55,7 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
             return_key_mass=True,
         )
     for name, value in got.items():
-        assert_accurate(name, value, plain[name], exact[name], case.dtype, floor=floors.get(name, 0.0))
+        assert_accurate(name, value, plain[name], exact[name], case.dtype, floor=floors.get(name, 0.0), ulps=case.ulps)
     return got
 
 
