@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention/cpu_decode.h"
 #include "attention/cpu_scores.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
@@ -84,10 +85,13 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
 std::vector<Item> make_items(const Problem& p) {
   std::vector<Item> items;
   int64_t panels = 0;
-  for (int64_t b = 0; b < p.batch; ++b) panels += (p.group * p.query_count(b) + kPanel - 1) / kPanel * p.kv_heads;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    if (!decodes(p, b)) panels += (p.group * p.query_count(b) + kPanel - 1) / kPanel * p.kv_heads;
+  }
   // Fewer panels an item where there would be too few items to share out.
   const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, kPanelsPerItem);
   for (int64_t b = 0; b < p.batch; ++b) {
+    if (decodes(p, b)) continue;
     const int64_t rows = p.group * p.query_count(b);
     for (int64_t h = 0; h < p.kv_heads; ++h) {
       for (int64_t r = 0; r < rows; r += per_item * kPanel)
@@ -216,6 +220,7 @@ class Worker {
 }  // namespace
 
 void forward(const Problem& p, const Rows& out, float* logsumexp) {
+  decode(p, out, logsumexp);
   const std::vector<Item> items = make_items(p);
   simd::parallel_ranges(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
     Worker worker(p, out, logsumexp);

@@ -10,7 +10,4 @@ void forward(const Problem& p, const Rows& out, float* logsumexp);
 // key_mass[row of mass_index] = sum over queries of the attention weights before dropout.
 void sum_key_mass(const Problem& p, const float* logsumexp, float* key_mass);
 
-// The forward pass where the rows that share a key head are so few that lanes run along head_dim
-// instead; may_decode says where.
-
 }  // namespace velm::attention

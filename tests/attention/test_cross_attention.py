@@ -65,6 +65,7 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
 @example(case=Case(keys=0, bias_shape=(True, True, True, True)))
 @example(case=Case(queries=33, keys=257, head_dim=64, value_dim=64, group=2, dtype=torch.bfloat16))
 @example(case=Case(queries=1, keys=300, head_dim=64, value_dim=64, group=4, masks=frozenset({"key_lengths"})))
+@example(case=Case(queries=2, keys=2 * LARGEST, group=2, dropout_p=0.2, softcap=5.0, masks=frozenset({"key_mask"})))
 @example(case=Case(queries=20, keys=40, bias_shape=(False, True, True, True), masks=frozenset({"key_ranges"})))
 @example(case=Case(queries=20, keys=40, bias_shape=(False, False, False, False), dropout_p=0.3))
 @example(case=Case(head_dim=256, value_dim=256, queries=17, keys=19, norms=(True, True)))
@@ -73,9 +74,10 @@ def test_numbers(backend: Backend, case: Case) -> None:
 
 
 @every_cpu_backend
-def test_same_bits_for_any_number_of_threads(backend: Backend) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(70, 530), (2, 3100)])
+def test_same_bits_for_any_number_of_threads(backend: Backend, queries: int, keys: int) -> None:
     case = Case(
-        batch=1, kv_heads=3, group=2, queries=70, keys=530, bias_shape=(False, False, True, True), dropout_p=0.1,
+        batch=1, kv_heads=3, group=2, queries=queries, keys=keys, bias_shape=(False, False, True, True), dropout_p=0.1,
         masks=frozenset({"key_ranges"}), norms=(True, True), poison=False,
     )  # fmt: skip
     results = []
