@@ -68,22 +68,19 @@ class Worker {
   }
 
   void run(const Head& head, int64_t part, float* partial) {
-    with_type(p_.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      if (head.rows == 1) {
-        attend<T, 1>(head, part, partial);
-      } else if (head.rows == 2) {
-        attend<T, 2>(head, part, partial);
-      } else {
-        attend<T, kDecodeRows>(head, part, partial);
-      }
-    });
+    if (head.rows == 1) {
+      attend<1>(head, part, partial);
+    } else if (head.rows == 2) {
+      attend<2>(head, part, partial);
+    } else {
+      attend<kDecodeRows>(head, part, partial);
+    }
   }
 
  private:
-  template <class T, int R>
+  template <int R>
   void attend(const Head& head, int64_t part, float* partial) {
-    load_queries<T>(head, R);
+    load_queries(head, R);
     std::fill_n(o_, R * o_ld_, 0.0f);
     std::fill_n(max_, kDecodeRows, -kInfinity);
     std::fill_n(sum_, kDecodeRows * kLanes, 0.0f);
@@ -96,7 +93,10 @@ class Worker {
       if (holes && std::find(holes, holes + count, true) == holes + count) continue;
       if (additive_ && !add_up(head, from, count)) continue;
       left_ = p_.key_count(head.b) - from;
-      score<T, R>(reinterpret_cast<const T*>(p_.k.at(b, head.kv_head, offset + from)), count, holes);
+      // Queries, keys and values need not have one type: a norm may have widened some of them.
+      with_type(p_.k.dtype, [&](auto* tag) {
+        score<R>(reinterpret_cast<decltype(tag)>(p_.k.mutable_at(b, head.kv_head, offset + from)), count, holes);
+      });
       for (int64_t r = 0; r < R; ++r) {
         if (r < head.rows) {
           weigh(head, r, from, count, holes);
@@ -104,8 +104,10 @@ class Worker {
           std::fill_n(s_ + r * kBlock, kBlock, 0.0f);
         }
       }
-      add_values<T, R>(reinterpret_cast<const T*>(p_.v.at(b, head.kv_head, offset + from)), count, head.rows,
-                       holes != nullptr || p_.masked_by_row());
+      with_type(p_.v.dtype, [&](auto* tag) {
+        add_values<R>(reinterpret_cast<decltype(tag)>(p_.v.mutable_at(b, head.kv_head, offset + from)), count,
+                      head.rows, holes != nullptr || p_.masked_by_row());
+      });
     }
     for (int64_t r = 0; r < head.rows; ++r) {
       float* to = partial + r * partial_row(p_);
@@ -115,7 +117,6 @@ class Worker {
     }
   }
 
-  template <class T>
   void load_queries(const Head& head, int64_t rows) {
     const float factor = query_factor(p_);
     for (int64_t r = 0; r < rows; ++r) {
@@ -124,9 +125,11 @@ class Worker {
         std::fill_n(to, p_.head_dim, 0.0f);
         continue;
       }
-      const T* from = reinterpret_cast<const T*>(
-          p_.q.at(p_.varlen ? 0 : head.b, head.head(p_, r), p_.first_query(head.b) + head.query(r)));
-      for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = simd::to_float(from[d]) * factor;
+      const char* row = p_.q.at(p_.varlen ? 0 : head.b, head.head(p_, r), p_.first_query(head.b) + head.query(r));
+      with_type(p_.q.dtype, [&](auto* tag) {
+        const auto* from = reinterpret_cast<const std::remove_pointer_t<decltype(tag)>*>(row);
+        for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = simd::to_float(from[d]) * factor;
+      });
     }
   }
 
@@ -159,7 +162,7 @@ class Worker {
   }
 
   // s[r][j] = the product of query row r and key j, as it is.
-  template <class T, int R>
+  template <int R, class T>
   void score(const T* keys, int64_t count, const bool* holes) {
     const int64_t columns = p_.head_dim, step = p_.k.row;
     for (int64_t j = 0; j < count; j += kLanes) {
@@ -264,7 +267,7 @@ class Worker {
   }
 
   // o[r] += the weighted sum of values. Where `careful`, a value of weight 0 is left out: it may be anything.
-  template <class T, int R>
+  template <int R, class T>
   void add_values(const T* values, int64_t count, int64_t rows, bool careful) {
     const int64_t columns = p_.value_dim, step = p_.v.row;
     const int64_t whole_columns = columns / kLanes * kLanes;
