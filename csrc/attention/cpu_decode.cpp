@@ -95,7 +95,8 @@ class Worker {
       left_ = p_.key_count(head.b) - from;
       // Queries, keys and values need not have one type: a norm may have widened some of them.
       with_type(p_.k.dtype, [&](auto* tag) {
-        score<R>(reinterpret_cast<decltype(tag)>(p_.k.mutable_at(b, head.kv_head, offset + from)), count, holes);
+        using T = std::remove_pointer_t<decltype(tag)>;
+        score<R>(reinterpret_cast<const T*>(p_.k.at(b, head.kv_head, offset + from)), count, holes);
       });
       for (int64_t r = 0; r < R; ++r) {
         if (r < head.rows) {
@@ -105,8 +106,9 @@ class Worker {
         }
       }
       with_type(p_.v.dtype, [&](auto* tag) {
-        add_values<R>(reinterpret_cast<decltype(tag)>(p_.v.mutable_at(b, head.kv_head, offset + from)), count,
-                      head.rows, holes != nullptr || p_.masked_by_row());
+        using T = std::remove_pointer_t<decltype(tag)>;
+        add_values<R>(reinterpret_cast<const T*>(p_.v.at(b, head.kv_head, offset + from)), count, head.rows,
+                      holes != nullptr || p_.masked_by_row());
       });
     }
     for (int64_t r = 0; r < head.rows; ++r) {

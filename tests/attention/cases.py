@@ -142,12 +142,12 @@ class Case:
     def floors(
         self, tensors: dict[str, torch.Tensor], visible: torch.Tensor, upstream: torch.Tensor
     ) -> dict[str, float]:
-        """A tenth of the results' sizes if their terms did not cancel, with even attention weights."""
+        """Half of the results' sizes if their terms did not cancel, with even attention weights."""
         query, key, value = (tensors[name].double() for name in ("query", "key", "value"))
         rms = [tensor.square().mean(-1, keepdim=True).add(1e-5).sqrt() for tensor in (query, key)]
         normed = [tensor / size if wanted else tensor for tensor, size, wanted in zip((query, key), rms, self.norms)]
         spread = (upstream.abs() @ value.abs().repeat_interleave(self.group, 1).transpose(-1, -2) + 1) * visible
-        spread = 0.1 / (1 - self.dropout_p) * spread / visible.sum(-1, keepdim=True).clamp(min=1)
+        spread = 0.5 / (1 - self.dropout_p) * spread / visible.sum(-1, keepdim=True).clamp(min=1)
         scores = spread * (self.head_dim**-0.5 if self.scale is None else self.scale)
         grad_query = scores @ normed[1].abs().repeat_interleave(self.group, 1)
         grad_key = (scores.transpose(-1, -2) @ normed[0].abs()).unflatten(1, (self.kv_heads, self.group)).sum(2)
@@ -158,7 +158,7 @@ class Case:
         if self.bias_shape is not None:
             sizes["bias"] = spread.sum([dim for dim, kept in enumerate(self.bias_shape) if not kept], keepdim=True)
         sizes = {f"grad_{name}": size for name, size in sizes.items()}
-        seen = 0.1 * visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
+        seen = 0.5 * visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
         sizes["out"] = seen @ value.abs().repeat_interleave(self.group, 1)
         return {name: float(torch.linalg.vector_norm(size)) for name, size in sizes.items()}
 

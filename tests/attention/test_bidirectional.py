@@ -36,7 +36,7 @@ def run(function: Any, tensors: list[Tensor], upstream: list[Tensor], used: tupl
 
 
 def floors(tensors: list[Tensor], masks: dict[str, Any], upstream: list[Tensor], scale: float, keep: float) -> Any:
-    """A tenth of the results' sizes if their terms did not cancel, with even attention weights."""
+    """Half of the results' sizes if their terms did not cancel, with even attention weights."""
     query_a, query_b, value_a, value_b = (tensor.double().abs() for tensor in tensors)
 
     def spread(grad: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -46,12 +46,12 @@ def floors(tensors: list[Tensor], masks: dict[str, Any], upstream: list[Tensor],
         return terms * mask[:, None, None] / mask.sum(-1).clamp(min=1)[:, None, None, None]
 
     scores = spread(upstream[0], value_b, masks["mask_b"])
-    scores = 0.1 * scale * (scores + spread(upstream[1], value_a, masks["mask_a"]).transpose(-1, -2))
+    scores = 0.5 * scale * (scores + spread(upstream[1], value_a, masks["mask_a"]).transpose(-1, -2))
     sizes = {"grad_query_a": scores @ query_b, "grad_query_b": scores.transpose(-1, -2) @ query_a}
     # The weights of a query add up to 1, so every output is about as large as one value.
     for name, query, value in (("out_a", query_a, value_b), ("out_b", query_b, value_a)):
         mean = value.mean((2, 3), keepdim=True).nan_to_num()
-        sizes[name] = 0.1 * mean.expand(*query.shape[:3], value.shape[3])
+        sizes[name] = 0.5 * mean.expand(*query.shape[:3], value.shape[3])
     return {name: float(torch.linalg.vector_norm(size)) for name, size in sizes.items()}
 
 
