@@ -48,6 +48,8 @@ format: setup
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal $(PYTEST_ARGS)
 
+# The library of this processor alone: the demo is for a newcomer, who should not wait for the others to be compiled.
+demo: CMAKE_ARGS += -DVELM_CPU_ISAS=native
 demo: setup
 	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
 
