@@ -1,0 +1,86 @@
+"""What the shared libraries contain, ask for and export, read with the tools that come with the compiler."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import velm_kernels
+from velm_kernels.backends import cpu
+
+LIBRARIES = [path for isa in (*cpu.INSTRUCTION_SETS, *cpu.TEST_ONLY) if (path := cpu.library_path(isa)).exists()]
+
+pytestmark = [
+    pytest.mark.skipif(not LIBRARIES, reason="no CPU library was built"),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed"),
+]
+every_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
+
+
+def tool(*command: str | Path) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def disassembled() -> dict[Path, str]:
+    return {path: tool("objdump", "-d", "--no-show-raw-insn", path) for path in LIBRARIES}
+
+
+@every_library
+def test_exports_nothing_but_its_description(library: Path) -> None:
+    exported = [line.split()[-1] for line in tool("nm", "-D", "--defined-only", library).splitlines()]
+    assert exported == ["velm_build_info"]
+
+
+@every_library
+def test_needs_only_the_stable_interface_of_torch(library: Path) -> None:
+    undefined = [line.split()[-1] for line in tool("nm", "-D", "--undefined-only", library).splitlines()]
+    # What the C++ runtime and the C library provide carries a version; torch's symbols do not.
+    unversioned = [name for name in undefined if "@" not in name]
+    start_files = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize"}
+    foreign = {name for name in unversioned if not name.startswith(("aoti_torch_", "torch_"))}
+    assert foreign <= start_files
+    assert any(name.startswith("aoti_torch_") for name in unversioned)
+
+
+@every_library
+def test_is_found_by_name_alone(library: Path) -> None:
+    dynamic = tool("readelf", "-d", library)
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)
+    needed = set(re.findall(r"\(NEEDED\).*\[([^\]]+)\]", dynamic))
+    assert "libtorch_cpu.so" in needed
+    assert {name for name in needed if "torch" in name or "python" in name or "c10" in name} == {"libtorch_cpu.so"}
+
+
+@every_library
+def test_instructions_are_those_of_its_set(library: Path, disassembled: dict[Path, str]) -> None:
+    isa = library.stem.removeprefix("libvelm_cpu_")
+    code = disassembled[library]
+    if "%rsp" not in code:
+        pytest.skip("not x86")
+    assert ("%zmm" in code) == isa.startswith("avx512")
+    assert ("%ymm" in code) == (isa != "baseline")
+    assert ("vdpbf16ps" in code) <= (isa == "avx512_bf16")
+
+
+@every_library
+def test_describes_itself(library: Path) -> None:
+    describe = ctypes.CDLL(str(library)).velm_build_info
+    describe.restype = ctypes.c_char_p
+    info = dict(line.split("=", 1) for line in describe().decode().splitlines())
+    isa = library.stem.removeprefix("libvelm_cpu_")
+    assert (info["version"], info["isa"], info["namespace"]) == (velm_kernels.__version__, isa, f"velm_cpu_{isa}")
+
+
+def test_every_library_that_runs_here_has_the_same_operators() -> None:
+    operators = {}
+    for isa in cpu.usable():
+        with cpu.use_isa(isa):
+            operators[isa] = {schema.partition("(")[0] for schema in cpu._schemas if cpu.has(schema.partition("(")[0])}
+    assert "baseline" in operators
+    assert all(found == operators["baseline"] for found in operators.values())
