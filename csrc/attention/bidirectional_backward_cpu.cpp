@@ -73,15 +73,14 @@ class Backward {
     const int64_t value_floats = columns_down_.value.data ? p_.columns.length * ld_column_value_ : 0;
     simd::Scratch shared;
     float* sums = shared.take(items * (query_floats + value_floats));
-    simd::parallel_ranges(items, 1, [&](int64_t begin, int64_t end) {
-      Worker worker(*this);
-      for (int64_t item = begin; item < end; ++item) {
-        float* at = sums + item * (query_floats + value_floats);
-        std::fill(at, at + query_floats + value_floats, 0.0f);
-        worker.set_columns(item / chunks);
-        worker.chunk(item % chunks, query_floats ? at : nullptr, value_floats ? at + query_floats : nullptr);
-      }
-    });
+    simd::parallel_workers(
+        items, [&] { return Worker(*this); },
+        [&](Worker& worker, int64_t item) {
+          float* at = sums + item * (query_floats + value_floats);
+          std::fill(at, at + query_floats + value_floats, 0.0f);
+          worker.set_columns(item / chunks);
+          worker.chunk(item % chunks, query_floats ? at : nullptr, value_floats ? at + query_floats : nullptr);
+        });
     if (query_floats + value_floats == 0) return;
     constexpr int64_t kBlock = 32;
     const int64_t blocks = (p_.columns.length + kBlock - 1) / kBlock;
@@ -277,6 +276,7 @@ class Backward {
     const Backward& k_;
     const Problem<T>& p_;
     const int64_t ld_;
+    simd::FlushSubnormals flush_;
     simd::Scratch scratch_;
     // of all columns
     float *query_columns_, *query_rows_, *value_columns_, *grad_columns_, *grad_rows_, *visible_, *lse_, *delta_;

@@ -35,13 +35,12 @@ class Forward {
       float* at = all_sums + item * floats_an_item;
       return ColumnSums{at, at + ld_columns_, at + 2 * ld_columns_};
     };
-    simd::parallel_ranges(items, 1, [&](int64_t begin, int64_t end) {
-      Worker worker(*this);
-      for (int64_t item = begin; item < end; ++item) {
-        worker.set_columns(item / chunks);
-        worker.chunk(item % chunks, sums_of(item));
-      }
-    });
+    simd::parallel_workers(
+        items, [&] { return Worker(*this); },
+        [&](Worker& worker, int64_t item) {
+          worker.set_columns(item / chunks);
+          worker.chunk(item % chunks, sums_of(item));
+        });
     // Blocks of columns, so that a single head keeps several threads busy too.
     constexpr int64_t kBlock = 32;
     const int64_t blocks = (p_.columns.length + kBlock - 1) / kBlock;
@@ -220,6 +219,7 @@ class Forward {
     const Forward& f_;
     const Problem<T>& p_;
     const int64_t ld_query_, ld_column_value_;
+    simd::FlushSubnormals flush_;
     simd::Scratch scratch_;
     float *column_queries_, *column_values_, *column_visible_;
     float *queries_, *values_, *out_, *scores_, *weights_, *factors_ = nullptr;

@@ -331,6 +331,7 @@ class Worker {
   const Plan& plan_;
   const std::vector<int64_t>& offsets_;
   float* partial_;
+  simd::FlushSubnormals flush_;
   simd::Scratch memory_;
   ScoreScratch scratch_;
   bool want_scores_, keep_all_;
@@ -399,10 +400,9 @@ void backward(const Problem& p, const Gradients& g) {
       jobs.push_back({lists[i], s, g.grad_bias ? g.grad_bias + copy * bias_count : nullptr});
     }
   }
-  simd::parallel_ranges(static_cast<int64_t>(jobs.size()), 1, [&](int64_t begin, int64_t end) {
-    Worker worker(p, g, plan, offsets, partial);
-    for (int64_t i = begin; i < end; ++i) worker.run(jobs[i]);
-  });
+  simd::parallel_workers(
+      static_cast<int64_t>(jobs.size()), [&] { return Worker(p, g, plan, offsets, partial); },
+      [&](Worker& worker, int64_t i) { worker.run(jobs[i]); });
   if (partial) reduce_grad_query(p, g, plan, offsets, partial);
   if (g.grad_bias && plan.partials > 1) {
     simd::parallel_ranges(bias_count, 4096, [&](int64_t begin, int64_t end) {

@@ -323,6 +323,7 @@ class Worker {
   }
 
   const Problem& p_;
+  simd::FlushSubnormals flush_;
   simd::Scratch memory_;
   int64_t o_ld_, left_ = 0;
   float *q_, *s_, *o_, *additive_ = nullptr, *keep_ = nullptr;
@@ -384,13 +385,12 @@ void decode(const Problem& p, const Rows& out, float* logsumexp) {
   }
   simd::Scratch memory;
   float* partials = memory.take(size);
-  simd::parallel_ranges(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-    Worker worker(p);
-    for (int64_t i = begin; i < end; ++i) {
-      const Head& head = heads[items[i].head];
-      worker.run(head, items[i].part, partials + head.partial + items[i].part * head.rows * partial_row(p));
-    }
-  });
+  simd::parallel_workers(
+      static_cast<int64_t>(items.size()), [&] { return Worker(p); },
+      [&](Worker& worker, int64_t i) {
+        const Head& head = heads[items[i].head];
+        worker.run(head, items[i].part, partials + head.partial + items[i].part * head.rows * partial_row(p));
+      });
   for (const Head& head : heads) merge(p, head, partials + head.partial, out, logsumexp);
 }
 

@@ -209,6 +209,7 @@ class Worker {
   const Problem& p_;
   const Rows& out_;
   float* logsumexp_;
+  simd::FlushSubnormals flush_;
   simd::Scratch memory_;
   ScoreScratch scratch_;
   bool in_place_k_, in_place_v_;
@@ -222,10 +223,9 @@ class Worker {
 void forward(const Problem& p, const Rows& out, float* logsumexp) {
   decode(p, out, logsumexp);
   const std::vector<Item> items = make_items(p);
-  simd::parallel_ranges(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-    Worker worker(p, out, logsumexp);
-    for (int64_t i = begin; i < end; ++i) worker.run(items[i]);
-  });
+  simd::parallel_workers(
+      static_cast<int64_t>(items.size()), [&] { return Worker(p, out, logsumexp); },
+      [&](Worker& worker, int64_t i) { worker.run(items[i]); });
 }
 
 }  // namespace velm::attention

@@ -82,6 +82,7 @@ class Worker {
   const Problem& p_;
   const float* logsumexp_;
   float* key_mass_;
+  simd::FlushSubnormals flush_;
   simd::Scratch memory_;
   ScoreScratch scratch_;
   int64_t ldk_;
@@ -97,10 +98,9 @@ void sum_key_mass(const Problem& p, const float* logsumexp, float* key_mass) {
       for (int64_t j = 0; j < p.key_count(b); j += kBlock) items.push_back({b, h, j});
     }
   }
-  simd::parallel_ranges(static_cast<int64_t>(items.size()), 1, [&](int64_t begin, int64_t end) {
-    Worker worker(p, logsumexp, key_mass);
-    for (int64_t i = begin; i < end; ++i) worker.run(items[i]);
-  });
+  simd::parallel_workers(
+      static_cast<int64_t>(items.size()), [&] { return Worker(p, logsumexp, key_mass); },
+      [&](Worker& worker, int64_t i) { worker.run(items[i]); });
 }
 
 }  // namespace velm::attention

@@ -35,6 +35,7 @@ template <class F>
 void for_blocks(const Shape& shape, const F& make_worker) {
   if (shape.heads == 0) return;
   parallel_ranges(shape.blocks(), shape.grain(), [&](int64_t begin, int64_t end) {
+    const simd::FlushSubnormals flush;
     auto worker = make_worker();
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i % shape.query_blocks() * kLanes;

@@ -4,11 +4,21 @@
 #include <type_traits>
 
 #include "linear/activation.h"
+#include "simd/parallel.h"
 
 namespace velm::linear {
 namespace {
 
 using simd::kLanes;
+
+// Those with an exponential compute it for large arguments too, where it underflows.
+template <Activation A>
+struct Flush {};
+template <Activation A>
+  requires(A != Activation::kNone && A != Activation::kRelu)
+struct Flush<A> {
+  simd::FlushSubnormals flush;
+};
 
 template <class F>
 auto with_type(ScalarType dtype, F&& f) {
@@ -47,6 +57,7 @@ void read_plain(const Source& in, int64_t row, int64_t column, int64_t n, float*
 
 template <class T, Activation A>
 void read_gradient(const Source& in, int64_t row, int64_t column, int64_t n, float* out) {
+  [[maybe_unused]] const Flush<A> flush;
   const T* grad = static_cast<const T*>(in.data) + row * in.stride + column;
   const T* saved = static_cast<const T*>(in.saved) + row * in.saved_stride + column;
   for_vectors(n, [&](int64_t j, auto lanes) {
@@ -57,6 +68,7 @@ void read_gradient(const Source& in, int64_t row, int64_t column, int64_t n, flo
 template <class T, Activation A, class Z>
 void run_epilogue(const Epilogue& e, const void* z, int64_t z_stride, int64_t row, int64_t rows, int64_t column,
                   int64_t columns) {
+  [[maybe_unused]] const Flush<A> flush;
   const T* bias = e.bias ? static_cast<const T*>(e.bias) + column : nullptr;
   for (int64_t i = 0; i < rows; ++i) {
     const Z* from = static_cast<const Z*>(z) + i * z_stride;

@@ -59,23 +59,21 @@ void multiply_packed(const Word* a, const Word* b, int64_t rows, int64_t columns
   const int64_t row_blocks = divide_up(rows, kBlockRows), column_blocks = divide_up(columns, kBlockColumns);
   const int64_t depth_blocks = divide_up(words, kDepthBlock);
   const int64_t depth_block = depth_blocks ? divide_up(words, depth_blocks) : 0;
-  simd::parallel_ranges(row_blocks * column_blocks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<float> block(kBlockRows * kBlockColumns);
+  const auto scratch = [] { return Buffer<float>(kBlockRows * kBlockColumns); };
+  simd::parallel_workers(row_blocks * column_blocks, scratch, [&](const Buffer<float>& block, int64_t task) {
     float* c = block.get();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task % row_blocks * kBlockRows, column = task / row_blocks * kBlockColumns;
-      const int64_t tall = std::min(kBlockRows, rows - row), wide = std::min(kBlockColumns, columns - column);
-      if (words == 0) std::fill_n(c, kBlockRows * kBlockColumns, 0.0f);
-      for (int64_t k = 0; k < words; k += depth_block) {
-        const int64_t steps = std::min(depth_block, words - k);
-        for (int64_t i = 0; i < tall; i += kR) {
-          const Word* a_panel = a + (row + i) * words + k * kR;
-          for (int64_t j = 0; j < wide; j += kN)
-            micro_kernel(steps, a_panel, b + (column + j) * words + k * kN, c + i * kBlockColumns + j, k == 0);
-        }
+    const int64_t row = task % row_blocks * kBlockRows, column = task / row_blocks * kBlockColumns;
+    const int64_t tall = std::min(kBlockRows, rows - row), wide = std::min(kBlockColumns, columns - column);
+    if (words == 0) std::fill_n(c, kBlockRows * kBlockColumns, 0.0f);
+    for (int64_t k = 0; k < words; k += depth_block) {
+      const int64_t steps = std::min(depth_block, words - k);
+      for (int64_t i = 0; i < tall; i += kR) {
+        const Word* a_panel = a + (row + i) * words + k * kR;
+        for (int64_t j = 0; j < wide; j += kN)
+          micro_kernel(steps, a_panel, b + (column + j) * words + k * kN, c + i * kBlockColumns + j, k == 0);
       }
-      finish(c, row, tall, column, wide);
     }
+    finish(c, row, tall, column, wide);
   });
 }
 
