@@ -13,7 +13,7 @@ from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 
@@ -219,9 +219,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(grad if want else None for grad, want in zip(results, wanted, strict=True)) + nothing
 
 
-torch.library.register_autograd(
-    "velm::bidirectional_attention_forward", _backward, setup_context=_setup_context, lib=LIBRARY
-)
+register_autograd("bidirectional_attention_forward", _backward, setup_context=_setup_context)
 
 
 def _flops_forward(query_a: Any, query_b: Any, value_a: Any, value_b: Any, *args: Any, **kwargs: Any) -> int:

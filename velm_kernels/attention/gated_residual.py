@@ -10,7 +10,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 
 GRAD_X, GRAD_GATE = 1, 2
 
@@ -139,7 +139,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     )
 
 
-torch.library.register_autograd("velm::gated_residual_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("gated_residual_forward", _backward, setup_context=_setup_context)
 
 
 def _reference_forward(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch.utils.flop_counter
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
@@ -148,7 +148,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Ten
     return tuple(results)
 
 
-torch.library.register_autograd("velm::attention_forward", _backward, setup_context=_save_for_backward, lib=LIBRARY)
+register_autograd("attention_forward", _backward, setup_context=_save_for_backward)
 
 
 def _flops_forward(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:

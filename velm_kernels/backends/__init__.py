@@ -16,6 +16,8 @@ from typing import Any
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 
+_SCALARS = frozenset((bool, int, float, str))
+
 Arguments = dict[str, Any]
 Reasons = Callable[[Arguments], list[str]]
 
@@ -41,6 +43,21 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _public_functions: dict[str, PublicFunction] = {}
 _warned: set[tuple[str, str]] = set()
 _forced_stack: list[str] = []
+
+
+def tensors_of(arguments: Arguments) -> list[tuple[str, Any]]:
+    """The tensors among ``arguments`` with their names, and the first one of every list of them."""
+    from torch import Tensor
+
+    found = []
+    for name, value in arguments.items():
+        # Every call of an operator comes through here, and most arguments are neither.
+        if value is None or value.__class__ in _SCALARS:
+            continue
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, Tensor):
+            found.append((name, first))
+    return found
 
 
 def register(operator: str, backend: str, call: Callable[..., Any], reasons: Reasons) -> None:

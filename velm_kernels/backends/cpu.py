@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, register
+from velm_kernels.backends import Arguments, register, tensors_of
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
 # its data layouts are tested on processors without the instruction; it is never chosen by itself.
@@ -122,7 +122,12 @@ def use_isa(isa: str) -> Iterator[None]:
 
 def op(name: str) -> Callable[..., Any]:
     """The operator ``name`` of the library in use."""
-    return getattr(getattr(torch.ops, f"velm_cpu_{in_use()}"), name).default
+    return _operator(in_use(), name)
+
+
+@functools.cache
+def _operator(isa: str | None, name: str) -> Callable[..., Any]:
+    return getattr(getattr(torch.ops, f"velm_cpu_{isa}"), name).default
 
 
 def unavailable() -> list[str]:
@@ -138,21 +143,22 @@ def unavailable() -> list[str]:
 def common_reasons(arguments: Arguments) -> list[str]:
     """Why no CPU kernel could take ``arguments``: library, devices, dtypes."""
     reasons = unavailable()
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            tensors[name] = value[0]
-    for name, tensor in tensors.items():
-        if tensor.device.type != "cpu":
+    for name, tensor in tensors_of(arguments):
+        if not tensor.is_cpu:
             reasons.append(f"{name} is on {tensor.device}")
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPES and tensor.is_floating_point():
             reasons.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
     return reasons
 
 
 def has(operator: str) -> bool:
     """Whether the library in use implements ``operator``."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"velm_cpu_{in_use()}::{operator}", "CPU")
+    return _implements(in_use(), operator)
+
+
+@functools.cache
+def _implements(isa: str | None, operator: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"velm_cpu_{isa}::{operator}", "CPU")
 
 
 def register_cpu(

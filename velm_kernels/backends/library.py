@@ -52,3 +52,37 @@ def declare(
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)
+
+
+def register_autograd(
+    name: str, backward: Callable[..., tuple[Any, ...]], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+) -> None:
+    """Makes ``backward`` the derivative of ``velm::name``, whose arguments are tensors and scalars, no lists.
+
+    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens.
+    Torch's own, in a call that records gradients, looks through the schema for defaults that the caller left out: for
+    the twenty arguments of attention that takes ten times as long as all the rest, and these operators have none.
+    """
+    operator: torch._ops.OpOverload = getattr(torch.ops.velm, name).default
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        with torch._C._AutoDispatchBelowAutograd():
+            result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            setup_context(ctx, tuple(inputs), result)
+        return result
+
+    def backward_and_keyset(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        return (*backward(ctx, *grads), None)
+
+    # Its name is what graphs of autograd and profiles show.
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)}
+    function: Any = type(f"velm_{name}_", (torch.autograd.Function,), members)
+
+    def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    LIBRARY.impl(name, run, "Autograd", with_keyset=True)

@@ -10,21 +10,22 @@ TRITON_INTERPRET=1, set before triton is imported, executes the kernels on CPU t
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, register
+from velm_kernels.backends import Arguments, register, tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Oldest architecture that the kernels are compiled for.
@@ -53,13 +54,15 @@ class Launch:
     config: Config
 
 
+@functools.cache
 def is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache
 def is_interpreted() -> bool:
     """Whether kernels are executed by Triton's interpreter."""
-    if not is_installed():
+    if not is_installed() or not ("triton" in sys.modules or os.environ.get("TRITON_INTERPRET")):
         return False
     import triton
 
@@ -84,15 +87,18 @@ def why_not(device: torch.device) -> list[str]:
 
 def common_reasons(arguments: Arguments) -> list[str]:
     """Why no Triton kernel could take `arguments`: triton itself, devices, dtypes."""
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    for name, value in arguments.items():
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            tensors[name] = value[0]
-    reasons = why_not(next(iter(tensors.values())).device)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+    reasons = why_not(_first_tensor(arguments).device)
+    if reasons:
+        return reasons
+    for name, tensor in tensors_of(arguments):
+        if tensor.dtype not in DTYPES and tensor.is_floating_point():
             reasons.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
     return reasons
+
+
+def _first_tensor(arguments: Arguments) -> torch.Tensor:
+    first = next(iter(arguments.values()))
+    return first if isinstance(first, torch.Tensor) else tensors_of(arguments)[0][1]
 
 
 def register_triton(operator: str, module: str, reasons: Callable[[Arguments], list[str]] = common_reasons) -> None:
@@ -127,7 +133,7 @@ def is_recording() -> bool:
     return _recorded is not None
 
 
-@lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=64)
 def _capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor

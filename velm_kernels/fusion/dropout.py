@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 
 
@@ -100,7 +100,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 
-torch.library.register_autograd("velm::dropout_residual_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("dropout_residual_forward", _backward, setup_context=_setup_context)
 
 
 def _reference_forward(x: Tensor, residual: Tensor | None, seed: Tensor, dropout_p: float) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.linear import cpu_backend, reference
 from velm_kernels.linear.reference import ACTIVATIONS, FROM_OUTPUT
 from velm_kernels.linear.rule import own_product
@@ -218,7 +218,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return tuple(results)
 
 
-torch.library.register_autograd("velm::linear_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("linear_forward", _backward, setup_context=_setup_context)
 
 
 def _flops_forward(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
