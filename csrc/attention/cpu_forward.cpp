@@ -20,9 +20,14 @@ constexpr int64_t kBlock = 96;
 // Panels that go over the same blocks together.
 constexpr int64_t kPanelsPerItem = 16;
 
-struct Item {
+// Panels of an item that share a key head.
+struct Group {
   int64_t b, kv_head, first, rows;
 };
+
+// Groups that go over the blocks of keys together: several heads of a batch entry, whose keys lie side by side in
+// memory, or several batch entries, which share the bias or mask of a block.
+using Item = std::vector<Group>;
 
 // State of one panel between blocks.
 struct Running {
@@ -33,18 +38,33 @@ struct Running {
 // One block of keys into a panel's state.
 template <int V>
 void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to, Running& state, float* s,
-            const ScoreScratch& scratch) {
+            const float* additive) {
   constexpr int kWidth = V * kLanes;
-  if (!score_tile<V>(s, p, panel, block, from, to, state.qt, kWidth, scratch)) return;
   const int64_t n = to - from;
+  simd::product<V, false, simd::Start::zero>(s, kWidth, n, block.k + from * block.ldk, block.ldk, p.head_dim, state.qt,
+                                             kWidth);
+  // A bias alone is added on the way to the maximum.
+  const bool adds = additive && only_adds(p, panel, block, from, to);
+  if (!adds) products_to_scores<V>(s, p, panel, block, from, to, additive, nullptr);
 
   Vec top[V], base[V];
   alignas(64) float alpha[kWidth];
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { top[v] = simd::load(state.max + v * kLanes); });
-  for (int64_t i = 0; i < n; ++i) {
-    // A NaN may get lost here, but not in the exponentials.
-    simd::unroll<V>(
-        [&](auto v) VELM_INLINE_LAMBDA { top[v] = simd::maximum(top[v], simd::load(s + i * kWidth + v * kLanes)); });
+  const auto find_top = [&](auto&& score) VELM_INLINE_LAMBDA {
+    for (int64_t i = 0; i < n; ++i) {
+      // A NaN may get lost here, but not in the exponentials.
+      simd::unroll<V>([&](auto v)
+                          VELM_INLINE_LAMBDA { top[v] = simd::maximum(top[v], score(i * kWidth + v * kLanes)); });
+    }
+  };
+  if (adds) {
+    find_top([&](int64_t at) VELM_INLINE_LAMBDA {
+      const Vec x = add_to_score(simd::load(s + at), simd::load(additive + at));
+      simd::store(s + at, x);
+      return x;
+    });
+  } else {
+    find_top([&](int64_t at) VELM_INLINE_LAMBDA { return simd::load(s + at); });
   }
   Vec sum[V];
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -82,20 +102,42 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
   }
 }
 
+// Whether the bias and mask of a block of keys are the same for every batch entry.
+bool shares_additive(const Problem& p) {
+  return p.batch > 1 && (p.bias || p.mask) && !(p.bias && p.bias.stride[0]) && !(p.mask && p.mask.stride[0]);
+}
+
+// Sizes of even parts of at most `limit`, and at least one, that n is cut into.
+int64_t even_part(int64_t n, int64_t limit) {
+  const int64_t parts = (n + limit - 1) / limit;
+  return (n + parts - 1) / parts;
+}
+
 std::vector<Item> make_items(const Problem& p) {
   std::vector<Item> items;
+  const auto panels_of = [&](int64_t b) {
+    return decodes(p, b) ? 0 : (p.group * p.query_count(b) + kPanel - 1) / kPanel;
+  };
   int64_t panels = 0;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (!decodes(p, b)) panels += (p.group * p.query_count(b) + kPanel - 1) / kPanel * p.kv_heads;
-  }
+  for (int64_t b = 0; b < p.batch; ++b) panels += panels_of(b) * p.kv_heads;
   // Fewer panels an item where there would be too few items to share out.
   const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, kPanelsPerItem);
-  for (int64_t b = 0; b < p.batch; ++b) {
-    if (decodes(p, b)) continue;
+  const bool across_batch = shares_additive(p);
+  const int64_t batches = across_batch ? 1 : p.batch;
+  for (int64_t b = 0; b < batches; ++b) {
     const int64_t rows = p.group * p.query_count(b);
-    for (int64_t h = 0; h < p.kv_heads; ++h) {
-      for (int64_t r = 0; r < rows; r += per_item * kPanel)
-        items.push_back({b, h, r, std::min(rows - r, per_item * kPanel)});
+    if (panels_of(b) == 0) continue;
+    const int64_t tall = even_part(panels_of(b), per_item) * kPanel;
+    const int64_t others = across_batch ? p.batch : p.kv_heads, lines = across_batch ? p.kv_heads : 1;
+    const int64_t wide = even_part(others, std::max<int64_t>(1, per_item * kPanel / tall));
+    for (int64_t line = 0; line < lines; ++line) {
+      for (int64_t at = 0; at < others; at += wide) {
+        for (int64_t r = 0; r < rows; r += tall) {
+          Item& item = items.emplace_back();
+          for (int64_t i = at; i < std::min(others, at + wide); ++i)
+            item.push_back({across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, tall)});
+        }
+      }
     }
   }
   return items;
@@ -110,7 +152,7 @@ bool readable_in_place(const Rows& rows) {
 class Worker {
  public:
   Worker(const Problem& p, const Rows& out, float* logsumexp)
-      : p_(p), out_(out), logsumexp_(logsumexp), scratch_(memory_, p, kBlock, false) {
+      : p_(p), out_(out), logsumexp_(logsumexp), shares_additive_(shares_additive(p)) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
     in_place_k_ = readable_in_place(p.k);
     in_place_v_ = readable_in_place(p.v) && !p.masked_by_row();
@@ -120,44 +162,35 @@ class Worker {
     for (int64_t i = 0; i < kPanelsPerItem; ++i) {
       states_[i].qt = memory_.take(p.head_dim * kPanel);
       states_[i].ot = memory_.take(p.value_dim * kPanel);
+      if ((p.mask || p.bias) && (shares_additive_ || i == 0)) additive_[i].values = memory_.take(kBlock * kPanel);
     }
   }
 
   void run(const Item& item) {
-    std::vector<Panel> panels;
+    panels_.clear();
     int64_t lo = INT64_MAX, hi = 0;
-    for (int64_t r = 0; r < item.rows; r += kPanel) {
-      panels.emplace_back(p_, item.b, item.kv_head, item.first + r, item.rows - r);
-      Panel& panel = panels.back();
-      if (panel.hi > panel.lo) {
-        lo = std::min(lo, panel.lo);
-        hi = std::max(hi, panel.hi);
+    for (const Group& group : item) {
+      for (int64_t r = 0; r < group.rows; r += kPanel) {
+        panels_.emplace_back(p_, group.b, group.kv_head, group.first + r, group.rows - r);
+        const Panel& panel = panels_.back();
+        if (panel.hi > panel.lo) {
+          lo = std::min(lo, panel.lo);
+          hi = std::max(hi, panel.hi);
+        }
+        begin(panel, states_[panels_.size() - 1]);
       }
-      begin(panel, states_[panels.size() - 1]);
     }
-    const bool* holes = p_.holes(item.b);
     for (int64_t first = lo / kBlock * kBlock; first < hi; first += kBlock) {
       const int64_t from = std::max(lo, first), to = std::min(hi, first + kBlock);
-      if (holes && std::find(holes + from, holes + to, true) == holes + to) continue;
-      KeyBlock block;
-      block.first = from;
-      block.count = to - from;
-      block.holes = holes ? holes + from : nullptr;
-      bool packed = false;
-      for (size_t i = 0; i < panels.size(); ++i) {
-        Panel& panel = panels[i];
-        const int64_t a = std::max(panel.lo, from), z = std::min(panel.hi, to);
-        if (a >= z) continue;
-        if (!packed) pack(item, block);
-        packed = true;
-        if (panel.vectors == 2) {
-          attend<2>(p_, panel, block, a - from, z - from, states_[i], s_, scratch_);
-        } else {
-          attend<1>(p_, panel, block, a - from, z - from, states_[i], s_, scratch_);
-        }
+      for (Additive& additive : additive_) additive.known = false;
+      size_t next = 0;
+      for (const Group& group : item) {
+        const size_t begin = next;
+        next += static_cast<size_t>((group.rows + kPanel - 1) / kPanel);
+        run_block(group, begin, next, from, to);
       }
     }
-    for (size_t i = 0; i < panels.size(); ++i) finish(panels[i], states_[i]);
+    for (size_t i = 0; i < panels_.size(); ++i) finish(panels_[i], states_[i]);
   }
 
  private:
@@ -169,26 +202,76 @@ class Worker {
     std::fill_n(state.sum, kPanel, 0.0f);
   }
 
-  void pack(const Item& item, KeyBlock& block) {
-    const int64_t at = p_.first_key(item.b) + block.first, b = p_.varlen ? 0 : item.b;
+  // What is added to the scores of a block of keys.
+  struct Additive {
+    float* values = nullptr;
+    bool known = false, visible = true;
+  };
+
+  // Keys [from, to) into the panels [begin, end) of a group.
+  void run_block(const Group& group, size_t begin, size_t end, int64_t from, int64_t to) {
+    KeyBlock block;
+    block.first = to;
+    int64_t stop = from;
+    for (size_t i = begin; i < end; ++i) {
+      if (panels_[i].hi <= panels_[i].lo) continue;
+      block.first = std::min(block.first, std::max(from, panels_[i].lo));
+      stop = std::max(stop, std::min(to, panels_[i].hi));
+    }
+    if (block.first >= stop) return;
+    block.count = stop - block.first;
+    if (const bool* holes = p_.holes(group.b)) {
+      block.holes = holes + block.first;
+      if (std::find(block.holes, block.holes + block.count, true) == block.holes + block.count) return;
+    }
+    bool packed = false;
+    for (size_t i = begin; i < end; ++i) {
+      Panel& panel = panels_[i];
+      const int64_t a = std::max(panel.lo, from), z = std::min(panel.hi, to);
+      if (a >= z) continue;
+      const float* additive = nullptr;
+      if (additive_[0].values) {
+        Additive& tile = additive_[shares_additive_ ? i - begin : 0];
+        const int64_t first = shares_additive_ ? from : a;
+        if (!shares_additive_ || !tile.known) {
+          const int64_t last = shares_additive_ ? to : z;
+          tile.visible = panel.vectors == 2 ? additive_tile<2>(tile.values, p_, panel, first, last)
+                                            : additive_tile<1>(tile.values, p_, panel, first, last);
+          tile.known = true;
+        }
+        if (!tile.visible) continue;
+        additive = tile.values + (a - first) * panel.vectors * kLanes;
+      }
+      if (!packed) pack(group, block);
+      packed = true;
+      if (panel.vectors == 2) {
+        attend<2>(p_, panel, block, a - block.first, z - block.first, states_[i], s_, additive);
+      } else {
+        attend<1>(p_, panel, block, a - block.first, z - block.first, states_[i], s_, additive);
+      }
+    }
+  }
+
+  void pack(const Group& group, KeyBlock& block) {
+    const int64_t at = p_.first_key(group.b) + block.first, b = p_.varlen ? 0 : group.b;
     if (in_place_k_ && !block.holes) {
-      block.k = reinterpret_cast<const float*>(p_.k.at(b, item.kv_head, at));
+      block.k = reinterpret_cast<const float*>(p_.k.at(b, group.kv_head, at));
       block.ldk = p_.k.row;
     } else {
       if (!k_) k_ = memory_.take(kBlock * ldk_);
       block.k = k_;
       block.ldk = ldk_;
-      pack_key_rows(k_, ldk_, p_, p_.k, item.b, item.kv_head, block.first, block.count, p_.head_dim, block.holes);
+      pack_key_rows(k_, ldk_, p_, p_.k, group.b, group.kv_head, block.first, block.count, p_.head_dim, block.holes);
     }
     if (in_place_v_ && !block.holes) {
-      block.v = reinterpret_cast<const float*>(p_.v.at(b, item.kv_head, at));
+      block.v = reinterpret_cast<const float*>(p_.v.at(b, group.kv_head, at));
       block.ldv = p_.v.row;
     } else {
       if (!v_) v_ = memory_.take(kBlock * ldv_);
       block.v = v_;
       block.ldv = ldv_;
-      const bool finite =
-          pack_key_rows(v_, ldv_, p_, p_.v, item.b, item.kv_head, block.first, block.count, p_.value_dim, block.holes);
+      const bool finite = pack_key_rows(v_, ldv_, p_, p_.v, group.b, group.kv_head, block.first, block.count,
+                                        p_.value_dim, block.holes);
       block.v_finite = finite || !p_.masked_by_row();
     }
   }
@@ -211,11 +294,13 @@ class Worker {
   float* logsumexp_;
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
-  ScoreScratch scratch_;
+  const bool shares_additive_;
   bool in_place_k_, in_place_v_;
   int64_t ldk_, ldv_;
   float *s_, *k_ = nullptr, *v_ = nullptr;
   Running states_[kPanelsPerItem];
+  Additive additive_[kPanelsPerItem];
+  std::vector<Panel> panels_;
 };
 
 }  // namespace

@@ -111,19 +111,29 @@ struct ScoreScratch {
   float* tanh = nullptr;  // of the capped scores, for the gradient
 };
 
-// s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block, -inf where masked. Returns false,
-// with s undefined, where mask and bias hide every key from every row.
+// A score with its bias or mask, which may be -inf beside any score.
+VELM_INLINE Vec add_to_score(Vec score, Vec additive) {
+  return simd::select(additive == Vec(-kInfinity), Vec(-kInfinity), score + additive);
+}
+
+// Whether products of keys [from, to) of the block become scores by adding `additive` to them alone, if it is given.
+inline bool only_adds(const Problem& p, const Panel& panel, const KeyBlock& block, int64_t from, int64_t to) {
+  return p.softcap <= 0 && !block.holes && panel.sees_all(block.first + from, block.first + to);
+}
+
+// Products s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block become scores, -inf where
+// masked.
 template <int V>
-bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
-                const float* qt, int64_t ldq, const ScoreScratch& scratch) {
+void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
+                        const float* additive, float* tanh) {
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
-  if (scratch.additive && !additive_tile<V>(scratch.additive, p, panel, block.first + from, block.first + to))
-    return false;
-  simd::product<V, false, simd::Start::zero>(s, kWidth, n, block.k + from * block.ldk, block.ldk, p.head_dim, qt, ldq);
-
+  if (only_adds(p, panel, block, from, to)) {
+    for (int64_t at = 0; additive && at < n * kWidth; at += kLanes)
+      simd::store(s + at, add_to_score(simd::load(s + at), simd::load(additive + at)));
+    return;
+  }
   const bool bounded = !panel.sees_all(block.first + from, block.first + to);
-  if (!bounded && !scratch.additive && p.softcap <= 0 && !block.holes) return true;
   Vec lo[V], hi[V];
   if (bounded) {
     panel.set_relative(block.first);
@@ -140,18 +150,27 @@ bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block,
       Vec x = simd::load(s + at);
       if (p.softcap > 0) {
         const Vec t = simd::tanh(x);
-        if (scratch.tanh) simd::store(scratch.tanh + at, t);
+        if (tanh) simd::store(tanh + at, t);
         x = t * p.softcap;
       }
-      if (scratch.additive) {
-        const Vec e = simd::load(scratch.additive + at);
-        x = simd::select(e == Vec(-kInfinity), Vec(-kInfinity), x + e);
-      }
+      if (additive) x = add_to_score(x, simd::load(additive + at));
       if (bounded) x = simd::select((j >= lo[v]) && (j < hi[v]), x, Vec(-kInfinity));
       if (hole) x = Vec(-kInfinity);
       simd::store(s + at, x);
     }
   }
+}
+
+// Scores s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block, -inf where masked. Returns false,
+// with s undefined, where mask and bias hide every key from every row.
+template <int V>
+bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
+                const float* qt, int64_t ldq, const ScoreScratch& scratch) {
+  if (scratch.additive && !additive_tile<V>(scratch.additive, p, panel, block.first + from, block.first + to))
+    return false;
+  simd::product<V, false, simd::Start::zero>(s, V * kLanes, to - from, block.k + from * block.ldk, block.ldk,
+                                             p.head_dim, qt, ldq);
+  products_to_scores<V>(s, p, panel, block, from, to, scratch.additive, scratch.tanh);
   return true;
 }
 
