@@ -164,13 +164,18 @@ def _quiet() -> Iterator[None]:
 
 
 def relative_rms(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> float:
-    """The largest ``|got - exact| / |exact|`` (Frobenius) over pairs of tensors; inf where shapes or NaNs differ."""
+    """The largest ``|got - exact| / |exact|`` (Frobenius) over pairs of tensors; inf where shapes, NaNs or
+    infinities differ."""
     worst = 0.0
     for one, other in zip(got, exact, strict=True):
         if one.shape != other.shape:
             return float("inf")
-        difference = torch.linalg.vector_norm(one.double() - other.double())
-        size = torch.linalg.vector_norm(other.double())
+        finite = other.isfinite()
+        if not torch.allclose(one[~finite], other[~finite].to(one.dtype), rtol=0, atol=0, equal_nan=True):
+            return float("inf")
+        one, other = one[finite].double(), other[finite].double()
+        difference = torch.linalg.vector_norm(one - other)
+        size = torch.linalg.vector_norm(other)
         error = float(difference / size) if size > 0 else float(difference)
         worst = max(worst, error if error == error else float("inf"))
     return worst

@@ -74,6 +74,11 @@ def test_relative_rms():
     assert measure.relative_rms([other], [one]) == pytest.approx(0.1)
     assert measure.relative_rms([torch.tensor([torch.nan, 4.0])], [one]) == float("inf")
     assert measure.relative_rms([torch.zeros(3)], [one]) == float("inf")
+    masked = torch.tensor([-torch.inf, 3.0])
+    assert measure.relative_rms([masked], [masked]) == 0
+    for other in (-masked, torch.tensor([2.0, 3.0])):
+        assert measure.relative_rms([other], [masked]) == float("inf")
+        assert measure.relative_rms([masked], [other]) == float("inf")
 
 
 def test_limit_is_the_slower_of_arithmetic_and_memory():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
+import torch
 
+import velm_kernels
 from velm_kernels.cli import main
+from velm_kernels.integrations import zoo
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 TINY = {
     "model_type": "visual_bert",
@@ -33,8 +37,6 @@ def test_profile_of_a_config_file(tmp_path, capsys):
 
 
 def test_wrong_outputs_exit_with_1(tmp_path, monkeypatch):
-    import velm_kernels
-
     def patch(model):
         for parameter in model.parameters():
             parameter.data.mul_(1.1)
@@ -63,3 +65,14 @@ def test_bench_passes_its_arguments_on(capsys):
 def test_other_commands_refuse_unknown_arguments():
     with pytest.raises(SystemExit):
         main(["info", "--nonsense"])
+
+
+@pytest.mark.parametrize("model", zoo.names())
+def test_models_cut_to_one_layer_are_consistent(model):
+    entry = zoo.MODELS[model]
+    config = zoo.configuration(model, layers=1)
+    with torch.device("meta"):
+        built = getattr(transformers, entry.class_name)(config)
+    assert velm_kernels.patch(built).replaced
+    accepted = inspect.signature(built.forward).parameters
+    assert not [name for name in entry.inputs(config, 1) if name not in accepted]

@@ -27,6 +27,7 @@ class Model:
         depth: names of the settings that hold a number of layers, dotted for those of a sub-configuration.
         inputs: makes inputs from (configuration, batch).
         description: the tokens involved, for tables.
+        after_cut: makes a configuration whose depth was cut consistent again.
     """
 
     class_name: str
@@ -35,6 +36,7 @@ class Model:
     depth: tuple[str, ...]
     inputs: Callable[[Any, int], Inputs]
     description: str
+    after_cut: Callable[[Any], None] | None = None
 
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -96,6 +98,52 @@ def _qformer(config: Any, batch: int) -> Inputs:
         "query_embeds": torch.randn(batch, 32, config.hidden_size),
         "encoder_hidden_states": torch.randn(batch, 257, config.encoder_hidden_size),
         "encoder_attention_mask": torch.ones(batch, 257, dtype=torch.long),
+    }
+
+
+def _mllama(config: Any, batch: int) -> Inputs:
+    """One picture of one tile, already encoded: what the language model sees of it is of its own width."""
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + 1
+    text = _text(config.text_config, batch, 256)
+    return text | {
+        "cross_attention_states": torch.randn(batch, tokens, config.text_config.hidden_size),
+        "cross_attention_mask": torch.ones(batch, text["input_ids"].shape[1], 1, 1, dtype=torch.long),
+    }
+
+
+def _cut_mllama(config: Any) -> None:
+    layers = config.text_config.num_hidden_layers
+    kept = [layer for layer in config.text_config.cross_attention_layers if layer < layers]
+    config.text_config.cross_attention_layers = kept or [layers - 1]
+
+
+def _idefics(config: Any, batch: int) -> Inputs:
+    """Four encoded pictures between stretches of text; each token sees the last picture before it."""
+    vision, images = config.vision_config, 4
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    text = _text(config, batch, 256)
+    length = text["input_ids"].shape[1]
+    last = torch.arange(length) * images // length
+    return text | {
+        "image_encoder_embeddings": torch.randn(batch, images, tokens, vision.embed_dim),
+        "image_attention_mask": torch.nn.functional.one_hot(last, images).expand(batch, -1, -1).contiguous(),
+    }
+
+
+def _cut_idefics(config: Any) -> None:
+    config.cross_layer_interval = min(config.cross_layer_interval, config.num_hidden_layers)
+
+
+def _grounding_dino(config: Any, batch: int) -> Inputs:
+    # 101 and 102 open and close the prompt, 1012 is the full stop between its phrases
+    prompt = torch.tensor([101, *(token for word in range(2000, 2020) for token in (word, word + 50, 1012)), 102])
+    ids = prompt.expand(batch, -1).contiguous()
+    return {
+        "pixel_values": torch.randn(batch, 3, 480, 640),
+        "pixel_mask": torch.ones(batch, 480, 640, dtype=torch.long),
+        "input_ids": ids,
+        "token_type_ids": torch.zeros_like(ids),
+        "attention_mask": torch.ones_like(ids),
     }
 
 
@@ -168,6 +216,32 @@ MODELS: dict[str, Model] = {
         _qformer,
         "32 queries, 257 image tokens, width 768",
     ),
+    "mllama": Model(
+        "MllamaModel",
+        "MllamaConfig",
+        {},
+        ("text_config.num_hidden_layers", "vision_config.num_hidden_layers", "vision_config.num_global_layers"),
+        _mllama,
+        "256 text + 1025 image tokens, width 4096",
+        _cut_mllama,
+    ),
+    "idefics": Model(
+        "IdeficsModel",
+        "IdeficsConfig",
+        {},
+        ("num_hidden_layers", "vision_config.num_hidden_layers"),
+        _idefics,
+        "256 text + 4 x 257 image tokens, width 4096",
+        _cut_idefics,
+    ),
+    "grounding-dino": Model(
+        "GroundingDinoModel",
+        "GroundingDinoConfig",
+        {"disable_custom_kernels": True},
+        ("encoder_layers", "decoder_layers", "text_config.num_hidden_layers"),
+        _grounding_dino,
+        "480 x 640 pixels, 62 text tokens, width 256",
+    ),
 }
 
 
@@ -205,6 +279,8 @@ def configuration(model: str, layers: int | None = None) -> Any:
     if layers is not None:
         for setting in entry.depth:
             _set_depth(config, setting, layers)
+        if entry.after_cut is not None:
+            entry.after_cut(config)
     return config
 
 
@@ -226,6 +302,10 @@ def build(
     entry = MODELS[config.model_type]
     torch.manual_seed(seed)
     built = getattr(transformers, entry.class_name)(config).eval().to(dtype)
+    # Gates start at zero, as no trained model's are, and would hide everything behind them.
+    for parameter in built.parameters():
+        if parameter.numel() == 1 and not parameter.any():
+            torch.nn.init.constant_(parameter, 0.5)
     inputs = {
         name: value.to(dtype) if value.is_floating_point() else value
         for name, value in entry.inputs(config, batch).items()
@@ -234,11 +314,12 @@ def build(
 
 
 def outputs(result: Any) -> list[Tensor]:
-    """Every floating-point tensor of a model's output, in order."""
+    """Every floating-point tensor of a model's output, in order, but for the attention weights: BridgeTower returns
+    those unasked, where it forms them."""
     if isinstance(result, Tensor):
         return [result] if result.is_floating_point() else []
     if isinstance(result, dict):
-        result = list(result.values())
+        result = [value for name, value in result.items() if not name.endswith("attentions")]
     if isinstance(result, (list, tuple)):
         return [tensor for part in result for tensor in outputs(part)]
     return []
