@@ -56,8 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
                     : p.varlen       ? new_empty(query, {p.heads, p.keys}, ScalarType::Float)
                                      : new_empty(query, {p.batch, p.heads, p.keys}, ScalarType::Float);
   float* lse = static_cast<float*>(logsumexp.mutable_data_ptr());
-  forward(p, rows_of(out, p.varlen), lse);
-  if (return_key_mass) sum_key_mass(p, lse, static_cast<float*>(key_mass.mutable_data_ptr()));
+  forward(p, rows_of(out, p.varlen), lse, return_key_mass ? static_cast<float*>(key_mass.mutable_data_ptr()) : nullptr);
   return {out, logsumexp, key_mass};
 }
 

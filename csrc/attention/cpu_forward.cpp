@@ -20,9 +20,12 @@ constexpr int64_t kBlock = 96;
 // Panels that go over the same blocks together.
 constexpr int64_t kPanelsPerItem = 16;
 
-// Panels of an item that share a key head.
+// Memory in which an item may keep its weights until the key mass can be summed from them.
+constexpr int64_t kKeptBytes = 4 << 20;
+
+// Panels of an item that share a key head: part number `part` of its rows.
 struct Group {
-  int64_t b, kv_head, first, rows;
+  int64_t b, kv_head, first, rows, part;
 };
 
 // Groups that go over the blocks of keys together: several heads of a batch entry, whose keys lie side by side in
@@ -35,10 +38,17 @@ struct Running {
   alignas(64) float max[kPanel], sum[kPanel];
 };
 
-// One block of keys into a panel's state.
+// Weights of a panel over a run of keys, relative to what was the highest score by then.
+struct Kept {
+  const float* weights;
+  int64_t first, count;
+  alignas(64) float max[kPanel];
+};
+
+// One block of keys into a panel's state. Leaves the weights in s, those after dropout in `dropped` (which may be s).
 template <int V>
 void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to, Running& state, float* s,
-            const float* additive) {
+            const float* additive, float* dropped) {
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
   simd::product<V, false, simd::Start::zero>(s, kWidth, n, block.k + from * block.ldk, block.ldk, p.head_dim, state.qt,
@@ -87,18 +97,20 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
 
   if (p.dropout) {
     for_dropout<V>(p, panel, block.first + from, n, [&](int64_t i, int v, simd::VecMask keep) {
-      float* at = s + i * kWidth + v * kLanes;
-      simd::store(at, simd::select(keep, simd::load(at) * p.dropout_scale, simd::zero()));
+      const int64_t at = i * kWidth + v * kLanes;
+      simd::store(dropped + at, simd::select(keep, simd::load(s + at) * p.dropout_scale, simd::zero()));
     });
   }
+  const float* weights = p.dropout ? dropped : s;
   const float* values = block.v + from * block.ldv;
   if (block.v_finite) {
-    simd::product<V, true, simd::Start::scale>(state.ot, kWidth, p.value_dim, values, block.ldv, n, s, kWidth, alpha);
+    simd::product<V, true, simd::Start::scale>(state.ot, kWidth, p.value_dim, values, block.ldv, n, weights, kWidth,
+                                               alpha);
   } else {
     for (int64_t d = 0; d < p.value_dim; ++d) {
       for (int l = 0; l < kWidth; ++l) state.ot[d * kWidth + l] *= alpha[l];
     }
-    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, block.ldv, n, s, kWidth);
+    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, block.ldv, n, weights, kWidth);
   }
 }
 
@@ -113,7 +125,14 @@ int64_t even_part(int64_t n, int64_t limit) {
   return (n + parts - 1) / parts;
 }
 
-std::vector<Item> make_items(const Problem& p) {
+// What the weights of one panel take.
+int64_t kept_floats(const Problem& p) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) longest = std::max(longest, p.key_count(b));
+  return longest * kPanel;
+}
+
+std::vector<Item> make_items(const Problem& p, bool keeps) {
   std::vector<Item> items;
   const auto panels_of = [&](int64_t b) {
     return decodes(p, b) ? 0 : (p.group * p.query_count(b) + kPanel - 1) / kPanel;
@@ -121,7 +140,9 @@ std::vector<Item> make_items(const Problem& p) {
   int64_t panels = 0;
   for (int64_t b = 0; b < p.batch; ++b) panels += panels_of(b) * p.kv_heads;
   // Fewer panels an item where there would be too few items to share out.
-  const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, kPanelsPerItem);
+  const int64_t room =
+      keeps ? kKeptBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, kept_floats(p)) : kPanelsPerItem;
+  const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, std::min(room, kPanelsPerItem));
   const bool across_batch = shares_additive(p);
   const int64_t batches = across_batch ? 1 : p.batch;
   for (int64_t b = 0; b < batches; ++b) {
@@ -135,7 +156,7 @@ std::vector<Item> make_items(const Problem& p) {
         for (int64_t r = 0; r < rows; r += tall) {
           Item& item = items.emplace_back();
           for (int64_t i = at; i < std::min(others, at + wide); ++i)
-            item.push_back({across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, tall)});
+            item.push_back({across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, tall), r / tall});
         }
       }
     }
@@ -151,14 +172,16 @@ bool readable_in_place(const Rows& rows) {
 
 class Worker {
  public:
-  Worker(const Problem& p, const Rows& out, float* logsumexp)
-      : p_(p), out_(out), logsumexp_(logsumexp), shares_additive_(shares_additive(p)) {
+  // key_mass, if given, has a copy of the whole for every part of the rows.
+  Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass)
+      : p_(p), out_(out), logsumexp_(logsumexp), key_mass_(key_mass), shares_additive_(shares_additive(p)) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
     in_place_k_ = readable_in_place(p.k);
     in_place_v_ = readable_in_place(p.v) && !p.masked_by_row();
     ldk_ = padded(p.head_dim);
     ldv_ = padded(p.value_dim);
     s_ = memory_.take(kBlock * kPanel);
+    if (key_mass) weights_ = memory_.take(kKeptBytes / static_cast<int64_t>(sizeof(float)));
     for (int64_t i = 0; i < kPanelsPerItem; ++i) {
       states_[i].qt = memory_.take(p.head_dim * kPanel);
       states_[i].ot = memory_.take(p.value_dim * kPanel);
@@ -168,6 +191,7 @@ class Worker {
 
   void run(const Item& item) {
     panels_.clear();
+    kept_.clear();
     int64_t lo = INT64_MAX, hi = 0;
     for (const Group& group : item) {
       for (int64_t r = 0; r < group.rows; r += kPanel) {
@@ -178,6 +202,7 @@ class Worker {
           hi = std::max(hi, panel.hi);
         }
         begin(panel, states_[panels_.size() - 1]);
+        kept_.emplace_back();
       }
     }
     for (int64_t first = lo / kBlock * kBlock; first < hi; first += kBlock) {
@@ -190,7 +215,10 @@ class Worker {
         run_block(group, begin, next, from, to);
       }
     }
-    for (size_t i = 0; i < panels_.size(); ++i) finish(panels_[i], states_[i]);
+    size_t i = 0;
+    for (const Group& group : item) {
+      for (int64_t r = 0; r < group.rows; r += kPanel, ++i) finish(panels_[i], states_[i], group.part, kept_[i]);
+    }
   }
 
  private:
@@ -244,12 +272,26 @@ class Worker {
       }
       if (!packed) pack(group, block);
       packed = true;
+      float* s = key_mass_ ? room_for(i) : s_;
       if (panel.vectors == 2) {
-        attend<2>(p_, panel, block, a - block.first, z - block.first, states_[i], s_, additive);
+        attend<2>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_);
       } else {
-        attend<1>(p_, panel, block, a - block.first, z - block.first, states_[i], s_, additive);
+        attend<1>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_);
+      }
+      if (key_mass_) {
+        Kept& kept = kept_[i].emplace_back();
+        kept.weights = s;
+        kept.first = a;
+        kept.count = z - a;
+        std::copy_n(states_[i].max, kPanel, kept.max);
       }
     }
+  }
+
+  // Where the weights of the next block of panel i are kept.
+  float* room_for(size_t i) const {
+    const int64_t used = kept_[i].empty() ? 0 : kept_[i].back().first + kept_[i].back().count - kept_[i].front().first;
+    return weights_ + static_cast<int64_t>(i) * kept_floats_ + used * kPanel;
   }
 
   void pack(const Group& group, KeyBlock& block) {
@@ -276,7 +318,47 @@ class Worker {
     }
   }
 
-  void finish(const Panel& panel, const Running& state) {
+  // Adds the weights that the rows of one panel gave to every key.
+  template <int V>
+  void add_key_mass(const Panel& panel, const Running& state, const float* inverse, int64_t part,
+                    const std::vector<Kept>& all_kept) {
+    constexpr int kWidth = V * kLanes;
+    float* copy = key_mass_ + part * p_.mass_size();
+    // Rows of a panel may belong to several heads, one behind the other.
+    for (int first = 0, last; first < panel.count; first = last) {
+      for (last = first + 1; last < panel.count && panel.head[last] == panel.head[first]; ++last) {
+      }
+      float* to = copy + p_.mass_index(panel.b, panel.head[first], 0);
+      for (const Kept& kept : all_kept) {
+        Vec factor[V];
+        simd::VecMask counts[V];
+        for (int v = 0; v < V; ++v) {
+          const Vec lane = simd::stdx::static_simd_cast<Vec>(simd::lane_index()) + static_cast<float>(v * kLanes);
+          const Vec scale = simd::load(inverse + v * kLanes);
+          counts[v] =
+              lane >= Vec(static_cast<float>(first)) && lane < Vec(static_cast<float>(last)) && scale != simd::zero();
+          factor[v] = scale * simd::exp(simd::load(kept.max + v * kLanes) - simd::load(state.max + v * kLanes));
+        }
+        for (int64_t j = 0; j < kept.count; j += kLanes) {
+          const int wide = static_cast<int>(std::min<int64_t>(kept.count - j, kLanes));
+          Vec block[kLanes];
+          for (int i = 0; i < kLanes; ++i) {
+            block[i] = simd::zero();
+            for (int v = 0; v < V && i < wide; ++v) {
+              const Vec weight = simd::load(kept.weights + (j + i) * kWidth + v * kLanes);
+              block[i] += simd::select(counts[v], weight * factor[v], simd::zero());
+            }
+          }
+          simd::transpose(block);
+          Vec sum = simd::load_first(to + kept.first + j, wide);
+          for (int i = 0; i < kLanes; ++i) sum += block[i];
+          simd::store_first(to + kept.first + j, sum, wide);
+        }
+      }
+    }
+  }
+
+  void finish(const Panel& panel, const Running& state, int64_t part, const std::vector<Kept>& kept) {
     alignas(64) float inverse[kPanel];
     for (int l = 0; l < panel.vectors * kLanes; ++l) {
       const bool empty = state.sum[l] == 0.0f;
@@ -287,30 +369,57 @@ class Worker {
       }
     }
     unpack_transposed(out_, p_, panel, state.ot, panel.vectors * kLanes, p_.value_dim, inverse);
+    if (!key_mass_) return;
+    if (panel.vectors == 2) {
+      add_key_mass<2>(panel, state, inverse, part, kept);
+    } else {
+      add_key_mass<1>(panel, state, inverse, part, kept);
+    }
   }
 
   const Problem& p_;
   const Rows& out_;
-  float* logsumexp_;
+  float *logsumexp_, *key_mass_;
+  const int64_t kept_floats_ = kept_floats(p_);
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
   const bool shares_additive_;
   bool in_place_k_, in_place_v_;
   int64_t ldk_, ldv_;
-  float *s_, *k_ = nullptr, *v_ = nullptr;
+  float *s_, *weights_ = nullptr, *k_ = nullptr, *v_ = nullptr;
   Running states_[kPanelsPerItem];
   Additive additive_[kPanelsPerItem];
   std::vector<Panel> panels_;
+  std::vector<std::vector<Kept>> kept_;  // of every panel
 };
 
 }  // namespace
 
-void forward(const Problem& p, const Rows& out, float* logsumexp) {
+void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mass) {
   decode(p, out, logsumexp);
-  const std::vector<Item> items = make_items(p);
+  const bool keeps = key_mass && kept_floats(p) * static_cast<int64_t>(sizeof(float)) <= kKeptBytes;
+  const std::vector<Item> items = make_items(p, keeps);
+  int64_t parts = 1;
+  for (const Item& item : items) parts = std::max(parts, item.front().part + 1);
+  const int64_t size = p.mass_size();
+  simd::Scratch memory;
+  float* masses = keeps && parts > 1 ? memory.take(parts * size) : key_mass;
+  if (keeps) std::fill_n(masses, parts * size, 0.0f);
   simd::parallel_workers(
-      static_cast<int64_t>(items.size()), [&] { return Worker(p, out, logsumexp); },
+      static_cast<int64_t>(items.size()), [&] { return Worker(p, out, logsumexp, keeps ? masses : nullptr); },
       [&](Worker& worker, int64_t i) { worker.run(items[i]); });
+  if (!key_mass) return;
+  // Rows of one head that went to several items are added up in order.
+  if (masses != key_mass) {
+    simd::parallel_ranges(size, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float sum = masses[i];
+        for (int64_t part = 1; part < parts; ++part) sum += masses[part * size + i];
+        key_mass[i] = sum;
+      }
+    });
+  }
+  sum_key_mass(p, logsumexp, key_mass, [&](int64_t b) { return !keeps || decodes(p, b); });
 }
 
 }  // namespace velm::attention

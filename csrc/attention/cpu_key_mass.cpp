@@ -1,4 +1,5 @@
-// The attention every key receives: a second pass over the scores, once logsumexp is known.
+// The attention every key receives, by a second pass over the scores once logsumexp is known: where the weights of
+// the first pass were too many to be kept, or computed by decode.
 #include <cmath>
 
 #include "attention/cpu_forward.h"
@@ -91,10 +92,11 @@ class Worker {
 
 }  // namespace
 
-void sum_key_mass(const Problem& p, const float* logsumexp, float* key_mass) {
+void sum_key_mass(const Problem& p, const float* logsumexp, float* key_mass,
+                  const std::function<bool(int64_t)>& wanted) {
   std::vector<Item> items;
   for (int64_t b = 0; b < p.batch; ++b) {
-    for (int64_t h = 0; h < p.kv_heads; ++h) {
+    for (int64_t h = 0; wanted(b) && h < p.kv_heads; ++h) {
       for (int64_t j = 0; j < p.key_count(b); j += kBlock) items.push_back({b, h, j});
     }
   }

@@ -99,6 +99,7 @@ struct Problem {
   int64_t mass_index(int64_t b, int64_t h, int64_t j) const {
     return varlen ? h * keys + first_key(b) + j : (b * heads + h) * keys + j;
   }
+  int64_t mass_size() const { return (varlen ? 1 : batch) * heads * keys; }
   // The keys that query i of batch entry b may see by lengths, ranges and causality.
   Range range(int64_t b, int64_t i) const;
   // Which keys of the range are masked besides; null where all may be attended.

@@ -88,6 +88,27 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, queries: int, key
         assert torch.equal(results[0][name], other[name]), name
 
 
+@every_cpu_backend
+def test_key_mass_of_more_keys_than_weights_are_kept_for(backend: Backend) -> None:
+    query, key, value = torch.randn(1, 2, 6, 4), torch.randn(1, 1, 33_000, 4), torch.randn(1, 1, 33_000, 4)
+    *_, plain = reference.cross_attention(query, key, value)
+    *_, exact = reference.cross_attention(query.double(), key.double(), value.double())
+    with backend.use():
+        _, mass = velm_kernels.cross_attention(query, key, value, return_key_mass=True)
+    assert_accurate("key_mass", mass, plain, exact, torch.float32)
+
+
+SHARED_BIASES = [(False, True, True, True), (False, False, True, True), (True, True, True, True)]
+
+
+@every_cpu_backend
+@pytest.mark.parametrize("bias_shape", SHARED_BIASES)
+def test_bias_shared_along_the_batch(backend: Backend, bias_shape: tuple[bool, bool, bool, bool]) -> None:
+    """Tiles of bias and of its gradient serve several batch entries, each of which sees a part of its own."""
+    masks = frozenset({"key_lengths", "key_ranges"})
+    check(Case(batch=3, kv_heads=2, group=1, queries=70, keys=230, bias_shape=bias_shape, masks=masks), backend)
+
+
 @every_backend
 def test_only_wanted_gradients(backend: Backend) -> None:
     case = Case(bias_shape=(True, True, True, True), norms=(True, True))
