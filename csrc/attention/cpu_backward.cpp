@@ -19,6 +19,12 @@ namespace {
 constexpr int64_t kChunk = 96;
 // Enough jobs for this many threads to share evenly.
 constexpr int64_t kJobs = 32;
+// But none with fewer multiply-adds than this: every part of the keys packs the queries again.
+constexpr int64_t kLeastWork = 1 << 26;
+// Floats in all copies of the bias gradient, where there is more than one.
+constexpr int64_t kPartialFloats = 1 << 24;
+// Floats of score tiles that a job may keep from one of its pairs to the next.
+constexpr int64_t kTileFloats = 1 << 18;
 
 struct Pair {
   int64_t b, kv_head;
@@ -39,13 +45,22 @@ struct Plan {
 
 Plan make_plan(const Problem& p, const int64_t* bias_size) {
   Plan plan;
-  int64_t chunks = 1;
-  for (int64_t b = 0; b < p.batch; ++b) chunks = std::max(chunks, (p.key_count(b) + kChunk - 1) / kChunk);
+  int64_t chunks = 1, scores = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    chunks = std::max(chunks, (p.key_count(b) + kChunk - 1) / kChunk);
+    scores += p.heads * p.query_count(b) * p.key_count(b);
+  }
   const int64_t pairs = std::max<int64_t>(1, p.batch * p.kv_heads);
   const int64_t slices =
       bias_size ? std::max<int64_t>(1, (bias_size[0] > 1 ? p.batch : 1) * (bias_size[1] > 1 ? p.kv_heads : 1)) : pairs;
-  plan.splits = std::clamp<int64_t>(kJobs / slices, 1, chunks);
-  plan.groups = std::clamp<int64_t>(kJobs / 2 / (slices * plan.splits), 1, pairs / slices);
+  const int64_t work = scores / slices * (3 * p.head_dim + 2 * p.value_dim);
+  plan.splits = std::clamp<int64_t>(std::min(kJobs / slices, work / kLeastWork), 1, chunks);
+  int64_t most = pairs / slices;
+  if (bias_size) {
+    const int64_t floats = bias_size[0] * bias_size[1] * bias_size[2] * bias_size[3];
+    most = std::min(most, std::max<int64_t>(1, kPartialFloats / std::max<int64_t>(1, floats)));
+  }
+  plan.groups = std::clamp<int64_t>(kJobs / 2 / (slices * plan.splits), 1, std::max<int64_t>(1, most));
   plan.partials = plan.groups * (bias_size && bias_size[3] == 1 ? plan.splits : 1);
   return plan;
 }
@@ -84,7 +99,21 @@ class Worker {
   }
 
   void run(const Job& job) {
+    prepare_tiles(job);
     for (const Pair& pair : job.pairs) run_pair(job, pair);
+    if (!sums_) return;
+    for (size_t i = 0; i < tiles_.size(); ++i) {
+      if (!tiles_[i].summed) continue;
+      Panel& panel = panels_[i % panels_.size()];
+      const int64_t first = (first_chunk_ + static_cast<int64_t>(i / panels_.size())) * kChunk;
+      const int64_t count = std::min(kChunk, p_.keys - first);
+      const float* sum = sums_ + static_cast<int64_t>(i) * kChunk * kPanel;
+      if (panel.vectors == 2) {
+        add_bias_gradient<2>(job.grad_bias, g_.bias_size, panel, sum, first, count);
+      } else {
+        add_bias_gradient<1>(job.grad_bias, g_.bias_size, panel, sum, first, count);
+      }
+    }
   }
 
  private:
@@ -95,6 +124,64 @@ class Worker {
     alignas(64) float lse[kPanel], delta[kPanel];
     bool q_finite = true, do_finite = true;
   };
+
+  // A tile of scores that all pairs of a job have in common: its bias, and the sum of its gradients.
+  struct Tile {
+    bool known = false, visible = true, summed = false;
+  };
+
+  // Decides which tiles the pairs of a job share. They then are transposed once, not for every pair.
+  void prepare_tiles(const Job& job) {
+    shared_ = sums_ = nullptr;
+    if (job.pairs.size() < 2) return;
+    const int64_t chunks = (p_.keys + kChunk - 1) / kChunk, panels = panel_count(p_, job.pairs[0].b);
+    first_chunk_ = job.split * chunks / plan_.splits;
+    const int64_t tiles = ((job.split + 1) * chunks / plan_.splits - first_chunk_) * panels;
+    if (tiles * kChunk * kPanel > kTileFloats) return;
+    tiles_.assign(static_cast<size_t>(tiles), Tile{});
+    bool batches = false, heads = false;
+    for (const Pair& pair : job.pairs) {
+      batches = batches || pair.b != job.pairs[0].b;
+      heads = heads || pair.kv_head != job.pairs[0].kv_head;
+    }
+    const auto differs = [&](const Scores& x) {
+      return x && ((batches && x.stride[0] != 0) || (heads && x.stride[1] != 0));
+    };
+    if (scratch_.additive && !differs(p_.bias) && !differs(p_.mask)) {
+      if (!shared_memory_) shared_memory_ = memory_.take(kTileFloats);
+      shared_ = shared_memory_;
+    }
+    if (job.grad_bias && g_.bias_size[3] > 1) {
+      if (!sums_memory_) sums_memory_ = memory_.take(kTileFloats);
+      sums_ = sums_memory_;
+    }
+  }
+
+  // What is added to the products of keys [from, to) of the block, if anything; false where it hides them all.
+  template <int V>
+  bool find_additive(const float*& additive, const Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
+                     int64_t tile) {
+    additive = scratch_.additive;
+    if (!additive) return true;
+    if (!shared_) return additive_tile<V>(scratch_.additive, p_, panel, block.first + from, block.first + to);
+    float* values = shared_ + tile * kChunk * kPanel;
+    if (!tiles_[tile].known)
+      tiles_[tile].visible = additive_tile<V>(values, p_, panel, block.first, block.first + block.count);
+    tiles_[tile].known = true;
+    additive = values + from * V * kLanes;
+    return tiles_[tile].visible;
+  }
+
+  // The gradients of scores of keys [from, from + n) of the block go into the sum of their tile.
+  template <int V>
+  void sum_scores(int64_t tile, int64_t from, int64_t n) {
+    float* sum = sums_ + tile * kChunk * kPanel;
+    if (!tiles_[tile].summed) std::fill_n(sum, kChunk * kPanel, 0.0f);
+    tiles_[tile].summed = true;
+    sum += from * V * kLanes;
+    for (int64_t at = 0; at < n * V * kLanes; at += kLanes)
+      simd::store(sum + at, simd::load(sum + at) + simd::load(ds_ + at));
+  }
 
   void run_pair(const Job& job, const Pair& pair) {
     const int64_t rows = p_.group * p_.query_count(pair.b);
@@ -203,11 +290,13 @@ class Worker {
         const int64_t a = std::max(panel.lo, first) - first, z = std::min(panel.hi, stop) - first;
         if (a >= z) continue;
         if (!keep_all_) pack_panel(i, 0);
+        const int64_t panels = static_cast<int64_t>(panels_.size());
+        const int64_t tile = (first / kChunk - first_chunk_) * panels + static_cast<int64_t>(i);
         float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * p_.head_dim;
         if (panel.vectors == 2) {
-          differentiate<2>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, panel_dq);
+          differentiate<2>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, tile, panel_dq);
         } else {
-          differentiate<1>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, panel_dq);
+          differentiate<1>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, tile, panel_dq);
         }
       }
     }
@@ -218,11 +307,15 @@ class Worker {
   // The part of keys [from, to) of the block and one panel in every gradient.
   template <int V>
   void differentiate(const Job& job, Panel& panel, const Prepared& state, const KeyBlock& block, int64_t from,
-                     int64_t to, size_t slot, float* dq) {
+                     int64_t to, size_t slot, int64_t tile, float* dq) {
     constexpr int kWidth = V * kLanes;
     const int64_t n = to - from;
     const float* qt = qt_ + slot * kPanel * p_.head_dim;
-    if (!score_tile<V>(weights_, p_, panel, block, from, to, qt, kWidth, scratch_)) return;
+    const float* additive;
+    if (!find_additive<V>(additive, panel, block, from, to, tile)) return;
+    simd::product<V, false, simd::Start::zero>(weights_, kWidth, n, block.k + from * block.ldk, block.ldk, p_.head_dim,
+                                               qt, kWidth);
+    products_to_scores<V>(weights_, p_, panel, block, from, to, additive, scratch_.tanh);
     Vec lse[V], delta[V];
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
       lse[v] = simd::load(state.lse + v * kLanes);
@@ -265,7 +358,11 @@ class Worker {
         }
       });
     }
-    if (g_.grad_bias) add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, ds_, block.first + from, n);
+    if (sums_) {
+      sum_scores<V>(tile, from, n);
+    } else if (g_.grad_bias) {
+      add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, ds_, block.first + from, n);
+    }
     if (want_scores_ && p_.softcap > 0) {
       for (int64_t at = 0; at < n * kWidth; at += kLanes) {
         const Vec t = simd::load(scratch_.tanh + at), ds = simd::load(ds_ + at);
@@ -339,6 +436,10 @@ class Worker {
   float *k_, *v_, *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *qt_, *dot_, *ot_, *q_, *do_, *dq_ = nullptr;
   std::vector<Panel> panels_;
   std::vector<Prepared> prepared_;
+  // of the job
+  float *shared_memory_ = nullptr, *sums_memory_ = nullptr, *shared_ = nullptr, *sums_ = nullptr;
+  int64_t first_chunk_ = 0;
+  std::vector<Tile> tiles_;  // [chunk][panel]
 };
 
 // Adds the partial gradients of the queries up, in the order of the key splits.
