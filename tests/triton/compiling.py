@@ -29,7 +29,15 @@ MATRIX = (
     ("wgmma", re.compile(r"\bwgmma\.mma_async")),
     ("mma.sync", re.compile(r"\bmma\.sync")),
 )
-_BITS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "int32": "i32", "int64": "i64", "uint8": "u8"}
+_BITS = {
+    "int8": "i8",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "int32": "i32",
+    "int64": "i64",
+    "uint8": "u8",
+}
 
 
 @dataclass(frozen=True)

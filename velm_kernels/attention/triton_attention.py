@@ -14,10 +14,17 @@ from velm_kernels.attention.triton_grad_bias import grad_bias_kernel, sum_partia
 from velm_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from velm_kernels.attention.triton_grad_query import delta_kernel, grad_query_kernel
 from velm_kernels.attention.triton_norm import rms_norm_backward_kernel, rms_norm_kernel
-from velm_kernels.attention.triton_tiles import Masks, MatrixStrides, Scaling, Sizes, Strides
-from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
-
-LOG2E = 1.4426950408889634
+from velm_kernels.attention.triton_problem import (
+    Problem,
+    aligned_empty,
+    cdiv,
+    matrix_strides,
+    prepare,
+    row_strides,
+    unit_rows,
+)
+from velm_kernels.attention.triton_tiles import Strides
+from velm_kernels.backends.triton import Config, dimension_class, launch
 
 # Splitting over keys starts where fewer programs than this would run, and gives each split at least this many tiles.
 FEW_PROGRAMS = 256
@@ -26,183 +33,6 @@ LEAST_TILES = 4
 NORM_STEPS = 16
 NORM_ROWS = 16
 BIAS_PROGRAMS = 512
-# Offsets inside one tile are 32-bit up to this row stride.
-NARROW_STRIDE = 1 << 23
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def row_strides(x: torch.Tensor) -> Strides:
-    """Strides of (batch, heads, rows, dim), or of packed (tokens, heads, dim)."""
-    if x.dim() == 4:
-        return Strides(x.stride(0), x.stride(1), x.stride(2))
-    return Strides(0, x.stride(1), x.stride(0))
-
-
-def matrix_strides(x: torch.Tensor | None) -> MatrixStrides | None:
-    """Strides of what broadcasts to (batch, heads, queries, keys)."""
-    if x is None:
-        return None
-    return MatrixStrides(*(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())))
-
-
-def as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
-
-
-@dataclass
-class Problem:
-    """The arguments of an attention operator in the form the kernels take them."""
-
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    masks: Masks
-    scaling: Scaling
-    sizes: Sizes
-    batch: int
-    heads: int
-    kv_heads: int
-    # Longest sequences; totals of tokens are in `sizes`.
-    queries: int
-    keys: int
-    causal: bool
-    packed: bool
-    variant: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.query.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.query.dtype
-
-    @property
-    def head_dim(self) -> int:
-        return self.query.shape[-1]
-
-    @property
-    def value_dim(self) -> int:
-        return self.value.shape[-1]
-
-    @property
-    def rows(self) -> int:
-        """Rows of logsumexp."""
-        return self.heads * self.sizes.queries * (1 if self.packed else self.batch)
-
-    @property
-    def logsumexp_strides(self) -> Strides:
-        return Strides(0 if self.packed else self.heads * self.queries, self.sizes.queries, self.rows)
-
-    @property
-    def spans_far(self) -> bool:
-        """Whether an offset inside one head of mask or bias may not fit 32 bits."""
-        return any(
-            strides is not None and self.queries * strides.row + self.keys * strides.column >= 2**31
-            for strides in (self.masks.mask_strides, self.masks.bias_strides)
-        )
-
-    @property
-    def level(self) -> str:
-        """How much the kernels do beside the products, which decides how large their tiles may be."""
-        m = self.masks
-        if m.seed is not None or self.scaling.cap is not None:
-            return "loaded"
-        return "plain" if m.range_start is None and m.mask is None and m.bias is None else "masked"
-
-    @property
-    def is_empty(self) -> bool:
-        return self.rows == 0 or self.batch == 0 or self.queries == 0
-
-    def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
-        shape = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.value_dim)
-        widest = max(self.head_dim, self.value_dim)
-        return choose(kind, self.level, self.dtype, widest, self.device, shape, self.variant, run, adjust)
-
-    def constants(self, config: Config, *tensors: torch.Tensor) -> dict[str, Any]:
-        """What the kernels over query-key tiles are compiled for."""
-        strides = [stride for x in (self.query, self.key, self.value, *tensors) for stride in row_strides(x)]
-        return {
-            "CAUSAL": self.causal,
-            "HEAD_DIM": self.head_dim,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_D": dimension_class(self.head_dim),
-            "WIDE": max(strides) >= NARROW_STRIDE or self.spans_far,
-            "PRECISION": precision(self.dtype),
-        }
-
-    def value_constants(self) -> dict[str, Any]:
-        return {"VALUE_DIM": self.value_dim, "BLOCK_DV": dimension_class(self.value_dim)}
-
-
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a last stride of 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Problem:
-    value = unit_rows(given["value"])
-    packed = given["cu_seqlens_q"] is not None
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if packed:
-        batch = given["cu_seqlens_q"].shape[0] - 1
-        total_q, total_k = query.shape[0], key.shape[0]
-        queries, keys = min(given["max_seqlen_q"], total_q), min(given["max_seqlen_k"], total_k)
-    else:
-        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
-        total_q, total_k = queries, keys
-    drops = given["dropout_p"] > 0
-    masks = Masks(
-        lengths=given["key_lengths"],
-        range_start=given["range_start"],
-        range_stop=given["range_stop"],
-        key_mask=as_bytes(given["key_mask"]),
-        mask=as_bytes(given["mask"]),
-        mask_strides=matrix_strides(given["mask"]),
-        bias=given["bias"],
-        bias_strides=matrix_strides(given["bias"]),
-        seed=given["seed"] if drops else None,
-        drop_below=int(given["dropout_p"] * 2**32) if drops else None,
-        keep_scale=1.0 / (1.0 - given["dropout_p"]) if drops else None,
-    )
-    softcap, scale = given["softcap"], given["scale"]
-    if softcap > 0:
-        scaling = Scaling(product=scale / softcap, cap=softcap * LOG2E)
-    else:
-        scaling = Scaling(product=scale * LOG2E, cap=None)
-    present = [name for name in ("key_lengths", "range_start", "key_mask", "mask", "bias") if given[name] is not None]
-    present += [
-        name
-        for name, there in (
-            ("causal", given["is_causal"]),
-            ("softcap", softcap > 0),
-            ("dropout", drops),
-            ("packed", packed),
-        )
-        if there
-    ]
-    return Problem(
-        query=query,
-        key=key,
-        value=value,
-        masks=masks,
-        scaling=scaling,
-        sizes=Sizes(
-            heads, heads // kv_heads if kv_heads else 1, total_q, total_k, given["cu_seqlens_q"], given["cu_seqlens_k"]
-        ),
-        batch=batch,
-        heads=heads,
-        kv_heads=kv_heads,
-        queries=queries,
-        keys=keys,
-        causal=given["is_causal"],
-        packed=packed,
-        variant=",".join(present),
-    )
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -300,12 +130,14 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         if splits > 1:
             to_out = out.new_empty((splits, p.rows, p.value_dim), dtype=torch.float32)
             to_lse = logsumexp.new_empty((splits, p.rows))
+        flags = p.flags(count * splits)
         arguments = (
             p.query,
             p.key,
             p.value,
             to_out,
             to_lse,
+            flags,
             row_strides(p.query),
             row_strides(p.key),
             row_strides(p.value),
@@ -319,7 +151,7 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             split_keys,
         )
         constants = p.constants(config) | p.value_constants() | {"PACKED": shares, "SPLIT": splits > 1}
-        launch("forward", attention_forward_kernel, count * splits, arguments, constants, config)
+        p.launch_guarded("forward", attention_forward_kernel, count * splits, flags, arguments, constants, config)
         if splits > 1:
             merge = Config(16, 0, 4, 1)
             launch(
@@ -442,10 +274,13 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
 
     def run(config: Config) -> None:
         blocks = cdiv(p.queries, config.block_m)
+        programs = p.batch * p.heads * blocks
+        flags = p.flags(programs)
         arguments = (
             *b.inputs(),
             grad,
             grad_bias,
+            flags,
             *b.input_strides(),
             row_strides(stored),
             matrix_strides(grad_bias),
@@ -457,7 +292,7 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
             blocks,
         )
         constants = b.constants(config, stored)
-        launch("grad_query", grad_query_kernel, p.batch * p.heads * blocks, arguments, constants, config)
+        p.launch_guarded("grad_query", grad_query_kernel, programs, flags, arguments, constants, config)
 
     run(p.choose("grad_query", run))
     return grad
@@ -563,8 +398,8 @@ def attention_backward(
     full_grad_bias = None
     if wants["bias"]:
         if tuple(bias.shape) == (p.batch, p.heads, p.queries, p.keys):
-            full_grad_bias = torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-            grads["bias"] = full_grad_bias
+            # Tiles that nobody sees are not visited.
+            full_grad_bias = aligned_empty(bias.shape, bias).zero_()
         else:
             grads["bias"] = broadcast_grad_bias(b, bias)
 
@@ -576,6 +411,8 @@ def attention_backward(
 
     if inner_dtype("query") is not None or full_grad_bias is not None:
         grads["query"] = grad_query(b, inner_dtype("query"), full_grad_bias)
+        if full_grad_bias is not None:
+            grads["bias"] = full_grad_bias.contiguous()
     if inner_dtype("key") is not None or wants["value"]:
         grads["key"], grads["value"] = grad_key_value(b, inner_dtype("key"), wants["value"])
     for side in ("query", "key"):

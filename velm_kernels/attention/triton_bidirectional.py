@@ -9,19 +9,19 @@ import torch
 
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
-from velm_kernels.attention.triton_attention import (
+from velm_kernels.attention.triton_attention import delta_of, forward
+from velm_kernels.attention.triton_bidirectional_kernels import grad_side_kernel
+from velm_kernels.attention.triton_problem import (
     LOG2E,
     NARROW_STRIDE,
     Problem,
-    as_bytes,
     cdiv,
-    delta_of,
-    forward,
+    dropout_of,
+    pack_bits,
     prepare,
     row_strides,
     unit_rows,
 )
-from velm_kernels.attention.triton_bidirectional_kernels import grad_side_kernel
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
@@ -41,7 +41,9 @@ def _direction(
     given: dict[str, Any] = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES))
     given.update(value=value, key_mask=mask, seed=seed, is_causal=False, scale=scale, softcap=0.0, dropout_p=dropout_p)
     p = prepare(given, query, key)
-    return replace(p, masks=p.masks._replace(direction=number)) if seed is not None else p
+    if seed is None:
+        return p
+    return replace(p, masks=p.masks._replace(dropout=dropout_of(seed, dropout_p, number)))
 
 
 def bidirectional_attention_forward(
@@ -82,7 +84,6 @@ def _grad_side(
             None if grad_query is None else grad_query.zero_(),
             None if grad_value is None else grad_value.zero_(),
         )
-    drops = seed is not None
     tensors = (query, y["query"], value, y["value"], x["grad_out"], y["grad_out"])
     strides = [row_strides(tensor) for tensor in tensors]
     grad_strides = [None if grad is None else row_strides(grad) for grad in (grad_query, grad_value)]
@@ -96,11 +97,10 @@ def _grad_side(
             y["logsumexp"],
             x["delta"],
             y["delta"],
-            as_bytes(x["mask"]),
-            as_bytes(y["mask"]),
-            seed,
-            int(dropout_p * 2**32) if drops else None,
-            1.0 / (1.0 - dropout_p) if drops else None,
+            x["mask"],
+            y["mask"],
+            *(None if side["mask"] is None else side["mask"].stride(0) for side in (x, y)),
+            *(dropout_of(seed, dropout_p, side["number"]) for side in (x, y)),
             grad_query,
             grad_value,
             *strides,
@@ -113,7 +113,6 @@ def _grad_side(
             blocks,
         )
         constants = {
-            "DIRECTION_X": x["number"],
             "HAS_X": x["has_gradient"],
             "HAS_Y": y["has_gradient"],
             "HEAD_DIM": head_dim,
@@ -131,7 +130,7 @@ def _grad_side(
 
     widest = max(head_dim, value.shape[3], y["value"].shape[3])
     shape = (batch, heads, length_x, length_y)
-    level = "loaded" if drops else "plain"
+    level = "plain" if seed is None else "loaded"
     run(choose("grad_side", level, query.dtype, widest, query.device, shape, level, run))
     return grad_query, grad_value
 
@@ -173,7 +172,7 @@ def bidirectional_attention_backward(
                 "number": number,
                 "query": unit_rows(query),
                 "value": unit_rows(value),
-                "mask": mask,
+                "mask": None if mask is None else pack_bits(mask),
                 "logsumexp": lse,
                 "grad_out": grad,
                 "delta": delta,

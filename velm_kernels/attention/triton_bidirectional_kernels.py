@@ -5,7 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import base2, grad_scores, kept, load_rows, product, product_add, round_to, store_rows, wide
+from .triton_tiles import (
+    base2,
+    dropped,
+    grad_scores,
+    load_rows,
+    open_rows,
+    product,
+    product_add,
+    round_to,
+    store_rows,
+    wide,
+)
 
 
 @triton.jit
@@ -22,9 +33,10 @@ def grad_side_kernel(
     delta_y,
     mask_x,
     mask_y,
-    seed,
-    drop_below,
-    keep_scale,
+    mask_x_words,
+    mask_y_words,
+    dropout_x,
+    dropout_y,
     grad_query,
     grad_value,
     query_x_strides,
@@ -41,7 +53,6 @@ def grad_side_kernel(
     scale,
     scale_base2,
     row_blocks,
-    DIRECTION_X: tl.constexpr,
     HAS_X: tl.constexpr,
     HAS_Y: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -58,8 +69,7 @@ def grad_side_kernel(
     """Gradients of query_x and value_x, one block of rows of x a program, from one pass over the scores with y.
 
     Direction x is attention of x over y (out_x = P_x value_y), direction y that of y over x (out_y = P_y value_x);
-    HAS_X and HAS_Y say which of them has gradients. DIRECTION_X is x's number (0 for a, 1 for b) in the dropout
-    counters."""
+    HAS_X and HAS_Y say which of them has gradients. The masks are bits of 64 rows a word."""
     block = tl.program_id(0) % row_blocks
     head_index = tl.program_id(0) // row_blocks
     head = head_index % heads
@@ -75,7 +85,7 @@ def grad_side_kernel(
 
     b_open_x = b_in_x
     if mask_x is not None:
-        b_open_x = tl.load(mask_x + wide(b) * length_x + b_x, mask=b_in_x, other=0) != 0
+        b_open_x = open_rows(mask_x, b, mask_x_words, start_x, BLOCK_M)
     b_lse_x = tl.load(logsumexp_x + rows_x + b_x, mask=b_in_x, other=-float("inf"))
     b_delta_x = tl.load(delta_x + rows_x + b_x, mask=b_in_x, other=0.0)
     b_live_x = b_lse_x != -float("inf")
@@ -101,7 +111,7 @@ def grad_side_kernel(
         b_in_y = b_y < length_y
         b_open_y = b_in_y
         if mask_y is not None:
-            b_open_y = tl.load(mask_y + wide(b) * length_y + b_y, mask=b_in_y, other=0) != 0
+            b_open_y = open_rows(mask_y, b, mask_y_words, start_y, BLOCK_N)
         b_lse_y = tl.load(logsumexp_y + rows_y + b_y, mask=b_in_y, other=-float("inf"))
         b_delta_y = tl.load(delta_y + rows_y + b_y, mask=b_in_y, other=0.0)
         b_live_y = b_lse_y != -float("inf")
@@ -119,40 +129,28 @@ def grad_side_kernel(
         b_s = product(b_qx, tl.trans(b_qy), PRECISION) * scale_base2
         b_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if HAS_X:
-            b_visible = (b_open_y & b_in_y)[None, :] & b_live_x[:, None]
-            b_vy = load_rows(
-                p_vy + first_y * value_y_strides.row, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, True, WIDE
-            )
+            b_visible = b_open_y[None, :] & b_live_x[:, None]
+            p_rows = p_vy + first_y * value_y_strides.row
+            b_vy = load_rows(p_rows, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, True, WIDE)
             b_p = tl.where(b_visible, tl.exp2(b_s - base2(b_lse_x)[:, None]), 0.0)
-            b_keep: tl.constexpr = None
-            if seed is not None:
-                b_keep = kept(seed, drop_below, DIRECTION_X, head_index, b_x[:, None], start_y, BLOCK_N, False)
+            b_p = dropped(b_p, dropout_x, head_index, b_x, start_y, BLOCK_N, False)
             b_dp = product(b_dox, tl.trans(b_vy), PRECISION)
-            b_ds_x, _b_dqk_x = grad_scores(b_p, b_dp, b_delta_x[:, None], b_visible, None, b_keep, keep_scale)
+            b_ds_x, _b_dqk = grad_scores(b_p, b_dp, b_delta_x[:, None], None, dropout_x)
             b_ds += b_ds_x
         if HAS_Y:
             b_seen = b_open_x[:, None] & b_live_y[None, :]
-            b_doy = load_rows(
-                p_doy + first_y * grad_out_y_strides.row,
-                b_j,
-                grad_out_y_strides.row,
-                b_live_y,
-                DIM_X,
-                BLOCK_X,
-                True,
-                WIDE,
-            )
+            p_rows = p_doy + first_y * grad_out_y_strides.row
+            b_doy = load_rows(p_rows, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, True, WIDE)
             b_p_y = tl.where(b_seen, tl.exp2(b_s - base2(b_lse_y)[None, :]), 0.0)
-            b_keep_y: tl.constexpr = None
-            if seed is not None:
-                b_keep_y = kept(seed, drop_below, 1 - DIRECTION_X, head_index, b_y[None, :], start_x, BLOCK_M, True)
-                b_dropped = tl.where(b_keep_y, b_p_y * keep_scale, 0.0)
-            else:
-                b_dropped = b_p_y
+            # To direction y the rows of x are keys.
+            b_p_y = dropped(b_p_y, dropout_y, head_index, b_y, start_x, BLOCK_M, True)
+            b_weight = b_p_y
+            if dropout_y is not None:
+                b_weight = tl.where(b_p_y > 0.0, b_p_y * dropout_y.keep_scale, 0.0)
             b_dp_y = product(b_vx, tl.trans(b_doy), PRECISION)
-            b_ds_y, _b_dqk_y = grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], b_seen, None, b_keep_y, keep_scale)
+            b_ds_y, _b_dqk_y = grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], None, dropout_y)
             b_ds += b_ds_y
-            b_dv = product_add(round_to(b_dropped, grad_out_y.dtype.element_ty), b_doy, b_dv, PRECISION)
+            b_dv = product_add(round_to(b_weight, grad_out_y.dtype.element_ty), b_doy, b_dv, PRECISION)
         b_dq = product_add(round_to(b_ds, query_y.dtype.element_ty), b_qy, b_dq, PRECISION)
     if grad_query is not None:
         p_dq = grad_query + wide(b) * grad_query_strides.batch + wide(head) * grad_query_strides.head

@@ -7,14 +7,13 @@ import triton.language as tl
 
 from .triton_tiles import (
     base2,
-    block_bounds,
+    dropped,
     grad_scores,
-    kept,
     key_rows_ok,
     load_rows,
     product,
+    query_block,
     round_to,
-    row_bounds,
     scores,
     wide,
 )
@@ -83,11 +82,12 @@ def grad_bias_kernel(
         head = bias_head + (step // column_steps // row_steps) % head_steps
         b = bias_batch + step // column_steps // row_steps // head_steps
         b_m = start_m + b_i
-        b_n = start_n + b_j
         b_in = b_m < queries
-        b_lo, b_hi = row_bounds(masks, b, b * queries, queries, keys, b_m, CAUSAL)
-        lo, hi, _full_lo, _full_hi = block_bounds(b_lo, b_hi, b_in)
-        if (lo < start_n + BLOCK_N) & (hi > start_n):
+        block, _full_lo, _full_hi = query_block(masks, b, head, b * queries, queries, keys, b_m, CAUSAL)
+        wanted = True
+        if CAUSAL or (masks.lengths is not None) or (masks.range_start is not None):
+            wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
+        if wanted:
             kv_head = head // sizes.group
             p_q = (
                 query
@@ -109,52 +109,19 @@ def grad_bias_kernel(
                 + wide(start_n) * value_strides.row
             )
             lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head
-            b_ok = key_rows_ok(masks, b, b_n, lo, hi, keys, True)
+            b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
             b_q = load_rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, True, WIDE)
             b_do = load_rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, True, WIDE)
             b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
             b_v = load_rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, True, WIDE)
             b_lse = base2(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))
             b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
-            b_s, b_visible, b_tanh = scores(
-                masks,
-                scaling,
-                product(b_q, tl.trans(b_k), PRECISION),
-                b_ok,
-                b,
-                head,
-                b_m[:, None],
-                b_n[None, :],
-                b_lo[:, None],
-                b_hi[:, None],
-                keys,
-                queries,
-                True,
-                False,
-                WIDE,
-            )
+            b_qk = product(b_q, tl.trans(b_k), PRECISION)
+            b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
             b_p = tl.exp2(b_s - b_lse[:, None])
-            b_keep: tl.constexpr = None
-            if masks.seed is not None:
-                b_keep = kept(
-                    masks.seed,
-                    masks.drop_below,
-                    masks.direction,
-                    b * sizes.heads + head,
-                    b_m[:, None],
-                    start_n,
-                    BLOCK_N,
-                    False,
-                )
-            b_ds, _b_dqk = grad_scores(
-                b_p,
-                product(b_do, tl.trans(b_v), PRECISION),
-                b_delta[:, None],
-                b_visible,
-                b_tanh,
-                b_keep,
-                masks.keep_scale,
-            )
+            b_p = dropped(b_p, masks.dropout, b * sizes.heads + head, b_m, start_n, BLOCK_N, False)
+            b_dp = product(b_do, tl.trans(b_v), PRECISION)
+            b_ds, _b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout)
             b_sum += b_ds
 
     bias_rows = queries

@@ -7,15 +7,15 @@ import triton.language as tl
 
 from .triton_tiles import (
     base2,
-    block_bounds,
+    dropped,
     grad_scores,
-    kept,
+    is_one_part,
     key_rows_ok,
     load_rows,
     product,
     product_add,
+    query_block,
     round_to,
-    row_bounds,
     scores,
     sequence,
     store_rows,
@@ -40,14 +40,13 @@ def _grad_key_value_tiles(
     b_ok,
     b,
     head,
-    b_n,
+    head_index,
     start_n,
     first_row,
-    start,
-    stop,
+    first,
+    last,
     queries,
     keys,
-    heads,
     CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     WANTS_KEY: tl.constexpr,
@@ -61,18 +60,16 @@ def _grad_key_value_tiles(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Adds the query tiles from `first` to `last` of one head to the gradients of the (scaled) key and of value."""
     b_i = tl.arange(0, BLOCK_M)
-    for start_m in tl.range(start, stop, BLOCK_M):
+    for tile in tl.range(first, last):
+        start_m = tile * BLOCK_M
         b_m = start_m + b_i
         b_in = b_m < queries
-        b_lo = b_m * 0
-        b_hi = b_lo + keys
+        block, _full_lo, _full_hi = query_block(masks, b, head, first_row, queries, keys, b_m, CAUSAL)
         wanted = True
-        if MASKED:
-            b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
-            if masks.range_start is not None:
-                lo, hi, _full_lo, _full_hi = block_bounds(b_lo, b_hi, b_in)
-                wanted = (lo < start_n + BLOCK_N) & (hi > start_n)
+        if masks.range_start is not None:
+            wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
             b_delta = tl.load(p_delta + b_m, mask=b_in, other=0.0)
@@ -81,45 +78,18 @@ def _grad_key_value_tiles(
             b_q = load_rows(p_q + wide(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, True, WIDE)
             b_do = load_rows(p_do + wide(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, True, WIDE)
             # [BN, BM]
-            b_s, b_visible, b_tanh = scores(
-                masks,
-                scaling,
-                product(b_k, tl.trans(b_q), PRECISION),
-                b_ok,
-                b,
-                head,
-                b_m[None, :],
-                b_n[:, None],
-                b_lo[None, :],
-                b_hi[None, :],
-                keys,
-                queries,
-                MASKED,
-                True,
-                WIDE,
-            )
+            b_qk = product(b_k, tl.trans(b_q), PRECISION)
+            b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, BLOCK_N)
             b_p = tl.exp2(b_s - base2(b_lse)[None, :])
-            b_keep: tl.constexpr = None
-            if masks.seed is not None:
-                b_keep = kept(
-                    masks.seed,
-                    masks.drop_below,
-                    masks.direction,
-                    b * heads + head,
-                    b_m[None, :],
-                    start_n,
-                    BLOCK_N,
-                    True,
-                )
+            b_p = dropped(b_p, masks.dropout, head_index, b_m, start_n, BLOCK_N, True)
             if WANTS_VALUE:
-                if masks.seed is not None:
-                    b_dropped = tl.where(b_keep, b_p * masks.keep_scale, 0.0)
-                else:
-                    b_dropped = b_p
-                b_dv = product_add(round_to(b_dropped, p_do.dtype.element_ty), b_do, b_dv, PRECISION)
+                b_weight = b_p
+                if masks.dropout is not None:
+                    b_weight = tl.where(b_p > 0.0, b_p * masks.dropout.keep_scale, 0.0)
+                b_dv = product_add(round_to(b_weight, p_do.dtype.element_ty), b_do, b_dv, PRECISION)
             if WANTS_KEY:
                 b_dp = product(b_v, tl.trans(b_do), PRECISION)
-                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_visible, b_tanh, b_keep, masks.keep_scale)
+                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_tanh, masks.dropout)
                 b_dk = product_add(round_to(b_dqk, p_q.dtype.element_ty), b_q, b_dk, PRECISION)
     return b_dk, b_dv
 
@@ -160,7 +130,7 @@ def grad_key_value_kernel(
     WANTS_KEY: tl.constexpr = grad_key is not None
     WANTS_VALUE: tl.constexpr = grad_value is not None
     kv_heads = sizes.heads // sizes.group
-    block = tl.program_id(0) % key_blocks
+    key_block = tl.program_id(0) % key_blocks
     kv_head = (tl.program_id(0) // key_blocks) % kv_heads
     b = tl.program_id(0) // key_blocks // kv_heads
     start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
@@ -169,18 +139,17 @@ def grad_key_value_kernel(
         first_row = b * queries
     else:
         first_row = start_q
-    start_n = block * BLOCK_N
+    start_n = key_block * BLOCK_N
     if start_n >= keys:
         return
     b_j = tl.arange(0, BLOCK_N)
-    b_n = start_n + b_j
     first_k = wide(start_k + start_n)
 
     # Keys past the length are not read; what key_mask hides is not either.
     length = keys
     if masks.lengths is not None:
         length = tl.minimum(keys, tl.maximum(tl.load(masks.lengths + b), 0))
-    b_ok = key_rows_ok(masks, b, b_n, 0, length, keys, True)
+    b_ok = key_rows_ok(masks, b, start_n, 0, length, BLOCK_N, True)
     p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + first_k * key_strides.row
     p_v = value + wide(b) * value_strides.batch + wide(kv_head) * value_strides.head + first_k * value_strides.row
     b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
@@ -188,19 +157,20 @@ def grad_key_value_kernel(
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
 
-    # Query blocks [start, middle) need masks, [middle, stop) see all of these keys.
-    start = 0
-    stop = queries
+    # Query tiles [first, full) need masks, [full, last) see all of these keys.
+    HAS_FULL: tl.constexpr = (not is_one_part(masks, False)) and (masks.range_start is None)
+    first = 0
     if CAUSAL:
-        start = (start_n // BLOCK_M) * BLOCK_M
-        middle = tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    else:
-        middle = 0
-    stop = tl.where(start_n < length, stop, start)
-    if masks.range_start is not None:
-        middle = stop
-    else:
-        middle = tl.where(start_n + BLOCK_N <= length, tl.minimum(middle, stop), stop)
+        first = start_n // BLOCK_M
+    last = tl.where(start_n < length, tl.cdiv(queries, BLOCK_M), first)
+    full = last
+    if HAS_FULL:
+        if CAUSAL:
+            full = tl.minimum(tl.cdiv(start_n + BLOCK_N - 1, BLOCK_M), last)
+        else:
+            full = first
+        full = tl.where(start_n + BLOCK_N <= length, full, last)
+    bounds = (first, full, last)
     for member in tl.range(0, sizes.group):
         head = kv_head * sizes.group + member
         p_q = query + wide(b) * query_strides.batch + wide(head) * query_strides.head
@@ -212,44 +182,7 @@ def grad_key_value_kernel(
             + wide(start_q) * grad_out_strides.row
         )
         lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + start_q
-        b_dk, b_dv = _grad_key_value_tiles(
-            b_dk,
-            b_dv,
-            b_k,
-            b_v,
-            p_q,
-            p_do,
-            logsumexp + lse_at,
-            delta + lse_at,
-            query_strides.row,
-            grad_out_strides.row,
-            masks,
-            scaling,
-            b_ok,
-            b,
-            head,
-            b_n,
-            start_n,
-            first_row,
-            start,
-            middle,
-            queries,
-            keys,
-            sizes.heads,
-            CAUSAL,
-            True,
-            WANTS_KEY,
-            WANTS_VALUE,
-            HEAD_DIM,
-            VALUE_DIM,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-            WIDE,
-            PRECISION,
-        )
-        if masks.range_start is None:
+        for part in tl.static_range(1 + HAS_FULL):
             b_dk, b_dv = _grad_key_value_tiles(
                 b_dk,
                 b_dv,
@@ -266,16 +199,15 @@ def grad_key_value_kernel(
                 b_ok,
                 b,
                 head,
-                b_n,
+                b * sizes.heads + head,
                 start_n,
                 first_row,
-                middle,
-                stop,
+                bounds[part],
+                bounds[part + 1],
                 queries,
                 keys,
-                sizes.heads,
                 CAUSAL,
-                False,
+                part == 0,
                 WANTS_KEY,
                 WANTS_VALUE,
                 HEAD_DIM,
@@ -287,7 +219,7 @@ def grad_key_value_kernel(
                 WIDE,
                 PRECISION,
             )
-    b_in = b_n < keys
+    b_in = start_n + b_j < keys
     if WANTS_KEY:
         p_dk = (
             grad_key

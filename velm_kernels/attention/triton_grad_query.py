@@ -7,16 +7,21 @@ import triton.language as tl
 
 from .triton_tiles import (
     base2,
-    block_bounds,
+    dropped,
     grad_scores,
-    kept,
+    has_part,
+    is_settled,
     key_rows_ok,
+    key_tiles,
     load_rows,
+    matrix_rows,
     product,
     product_add,
+    query_block,
+    report_nan,
     round_to,
-    row_bounds,
     scores,
+    seen_keys,
     sequence,
     store_rows,
     wide,
@@ -82,25 +87,18 @@ def _grad_query_tiles(
     b_delta,
     p_k,
     p_v,
-    p_ds,
+    p_ds_rows,
     stride_k,
     stride_v,
-    grad_bias_strides,
     masks,
     scaling,
-    b,
-    head,
-    b_m,
-    b_lo,
-    b_hi,
-    lo,
-    hi,
-    start,
-    stop,
-    queries,
-    keys,
-    heads,
+    block,
+    b_in,
+    b_head_index,
+    first,
+    last,
     MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -109,50 +107,29 @@ def _grad_query_tiles(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    HIDES: tl.constexpr = (masks.mask is not None) or (masks.bias is not None)
-    HIDES_COLUMNS: tl.constexpr = HIDES or (MASKED and masks.range_start is not None)
+    """Adds the key tiles from `first` to `last` to the gradient of the (scaled) query. GUARDED: keys that no row of the
+    tile sees do not get into it."""
     READS_SOME: tl.constexpr = MASKED or (masks.key_mask is not None)
     b_j = tl.arange(0, BLOCK_N)
-    for start_n in tl.range(start, stop, BLOCK_N):
-        b_n = start_n + b_j
-        b_ok = key_rows_ok(masks, b, b_n, lo, hi, keys, MASKED)
+    for tile in tl.range(first, last):
+        start_n = tile * BLOCK_N
+        b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
         b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, READS_SOME, WIDE)
         b_v = load_rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, READS_SOME, WIDE)
         # [BM, BN]
-        b_s, b_visible, b_tanh = scores(
-            masks,
-            scaling,
-            product(b_q, tl.trans(b_k), PRECISION),
-            b_ok,
-            b,
-            head,
-            b_m[:, None],
-            b_n[None, :],
-            b_lo[:, None],
-            b_hi[:, None],
-            keys,
-            queries,
-            MASKED,
-            False,
-            WIDE,
-        )
+        b_qk = product(b_q, tl.trans(b_k), PRECISION)
+        b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
         b_p = tl.exp2(b_s - b_lse[:, None])
+        b_p = dropped(b_p, masks.dropout, b_head_index, block.b_m, start_n, BLOCK_N, False)
         b_dp = product(b_do, tl.trans(b_v), PRECISION)
-        b_keep: tl.constexpr = None
-        if masks.seed is not None:
-            b_keep = kept(
-                masks.seed, masks.drop_below, masks.direction, b * heads + head, b_m[:, None], start_n, BLOCK_N, False
-            )
-        b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_visible, b_tanh, b_keep, masks.keep_scale)
-        if p_ds is not None:
-            p_tile = p_ds + wide(b_m)[:, None] * grad_bias_strides.row + b_n[None, :]
-            tl.store(
-                p_tile, round_to(b_ds, p_ds.dtype.element_ty), mask=(b_m < queries)[:, None] & (b_n < keys)[None, :]
-            )
-        if HIDES_COLUMNS:
-            # A key that no row of this block sees may be NaN, which 0 would not silence.
-            b_seen = tl.max(b_visible.to(tl.int32), 0) > 0
-            b_k = tl.where(b_seen[:, None], b_k, tl.zeros_like(b_k))
+        b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout)
+        if p_ds_rows is not None:
+            p_tile = (p_ds_rows + start_n)[:, None] + b_j[None, :]
+            b_inside = b_in[:, None] & (start_n + b_j < block.keys)[None, :]
+            tl.store(p_tile, round_to(b_ds, p_ds_rows.dtype.scalar.element_ty), mask=b_inside)
+        if GUARDED:
+            b_ok = seen_keys(b_s)
+            b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
         b_dq = product_add(round_to(b_dqk, p_k.dtype.element_ty), b_k, b_dq, PRECISION)
     return b_dq
 
@@ -167,6 +144,7 @@ def grad_query_kernel(
     delta,
     grad_query,
     grad_bias,
+    flags,
     query_strides,
     key_strides,
     value_strides,
@@ -180,6 +158,7 @@ def grad_query_kernel(
     scale,
     query_blocks,
     CAUSAL: tl.constexpr,
+    GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -190,12 +169,14 @@ def grad_query_kernel(
     PRECISION: tl.constexpr,
 ):
     """One block of query rows. A bias that broadcasts nowhere gets its gradient here too, where `grad_bias` (zeros) is
-    given."""
-    block = tl.program_id(0) % query_blocks
+    given. `flags` and GUARDED: see `report_nan`."""
+    if is_settled(flags, GUARDED):
+        return
+    row_block = tl.program_id(0) % query_blocks
     head = (tl.program_id(0) // query_blocks) % sizes.heads
     b = tl.program_id(0) // query_blocks // sizes.heads
     if CAUSAL:
-        block = query_blocks - 1 - block
+        row_block = query_blocks - 1 - row_block
     kv_head = head // sizes.group
     start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
     start_k, keys = sequence(sizes.cu_seqlens_k, b, sizes.keys)
@@ -203,18 +184,14 @@ def grad_query_kernel(
         first_row = b * queries
     else:
         first_row = start_q
-    start_m = block * BLOCK_M
+    start_m = row_block * BLOCK_M
     if start_m >= queries:
         return
     b_i = tl.arange(0, BLOCK_M)
     b_m = start_m + b_i
     b_in = b_m < queries
-    b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
-    lo, hi, full_lo, full_hi = block_bounds(b_lo, b_hi, b_in)
-    start = (lo // BLOCK_N) * BLOCK_N
-    stop = tl.maximum(hi, start)
-    full_start = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N) * BLOCK_N, start), stop)
-    full_stop = tl.maximum((tl.minimum(full_hi, hi) // BLOCK_N) * BLOCK_N, full_start)
+    block, full_lo, full_hi = query_block(masks, b, head, first_row, queries, keys, b_m, CAUSAL)
+    bounds = key_tiles(masks, block.lo, block.hi, full_lo, full_hi, BLOCK_N, GUARDED)
 
     first_q = wide(start_q + start_m)
     p_q = query + wide(b) * query_strides.batch + wide(head) * query_strides.head + first_q * query_strides.row
@@ -227,10 +204,7 @@ def grad_query_kernel(
     p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + wide(start_k) * key_strides.row
     p_v = value + wide(b) * value_strides.batch + wide(kv_head) * value_strides.head + wide(start_k) * value_strides.row
     lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + start_q
-    if grad_bias is not None:
-        p_ds = grad_bias + wide(b) * grad_bias_strides.batch + wide(head) * grad_bias_strides.head
-    else:
-        p_ds: tl.constexpr = None
+    p_ds_rows = matrix_rows(grad_bias, grad_bias_strides, b, head, b_m)
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
     b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
     # [BM, D], [BM, DV]
@@ -238,112 +212,38 @@ def grad_query_kernel(
     b_do = load_rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, True, WIDE)
     b_lse = base2(b_lse)
     b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if masks.range_start is not None:
-        b_dq = _grad_query_tiles(
-            b_dq,
-            b_q,
-            b_do,
-            b_lse,
-            b_delta,
-            p_k,
-            p_v,
-            p_ds,
-            key_strides.row,
-            value_strides.row,
-            grad_bias_strides,
-            masks,
-            scaling,
-            b,
-            head,
-            b_m,
-            b_lo,
-            b_hi,
-            lo,
-            hi,
-            start,
-            full_start,
-            queries,
-            keys,
-            sizes.heads,
-            True,
-            HEAD_DIM,
-            VALUE_DIM,
-            BLOCK_N,
-            BLOCK_D,
-            BLOCK_DV,
-            WIDE,
-            PRECISION,
-        )
-    b_dq = _grad_query_tiles(
-        b_dq,
-        b_q,
-        b_do,
-        b_lse,
-        b_delta,
-        p_k,
-        p_v,
-        p_ds,
-        key_strides.row,
-        value_strides.row,
-        grad_bias_strides,
-        masks,
-        scaling,
-        b,
-        head,
-        b_m,
-        b_lo,
-        b_hi,
-        lo,
-        hi,
-        full_start,
-        full_stop,
-        queries,
-        keys,
-        sizes.heads,
-        False,
-        HEAD_DIM,
-        VALUE_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_DV,
-        WIDE,
-        PRECISION,
-    )
-    b_dq = _grad_query_tiles(
-        b_dq,
-        b_q,
-        b_do,
-        b_lse,
-        b_delta,
-        p_k,
-        p_v,
-        p_ds,
-        key_strides.row,
-        value_strides.row,
-        grad_bias_strides,
-        masks,
-        scaling,
-        b,
-        head,
-        b_m,
-        b_lo,
-        b_hi,
-        lo,
-        hi,
-        full_stop,
-        stop,
-        queries,
-        keys,
-        sizes.heads,
-        True,
-        HEAD_DIM,
-        VALUE_DIM,
-        BLOCK_N,
-        BLOCK_D,
-        BLOCK_DV,
-        WIDE,
-        PRECISION,
-    )
+    for part in tl.static_range(3):
+        if has_part(masks, part, GUARDED):
+            b_dq = _grad_query_tiles(
+                b_dq,
+                b_q,
+                b_do,
+                b_lse,
+                b_delta,
+                p_k,
+                p_v,
+                p_ds_rows,
+                key_strides.row,
+                value_strides.row,
+                masks,
+                scaling,
+                block,
+                b_in,
+                b * sizes.heads + head,
+                bounds[part],
+                bounds[part + 1],
+                part != 1,
+                GUARDED,
+                HEAD_DIM,
+                VALUE_DIM,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_DV,
+                WIDE,
+                PRECISION,
+            )
+    if flags is not None and not GUARDED:
+        report_nan(flags, b_dq)
     if grad_query is not None:
         p_dq = (
             grad_query

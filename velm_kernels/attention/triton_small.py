@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from velm_kernels.attention.merge import GRAD_LOGSUMEXPS, GRAD_OUTS, empty_heads_last
-from velm_kernels.attention.triton_attention import FEW_PROGRAMS, cdiv, row_strides, sum_partials
+from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
+from velm_kernels.attention.triton_problem import cdiv, row_strides
 from velm_kernels.attention.triton_small_kernels import (
     gated_residual_backward_kernel,
     gated_residual_kernel,

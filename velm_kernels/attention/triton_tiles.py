@@ -39,24 +39,32 @@ class MatrixStrides(NamedTuple):
     column: Any
 
 
-class Masks(NamedTuple):
-    """Everything that restricts or shifts scores. Absent parts are None and cost nothing: a variant is compiled without
-    them."""
+class Dropout(NamedTuple):
+    """What draws the random numbers of dropout."""
 
-    lengths: Any
-    range_start: Any
-    range_stop: Any
-    key_mask: Any
-    mask: Any
-    mask_strides: Any
-    bias: Any
-    bias_strides: Any
     seed: Any
     # A word of the generator below this drops its element.
     drop_below: Any
     keep_scale: Any
     # 0, but for the second direction of bidirectional attention.
     direction: Any = 0
+
+
+class Masks(NamedTuple):
+    """Everything that restricts or shifts scores. Absent parts are None and cost nothing: a variant is compiled without
+    them. `key_mask` (batch, words) and `mask` hold the bits of 64 keys a word (`pack_bits_kernel`); the rows of `bias`
+    lie on multiples of 16 bytes, their elements one behind the other."""
+
+    lengths: Any
+    range_start: Any
+    range_stop: Any
+    key_mask: Any
+    key_words: Any
+    mask: Any
+    mask_strides: Any
+    bias: Any
+    bias_strides: Any
+    dropout: Any
 
 
 class Sizes(NamedTuple):
@@ -69,6 +77,23 @@ class Sizes(NamedTuple):
     keys: Any
     cu_seqlens_q: Any
     cu_seqlens_k: Any
+
+
+class Block(NamedTuple):
+    """A block of queries of one batch entry. Its rows, in front of which stand `rows` rows of the range arrays, see
+    keys [b_lo, b_hi) each and [lo, hi) together; the pointers are those of its rows of `masks.mask` and
+    `masks.bias`."""
+
+    b: Any
+    b_head: Any
+    b_m: Any
+    b_lo: Any
+    b_hi: Any
+    lo: Any
+    hi: Any
+    keys: Any
+    p_mask: Any
+    p_bias: Any
 
 
 class Scaling(NamedTuple):
@@ -207,62 +232,133 @@ def tanh(b_x):
 
 
 @triton.jit
-def kept(seed, drop_below, direction, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Which elements dropout keeps: Philox4x32-10 with the seed as key and (query, key // 4, batch * heads + head,
-    direction) as counter; the four words serve four neighbouring keys. `b_m` and `b_head_index` are expanded like the
-    tile, which starts at key `start_n`, a multiple of 4. -> [BM, BN], or [BN, BM] where KEYS_FIRST"""
-    b_group = (start_n // 4) + tl.arange(0, BLOCK_N // 4)
-    if KEYS_FIRST:
-        b_group = b_group[:, None]
+def along_queries(b_x, KEYS_FIRST: tl.constexpr):
+    """Expands what belongs to the queries of a tile, a vector or a number, to the tile's two dimensions."""
+    if len(b_x.shape) == 0:
+        return b_x
     else:
-        b_group = b_group[None, :]
-    seed = tl.load(seed)
-    # Every word depends on both indices only after some rounds: start from full tiles.
-    b_c0 = b_m + b_group * 0
-    b_c1 = b_group + b_m * 0
-    b_c2 = b_head_index + b_c0 * 0
-    b_0, b_1, b_2, b_3 = tl.philox(seed, b_c0, b_c1, b_c2, b_c0 * 0 + direction)
-    b_words = tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3))
-    if KEYS_FIRST:
-        b_words = tl.permute(b_words, (0, 2, 3, 1))
-        b_words = tl.reshape(b_words, (BLOCK_N, b_m.shape[1]))
-    else:
-        b_words = tl.reshape(b_words, (b_m.shape[0], BLOCK_N))
-    return b_words >= tl.cast(drop_below, tl.uint32)
+        return tl.expand_dims(b_x, 0 if KEYS_FIRST else 1)
 
 
 @triton.jit
-def matrix_pointers(x, strides, b, b_head, b_m, b_n, WIDE: tl.constexpr):
-    """Where a tile of (batch, heads, queries, keys) stands; offsets within one head are 32-bit unless `WIDE`."""
-    if WIDE:
-        b_m = b_m.to(tl.int64)
-        b_n = b_n.to(tl.int64)
-    return x + wide(b) * strides.batch + wide(b_head) * strides.head + (b_m * strides.row + b_n * strides.column)
+def along_keys(b_x, KEYS_FIRST: tl.constexpr):
+    """The same of what belongs to the keys."""
+    return tl.expand_dims(b_x, 1 if KEYS_FIRST else 0)
+
+
+@triton.jit
+def kept(dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Which elements dropout keeps: Philox4x32-10 with the seed as key and (query, key // 4, batch * heads + head,
+    direction) as counter; the four words serve four neighbouring keys. The tile starts at key `start_n`, a multiple
+    of 4. -> [BM, BN], or [BN, BM] where KEYS_FIRST"""
+    b_group = along_keys((start_n // 4) + tl.arange(0, BLOCK_N // 4), KEYS_FIRST)
+    b_row = along_queries(b_m, KEYS_FIRST)
+    seed = tl.load(dropout.seed)
+    # Every word depends on both indices only after some rounds: start from full tiles.
+    b_c0 = b_row + b_group * 0
+    b_c1 = b_group + b_row * 0
+    b_c2 = along_queries(b_head_index, KEYS_FIRST) + b_c0 * 0
+    b_0, b_1, b_2, b_3 = tl.philox(seed, b_c0, b_c1, b_c2, b_c0 * 0 + dropout.direction)
+    # Four bits travel to the layout of the tile, not four words.
+    drop_below = tl.cast(dropout.drop_below, tl.uint32)
+    b_bits = (b_0 >= drop_below).to(tl.int32) | ((b_1 >= drop_below).to(tl.int32) << 1)
+    b_bits |= ((b_2 >= drop_below).to(tl.int32) << 2) | ((b_3 >= drop_below).to(tl.int32) << 3)
+    if KEYS_FIRST:
+        b_bits = b_bits[:, None, :] >> tl.arange(0, 4)[None, :, None]
+        b_bits = tl.reshape(b_bits, (BLOCK_N, b_m.shape[0]))
+    else:
+        b_bits = b_bits[:, :, None] >> tl.arange(0, 4)[None, None, :]
+        b_bits = tl.reshape(b_bits, (b_m.shape[0], BLOCK_N))
+    return (b_bits & 1) != 0
+
+
+@triton.jit
+def matrix_rows(x, strides, b, b_head, b_m):
+    """Pointers to the rows of what broadcasts to (batch, heads, queries, keys); None of nothing."""
+    if x is None:
+        return None
+    else:
+        return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_m) * strides.row
+
+
+@triton.jit
+def query_block(masks, b, b_head, first_row, queries, keys, b_m, CAUSAL: tl.constexpr):
+    """The `Block` of the queries `b_m` and (full_lo, full_hi) of `block_bounds`."""
+    b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
+    lo, hi, full_lo, full_hi = block_bounds(b_lo, b_hi, b_m < queries)
+    # Rows past the end read what the last one reads, so that they see no key that no row sees.
+    b_at = tl.minimum(b_m, queries - 1)
+    p_mask = matrix_rows(masks.mask, masks.mask_strides, b, b_head, b_at)
+    p_bias = matrix_rows(masks.bias, masks.bias_strides, b, b_head, b_at)
+    return Block(b, b_head, b_m, b_lo, b_hi, lo, hi, keys, p_mask, p_bias), full_lo, full_hi
+
+
+@triton.jit
+def is_one_part(masks, GUARDED: tl.constexpr):
+    """Whether all key tiles are treated alike, as any of them may hide any key from any query."""
+    return GUARDED or (masks.mask is not None) or (masks.bias is not None)
+
+
+@triton.jit
+def has_part(masks, part: tl.constexpr, GUARDED: tl.constexpr):
+    """Whether a variant has a loop for this one of the three parts of `key_tiles`."""
+    if is_one_part(masks, GUARDED):
+        return part == 2
+    else:
+        return part > 0 or (masks.range_start is not None)
+
+
+@triton.jit
+def key_tiles(masks, lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr, GUARDED: tl.constexpr):
+    """Three parts of the key tiles of a block of queries, as the four numbers where they begin and end: those before
+    and behind need masks, those between are seen whole by every row. Where a mask or a bias is read in any case, all
+    tiles are in the last part: one loop instead of three."""
+    first = lo // BLOCK_N
+    last = tl.maximum(tl.cdiv(hi, BLOCK_N), first)
+    if is_one_part(masks, GUARDED):
+        return first, first, first, last
+    else:
+        full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), first), last)
+        full_last = tl.maximum(tl.minimum(full_hi, hi) // BLOCK_N, full_first)
+        return first, full_first, full_last, last
+
+
+@triton.jit
+def open_keys(p_words, stride, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Bits for the keys from `start_n` on of the words at `p_words`, pointers of a row each or one for all, `stride`
+    apart. -> [BM, BN] or [1, BN], the other way round where KEYS_FIRST
+
+    By halves of words: masks of 64 bits for every column would stay in registers."""
+    tl.static_assert(BLOCK_N <= 128)
+    b_j = along_keys(tl.arange(0, BLOCK_N), KEYS_FIRST)
+    b_word = along_queries(tl.load(p_words + (start_n // 64) * stride), KEYS_FIRST)
+    if BLOCK_N < 64:
+        b_half = (b_word >> (start_n % 64)).to(tl.int32)
+    else:
+        b_half = tl.where(b_j % 64 < 32, b_word.to(tl.int32), (b_word >> 32).to(tl.int32))
+    if BLOCK_N == 128:
+        b_word = along_queries(tl.load(p_words + (start_n // 64 + 1) * stride), KEYS_FIRST)
+        b_next = tl.where(b_j % 64 < 32, b_word.to(tl.int32), (b_word >> 32).to(tl.int32))
+        b_half = tl.where(b_j < 64, b_half, b_next)
+    return ((b_half >> (b_j % 32)) & 1) != 0
 
 
 @triton.jit
 def scores(
     masks,
     scaling,
+    block,
     b_qk,
-    b_key_ok,
-    b,
-    b_head,
-    b_m,
-    b_n,
-    b_lo,
-    b_hi,
-    keys,
-    queries,
+    b_ok,
+    start_n,
     MASKED: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
-    WIDE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Scores in the base-2 domain of a tile of products `b_qk`: -inf where not visible.
+    """Scores in the base-2 domain of a tile of products `b_qk`, -inf where not visible, and the tanh of a softcap.
 
-    -> (scores, visible or None, tanh or None). Inputs are expanded to the tile's two dimensions; `b_head` may be a
-    scalar. `b_key_ok` [BN] is what `key_rows_ok` says of the keys; KEYS_FIRST: the tile is [BN, BM]. A tile that is not
-    `MASKED` lies inside [lo, hi) of all of its rows."""
+    `b_ok` [BN] is what `key_rows_ok` says of the keys; KEYS_FIRST: the tile is [BN, BM]. A tile that is not `MASKED`
+    lies inside [b_lo, b_hi) of all of its rows."""
     b_tanh: tl.constexpr = None
     if scaling.cap is not None:
         b_tanh = tanh(b_qk * scaling.product)
@@ -270,44 +366,70 @@ def scores(
     else:
         b_s = b_qk * scaling.product
 
-    b_visible: tl.constexpr = None
-    if MASKED:
-        b_visible = b_n < b_hi
-        if masks.range_start is not None:
-            b_visible = b_visible & (b_n >= b_lo)
-    b_inside = (b_m < queries) & (b_n < keys)
-    if masks.key_mask is not None:
-        if KEYS_FIRST:
-            b_open = b_key_ok[:, None]
-        else:
-            b_open = b_key_ok[None, :]
-        b_visible = b_open if b_visible is None else b_visible & b_open
-    if masks.mask is not None:
-        p_mask = matrix_pointers(masks.mask, masks.mask_strides, b, b_head, b_m, b_n, WIDE)
-        b_ok = tl.load(p_mask, mask=b_inside, other=0) != 0
-        b_visible = b_ok if b_visible is None else b_visible & b_ok
+    b_j = tl.arange(0, BLOCK_N)
+    b_n = along_keys(start_n + b_j, KEYS_FIRST)
     if masks.bias is not None:
-        p_bias = matrix_pointers(masks.bias, masks.bias_strides, b, b_head, b_m, b_n, WIDE)
-        # Rows past the end see nothing, or else they would count as readers of a key.
-        b_bias = tl.load(p_bias, mask=b_inside, other=-float("inf")).to(tl.float32)
-        b_s += b_bias * LOG2E
-        b_ok = b_bias != -float("inf")
-        b_visible = b_ok if b_visible is None else b_visible & b_ok
-    if b_visible is not None:
+        p_tile = along_queries(block.p_bias + start_n, KEYS_FIRST) + along_keys(b_j, KEYS_FIRST)
+        if MASKED:
+            b_bias = tl.load(p_tile, mask=b_n < block.keys, other=0.0).to(tl.float32)
+        else:
+            b_bias = tl.load(p_tile).to(tl.float32)
+        # Selected, as what is hidden by -inf may be NaN.
+        b_s = tl.where(b_bias == -float("inf"), -float("inf"), b_s + b_bias * LOG2E)
+    if masks.mask is not None:
+        b_open = open_keys(block.p_mask, masks.mask_strides.column, start_n, BLOCK_N, KEYS_FIRST)
+        b_s = tl.where(b_open, b_s, -float("inf"))
+    if masks.key_mask is not None:
+        b_s = tl.where(along_keys(b_ok, KEYS_FIRST), b_s, -float("inf"))
+    if MASKED:
+        b_visible = b_n < along_queries(block.b_hi, KEYS_FIRST)
+        if masks.range_start is not None:
+            b_visible = b_visible & (b_n >= along_queries(block.b_lo, KEYS_FIRST))
         b_s = tl.where(b_visible, b_s, -float("inf"))
-    return b_s, b_visible, b_tanh
+    return b_s, b_tanh
 
 
 @triton.jit
-def key_rows_ok(masks, b, b_n, lo, hi, keys, MASKED: tl.constexpr):
-    """Which keys of a block may be read at all. -> [BN] or None when all may"""
+def open_rows(words, b, row_words, start, BLOCK: tl.constexpr):
+    """Bits from `start` on in `words` (batch, row_words). -> [BLOCK]"""
+    return tl.reshape(open_keys(words + wide(b) * row_words, 1, start, BLOCK, False), (BLOCK,))
+
+
+@triton.jit
+def key_rows_ok(masks, b, start_n, lo, hi, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """Which of the keys from `start_n` on may be read at all. -> [BN] or None when all may"""
     b_ok: tl.constexpr = None
     if MASKED:
+        b_n = start_n + tl.arange(0, BLOCK_N)
         b_ok = (b_n >= lo) & (b_n < hi)
     if masks.key_mask is not None:
-        b_open = tl.load(masks.key_mask + wide(b) * keys + b_n, mask=b_n < keys, other=0) != 0
+        b_open = open_rows(masks.key_mask, b, masks.key_words, start_n, BLOCK_N)
         b_ok = b_open if b_ok is None else b_ok & b_open
     return b_ok
+
+
+@triton.jit
+def seen_keys(b_s):
+    """Which keys of a tile of scores some query sees. -> [BN]"""
+    return tl.max(b_s, 0) != -float("inf")
+
+
+@triton.jit
+def report_nan(flags, b_x):
+    """Keys that no query of a tile sees may be NaN, which weights of 0 do not silence. Hiding them from the product in
+    every tile would cost more than all masks together; so a block whose result is NaN only says so in `flags`, and a
+    GUARDED launch does those again."""
+    b_nan = tl.max((b_x != b_x).to(tl.int32), 1)
+    tl.store(flags + tl.program_id(0), tl.max(b_nan, 0).to(tl.int8))
+
+
+@triton.jit
+def is_settled(flags, GUARDED: tl.constexpr):
+    """Whether a program of a GUARDED launch has nothing to do again."""
+    if GUARDED:
+        return tl.load(flags + tl.program_id(0)) == 0
+    else:
+        return False
 
 
 @triton.jit
@@ -317,20 +439,55 @@ def base2(b_lse):
 
 
 @triton.jit
-def grad_scores(b_p, b_dp, b_delta, b_visible, b_tanh, b_keep, keep_scale):
+def dropped(b_p, dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Probabilities with the sign telling which of them dropout keeps, so that no mask stays live beside them; as they
+    are without dropout."""
+    if dropout is not None:
+        return tl.where(kept(dropout, b_head_index, b_m, start_n, BLOCK_N, KEYS_FIRST), b_p, -b_p)
+    else:
+        return b_p
+
+
+@triton.jit
+def grad_scores(b_p, b_dp, b_delta, b_tanh, dropout):
     """With dp = grad_out . value and delta = sum(grad_out * out) - grad_logsumexp the gradient of a score is
-    p * (dp - delta) (Dao et al., 2022).
+    p * (dp - delta) (Dao et al., 2022). `b_p` comes from `dropped`.
 
     -> (gradient of the scores after softcap and bias, gradient of the products), both without the scale."""
-    if b_keep is not None:
-        b_dp = tl.where(b_keep, b_dp * keep_scale, 0.0)
-    b_ds = b_p * (b_dp - b_delta)
-    if b_visible is not None:
-        b_ds = tl.where(b_visible, b_ds, 0.0)
+    if dropout is not None:
+        b_dp = tl.where(b_p > 0.0, b_dp * dropout.keep_scale, 0.0)
+    # dp of what nobody sees may be NaN.
+    b_ds = tl.where(b_p == 0.0, 0.0, tl.abs(b_p) * (b_dp - b_delta))
     if b_tanh is not None:
-        b_dqk = b_ds * (1.0 - b_tanh * b_tanh)
-        if b_visible is not None:
-            b_dqk = tl.where(b_visible, b_dqk, 0.0)
-        return b_ds, b_dqk
+        return b_ds, tl.where(b_p == 0.0, 0.0, b_ds * (1.0 - b_tanh * b_tanh))
     else:
         return b_ds, b_ds
+
+
+@triton.jit
+def pack_bits_kernel(
+    mask,
+    words,
+    strides,
+    heads,
+    queries,
+    keys,
+    rows,
+    row_words,
+    word_blocks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Bytes that broadcast to nothing any more (batch, heads, queries, keys) to bits: `words` (rows, row_words) int64,
+    key j at bit j % 64 of word j // 64."""
+    b_row = (tl.program_id(0) // word_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_word = (tl.program_id(0) % word_blocks) * BLOCK_W + tl.arange(0, BLOCK_W)
+    b_bit = tl.arange(0, 64)
+    b_in = b_row < rows
+    p_rows = matrix_rows(mask, strides, b_row // (heads * queries), (b_row // queries) % heads, b_row % queries)
+    b_n = b_word[:, None] * 64 + b_bit[None, :]
+    b_ok = b_in[:, None, None] & (b_n < keys)[None, :, :]
+    b_x = tl.load(p_rows[:, None, None] + (wide(b_n) * strides.column)[None, :, :], mask=b_ok, other=0)
+    b_packed = tl.sum((b_x != 0).to(tl.int64) << b_bit.to(tl.int64)[None, None, :], 2)
+    p_words = words + wide(b_row)[:, None] * row_words + b_word[None, :]
+    tl.store(p_words, b_packed, mask=b_in[:, None] & (b_word < row_words)[None, :])

@@ -1,0 +1,249 @@
+"""The arguments of attention as the Triton kernels take them, and how their launches are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
+from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
+
+LOG2E = 1.4426950408889634
+# Offsets inside one tile are 32-bit up to this row stride.
+NARROW_STRIDE = 1 << 23
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def row_strides(x: torch.Tensor) -> Strides:
+    """Strides of (batch, heads, rows, dim), or of packed (tokens, heads, dim)."""
+    if x.dim() == 4:
+        return Strides(x.stride(0), x.stride(1), x.stride(2))
+    return Strides(0, x.stride(1), x.stride(0))
+
+
+def matrix_strides(x: torch.Tensor | None) -> MatrixStrides | None:
+    """Strides of what broadcasts to (batch, heads, queries, keys)."""
+    if x is None:
+        return None
+    return MatrixStrides(*(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())))
+
+
+def aligned_empty(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """A matrix (..., queries, keys) whose rows begin at multiples of 16 bytes."""
+    step = 16 // like.element_size()
+    return like.new_empty((*shape[:-1], cdiv(shape[-1], step) * step))[..., : shape[-1]]
+
+
+def aligned_rows(bias: torch.Tensor, keys: int) -> torch.Tensor:
+    """`bias` with rows that kernels can copy 16 bytes at a time: itself, or a copy where its strides are others, such
+    as those of 577 keys behind one another. Element by element, its loads would take more registers and instructions
+    than the rest of a tile, for every head and in every kernel."""
+    step = 16 // bias.element_size()
+    strides = [stride for size, stride in zip(bias.shape[:-1], bias.stride()) if size > 1]
+    is_aligned = bias.data_ptr() % 16 == 0 and all(stride % step == 0 for stride in strides)
+    if is_aligned and bias.shape[-1] == keys and (keys == 1 or bias.stride(-1) == 1):
+        return bias
+    return aligned_empty(torch.Size((*bias.shape[:-1], keys)), bias).copy_(bias)
+
+
+def dropout_of(seed: torch.Tensor | None, dropout_p: float, direction: int = 0) -> Dropout | None:
+    """Dropout of attention weights, None where there is no seed."""
+    return None if seed is None else Dropout(seed, int(dropout_p * 2**32), 1.0 / (1.0 - dropout_p), direction)
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """Bool (batch, heads, queries, keys), or (batch, keys), to int64 words of 64 keys each along its last dimension: an
+    eighth of what every kernel and every head would read again, and no tile of booleans in registers."""
+    full = mask if mask.dim() == 4 else mask[:, None, None, :]
+    batch, heads, queries, keys = full.shape
+    # What broadcasts along keys is one word for all of them. Else a tile of 128 keys may read two words.
+    strides = MatrixStrides(full.stride(0), full.stride(1), full.stride(2), 0 if keys == 1 else full.stride(3))
+    row_words = 1 if keys == 1 else 2 * cdiv(keys, 128)
+    keys = 64 if keys == 1 else keys
+    rows = batch * heads * queries
+    words = mask.new_empty((*mask.shape[:-1], row_words), dtype=torch.int64)
+    config = Config(16, min(8, 1 << (row_words - 1).bit_length()), 4, 1)
+    word_blocks = cdiv(row_words, config.block_n)
+    launch(
+        "pack_bits",
+        pack_bits_kernel,
+        cdiv(rows, config.block_m) * word_blocks,
+        (full.view(torch.uint8), words, strides, heads, queries, keys, rows, row_words, word_blocks),
+        {"BLOCK_M": config.block_m, "BLOCK_W": config.block_n},
+        config,
+    )
+    return words
+
+
+@dataclass
+class Problem:
+    """The arguments of an attention operator in the form the kernels take them."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    masks: Masks
+    scaling: Scaling
+    sizes: Sizes
+    batch: int
+    heads: int
+    kv_heads: int
+    # Longest sequences; totals of tokens are in `sizes`.
+    queries: int
+    keys: int
+    causal: bool
+    packed: bool
+    variant: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def head_dim(self) -> int:
+        return self.query.shape[-1]
+
+    @property
+    def value_dim(self) -> int:
+        return self.value.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Rows of logsumexp."""
+        return self.heads * self.sizes.queries * (1 if self.packed else self.batch)
+
+    @property
+    def logsumexp_strides(self) -> Strides:
+        return Strides(0 if self.packed else self.heads * self.queries, self.sizes.queries, self.rows)
+
+    @property
+    def hides_columns(self) -> bool:
+        """Whether keys between the first and the last one that a block of queries sees may be seen by none of them."""
+        m = self.masks
+        return m.range_start is not None or m.mask is not None or m.bias is not None
+
+    @property
+    def level(self) -> str:
+        """How much the kernels do beside the products, which decides how large their tiles may be."""
+        is_loaded = self.hides_columns or self.masks.dropout is not None or self.scaling.cap is not None
+        return "loaded" if is_loaded else "plain"
+
+    @property
+    def is_empty(self) -> bool:
+        return self.rows == 0 or self.batch == 0 or self.queries == 0
+
+    def flags(self, programs: int) -> torch.Tensor | None:
+        """Where programs report NaN (see `report_nan`); None where they need not."""
+        return self.query.new_empty((programs,), dtype=torch.int8) if self.hides_columns else None
+
+    def launch_guarded(
+        self,
+        kind: str,
+        kernel: Any,
+        grid: int,
+        flags: torch.Tensor | None,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        config: Config,
+    ) -> None:
+        """Launch `kernel`, and what has reported NaN in `flags` again."""
+        launch(kind, kernel, grid, arguments, constants | {"GUARDED": False}, config)
+        if flags is not None:
+            launch(f"{kind}_guarded", kernel, grid, arguments, constants | {"GUARDED": True}, config)
+
+    def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
+        shape = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.value_dim)
+        widest = max(self.head_dim, self.value_dim)
+        return choose(kind, self.level, self.dtype, widest, self.device, shape, self.variant, run, adjust)
+
+    def constants(self, config: Config, *tensors: torch.Tensor) -> dict[str, Any]:
+        """What the kernels over query-key tiles are compiled for."""
+        strides = [stride for x in (self.query, self.key, self.value, *tensors) for stride in row_strides(x)]
+        return {
+            "CAUSAL": self.causal,
+            "HEAD_DIM": self.head_dim,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": dimension_class(self.head_dim),
+            "WIDE": max(strides) >= NARROW_STRIDE,
+            "PRECISION": precision(self.dtype),
+        }
+
+    def value_constants(self) -> dict[str, Any]:
+        return {"VALUE_DIM": self.value_dim, "BLOCK_DV": dimension_class(self.value_dim)}
+
+
+def unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a last stride of 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Problem:
+    value = unit_rows(given["value"])
+    packed = given["cu_seqlens_q"] is not None
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if packed:
+        batch = given["cu_seqlens_q"].shape[0] - 1
+        total_q, total_k = query.shape[0], key.shape[0]
+        queries, keys = min(given["max_seqlen_q"], total_q), min(given["max_seqlen_k"], total_k)
+    else:
+        batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
+        total_q, total_k = queries, keys
+    drops = given["dropout_p"] > 0
+    bias = None if given["bias"] is None else aligned_rows(given["bias"], keys)
+    key_mask, mask = (None if given[name] is None else pack_bits(given[name]) for name in ("key_mask", "mask"))
+    masks = Masks(
+        lengths=given["key_lengths"],
+        range_start=given["range_start"],
+        range_stop=given["range_stop"],
+        key_mask=key_mask,
+        key_words=None if key_mask is None else key_mask.stride(0),
+        mask=mask,
+        mask_strides=matrix_strides(mask),
+        bias=bias,
+        bias_strides=matrix_strides(bias),
+        dropout=dropout_of(given["seed"], given["dropout_p"]) if drops else None,
+    )
+    softcap, scale = given["softcap"], given["scale"]
+    if softcap > 0:
+        scaling = Scaling(product=scale / softcap, cap=softcap * LOG2E)
+    else:
+        scaling = Scaling(product=scale * LOG2E, cap=None)
+    present = [name for name in ("key_lengths", "range_start", "key_mask", "mask", "bias") if given[name] is not None]
+    present += [
+        name
+        for name, there in (
+            ("causal", given["is_causal"]),
+            ("softcap", softcap > 0),
+            ("dropout", drops),
+            ("packed", packed),
+        )
+        if there
+    ]
+    return Problem(
+        query=query,
+        key=key,
+        value=value,
+        masks=masks,
+        scaling=scaling,
+        sizes=Sizes(
+            heads, heads // kv_heads if kv_heads else 1, total_q, total_k, given["cu_seqlens_q"], given["cu_seqlens_k"]
+        ),
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        queries=queries,
+        keys=keys,
+        causal=given["is_causal"],
+        packed=packed,
+        variant=",".join(present),
+    )
