@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conftest import every_backend
 from velm_kernels import use_backend
-from velm_kernels.backends import cpu
 from velm_kernels.fusion import dropout_residual, reference
 
 SEED = 0x123456789ABCDEF0
-ISAS = [isa for isa in cpu.INSTRUCTION_SETS if cpu.why_not(isa) is None]
 
 
 def _gradients(x, residual, p, grad):
@@ -18,14 +17,14 @@ def _gradients(x, residual, p, grad):
     return out.detach(), x.grad, residual.grad
 
 
-@pytest.mark.parametrize("isa", ISAS or [pytest.param("", marks=pytest.mark.skip("no CPU library was built"))])
+@every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 63), (7, 64), (5, 130), (2, 4, 768)])
 @pytest.mark.parametrize("p", [0.1, 0.75])
-def test_every_instruction_set_computes_what_the_reference_computes(isa, dtype, shape, p):
+def test_every_backend_computes_what_the_reference_computes(backend, dtype, shape, p):
     torch.manual_seed(0)
     x, residual, grad = (torch.randn(shape).to(dtype) for _ in range(3))
-    with cpu.use_isa(isa), use_backend("cpu"):
+    with backend.use():
         actual = _gradients(x, residual, p, grad)
     with use_backend("reference"):
         expected = _gradients(x, residual, p, grad)
@@ -46,23 +45,37 @@ def test_share_and_independence_of_what_is_kept(p):
     assert not torch.equal(keep, reference.kept(torch.tensor(SEED + 1), 512, 512, p).double())
 
 
-def test_backward_drops_what_forward_dropped():
+@every_backend
+def test_backward_drops_what_forward_dropped(backend):
     x = torch.rand(4, 100) + 1
     x.requires_grad_()
-    out = dropout_residual(x, dropout_p=0.4)
-    out.sum().backward()
+    with backend.use():
+        out = dropout_residual(x, dropout_p=0.4)
+        out.sum().backward()
     assert torch.equal(out == 0, x.grad == 0)
     assert 0 < (out == 0).sum() < out.numel()
     torch.testing.assert_close(out.detach(), x.grad * x.detach())
 
 
-def test_layouts_and_empty_shapes():
+@every_backend
+def test_layouts_and_empty_shapes(backend):
     base = torch.randn(6, 5, 40)
     x = base.transpose(0, 1)[:, :, ::2]
-    out = dropout_residual(x, x, 0.3, seed=SEED)
-    assert torch.equal(out, dropout_residual(x.contiguous(), x.contiguous(), 0.3, seed=SEED))
-    assert dropout_residual(torch.randn(0, 4), dropout_p=0.3).shape == (0, 4)
-    assert dropout_residual(torch.randn(4, 0), dropout_p=0.3).shape == (4, 0)
+    with backend.use():
+        out = dropout_residual(x, x, 0.3, seed=SEED)
+        assert torch.equal(out, dropout_residual(x.contiguous(), x.contiguous(), 0.3, seed=SEED))
+        wide = torch.randn(9, 130)[:, :70]
+        assert torch.equal(dropout_residual(wide, seed=SEED), dropout_residual(wide.contiguous(), seed=SEED))
+        assert dropout_residual(torch.randn(0, 4), dropout_p=0.3).shape == (0, 4)
+        assert dropout_residual(torch.randn(4, 0), dropout_p=0.3).shape == (4, 0)
+
+
+@every_backend
+def test_what_is_dropped_may_be_infinite(backend):
+    keep = reference.kept(torch.tensor(SEED), 5, 70, 0.5)
+    x = torch.where(keep, torch.ones(5, 70), torch.inf)
+    with backend.use():
+        assert torch.equal(dropout_residual(x, dropout_p=0.5, seed=SEED), 2.0 * keep)
 
 
 def test_without_dropout_it_adds():

@@ -42,5 +42,10 @@ def test_cross_attention() -> None:
 
 
 @pytest.mark.slow
+def test_dropout_residual() -> None:
+    interpreted("tests/fusion", "-k", "triton")
+
+
+@pytest.mark.slow
 def test_kernels() -> None:
     interpreted("tests/triton/interpreted_cases.py")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 
@@ -115,6 +115,8 @@ def _reference_backward(grad: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
 
 register("dropout_residual_forward", "reference", _reference_forward, lambda arguments: [])
 register("dropout_residual_backward", "reference", _reference_backward, lambda arguments: [])
+triton.register_triton("dropout_residual_forward", "fusion.triton_dropout")
+triton.register_triton("dropout_residual_backward", "fusion.triton_dropout")
 cpu.register_cpu("dropout_residual_forward")
 cpu.register_cpu("dropout_residual_backward")
 register_public("dropout_residual", "dropout_residual_forward", canonical)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.triton_attention import FEW_PROGRAMS, cdiv, sum_partials
+from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
+from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, choose, launch, precision
 from velm_kernels.linear.reference import FROM_OUTPUT
 from velm_kernels.linear.triton_kernels import linear_grad_kernel, linear_kernel
