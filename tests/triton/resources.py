@@ -1,13 +1,17 @@
-"""What every shipped instance of the Triton attention kernels occupies, as the compiler reports it.
+"""What every shipped instance of the Triton kernels occupies, as the compiler reports it.
 
     python -m tests.triton.resources                 compares resources.csv with what is compiled now
     python -m tests.triton.resources --write         writes it
     ... --arch 80 --dim 64 --dtype float16           restricts either to some instances
+    ... --missing                                    only instances that have no row yet
 
-`resources.csv` has a row for each kernel, level (see velm_kernels.backends.triton.TABLE), element type, head dimension
-and architecture: block sizes, warps and pipeline stages, registers a thread, bytes of spilled registers, bytes of
-shared memory a block, the fraction of a multiprocessor's threads that can be resident, and the matrix instructions in
-the PTX. bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
+`resources.csv` has a row for each kernel, level, element type, head dimension and architecture: block sizes, warps and
+pipeline stages, registers a thread, bytes of spilled registers, bytes of shared memory a block, the fraction of a
+multiprocessor's threads that can be resident, and the matrix instructions in the PTX.
+
+There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
+do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
+bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
 """
 
 from __future__ import annotations
@@ -18,22 +22,58 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
-from velm_kernels.attention import triton_attention, triton_bidirectional
+from velm_kernels.attention import triton_attention, triton_bidirectional, triton_small
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
+from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
+from velm_kernels.fusion import triton_dropout
+from velm_kernels.linear import triton_linear
 
 FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
 DIMENSIONS = (64, 128, 256)
 DTYPES = ("float16", "float32")
-LEVELS = ("plain", "masked", "loaded")
-KINDS = ("forward", "grad_query", "grad_key_value", "grad_bias", "key_mass", "grad_side")
+# Kernels over tiles of queries and keys. The second launch of a kernel and the one of few queries take the block sizes
+# of the first.
+SHARED_ENTRY = {"forward_guarded": "forward", "decode": "forward", "grad_query_guarded": "grad_query"}
+ATTENTION = (
+    ("forward", "plain"),
+    ("forward", "loaded"),
+    ("forward_guarded", "loaded"),
+    ("decode", "loaded"),
+    ("grad_query", "plain"),
+    ("grad_query", "loaded"),
+    ("grad_query_guarded", "loaded"),
+    ("grad_key_value", "plain"),
+    ("grad_key_value", "loaded"),
+    ("grad_bias", "loaded"),
+    ("key_mass", "loaded"),
+    ("grad_side", "loaded"),
+)
+# Kernels that read each element once.
+STREAMING = (
+    "linear_grad",
+    "gated_residual",
+    "gated_residual_backward",
+    "merge",
+    "merge_backward",
+    "merge_logsumexp_backward",
+    "merge_splits",
+    "rms_norm",
+    "rms_norm_backward",
+    "delta",
+    "sum_partials",
+    "pack_bits",
+    "dropout_residual",
+)
+WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
 COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)))
@@ -45,26 +85,25 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _arguments(level: str, dtype: torch.dtype, dim: int) -> dict[str, Any]:
+def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> dict[str, Any]:
     """A call of attention_forward that needs everything a level has."""
+    queries = queries or QUERIES
     given: dict[str, Any] = dict.fromkeys(TENSOR_NAMES)
-    for name, length in (("query", QUERIES), ("key", TOKENS), ("value", TOKENS)):
+    for name, length in (("query", queries), ("key", TOKENS), ("value", TOKENS)):
         given[name] = _empty(BATCH, HEADS, length, dim, dtype=dtype)
     given |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "scale": dim**-0.5, "norm_eps": 1e-6}
-    given |= {"is_causal": level != "masked", "softcap": 0.0, "dropout_p": 0.0}
-    if level != "masked":
-        given["key_lengths"] = _empty(BATCH)
-        given["key_mask"] = _empty(BATCH, TOKENS, dtype=torch.bool)
-    if level != "plain":
-        given["range_start"] = given["range_stop"] = _empty(BATCH, QUERIES)
-        given["mask"] = _empty(BATCH, 1, QUERIES, TOKENS, dtype=torch.bool)
-        given["bias"] = _empty(1, HEADS, QUERIES, TOKENS, dtype=dtype)
+    given |= {"is_causal": True, "softcap": 0.0, "dropout_p": 0.0}
+    given["key_lengths"] = _empty(BATCH)
+    given["key_mask"] = _empty(BATCH, TOKENS, dtype=torch.bool)
     if level == "loaded":
+        given["range_start"] = given["range_stop"] = _empty(BATCH, queries)
+        given["mask"] = _empty(BATCH, 1, queries, TOKENS, dtype=torch.bool)
+        given["bias"] = _empty(1, HEADS, queries, TOKENS, dtype=dtype)
         given |= {"softcap": 30.0, "dropout_p": 0.1, "seed": _empty(dtype=torch.int64)}
     return given
 
 
-def _launches(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, Launch]:
+def attention(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, Launch]:
     given = _arguments(level, dtype, dim)
     tensors = [given[name] for name in TENSOR_NAMES]
     scalars = [given[name] for name in SCALAR_NAMES]
@@ -72,30 +111,68 @@ def _launches(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, 
         out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, True)
         wanted = 7 if given["bias"] is None else 15
         triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, wanted)
-        if level != "masked":
-            x = given["query"]
-            mask, seed = given["key_mask"], given.get("seed")
-            both = (out, out, None, None, x, x, x, x, mask, mask, seed, out, out, logsumexp, logsumexp)
-            triton_bidirectional.bidirectional_attention_backward(*both, given["scale"], given["dropout_p"], 15)
+        x = given["query"]
+        mask, seed = given["key_mask"], given["seed"]
+        both = (out, out, None, None, x, x, x, x, mask, mask, seed, out, out, logsumexp, logsumexp)
+        triton_bidirectional.bidirectional_attention_backward(*both, given["scale"], given["dropout_p"], 15)
+        few = _arguments(level, dtype, dim, queries=1)
+        triton_attention.attention_forward(*[few[name] for name in (*TENSOR_NAMES, *SCALAR_NAMES)], False)
+    return {launch.kind: launch for launch in launches}
+
+
+def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
+    """Everything but the kernels over tiles of queries and keys, with every option that a kernel has."""
+    rows, dim, shards = 4096, 768, 4
+    x, row = _empty(rows, dim, dtype=dtype), _empty(dim, dtype=dtype)
+    mask, seed = _empty(rows, dtype=torch.bool), _empty(dtype=torch.int64)
+    given = _arguments("loaded", dtype, WIDEST, queries=1)
+    given |= {"query_norm_weight": _empty(WIDEST, dtype=dtype), "key_norm_weight": _empty(WIDEST, dtype=dtype)}
+    tensors = [given[name] for name in TENSOR_NAMES]
+    scalars = [given[name] for name in SCALAR_NAMES]
+    with pretend(arch) as launches:
+        out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, False)
+        triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, 63)
+        outs, logsumexps = [out] * shards, [logsumexp] * shards
+        triton_small.merge_attention_forward(outs, logsumexps)
+        triton_small.merge_attention_backward(out, logsumexp, outs, logsumexps, logsumexp, 3)
+        triton_small.gated_residual_forward(x, x, row, mask)
+        triton_small.gated_residual_backward(x, x, row, mask, 3)
+        triton_dropout.dropout_residual_forward(x, x, seed, 0.1)
+        y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
+        triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
     return {launch.kind: launch for launch in launches}
 
 
 def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tuple[int, ...]) -> Iterator[Key]:
     for arch in architectures:
         for dtype in dtypes:
+            size = getattr(torch, dtype).itemsize
             for dim in dims:
-                for level in LEVELS:
-                    for kind in KINDS:
-                        if (kind == "grad_bias" and level == "plain") or (kind == "grad_side" and level == "masked"):
-                            continue
+                for kind, level in ATTENTION:
+                    entry = SHARED_ENTRY.get(kind, kind)
+                    if backend.entry(entry, level, size, dim) is backend.TABLE[entry, level].get((size, dim)):
                         yield kind, level, dtype, dim, arch
+            yield "linear", "plain", dtype, WIDEST, arch
+        if "float16" in dtypes:
+            for kind in STREAMING:
+                yield kind, "plain", "float16", WIDEST, arch
+
+
+@cache
+def _launches(level: str | None, dtype: torch.dtype, dim: int, arch: int) -> dict[str, Launch]:
+    return others(dtype, arch) if level is None else attention(level, dtype, dim, arch)
+
+
+def launch_of(key: Key) -> Launch:
+    kind, level, dtype, dim, arch = key
+    is_attention = (kind, level) in ATTENTION
+    return _launches(level if is_attention else None, getattr(torch, dtype), dim, arch)[kind]
 
 
 def measure(key: Key) -> tuple[str, Resources]:
-    kind, level, dtype, dim, arch = key
-    launch = _launches(level, getattr(torch, dtype), dim, arch)[kind]
+    launch = launch_of(key)
     c = launch.config
-    return f"{c.block_m}x{c.block_n}x{c.num_stages}", resources(launch, arch)
+    return f"{c.block_m}x{c.block_n}x{c.num_stages}", resources(launch, key[-1])
 
 
 def read() -> dict[Key, tuple[str, Resources]]:
@@ -127,7 +204,7 @@ def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
         found.append(f"spills {now.spilled_bytes} bytes")
     if now.shared_bytes > SHARED_LIMIT[key[-1]]:
         found.append(f"needs {now.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[key[-1]]}")
-    if now.matrix == "none":
+    if now.matrix == "none" and key[0] not in STREAMING:
         found.append("has no matrix instructions")
     if before is not None:
         # Registers move a little with every edit; what counts is how many blocks fit.
@@ -148,10 +225,13 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--dim", type=int, nargs="*", default=DIMENSIONS)
     parser.add_argument("--dtype", nargs="*", default=DTYPES)
+    parser.add_argument("--missing", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     table, failed = read(), []
     keys = list(instances(tuple(chosen.arch), tuple(chosen.dtype), tuple(chosen.dim)))
+    if chosen.missing:
+        keys = [key for key in keys if key not in table]
     with ProcessPoolExecutor(chosen.jobs) as pool:
         for key, (blocks, now) in zip(keys, pool.map(measure, keys)):
             before = None if chosen.write else table.get(key, (blocks, None))[1]

@@ -12,7 +12,7 @@ from velm_kernels.backends import triton as backend
 
 
 @pytest.mark.skipif(backend.is_interpreted(), reason="needs kernels that are compiled")
-@pytest.mark.parametrize("level", ["plain", "masked", "loaded"])
+@pytest.mark.parametrize("level", ["plain", "loaded", "others"])
 def test_signatures_are_those_of_a_launch(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
@@ -25,8 +25,12 @@ def test_signatures_are_those_of_a_launch(level: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(resources, "TOKENS", 64)
     compiler = make_backend(GPUTarget("cuda", 90, 32))
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "debug": False, "instrumentation_mode": ""}
-    launches = resources._launches(level, torch.float16, 64, 90)
-    assert {"forward", "grad_query", "grad_key_value"} <= set(launches)
+    if level == "others":
+        launches = resources.others(torch.float16, 90)
+        assert {"linear", "dropout_residual", "rms_norm_backward"} <= set(launches)
+    else:
+        launches = resources.attention(level, torch.float16, 64, 90)
+        assert {"forward", "grad_query", "grad_key_value"} <= set(launches)
     for launch in launches.values():
         bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, compiler)
         bound, specialization, bound_options = bind(*launch.arguments, **launch.constants, **options)

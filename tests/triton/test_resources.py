@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
 
@@ -12,18 +11,18 @@ from velm_kernels.backends import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.is_interpreted(), reason="compiles kernels")
 
-# What a run of all tests compiles: one of the heaviest instances of each kind. `python -m tests.triton.resources`
-# compiles all of them.
+# What a run of all tests compiles: each kernel with products, and each architecture. `python -m tests.triton.resources`
+# compiles all instances.
 CHECKED = [
     ("forward", "plain", "float16", 64, 80),
-    ("grad_query", "plain", "float16", 64, 80),
-    ("grad_key_value", "plain", "float16", 64, 80),
-    ("grad_bias", "masked", "float16", 64, 80),
-    ("key_mass", "masked", "float16", 64, 80),
-    ("forward", "plain", "float16", 64, 90),
+    ("forward", "loaded", "float16", 128, 80),
+    ("grad_query", "loaded", "float16", 64, 80),
     ("grad_key_value", "plain", "float16", 64, 90),
+    ("grad_bias", "loaded", "float16", 64, 90),
+    ("key_mass", "loaded", "float16", 64, 120),
     ("forward", "plain", "float16", 64, 100),
-    ("forward", "plain", "float16", 64, 120),
+    ("linear", "plain", "float16", 256, 90),
+    ("dropout_residual", "plain", "float16", 256, 80),
 ]
 
 
@@ -38,6 +37,14 @@ def test_resources(key: tuple[str, str, str, int, int]) -> None:
     assert resources.complaints(key, now, table[key][1]) == []
 
 
+def test_the_table_is_complete() -> None:
+    from tests.triton import resources
+
+    expected = set(resources.instances(resources.ARCHITECTURES, resources.DTYPES, resources.DIMENSIONS))
+    assert {entry for entry, _ in resources.ATTENTION} >= {kind for kind, _ in backend.TABLE} - {"linear"}
+    assert set(resources.read()) == expected, "python -m tests.triton.resources --missing --write"
+
+
 def test_the_table_has_no_complaints() -> None:
     from tests.triton import resources
 
@@ -50,9 +57,9 @@ def test_the_table_knows_the_block_sizes() -> None:
     """Block sizes are not changed without asking the compiler again."""
     from tests.triton import resources
 
-    for (kind, level, dtype, dim, arch), (blocks, _) in resources.read().items():
-        config = backend._lookup(kind, level, getattr(torch, dtype), dim, arch)
-        assert blocks == f"{config.block_m}x{config.block_n}x{config.num_stages}", (kind, level, dtype, dim, arch)
+    for key, (blocks, _) in resources.read().items():
+        config = resources.launch_of(key).config
+        assert blocks == f"{config.block_m}x{config.block_n}x{config.num_stages}", key
 
 
 def test_worse_resources_are_noticed() -> None:

@@ -151,7 +151,15 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             split_keys,
         )
         constants = p.constants(config) | p.value_constants() | {"PACKED": shares, "SPLIT": splits > 1}
-        p.launch_guarded("forward", attention_forward_kernel, count * splits, flags, arguments, constants, config)
+        p.launch_guarded(
+            "decode" if shares or splits > 1 else "forward",
+            attention_forward_kernel,
+            count * splits,
+            flags,
+            arguments,
+            constants,
+            config,
+        )
         if splits > 1:
             merge = Config(16, 0, 4, 1)
             launch(

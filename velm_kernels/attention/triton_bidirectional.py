@@ -1,4 +1,10 @@
-"""Bidirectional attention by Triton kernels: the launches, for tensors in canonical form."""
+"""Bidirectional attention by Triton kernels: the launches, for tensors in canonical form.
+
+Forward computes the scores twice, once for each direction; in one pass, every block of rows of `a` would leave partial
+results of all of `b`. For Grounding DINO's 20,000 image and 256 text tokens of 256 dimensions a head recomputes
+2.6 GFLOP, where partial results of 157 blocks of 128 rows would write and read again 256 KiB each, 82 MB: at the
+200 TFLOP/s and 2 TB/s of a current GPU three times as long.
+"""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def grad_side_kernel(
             b_p = tl.where(b_visible, tl.exp2(b_s - base2(b_lse_x)[:, None]), 0.0)
             b_p = dropped(b_p, dropout_x, head_index, b_x, start_y, BLOCK_N, False)
             b_dp = product(b_dox, tl.trans(b_vy), PRECISION)
-            b_ds_x, _b_dqk = grad_scores(b_p, b_dp, b_delta_x[:, None], None, dropout_x)
+            b_ds_x, _b_dqk = grad_scores(b_p, b_dp, b_delta_x[:, None], None, dropout_x, False)
             b_ds += b_ds_x
         if HAS_Y:
             b_seen = b_open_x[:, None] & b_live_y[None, :]
@@ -148,7 +148,7 @@ def grad_side_kernel(
             if dropout_y is not None:
                 b_weight = tl.where(b_p_y > 0.0, b_p_y * dropout_y.keep_scale, 0.0)
             b_dp_y = product(b_vx, tl.trans(b_doy), PRECISION)
-            b_ds_y, _b_dqk_y = grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], None, dropout_y)
+            b_ds_y, _b_dqk_y = grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], None, dropout_y, False)
             b_ds += b_ds_y
             b_dv = product_add(round_to(b_weight, grad_out_y.dtype.element_ty), b_doy, b_dv, PRECISION)
         b_dq = product_add(round_to(b_ds, query_y.dtype.element_ty), b_qy, b_dq, PRECISION)

@@ -11,6 +11,7 @@ from .triton_tiles import (
     grad_scores,
     key_rows_ok,
     load_rows,
+    may_hide,
     product,
     query_block,
     round_to,
@@ -121,7 +122,7 @@ def grad_bias_kernel(
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_p = dropped(b_p, masks.dropout, b * sizes.heads + head, b_m, start_n, BLOCK_N, False)
             b_dp = product(b_do, tl.trans(b_v), PRECISION)
-            b_ds, _b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout)
+            b_ds, _b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout, may_hide(masks))
             b_sum += b_ds
 
     bias_rows = queries

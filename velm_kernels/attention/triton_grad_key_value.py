@@ -12,6 +12,7 @@ from .triton_tiles import (
     is_one_part,
     key_rows_ok,
     load_rows,
+    may_hide,
     product,
     product_add,
     query_block,
@@ -89,7 +90,7 @@ def _grad_key_value_tiles(
                 b_dv = product_add(round_to(b_weight, p_do.dtype.element_ty), b_do, b_dv, PRECISION)
             if WANTS_KEY:
                 b_dp = product(b_v, tl.trans(b_do), PRECISION)
-                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_tanh, masks.dropout)
+                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_tanh, masks.dropout, may_hide(masks))
                 b_dk = product_add(round_to(b_dqk, p_q.dtype.element_ty), b_q, b_dk, PRECISION)
     return b_dk, b_dv
 

@@ -15,6 +15,7 @@ from .triton_tiles import (
     key_tiles,
     load_rows,
     matrix_rows,
+    may_hide,
     product,
     product_add,
     query_block,
@@ -122,7 +123,7 @@ def _grad_query_tiles(
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_p = dropped(b_p, masks.dropout, b_head_index, block.b_m, start_n, BLOCK_N, False)
         b_dp = product(b_do, tl.trans(b_v), PRECISION)
-        b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout)
+        b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout, may_hide(masks))
         if p_ds_rows is not None:
             p_tile = (p_ds_rows + start_n)[:, None] + b_j[None, :]
             b_inside = b_in[:, None] & (start_n + b_j < block.keys)[None, :]

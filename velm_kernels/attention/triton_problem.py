@@ -61,10 +61,12 @@ def pack_bits(mask: torch.Tensor) -> torch.Tensor:
     eighth of what every kernel and every head would read again, and no tile of booleans in registers."""
     full = mask if mask.dim() == 4 else mask[:, None, None, :]
     batch, heads, queries, keys = full.shape
-    # What broadcasts along keys is one word for all of them. Else a tile of 128 keys may read two words.
-    strides = MatrixStrides(full.stride(0), full.stride(1), full.stride(2), 0 if keys == 1 else full.stride(3))
-    row_words = 1 if keys == 1 else 2 * cdiv(keys, 128)
-    keys = 64 if keys == 1 else keys
+    # A tile of 128 keys reads two words.
+    row_words, stride = 2 * cdiv(keys, 128), full.stride(3)
+    if mask.dim() == 4 and keys == 1:
+        # It may broadcast along keys: one word for all of them.
+        row_words, stride, keys = 1, 0, 64
+    strides = MatrixStrides(full.stride(0), full.stride(1), full.stride(2), stride)
     rows = batch * heads * queries
     words = mask.new_empty((*mask.shape[:-1], row_words), dtype=torch.int64)
     config = Config(16, min(8, 1 << (row_words - 1).bit_length()), 4, 1)

@@ -286,11 +286,17 @@ def query_block(masks, b, b_head, first_row, queries, keys, b_m, CAUSAL: tl.cons
     """The `Block` of the queries `b_m` and (full_lo, full_hi) of `block_bounds`."""
     b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
     lo, hi, full_lo, full_hi = block_bounds(b_lo, b_hi, b_m < queries)
-    # Rows past the end read what the last one reads, so that they see no key that no row sees.
+    # Rows past the end see nothing; they read what the last one reads.
     b_at = tl.minimum(b_m, queries - 1)
     p_mask = matrix_rows(masks.mask, masks.mask_strides, b, b_head, b_at)
     p_bias = matrix_rows(masks.bias, masks.bias_strides, b, b_head, b_at)
     return Block(b, b_head, b_m, b_lo, b_hi, lo, hi, keys, p_mask, p_bias), full_lo, full_hi
+
+
+@triton.jit
+def may_hide(masks):
+    """Whether keys between the first and the last one that a block of queries sees may be seen by none of them."""
+    return (masks.mask is not None) or (masks.bias is not None) or (masks.range_start is not None)
 
 
 @triton.jit
@@ -370,10 +376,7 @@ def scores(
     b_n = along_keys(start_n + b_j, KEYS_FIRST)
     if masks.bias is not None:
         p_tile = along_queries(block.p_bias + start_n, KEYS_FIRST) + along_keys(b_j, KEYS_FIRST)
-        if MASKED:
-            b_bias = tl.load(p_tile, mask=b_n < block.keys, other=0.0).to(tl.float32)
-        else:
-            b_bias = tl.load(p_tile).to(tl.float32)
+        b_bias = tl.load(p_tile, mask=b_n < block.keys, other=0.0).to(tl.float32)
         # Selected, as what is hidden by -inf may be NaN.
         b_s = tl.where(b_bias == -float("inf"), -float("inf"), b_s + b_bias * LOG2E)
     if masks.mask is not None:
@@ -449,19 +452,22 @@ def dropped(b_p, dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEY
 
 
 @triton.jit
-def grad_scores(b_p, b_dp, b_delta, b_tanh, dropout):
+def grad_scores(b_p, b_dp, b_delta, b_tanh, dropout, HIDES: tl.constexpr):
     """With dp = grad_out . value and delta = sum(grad_out * out) - grad_logsumexp the gradient of a score is
-    p * (dp - delta) (Dao et al., 2022). `b_p` comes from `dropped`.
+    p * (dp - delta) (Dao et al., 2022). `b_p` comes from `dropped`; HIDES: dp of what nobody sees may be NaN.
 
     -> (gradient of the scores after softcap and bias, gradient of the products), both without the scale."""
     if dropout is not None:
         b_dp = tl.where(b_p > 0.0, b_dp * dropout.keep_scale, 0.0)
-    # dp of what nobody sees may be NaN.
-    b_ds = tl.where(b_p == 0.0, 0.0, tl.abs(b_p) * (b_dp - b_delta))
+    b_ds = tl.abs(b_p) * (b_dp - b_delta)
+    if HIDES:
+        b_ds = tl.where(b_p == 0.0, 0.0, b_ds)
+    b_dqk = b_ds
     if b_tanh is not None:
-        return b_ds, tl.where(b_p == 0.0, 0.0, b_ds * (1.0 - b_tanh * b_tanh))
-    else:
-        return b_ds, b_ds
+        b_dqk = b_ds * (1.0 - b_tanh * b_tanh)
+        if HIDES:
+            b_dqk = tl.where(b_p == 0.0, 0.0, b_dqk)
+    return b_ds, b_dqk
 
 
 @triton.jit

@@ -171,69 +171,53 @@ def dimension_class(head_dim: int) -> int:
 
 # (kernel, what it does beside its products) -> (element bytes, largest head dimension) -> architecture ->
 # (block_m, block_n, warps, stages); ANY stands for the architectures that have no entry of their own. "plain" kernels
-# mask by length and causality at most, "masked" ones also by ranges, masks or bias, "loaded" ones have dropout or a
-# softcap. The entries were chosen from what the compiler reports (no spills; tests/triton/resources.csv); they have not
-# been timed on devices.
+# mask by length, key mask and causality at most, "loaded" ones do anything; what has no "plain" entry takes the
+# "loaded" one. The entries were chosen from what the compiler reports (no spills; tests/triton/resources.csv); they
+# have not been timed on devices.
 ANY = 0
 _Blocks = tuple[int, int, int, int]
-_Rows = dict[tuple[int, int], dict[int, _Blocks]]
+_Row = dict[int, _Blocks]
+_Rows = dict[tuple[int, int], _Row]
 
 
-def _rows(*halves: dict[int, _Blocks] | _Blocks, single: tuple[_Blocks, ...]) -> _Rows:
-    """Entries for two-byte elements and for float32, each for head dimensions up to 64, 128 and 256."""
-    sixteen = [blocks if isinstance(blocks, dict) else {ANY: blocks} for blocks in halves]
-    return dict(zip(((2, 64), (2, 128), (2, 256)), sixteen)) | {
-        (4, dim): {ANY: blocks} for dim, blocks in zip((64, 128, 256), single)
+def _rows(size: int, *entries: _Row | _Blocks) -> _Rows:
+    """Entries for elements of `size` bytes and head dimensions up to 64, 128 and 256."""
+    return {
+        (size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip((64, 128, 256), entries)
     }
 
 
-_S64, _S32, _S16 = (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)
 TABLE: dict[tuple[str, str], _Rows] = {
-    ("forward", "plain"): _rows(
-        (128, 64, 8, 3),
-        {ANY: (128, 32, 8, 3), 90: (128, 64, 8, 2), 100: (128, 64, 8, 2)},
-        (32, 32, 4, 2),
-        single=(_S64, _S32, _S16),
-    ),
-    ("forward", "masked"): _rows((64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("forward", "loaded"): _rows((32, 32, 4, 2), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_query", "plain"): _rows(
-        (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), single=(_S16, _S16, (16, 16, 8, 1))
-    ),
-    ("grad_query", "masked"): _rows(
-        (64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S16, _S16, (16, 16, 8, 1))
-    ),
-    ("grad_query", "loaded"): _rows(
-        (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S16, _S16, (16, 16, 8, 1))
-    ),
-    ("grad_key_value", "plain"): _rows((32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_key_value", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_key_value", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_bias", "masked"): _rows((64, 32, 8, 2), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_bias", "loaded"): _rows(
-        (32, 32, 8, 1),
-        {ANY: (32, 32, 8, 1), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)},
-        (16, 32, 8, 1),
-        single=(_S64, _S32, _S16),
-    ),
-    ("key_mass", "plain"): _rows((64, 64, 8, 2), (64, 64, 8, 2), (32, 32, 8, 2), single=(_S64, _S32, _S16)),
-    ("key_mass", "masked"): _rows((32, 64, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("key_mass", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("linear", "plain"): _rows(
-        (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), single=((64, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2))
-    ),
-    ("grad_side", "plain"): _rows((64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1), single=(_S64, _S32, _S16)),
-    ("grad_side", "loaded"): _rows((32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1), single=(_S64, _S32, _S16)),
+    ("forward", "plain"): _rows(2, (128, 64, 4, 3), (128, 64, 8, 2), {ANY: (64, 64, 8, 2), 120: (64, 32, 8, 2)}),
+    ("forward", "loaded"): _rows(2, (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_query", "plain"): _rows(2, (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    ("grad_query", "loaded"): _rows(2, (128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1))
+    | _rows(4, (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("grad_key_value", "loaded"): _rows(2, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_side", "loaded"): _rows(2, (64, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3), 120: (128, 128, 8, 2)}, (4, 256): {ANY: (64, 64, 8, 2)}},
 }
+
+
+def entry(kind: str, level: str, size: int, dim: int) -> _Row:
+    """The row of `TABLE` for elements of `size` bytes and a power of two as head dimension."""
+    fitting = {key: row for key, row in TABLE.get((kind, level), {}).items() if key[0] >= size and key[1] >= dim}
+    return fitting[min(fitting)] if fitting else entry(kind, "loaded", size, dim)
 
 
 def _lookup(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:
     if arch == 0:
         # Small tiles, so that small tests cross many of their edges.
         return Config(16, 16, 4, 1)
-    rows = TABLE[kind, level]
-    size, dim = dtype.itemsize, dimension_class(head_dim)
-    row = rows[min(key for key in rows if key[0] >= size and key[1] >= dim)]
+    row = entry(kind, level, dtype.itemsize, dimension_class(head_dim))
     return Config(*row.get(arch, row[ANY]))
 
 

@@ -87,13 +87,14 @@ def linear_kernel(
     group_rows = tl.minimum(row_blocks - first_row_block, GROUP)
     start_m = (first_row_block + (pid % in_group) % group_rows) * BLOCK_M
     start_n = ((pid % in_group) // group_rows) * BLOCK_N
-    b_i = start_m + tl.arange(0, BLOCK_M)
-    b_j = start_n + tl.arange(0, BLOCK_N)
+    b_i = tl.arange(0, BLOCK_M)
+    b_j = tl.arange(0, BLOCK_N)
     b_k = tl.arange(0, BLOCK_K)
-    b_in_m = b_i < rows
-    b_in_n = b_j < out_features
-    p_x = x + wide(b_i)[:, None] * x_stride + b_k[None, :]
-    p_w = weight + wide(b_j)[:, None] * weight_stride + b_k[None, :]
+    b_in_m = start_m + b_i < rows
+    b_in_n = start_n + b_j < out_features
+    # 64-bit offsets of tiles, 32-bit ones inside of them.
+    p_x = x + wide(start_m) * x_stride + (b_i[:, None] * x_stride + b_k[None, :])
+    p_w = weight + wide(start_n) * weight_stride + (b_j[:, None] * weight_stride + b_k[None, :])
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in tl.range(0, in_features, BLOCK_K):
         b_in_k = start_k + b_k < in_features
@@ -101,19 +102,20 @@ def linear_kernel(
         b_w = tl.load(p_w + start_k, mask=b_in_n[:, None] & b_in_k[None, :], other=0.0)
         b_acc = product_add(b_x, tl.trans(b_w), b_acc, PRECISION)
     if bias is not None:
-        b_acc += tl.load(bias + b_j, mask=b_in_n, other=0.0).to(tl.float32)[None, :]
+        b_acc += tl.load(bias + start_n + b_j, mask=b_in_n, other=0.0).to(tl.float32)[None, :]
     b_ok = b_in_m[:, None] & b_in_n[None, :]
-    b_at = wide(b_i)[:, None] * out_features + b_j[None, :]
+    first = wide(start_m) * out_features + start_n
+    b_at = b_i[:, None] * out_features + b_j[None, :]
     b_out = _activate(b_acc, ACTIVATION)
     if saved is not None:
         if SAVES_VALUE:
-            tl.store(saved + b_at, round_to(b_out, saved.dtype.element_ty), mask=b_ok)
+            tl.store(saved + first + b_at, round_to(b_out, saved.dtype.element_ty), mask=b_ok)
         else:
-            tl.store(saved + b_at, round_to(b_acc, saved.dtype.element_ty), mask=b_ok)
+            tl.store(saved + first + b_at, round_to(b_acc, saved.dtype.element_ty), mask=b_ok)
     if residual is not None:
-        p_r = residual + wide(b_i)[:, None] * residual_stride + b_j[None, :]
+        p_r = residual + wide(start_m) * residual_stride + start_n + (b_i[:, None] * residual_stride + b_j[None, :])
         b_out += tl.load(p_r, mask=b_ok, other=0.0).to(tl.float32)
-    tl.store(out + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
+    tl.store(out + first + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
 
 
 @triton.jit
