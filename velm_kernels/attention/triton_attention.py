@@ -99,6 +99,8 @@ def sum_partials(partials: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 def few_rows(config: Config, rows: int) -> Config:
     """`config` with no more rows a block than there are."""
     block_m = min(config.block_m, dimension_class(rows))
+    if block_m == config.block_m:
+        return config
     return Config(block_m, config.block_n, 4 if block_m <= 64 else config.num_warps, config.num_stages)
 
 
