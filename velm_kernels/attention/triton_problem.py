@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
-from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision, with_blocks
+from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
 
 LOG2E = 1.4426950408889634
 # Offsets inside one tile are 32-bit up to this row stride.
@@ -157,11 +157,11 @@ class Problem:
         constants: dict[str, Any],
         config: Config,
     ) -> None:
-        """Launch `kernel`, and what has reported NaN in `flags` again. That is rarely anything: smaller tiles, which
-        make room for reading keys twice, cost nothing."""
+        """Launch `kernel`, and what has reported NaN in `flags` again. That is rarely anything: smaller tiles that are
+        not prefetched, which make room for reading keys twice, cost nothing."""
         launch(kind, kernel, grid, arguments, constants | {"GUARDED": False}, config)
         if flags is not None:
-            config = with_blocks(config, block_n=max(16, config.block_n // 2))
+            config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
             constants = constants | {"GUARDED": True, "BLOCK_N": config.block_n}
             launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
 

@@ -19,7 +19,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +197,11 @@ TABLE: dict[tuple[str, str], _Rows] = {
     ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("grad_key_value", "loaded"): _rows(2, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1))
     | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1))
+    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
     | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
     | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_side", "loaded"): _rows(2, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 1))
+    ("grad_side", "loaded"): _rows(2, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))
     | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3), 120: (128, 128, 8, 2)}, (4, 256): {ANY: (64, 64, 8, 2)}},
 }
@@ -352,8 +352,3 @@ def launch(
     device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     with torch.cuda.device(device):
         kernel[(grid,)](*arguments, **constants, **options, enable_fp_fusion=True)
-
-
-def with_blocks(config: Config, block_m: int | None = None, block_n: int | None = None) -> Config:
-    """`config` with other block sizes."""
-    return replace(config, block_m=block_m or config.block_m, block_n=block_n or config.block_n)
