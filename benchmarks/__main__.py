@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, harness, models
+from benchmarks import attention, harness, linear, models
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FAMILIES = ("attention", "models")
+OPERATORS = {"attention": attention.cases, "linear": linear.cases}
+FAMILIES = (*OPERATORS, "models")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,10 +46,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Any, torch.dtype, str]]:
     dtypes = [DTYPES[name] for name in args.dtype or ("fp32", "bf16")]
     families = args.family or FAMILIES
-    if "attention" in families:
-        directions = args.direction or ("fwd", "fwd+bwd")
-        for case, dtype, direction in harness.selected(attention.cases(), args.case, dtypes, directions):
-            yield "attention", case, dtype, direction
+    directions = args.direction or ("fwd", "fwd+bwd")
+    for family, cases in OPERATORS.items():
+        if family in families:
+            for case, dtype, direction in harness.selected(cases(), args.case, dtypes, directions):
+                yield family, case, dtype, direction
     if "models" in families:
         for model in models.cases():
             if args.case and not any(fnmatch.fnmatch(model.name, pattern) for pattern in args.case):
