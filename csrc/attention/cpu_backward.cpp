@@ -10,6 +10,7 @@
 
 #include "attention/cpu_bias_gradient.h"
 #include "attention/cpu_scores.h"
+#include "attention/cpu_weights.h"
 #include "simd/parallel.h"
 
 namespace velm::attention {
@@ -69,33 +70,47 @@ int64_t panel_count(const Problem& p, int64_t b) {
   return (p.group * p.query_count(b) + kPanel - 1) / kPanel;
 }
 
+void write_grad_query(const Problem& p, const Gradients& g, const Panel& panel, const float* dq) {
+  alignas(64) float factor[kPanel];
+  std::fill_n(factor, kPanel, p.scale);
+  unpack_transposed(g.grad_query, p, panel, dq, panel.vectors * kLanes, p.head_dim, factor);
+}
+
+template <class Format>
 class Worker {
  public:
+  using Word = typename Format::Word;
+
   Worker(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets, float* partial)
       : p_(p), g_(g), plan_(plan), offsets_(offsets), partial_(partial), scratch_(memory_, p, kChunk, true) {
     want_scores_ = g.grad_query.data || g.grad_key.data || g.grad_bias;
+    head_words_ = words_of<Format>(p.head_dim);
+    value_words_ = words_of<Format>(p.value_dim);
     ldk_ = padded(p.head_dim);
     ldv_ = padded(p.value_dim);
-    k_ = memory_.take(kChunk * ldk_);
-    v_ = memory_.take(kChunk * ldv_);
+    ldk_words_ = padded(head_words_);
+    ldv_words_ = padded(value_words_);
+    k_ = memory_.take<Word>(kChunk * ldk_words_);
+    v_ = memory_.take<Word>(kChunk * ldv_words_);
+    // One key a word is the same in both orders.
+    k_together_ = Format::kDepth == 1 ? k_ : memory_.take<Word>(words_of<Format>(kChunk) * ldk_);
     dk_ = memory_.take(kChunk * ldk_);
     dv_ = memory_.take(kChunk * ldv_);
     weights_ = memory_.take(kChunk * kPanel);
     ds_ = memory_.take(kChunk * kPanel);
     if (p.dropout) dropped_ = memory_.take(kChunk * kPanel);
+    words_ = memory_.take<Word>(words_of<Format>(kChunk + 1) * kPanel + kLanes);
     int64_t most = 0;
     for (int64_t b = 0; b < p.batch; ++b) most = std::max(most, panel_count(p, b));
     // Packed queries are kept for all chunks of keys unless there are very many.
     kept_ = std::min<int64_t>(most, kKeptPanels);
     keep_all_ = most <= kKeptPanels;
-    qt_ = memory_.take(kept_ * kPanel * p.head_dim);
-    dot_ = memory_.take(kept_ * kPanel * p.value_dim);
-    ot_ = memory_.take(kPanel * p.value_dim);
-    q_ = memory_.take(kept_ * kPanel * ldk_);
-    do_ = memory_.take(kept_ * kPanel * ldv_);
+    qt_ = memory_.take<Word>(kept_ * kPanel * head_words_);
+    dot_ = memory_.take<Word>(kept_ * kPanel * value_words_);
+    ot_ = memory_.take<Word>(kPanel * value_words_);
+    q_ = memory_.take<Word>(kept_ * kPanelWords * ldk_);
+    do_ = memory_.take<Word>(kept_ * kPanelWords * ldv_);
     if (g.grad_query.data && !partial) dq_ = memory_.take(most * kPanel * p.head_dim);
-    std::fill_n(k_, kChunk * ldk_, 0.0f);
-    std::fill_n(v_, kChunk * ldv_, 0.0f);
   }
 
   void run(const Job& job) {
@@ -118,6 +133,7 @@ class Worker {
 
  private:
   static constexpr int64_t kKeptPanels = 128;
+  static constexpr int64_t kPanelWords = kPanel / Format::kDepth;
 
   // What is known of a panel before the keys are gone through.
   struct Prepared {
@@ -159,8 +175,8 @@ class Worker {
 
   // What is added to the products of keys [from, to) of the block, if anything; false where it hides them all.
   template <int V>
-  bool find_additive(const float*& additive, const Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
-                     int64_t tile) {
+  bool find_additive(const float*& additive, const Panel& panel, const KeyBlockOf<Format>& block, int64_t from,
+                     int64_t to, int64_t tile) {
     additive = scratch_.additive;
     if (!additive) return true;
     if (!shared_) return additive_tile<V>(scratch_.additive, p_, panel, block.first + from, block.first + to);
@@ -229,14 +245,14 @@ class Worker {
     pack_panel(i, slot);
     if (!want_scores_) return;
     const int width = panel.vectors * kLanes;
-    const float* grad = dot_ + slot * kPanel * p_.value_dim;
+    const Word* grad = dot_ + slot * kPanel * value_words_;
     pack_transposed(ot_, width, p_, panel, g_.out, p_.value_dim, 1.0f,
                     [&](int l) { return state.lse[l] != kInfinity; });
     for (int l = 0; l < width; l += kLanes) {
       // In the order of the product that delta is subtracted from: rows with one key then cancel exactly.
       Vec sum = simd::zero();
-      for (int64_t d = 0; d < p_.value_dim; ++d)
-        sum = simd::fma(simd::load(ot_ + d * width + l), simd::load(grad + d * width + l), sum);
+      for (int64_t d = 0; d < value_words_; ++d)
+        sum = simd::dot_words(sum, simd::load_words(ot_ + d * width + l), simd::load_words(grad + d * width + l));
       simd::store(state.delta + l, sum - simd::load(state.delta + l));
     }
   }
@@ -246,26 +262,28 @@ class Worker {
     const int64_t width = panel.vectors * kLanes;
     // Rows that see nothing may hold anything and must not spread it.
     const auto keep = [&](int l) { return prepared_[i].lse[l] != kInfinity; };
-    pack_transposed(qt_ + slot * kPanel * p_.head_dim, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), keep);
+    pack_transposed(qt_ + slot * kPanel * head_words_, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), keep);
     if (want_scores_) {
-      pack_transposed(dot_ + slot * kPanel * p_.value_dim, width, p_, panel, g_.grad_out, p_.value_dim, 1.0f, keep);
+      pack_transposed(dot_ + slot * kPanel * value_words_, width, p_, panel, g_.grad_out, p_.value_dim, 1.0f, keep);
     }
     if (g_.grad_key.data)
-      prepared_[i].q_finite = pack_panel_rows(q_ + slot * kPanel * ldk_, ldk_, p_, panel, p_.q, p_.head_dim, keep);
+      prepared_[i].q_finite = pack_panel_rows(q_ + slot * kPanelWords * ldk_, ldk_, p_, panel, p_.q, p_.head_dim, keep);
     if (g_.grad_value.data) {
       prepared_[i].do_finite =
-          pack_panel_rows(do_ + slot * kPanel * ldv_, ldv_, p_, panel, g_.grad_out, p_.value_dim, keep);
+          pack_panel_rows(do_ + slot * kPanelWords * ldv_, ldv_, p_, panel, g_.grad_out, p_.value_dim, keep);
     }
   }
 
   void run_chunk(const Job& job, const Pair& pair, int64_t first, int64_t stop, float* dq) {
-    KeyBlock block;
+    KeyBlockOf<Format> block;
     block.first = first;
     block.count = stop - first;
     block.k = k_;
     block.v = v_;
-    block.ldk = ldk_;
-    block.ldv = ldv_;
+    block.ldk = ldk_words_;
+    block.ldv = ldv_words_;
+    block.k_together = k_together_;
+    block.ldk_together = Format::kDepth == 1 ? ldk_words_ : ldk_;
     const bool* holes = p_.holes(pair.b);
     block.holes = holes ? holes + first : nullptr;
     std::fill_n(dk_, block.count * ldk_, 0.0f);
@@ -281,10 +299,16 @@ class Worker {
     if (lo < hi && !(holes && std::find(holes + lo, holes + hi, true) == holes + hi)) {
       const int64_t at = lo - first;
       const bool* block_holes = holes ? holes + lo : nullptr;
-      block.k_finite =
-          pack_key_rows(k_ + at * ldk_, ldk_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim, block_holes) ||
-          !p_.masked_by_row();
-      pack_key_rows(v_ + at * ldv_, ldv_, p_, p_.v, pair.b, pair.kv_head, lo, hi - lo, p_.value_dim, block_holes);
+      const bool finite =
+          pack_keys_together(k_together_ + at / Format::kDepth * block.ldk_together, block.ldk_together, p_, p_.k,
+                             pair.b, pair.kv_head, lo, hi - lo, p_.head_dim, block_holes, at % Format::kDepth);
+      block.k_finite = finite || !p_.masked_by_row();
+      if (Format::kDepth > 1) {
+        pack_key_rows(k_ + at * ldk_words_, ldk_words_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim,
+                      block_holes);
+      }
+      pack_key_rows(v_ + at * ldv_words_, ldv_words_, p_, p_.v, pair.b, pair.kv_head, lo, hi - lo, p_.value_dim,
+                    block_holes);
       for (size_t i = 0; i < panels_.size(); ++i) {
         Panel& panel = panels_[i];
         const int64_t a = std::max(panel.lo, first) - first, z = std::min(panel.hi, stop) - first;
@@ -306,15 +330,14 @@ class Worker {
 
   // The part of keys [from, to) of the block and one panel in every gradient.
   template <int V>
-  void differentiate(const Job& job, Panel& panel, const Prepared& state, const KeyBlock& block, int64_t from,
+  void differentiate(const Job& job, Panel& panel, const Prepared& state, const KeyBlockOf<Format>& block, int64_t from,
                      int64_t to, size_t slot, int64_t tile, float* dq) {
     constexpr int kWidth = V * kLanes;
     const int64_t n = to - from;
-    const float* qt = qt_ + slot * kPanel * p_.head_dim;
+    const Word* qt = qt_ + slot * kPanel * head_words_;
     const float* additive;
     if (!find_additive<V>(additive, panel, block, from, to, tile)) return;
-    simd::product<V, false, simd::Start::zero>(weights_, kWidth, n, block.k + from * block.ldk, block.ldk, p_.head_dim,
-                                               qt, kWidth);
+    multiply_queries<V>(weights_, p_, block, from, to, qt, kWidth);
     products_to_scores<V>(weights_, p_, panel, block, from, to, additive, scratch_.tanh);
     Vec lse[V], delta[V];
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -322,8 +345,8 @@ class Worker {
       delta[v] = simd::load(state.delta + v * kLanes);
     });
     if (want_scores_) {
-      simd::product<V, false, simd::Start::zero>(ds_, kWidth, n, block.v + from * block.ldv, block.ldv, p_.value_dim,
-                                                 dot_ + slot * kPanel * p_.value_dim, kWidth);
+      simd::product<V, false, simd::Start::zero>(ds_, kWidth, n, block.v + from * block.ldv, block.ldv, value_words_,
+                                                 dot_ + slot * kPanel * value_words_, kWidth);
     }
     const float* dropped = weights_;
     if (p_.dropout) {
@@ -370,38 +393,43 @@ class Worker {
       }
     }
     const bool rowwise = p_.masked_by_row();
+    constexpr int64_t kWords = kWidth / Format::kDepth;
     if (g_.grad_value.data) {
-      const float* rows = do_ + slot * kPanel * ldv_;
+      const Word* rows = do_ + slot * kPanelWords * ldv_;
+      const Word* weights = weights_over_queries<Format, V>(words_, dropped, n);
       float* to_dv = dv_ + from * ldv_;
       if (state.do_finite || !rowwise) {
-        simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), dropped, kWidth,
-                                                    kWidth, rows, ldv_);
+        simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), weights, kWords,
+                                                    kWords, rows, ldv_);
       } else {
-        product_without_zeros<true>(to_dv, ldv_, n, p_.value_dim, dropped, kWidth, 1, kWidth, rows, ldv_);
+        product_without_zeros<true>(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_);
       }
     }
     if (g_.grad_key.data) {
-      const float* rows = q_ + slot * kPanel * ldk_;
+      const Word* rows = q_ + slot * kPanelWords * ldk_;
+      const Word* weights = weights_over_queries<Format, V>(words_, ds_, n);
       float* to_dk = dk_ + from * ldk_;
       if (state.q_finite || !rowwise) {
-        simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), ds_, kWidth, kWidth,
-                                                    rows, ldk_);
+        simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), weights, kWords,
+                                                    kWords, rows, ldk_);
       } else {
-        product_without_zeros<true>(to_dk, ldk_, n, p_.head_dim, ds_, kWidth, 1, kWidth, rows, ldk_);
+        product_without_zeros<true>(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_);
       }
     }
     if (g_.grad_query.data) {
-      const float* keys = block.k + from * block.ldk;
+      const int64_t depth = key_words<Format>(from, to), ld = block.ldk_together;
+      const Word* keys = block.k_together + from / Format::kDepth * ld;
+      const Word* weights = weights_over_keys<Format, V>(words_, ds_, from, to);
       if (block.k_finite) {
-        simd::product<V, true, simd::Start::add>(dq, kWidth, p_.head_dim, keys, block.ldk, n, ds_, kWidth);
+        simd::product<V, true, simd::Start::add>(dq, kWidth, p_.head_dim, keys, ld, depth, weights, kWidth);
       } else {
-        product_without_zeros<false>(dq, kWidth, p_.head_dim, kWidth, keys, 1, block.ldk, n, ds_, kWidth);
+        product_without_zeros<false>(dq, kWidth, p_.head_dim, kWidth, keys, 1, ld, depth, weights, kWidth);
       }
     }
   }
 
-  void write_key_rows(const Rows& rows, const Pair& pair, const KeyBlock& block, const float* from, int64_t ld,
-                      int64_t columns, float factor) {
+  void write_key_rows(const Rows& rows, const Pair& pair, const KeyBlockOf<Format>& block, const float* from,
+                      int64_t ld, int64_t columns, float factor) {
     with_type(rows.dtype, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       for (int64_t j = 0; j < block.count; ++j) {
@@ -415,14 +443,6 @@ class Worker {
     });
   }
 
- public:
-  static void write_grad_query(const Problem& p, const Gradients& g, const Panel& panel, const float* dq) {
-    alignas(64) float factor[kPanel];
-    std::fill_n(factor, kPanel, p.scale);
-    unpack_transposed(g.grad_query, p, panel, dq, panel.vectors * kLanes, p.head_dim, factor);
-  }
-
- private:
   const Problem& p_;
   const Gradients& g_;
   const Plan& plan_;
@@ -432,8 +452,9 @@ class Worker {
   simd::Scratch memory_;
   ScoreScratch scratch_;
   bool want_scores_, keep_all_;
-  int64_t ldk_, ldv_, kept_;
-  float *k_, *v_, *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *qt_, *dot_, *ot_, *q_, *do_, *dq_ = nullptr;
+  int64_t head_words_, value_words_, ldk_, ldv_, ldk_words_, ldv_words_, kept_;
+  Word *k_, *v_, *k_together_, *words_, *qt_, *dot_, *ot_, *q_, *do_;
+  float *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *dq_ = nullptr;
   std::vector<Panel> panels_;
   std::vector<Prepared> prepared_;
   // of the job
@@ -456,7 +477,7 @@ void reduce_grad_query(const Problem& p, const Gradients& g, const Plan& plan, c
         for (int64_t i = 0; i < panel.vectors * kLanes * p.head_dim; i += kLanes)
           simd::store(sum + i, simd::load(sum + i) + simd::load(other + i));
       }
-      Worker::write_grad_query(p, g, panel, sum);
+      write_grad_query(p, g, panel, sum);
     }
   });
 }
@@ -501,9 +522,12 @@ void backward(const Problem& p, const Gradients& g) {
       jobs.push_back({lists[i], s, g.grad_bias ? g.grad_bias + copy * bias_count : nullptr});
     }
   }
-  simd::parallel_workers(
-      static_cast<int64_t>(jobs.size()), [&] { return Worker(p, g, plan, offsets, partial); },
-      [&](Worker& worker, int64_t i) { worker.run(jobs[i]); });
+  with_format(p, [&](auto format) {
+    using FormatWorker = Worker<decltype(format)>;
+    simd::parallel_workers(
+        static_cast<int64_t>(jobs.size()), [&] { return FormatWorker(p, g, plan, offsets, partial); },
+        [&](FormatWorker& worker, int64_t i) { worker.run(jobs[i]); });
+  });
   if (partial) reduce_grad_query(p, g, plan, offsets, partial);
   if (g.grad_bias && plan.partials > 1) {
     simd::parallel_ranges(bias_count, 4096, [&](int64_t begin, int64_t end) {

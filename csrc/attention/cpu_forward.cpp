@@ -8,6 +8,7 @@
 
 #include "attention/cpu_decode.h"
 #include "attention/cpu_scores.h"
+#include "attention/cpu_weights.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 
@@ -33,8 +34,10 @@ struct Group {
 using Item = std::vector<Group>;
 
 // State of one panel between blocks.
+template <class Format>
 struct Running {
-  float *qt, *ot;  // [head_dim][width], [value_dim][width]
+  typename Format::Word* qt;  // [words of head_dim][width]
+  float* ot;                  // [value_dim][width]
   alignas(64) float max[kPanel], sum[kPanel];
 };
 
@@ -45,14 +48,14 @@ struct Kept {
   alignas(64) float max[kPanel];
 };
 
-// One block of keys into a panel's state. Leaves the weights in s, those after dropout in `dropped` (which may be s).
-template <int V>
-void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to, Running& state, float* s,
-            const float* additive, float* dropped) {
+// One block of keys into a panel's state. Leaves the weights in s, those after dropout in `dropped` (which may be s);
+// words is memory for a tile of them.
+template <int V, class Format>
+void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int64_t from, int64_t to,
+            Running<Format>& state, float* s, const float* additive, float* dropped, typename Format::Word* words) {
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
-  simd::product<V, false, simd::Start::zero>(s, kWidth, n, block.k + from * block.ldk, block.ldk, p.head_dim, state.qt,
-                                             kWidth);
+  multiply_queries<V>(s, p, block, from, to, state.qt, kWidth);
   // A bias alone is added on the way to the maximum.
   const bool adds = additive && only_adds(p, panel, block, from, to);
   if (!adds) products_to_scores<V>(s, p, panel, block, from, to, additive, nullptr);
@@ -101,16 +104,17 @@ void attend(const Problem& p, Panel& panel, const KeyBlock& block, int64_t from,
       simd::store(dropped + at, simd::select(keep, simd::load(s + at) * p.dropout_scale, simd::zero()));
     });
   }
-  const float* weights = p.dropout ? dropped : s;
-  const float* values = block.v + from * block.ldv;
+  const int64_t depth = key_words<Format>(from, to), ldv = block.ldv_together;
+  const typename Format::Word* weights = weights_over_keys<Format, V>(words, p.dropout ? dropped : s, from, to);
+  const typename Format::Word* values = block.v_together + from / Format::kDepth * ldv;
   if (block.v_finite) {
-    simd::product<V, true, simd::Start::scale>(state.ot, kWidth, p.value_dim, values, block.ldv, n, weights, kWidth,
+    simd::product<V, true, simd::Start::scale>(state.ot, kWidth, p.value_dim, values, ldv, depth, weights, kWidth,
                                                alpha);
   } else {
     for (int64_t d = 0; d < p.value_dim; ++d) {
       for (int l = 0; l < kWidth; ++l) state.ot[d * kWidth + l] *= alpha[l];
     }
-    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, block.ldv, n, weights, kWidth);
+    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, ldv, depth, weights, kWidth);
   }
 }
 
@@ -164,26 +168,35 @@ std::vector<Item> make_items(const Problem& p, bool keeps) {
   return items;
 }
 
-// Whether rows of this tensor can be read where they are: fp32, and close enough together that a block of them
-// spreads over the sets of the first-level cache and over few pages.
-bool readable_in_place(const Rows& rows) {
-  return rows.dtype == Dtype::f32 && rows.row <= 320 && rows.row % 128 != 0;
+// Whether rows of this tensor can be read where they are as words of neighbours: of the right type and whole words, and
+// close enough together that a block of them spreads over the sets of the first-level cache and over few pages.
+template <class Format>
+bool readable_in_place(const Rows& rows, int64_t columns) {
+  constexpr int64_t kDepth = Format::kDepth;
+  if (rows.dtype != (kDepth == 1 ? Dtype::f32 : Dtype::bf16)) return false;
+  if ((columns | rows.row | rows.head | rows.batch) % kDepth != 0) return false;
+  if (reinterpret_cast<uintptr_t>(rows.data) % sizeof(typename Format::Word) != 0) return false;
+  return rows.row <= 320 * kDepth && rows.row % (128 * kDepth) != 0;
 }
 
+template <class Format>
 class Worker {
  public:
+  using Word = typename Format::Word;
+
   // key_mass, if given, has a copy of the whole for every part of the rows.
   Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass)
       : p_(p), out_(out), logsumexp_(logsumexp), key_mass_(key_mass), shares_additive_(shares_additive(p)) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
-    in_place_k_ = readable_in_place(p.k);
-    in_place_v_ = readable_in_place(p.v) && !p.masked_by_row();
-    ldk_ = padded(p.head_dim);
+    in_place_k_ = readable_in_place<Format>(p.k, p.head_dim);
+    in_place_v_ = Format::kDepth == 1 && readable_in_place<Format>(p.v, p.value_dim) && !p.masked_by_row();
+    ldk_ = padded(words_of<Format>(p.head_dim));
     ldv_ = padded(p.value_dim);
     s_ = memory_.take(kBlock * kPanel);
     if (key_mass) weights_ = memory_.take(kKeptBytes / static_cast<int64_t>(sizeof(float)));
+    words_ = memory_.take<Word>(words_of<Format>(kBlock + 1) * kPanel);
     for (int64_t i = 0; i < kPanelsPerItem; ++i) {
-      states_[i].qt = memory_.take(p.head_dim * kPanel);
+      states_[i].qt = memory_.take<Word>(words_of<Format>(p.head_dim) * kPanel);
       states_[i].ot = memory_.take(p.value_dim * kPanel);
       if ((p.mask || p.bias) && (shares_additive_ || i == 0)) additive_[i].values = memory_.take(kBlock * kPanel);
     }
@@ -222,7 +235,7 @@ class Worker {
   }
 
  private:
-  void begin(const Panel& panel, Running& state) {
+  void begin(const Panel& panel, Running<Format>& state) {
     const int width = panel.vectors * kLanes;
     pack_transposed(state.qt, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), [](int) { return true; });
     std::fill_n(state.ot, p_.value_dim * width, 0.0f);
@@ -238,7 +251,7 @@ class Worker {
 
   // Keys [from, to) into the panels [begin, end) of a group.
   void run_block(const Group& group, size_t begin, size_t end, int64_t from, int64_t to) {
-    KeyBlock block;
+    KeyBlockOf<Format> block;
     block.first = to;
     int64_t stop = from;
     for (size_t i = begin; i < end; ++i) {
@@ -274,9 +287,9 @@ class Worker {
       packed = true;
       float* s = key_mass_ ? room_for(i) : s_;
       if (panel.vectors == 2) {
-        attend<2>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_);
+        attend<2>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_, words_);
       } else {
-        attend<1>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_);
+        attend<1>(p_, panel, block, a - block.first, z - block.first, states_[i], s, additive, s_, words_);
       }
       if (key_mass_) {
         Kept& kept = kept_[i].emplace_back();
@@ -294,33 +307,33 @@ class Worker {
     return weights_ + static_cast<int64_t>(i) * kept_floats_ + used * kPanel;
   }
 
-  void pack(const Group& group, KeyBlock& block) {
+  void pack(const Group& group, KeyBlockOf<Format>& block) {
     const int64_t at = p_.first_key(group.b) + block.first, b = p_.varlen ? 0 : group.b;
     if (in_place_k_ && !block.holes) {
-      block.k = reinterpret_cast<const float*>(p_.k.at(b, group.kv_head, at));
-      block.ldk = p_.k.row;
+      block.k = reinterpret_cast<const Word*>(p_.k.at(b, group.kv_head, at));
+      block.ldk = p_.k.row / Format::kDepth;
     } else {
-      if (!k_) k_ = memory_.take(kBlock * ldk_);
+      if (!k_) k_ = memory_.take<Word>(kBlock * ldk_);
       block.k = k_;
       block.ldk = ldk_;
       pack_key_rows(k_, ldk_, p_, p_.k, group.b, group.kv_head, block.first, block.count, p_.head_dim, block.holes);
     }
     if (in_place_v_ && !block.holes) {
-      block.v = reinterpret_cast<const float*>(p_.v.at(b, group.kv_head, at));
-      block.ldv = p_.v.row;
+      block.v_together = reinterpret_cast<const Word*>(p_.v.at(b, group.kv_head, at));
+      block.ldv_together = p_.v.row;
     } else {
-      if (!v_) v_ = memory_.take(kBlock * ldv_);
-      block.v = v_;
-      block.ldv = ldv_;
-      const bool finite = pack_key_rows(v_, ldv_, p_, p_.v, group.b, group.kv_head, block.first, block.count,
-                                        p_.value_dim, block.holes);
+      if (!v_) v_ = memory_.take<Word>(words_of<Format>(kBlock) * ldv_);
+      block.v_together = v_;
+      block.ldv_together = ldv_;
+      const bool finite = pack_keys_together(v_, ldv_, p_, p_.v, group.b, group.kv_head, block.first, block.count,
+                                             p_.value_dim, block.holes);
       block.v_finite = finite || !p_.masked_by_row();
     }
   }
 
   // Adds the weights that the rows of one panel gave to every key.
   template <int V>
-  void add_key_mass(const Panel& panel, const Running& state, const float* inverse, int64_t part,
+  void add_key_mass(const Panel& panel, const Running<Format>& state, const float* inverse, int64_t part,
                     const std::vector<Kept>& all_kept) {
     constexpr int kWidth = V * kLanes;
     float* copy = key_mass_ + part * p_.mass_size();
@@ -358,7 +371,7 @@ class Worker {
     }
   }
 
-  void finish(const Panel& panel, const Running& state, int64_t part, const std::vector<Kept>& kept) {
+  void finish(const Panel& panel, const Running<Format>& state, int64_t part, const std::vector<Kept>& kept) {
     alignas(64) float inverse[kPanel];
     for (int l = 0; l < panel.vectors * kLanes; ++l) {
       const bool empty = state.sum[l] == 0.0f;
@@ -386,8 +399,9 @@ class Worker {
   const bool shares_additive_;
   bool in_place_k_, in_place_v_;
   int64_t ldk_, ldv_;
-  float *s_, *weights_ = nullptr, *k_ = nullptr, *v_ = nullptr;
-  Running states_[kPanelsPerItem];
+  float *s_, *weights_ = nullptr;
+  Word *words_, *k_ = nullptr, *v_ = nullptr;
+  Running<Format> states_[kPanelsPerItem];
   Additive additive_[kPanelsPerItem];
   std::vector<Panel> panels_;
   std::vector<std::vector<Kept>> kept_;  // of every panel
@@ -405,9 +419,12 @@ void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mas
   simd::Scratch memory;
   float* masses = keeps && parts > 1 ? memory.take(parts * size) : key_mass;
   if (keeps) std::fill_n(masses, parts * size, 0.0f);
-  simd::parallel_workers(
-      static_cast<int64_t>(items.size()), [&] { return Worker(p, out, logsumexp, keeps ? masses : nullptr); },
-      [&](Worker& worker, int64_t i) { worker.run(items[i]); });
+  with_format(p, [&](auto format) {
+    using FormatWorker = Worker<decltype(format)>;
+    simd::parallel_workers(
+        static_cast<int64_t>(items.size()), [&] { return FormatWorker(p, out, logsumexp, keeps ? masses : nullptr); },
+        [&](FormatWorker& worker, int64_t i) { worker.run(items[i]); });
+  });
   if (!key_mass) return;
   // Rows of one head that went to several items are added up in order.
   if (masses != key_mass) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "simd/operand.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 
@@ -55,27 +56,30 @@ std::vector<float> widen(const Tensor& weight) {
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen) {
   const Shape shape(x, varlen);
-  Tensor result =
-      varlen ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, torch::headeronly::ScalarType::Float)
-             : torch::stable::transpose(torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)},
-                                                                 torch::headeronly::ScalarType::Float),
-                                        1, 2);
+  auto dtype = torch::headeronly::ScalarType::Float;
+#if defined(VELM_BF16_DOT)
+  if (dtype_of(x) == Dtype::bf16) dtype = x.scalar_type();
+#endif
+  Tensor result = varlen ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype)
+                         : torch::stable::transpose(
+                               torch::stable::new_empty(x, {x.size(0), x.size(2), x.size(1), x.size(3)}, dtype), 1, 2);
   const std::vector<float> w = widen(weight);
   const Rows from = rows_of(x, varlen), to = rows_of(result, varlen);
   simd::parallel_ranges(shape.count(), 256, [&](int64_t begin, int64_t end) {
-    with_type(from.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      for (int64_t at = begin; at < end; ++at) {
-        int64_t b, h, i;
-        shape.position(at, b, h, i);
-        const T* in = reinterpret_cast<const T*>(from.at(b, h, i));
-        float* out = reinterpret_cast<float*>(to.mutable_at(b, h, i));
-        const float r = inverse_rms(in, shape.dim, static_cast<float>(eps));
-        for (int64_t d = 0; d < shape.dim; d += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
-          simd::store_first(out + d, simd::load_first(in + d, wide) * r * simd::load(w.data() + d), wide);
+    with_type(from.dtype, [&](auto* from_tag) {
+      with_type(to.dtype, [&](auto* to_tag) {
+        for (int64_t at = begin; at < end; ++at) {
+          int64_t b, h, i;
+          shape.position(at, b, h, i);
+          const auto* in = reinterpret_cast<const std::remove_pointer_t<decltype(from_tag)>*>(from.at(b, h, i));
+          auto* out = reinterpret_cast<decltype(to_tag)>(to.mutable_at(b, h, i));
+          const float r = inverse_rms(in, shape.dim, static_cast<float>(eps));
+          for (int64_t d = 0; d < shape.dim; d += kLanes) {
+            const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
+            simd::store_first(out + d, simd::load_first(in + d, wide) * r * simd::load(w.data() + d), wide);
+          }
         }
-      }
+      });
     });
   });
   return result;

@@ -5,7 +5,7 @@
 
 namespace velm::attention {
 
-// The normalised x in fp32, so that it is rounded only where it is used.
+// The normalised x as products of queries and keys read it: in bf16 where they multiply that, else in fp32.
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen);
 
 // Gradients of x (to `grad_x`, unless null) and of the weight (if wanted) from the fp32 gradient of the normalised x.

@@ -29,6 +29,22 @@ inline int64_t padded(int64_t columns) {
   return (lines | 1) * line;
 }
 
+// Words of a row of `columns` elements, its neighbours in one word.
+template <class Format>
+int64_t words_of(int64_t columns) {
+  return (columns + Format::kDepth - 1) / Format::kDepth;
+}
+
+// Calls f with the format of the matrix products' operands.
+template <class F>
+void with_format(const Problem& p, F&& f) {
+#if defined(VELM_BF16_DOT)
+  if (p.v.dtype == Dtype::bf16) return f(simd::Pairs16{});
+#endif
+  static_cast<void>(p);
+  f(simd::Words32{});
+}
+
 struct Panel {
   int64_t b = 0, kv_head = 0;
   int count = 0;    // rows in use
@@ -73,11 +89,17 @@ struct Panel {
   }
 };
 
-// out[d * ld + lane] = scale * row of the lane [d]; lanes of unused rows, and of rows for which
+// out[d * ld + lane] = row of the lane, word d, in fp32 words times scale; lanes of unused rows, and of rows for which
 // keep(lane) is false, are zero. Writes panel.vectors vectors.
-template <class Keep>
-void pack_transposed(float* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
+template <class Word, class Keep>
+void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
                      float scale, Keep&& keep) {
+  using Format = simd::FormatOf<Word>;
+  constexpr int kStep = kLanes * Format::kDepth;
+  const auto scaled = [&](typename Format::Words x) VELM_INLINE_LAMBDA {
+    if constexpr (Format::kDepth == 1) x *= scale;
+    return x;
+  };
   with_type(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* from[kPanel];
@@ -90,51 +112,58 @@ void pack_transposed(float* out, int64_t ld, const Problem& p, const Panel& pane
       if (from[l] == nullptr) full[l / kLanes] = false;
     }
     for (int v = 0; v < panel.vectors; ++v) {
-      for (int64_t d = 0; d < columns; d += kLanes) {
-        const int wide = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
-        simd::Vec block[kLanes];
-        if (wide == kLanes && full[v]) {
-          simd::unroll<kLanes>([&](auto l)
-                                   VELM_INLINE_LAMBDA { block[l] = simd::load(from[v * kLanes + l] + d) * scale; });
+      for (int64_t d = 0; d < columns; d += kStep) {
+        const int wide = static_cast<int>(std::min<int64_t>(columns - d, kStep));
+        Word* to = out + d / Format::kDepth * ld + v * kLanes;
+        typename Format::Words block[kLanes];
+        if (wide == kStep && full[v]) {
+          simd::unroll<kLanes>(
+              [&](auto l) VELM_INLINE_LAMBDA { block[l] = scaled(Format::neighbours(from[v * kLanes + l] + d)); });
           simd::transpose(block);
-          simd::unroll<kLanes>([&](auto j)
-                                   VELM_INLINE_LAMBDA { simd::store(out + (d + j) * ld + v * kLanes, block[j]); });
+          simd::unroll<kLanes>([&](auto j) VELM_INLINE_LAMBDA { simd::store_words(to + j * ld, block[j]); });
           continue;
         }
         for (int l = 0; l < kLanes; ++l) {
           const T* row = from[v * kLanes + l];
-          block[l] = row == nullptr   ? simd::zero()
-                     : wide == kLanes ? simd::load(row + d) * scale
-                                      : simd::load_first(row + d, wide) * scale;
+          block[l] = row == nullptr  ? typename Format::Words(0)
+                     : wide == kStep ? scaled(Format::neighbours(row + d))
+                                     : scaled(Format::neighbours(row + d, wide));
         }
         simd::transpose(block);
-        for (int j = 0; j < wide; ++j) simd::store(out + (d + j) * ld + v * kLanes, block[j]);
+        for (int j = 0; j < words_of<Format>(wide); ++j) simd::store_words(to + j * ld, block[j]);
       }
     }
   });
 }
 
-// out[lane * ld + d] = row of the lane [d], zero up to ld; unused and unwanted rows are zero. True if all is finite.
-template <class Keep>
-bool pack_panel_rows(float* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
+// out[i * ld + d] = element d of kDepth rows, lane by lane, in one word, zero up to ld; unused and unwanted rows are
+// zero. True if all is finite.
+template <class Word, class Keep>
+bool pack_panel_rows(Word* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
                      Keep&& keep) {
+  using Format = simd::FormatOf<Word>;
   return with_type(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t first = p.first_query(panel.b);
     simd::Vec bad = simd::zero();
-    for (int l = 0; l < panel.vectors * kLanes; ++l) {
-      float* to = out + l * ld;
-      int64_t d = 0;
-      if (l < panel.count && keep(l)) {
-        const T* row =
-            reinterpret_cast<const T*>(rows.at(p.varlen ? 0 : panel.b, panel.head[l], first + panel.query[l]));
-        for (; d < columns; d += kLanes) {
-          const simd::Vec x = simd::load_first(row + d, static_cast<int>(std::min<int64_t>(columns - d, kLanes)));
-          bad = simd::fma(x, simd::zero(), bad);
-          simd::store(to + d, x);
-        }
+    for (int l = 0; l < panel.vectors * kLanes; l += Format::kDepth) {
+      Word* to = out + l / Format::kDepth * ld;
+      const T* from[Format::kDepth];
+      for (int i = 0; i < Format::kDepth; ++i) {
+        from[i] = l + i < panel.count && keep(l + i)
+                      ? reinterpret_cast<const T*>(
+                            rows.at(p.varlen ? 0 : panel.b, panel.head[l + i], first + panel.query[l + i]))
+                      : nullptr;
       }
-      for (; d < ld; d += kLanes) simd::store(to + d, simd::zero());
+      for (int64_t d = 0; d < ld; d += kLanes) {
+        const int wide = static_cast<int>(std::clamp<int64_t>(columns - d, 0, kLanes));
+        simd::Vec x[Format::kDepth];
+        simd::unroll<Format::kDepth>([&](auto i) VELM_INLINE_LAMBDA {
+          x[i] = from[i] && wide > 0 ? simd::load_first(from[i] + d, wide) : simd::zero();
+          bad = simd::fma(x[i], simd::zero(), bad);
+        });
+        simd::store_words(to + d, Format::together(x));
+      }
     }
     return simd::sum_lanes(bad) == 0.0f;
   });
@@ -165,64 +194,121 @@ inline void unpack_transposed(const Rows& rows, const Problem& p, const Panel& p
   });
 }
 
-// A run of keys and values of one key head as fp32 rows.
-struct KeyBlock {
+// A run of keys and values of one key head. For products over head_dim or value_dim the words of a row hold
+// neighbours in it; for products over the keys they hold kDepth rows, from an even one on.
+template <class Format>
+struct KeyBlockOf {
+  using Word = typename Format::Word;
   int64_t first = 0, count = 0;
-  const float *k = nullptr, *v = nullptr;
-  int64_t ldk = 0, ldv = 0;
+  const Word *k = nullptr, *v = nullptr;
+  const Word *k_together = nullptr, *v_together = nullptr;
+  int64_t ldk = 0, ldv = 0, ldk_together = 0, ldv_together = 0;
   bool k_finite = true, v_finite = true;
   const bool* holes = nullptr;  // from `first` on
 };
+using KeyBlock = KeyBlockOf<simd::Words32>;
 
-// Copies rows [first + from, first + to) of a key head as fp32; hidden keys become zero rows, so
-// that whatever stands there cannot spread. True if all is finite.
-inline bool pack_key_rows(float* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head,
-                          int64_t first, int64_t count, int64_t columns, const bool* holes) {
+// The rows of a run of keys, read one after another.
+template <class T>
+class KeyRows {
+ public:
+  KeyRows(const Problem& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t first, int64_t columns,
+          const bool* holes)
+      : base_(rows.at(p.varlen ? 0 : b, kv_head, p.first_key(b) + first)),
+        step_(rows.row * static_cast<int64_t>(sizeof(T))),
+        length_(columns * static_cast<int64_t>(sizeof(T))),
+        left_(p.key_count(b) - first),
+        holes_(holes) {}
+
+  // Row j, null where it is hidden.
+  const T* operator[](int64_t j) const {
+    // Rows often lie pages apart, where the processor does not prefetch by itself. Runs ahead into the block that comes
+    // next.
+    if (j + kAhead < left_) {
+      for (int64_t line = 0; line < length_; line += 64) __builtin_prefetch(base_ + (j + kAhead) * step_ + line, 0, 2);
+    }
+    return holes_ == nullptr || holes_[j] ? reinterpret_cast<const T*>(base_ + j * step_) : nullptr;
+  }
+
+ private:
+  static constexpr int64_t kAhead = 12;
+  const char* base_;
+  int64_t step_, length_, left_;
+  const bool* holes_;
+};
+
+// Copies rows [first, first + count) of a key head, element d of kDepth rows in one word; hidden keys become zero rows,
+// so that whatever stands there cannot spread. `skip` rows of zeros, fewer than kDepth, come before. True if all is
+// finite.
+template <class Word>
+bool pack_keys_together(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head,
+                        int64_t first, int64_t count, int64_t columns, const bool* holes, int64_t skip = 0) {
+  using Format = simd::FormatOf<Word>;
   return with_type(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
+    const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
     simd::Vec bad = simd::zero();
-    // Rows often lie pages apart, where the processor does not prefetch by itself.
-    constexpr int64_t kAhead = 12;
-    const int64_t left = p.key_count(b) - first;  // runs ahead into the block that comes next
-    const char* base = rows.at(p.varlen ? 0 : b, kv_head, p.first_key(b) + first);
-    const int64_t step = rows.row * static_cast<int64_t>(sizeof(T)), length = columns * static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < count; ++j) {
-      float* to = out + j * ld;
+    for (int64_t j = -skip; j < count; j += Format::kDepth, out += ld) {
+      const T* row[Format::kDepth];
+      for (int i = 0; i < Format::kDepth; ++i) row[i] = j + i >= 0 && j + i < count ? from[j + i] : nullptr;
+      const auto copy = [&](int64_t d, auto&& read) VELM_INLINE_LAMBDA {
+        simd::Vec x[Format::kDepth];
+        simd::unroll<Format::kDepth>([&](auto i) VELM_INLINE_LAMBDA {
+          x[i] = row[i] ? read(row[i] + d) : simd::zero();
+          bad = simd::fma(x[i], simd::zero(), bad);
+        });
+        simd::store_words(out + d, Format::together(x));
+      };
       int64_t d = 0;
-      if (j + kAhead < left) {
-        for (int64_t line = 0; line < length; line += 64) __builtin_prefetch(base + (j + kAhead) * step + line, 0, 2);
+      for (; d + kLanes <= columns; d += kLanes) copy(d, [](const T* at) VELM_INLINE_LAMBDA { return simd::load(at); });
+      if (d < columns) {
+        const int wide = static_cast<int>(columns - d);
+        copy(d, [=](const T* at) VELM_INLINE_LAMBDA { return simd::load_first(at, wide); });
       }
-      if (holes == nullptr || holes[j]) {
-        const T* row = reinterpret_cast<const T*>(base + j * step);
-        for (; d + kLanes <= columns; d += kLanes) {
-          const simd::Vec x = simd::load(row + d);
-          bad = simd::fma(x, simd::zero(), bad);
-          simd::store(to + d, x);
-        }
-        if (d < columns) {
-          const simd::Vec x = simd::load_first(row + d, static_cast<int>(columns - d));
-          bad = simd::fma(x, simd::zero(), bad);
-          simd::store(to + d, x);
-          d += kLanes;
-        }
-      }
-      for (; d < columns; d += kLanes) simd::store(to + d, simd::zero());
     }
     return simd::sum_lanes(bad) == 0.0f;
   });
 }
 
+// The same with neighbours of a row in one word, of which there are no zero rows before.
+template <class Word>
+void pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t first,
+                   int64_t count, int64_t columns, const bool* holes) {
+  using Format = simd::FormatOf<Word>;
+  if constexpr (Format::kDepth == 1) {
+    pack_keys_together(out, ld, p, rows, b, kv_head, first, count, columns, holes);
+  } else {
+    constexpr int64_t kStep = kLanes * Format::kDepth;
+    with_type(rows.dtype, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
+      for (int64_t j = 0; j < count; ++j, out += ld) {
+        const T* row = from[j];
+        for (int64_t d = 0; d < columns; d += kStep) {
+          const int wide = static_cast<int>(std::min<int64_t>(columns - d, kStep));
+          simd::store_words(out + d / Format::kDepth, row == nullptr  ? typename Format::Words(0)
+                                                      : wide == kStep ? Format::neighbours(row + d)
+                                                                      : Format::neighbours(row + d, wide));
+        }
+      }
+    });
+  }
+}
+
 // C[r][c] += sum over k of A[r, k] * B[k][c], leaving out every term where the weight is 0: the slow way for blocks
-// with infinities or NaN that only some rows may see. Weights are A or B.
-template <bool WeightsInA>
-void product_without_zeros(float* c, int64_t ldc, int64_t rows, int64_t columns, const float* a, int64_t a_row,
-                           int64_t a_depth, int64_t depth, const float* b, int64_t ldb) {
-  for (int64_t k = 0; k < depth; ++k) {
+// with infinities or NaN that only some rows may see. Weights are A or B. Depth and strides of A and B are in words.
+template <bool WeightsInA, class Word>
+void product_without_zeros(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_row,
+                           int64_t a_depth, int64_t depth, const Word* b, int64_t ldb) {
+  using Format = simd::FormatOf<Word>;
+  for (int64_t k = 0; k < depth * Format::kDepth; ++k) {
+    const int64_t word = k / Format::kDepth;
+    const int step = static_cast<int>(k % Format::kDepth);
     for (int64_t r = 0; r < rows; ++r) {
-      const float x = a[r * a_row + k * a_depth];
+      const float x = Format::element(a[r * a_row + word * a_depth], step);
       if (WeightsInA && x == 0.0f) continue;
       for (int64_t i = 0; i < columns; ++i) {
-        const float y = b[k * ldb + i];
+        const float y = Format::element(b[word * ldb + i], step);
         if (WeightsInA || y != 0.0f) c[r * ldc + i] += x * y;
       }
     }

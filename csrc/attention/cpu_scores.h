@@ -13,7 +13,8 @@ namespace velm::attention {
 
 using simd::Vec;
 
-// What a query is multiplied with when it is packed.
+// What products of queries and keys are multiplied with: when fp32 queries are packed, since that costs nothing a
+// score, but after the product where it would round the queries.
 inline float query_factor(const Problem& p) {
   return p.softcap > 0 ? p.scale / p.softcap : p.scale;
 }
@@ -111,21 +112,34 @@ struct ScoreScratch {
   float* tanh = nullptr;  // of the capped scores, for the gradient
 };
 
+// Products s[(j - from) * V * kLanes + lane] of the panel's queries with keys [from, to) relative to the block, times
+// query_factor.
+template <int V, class Format>
+void multiply_queries(float* s, const Problem& p, const KeyBlockOf<Format>& block, int64_t from, int64_t to,
+                      const typename Format::Word* qt, int64_t ldq) {
+  constexpr auto kStart = Format::kDepth == 1 ? simd::Start::zero : simd::Start::zero_scale_product;
+  float factor[V * kLanes];
+  std::fill_n(factor, V * kLanes, query_factor(p));
+  simd::product<V, false, kStart>(s, V * kLanes, to - from, block.k + from * block.ldk, block.ldk,
+                                  words_of<Format>(p.head_dim), qt, ldq, factor);
+}
+
 // A score with its bias or mask, which may be -inf beside any score.
 VELM_INLINE Vec add_to_score(Vec score, Vec additive) {
   return simd::select(additive == Vec(-kInfinity), Vec(-kInfinity), score + additive);
 }
 
 // Whether products of keys [from, to) of the block become scores by adding `additive` to them alone, if it is given.
-inline bool only_adds(const Problem& p, const Panel& panel, const KeyBlock& block, int64_t from, int64_t to) {
+template <class Format>
+bool only_adds(const Problem& p, const Panel& panel, const KeyBlockOf<Format>& block, int64_t from, int64_t to) {
   return p.softcap <= 0 && !block.holes && panel.sees_all(block.first + from, block.first + to);
 }
 
 // Products s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block become scores, -inf where
 // masked.
-template <int V>
-void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
-                        const float* additive, float* tanh) {
+template <int V, class Format>
+void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int64_t from,
+                        int64_t to, const float* additive, float* tanh) {
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
   if (only_adds(p, panel, block, from, to)) {
@@ -163,13 +177,12 @@ void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock
 
 // Scores s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block, -inf where masked. Returns false,
 // with s undefined, where mask and bias hide every key from every row.
-template <int V>
-bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlock& block, int64_t from, int64_t to,
-                const float* qt, int64_t ldq, const ScoreScratch& scratch) {
+template <int V, class Format>
+bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int64_t from, int64_t to,
+                const typename Format::Word* qt, int64_t ldq, const ScoreScratch& scratch) {
   if (scratch.additive && !additive_tile<V>(scratch.additive, p, panel, block.first + from, block.first + to))
     return false;
-  simd::product<V, false, simd::Start::zero>(s, V * kLanes, to - from, block.k + from * block.ldk, block.ldk,
-                                             p.head_dim, qt, ldq);
+  multiply_queries<V>(s, p, block, from, to, qt, ldq);
   products_to_scores<V>(s, p, panel, block, from, to, scratch.additive, scratch.tanh);
   return true;
 }

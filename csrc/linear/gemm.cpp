@@ -31,7 +31,8 @@ constexpr int64_t kDepthSlab = 2048;
 constexpr int64_t kPackRows = kSumRows;
 
 // c (R x N, row stride kBlockColumns) = or += A panel times B panel over `words` of depth.
-__attribute__((noinline)) void micro_kernel(int64_t words, const float* a, const float* b, float* c, bool first) {
+template <class Word>
+__attribute__((noinline)) void micro_kernel(int64_t words, const Word* a, const Word* b, float* c, bool first) {
   simd::Tile<kR, kV> tile;
   if (first)
     tile.clear();
@@ -40,18 +41,6 @@ __attribute__((noinline)) void micro_kernel(int64_t words, const float* a, const
   tile.multiply_add(words, a, 1, kR, b, kN);
   tile.store(c, kBlockColumns);
 }
-
-#if defined(VELM_BF16_DOT)
-__attribute__((noinline)) void micro_kernel(int64_t words, const uint32_t* a, const uint32_t* b, float* c, bool first) {
-  simd::Tile<kR, kV> tile;
-  if (first)
-    tile.clear();
-  else
-    tile.load(c, kBlockColumns);
-  tile.multiply_add_pairs(words, a, 1, kR, b, kN);
-  tile.store(c, kBlockColumns);
-}
-#endif
 
 // Multiplies packed A (panels of kR rows) by packed B (panels of kN columns), all of depth `words`.
 template <class Word, class F>

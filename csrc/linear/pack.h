@@ -11,41 +11,21 @@
 
 #include "linear/elementwise.h"
 #include "simd/tile.h"
-#include "simd/transpose.h"
 
 namespace velm::linear {
 
 using simd::kLanes;
 using simd::Vec;
-
-struct Words32 {
-  using Word = float;
-  static constexpr int64_t kDepth = 1;  // steps of depth in a word
-};
-
-VELM_INLINE void store_words(float* p, Vec x, int n) {
-  if (n == kLanes) return simd::store(p, x);
-  simd::store_first(p, x, n);
-}
-
+using simd::Words32;
 #if defined(VELM_BF16_DOT)
-struct Pairs16 {
-  using Word = uint32_t;
-  static constexpr int64_t kDepth = 2;
-};
-
-VELM_INLINE void store_words(uint32_t* p, Vec x, int n) {
-  store_words(reinterpret_cast<float*>(p), x, n);
-}
-
-// Elements 2i and 2i + 1 of 2 * kLanes values as bfloat16 in word i.
-VELM_INLINE Vec pair_neighbours(const float* values) {
-  alignas(64) uint16_t halves[2 * kLanes];
-  simd::store(reinterpret_cast<simd::bf16*>(halves), simd::load(values));
-  simd::store(reinterpret_cast<simd::bf16*>(halves + kLanes), simd::load(values + kLanes));
-  return simd::load(reinterpret_cast<const float*>(halves));
-}
+using simd::Pairs16;
 #endif
+
+template <class Word, class Words>
+VELM_INLINE void store_words(Word* p, Words x, int n) {
+  if (n == kLanes) return simd::store_words(p, x);
+  simd::store_first(reinterpret_cast<float*>(p), std::bit_cast<Vec>(x), n);
+}
 
 // Packs rows [row, row + valid) of `in`, whose contiguous dimension is the depth, as one panel [depth][W].
 template <int W, class Format>
@@ -64,15 +44,9 @@ void pack_along_depth(Format, typename Format::Word* out, const Source& in, int6
     for (int first = 0; first < W; first += kLanes) {
       const int wide = std::min(kLanes, W - first);
       for (int64_t s = 0; s < steps; s += kSquare) {
-        Vec square[kLanes];
-        simd::unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA {
-#if defined(VELM_BF16_DOT)
-          if constexpr (Format::kDepth == 2)
-            square[r] = pair_neighbours(rows[first + r] + s);
-          else
-#endif
-            square[r] = simd::load(rows[first + r] + s);
-        });
+        typename Format::Words square[kLanes];
+        simd::unroll<kLanes>([&](auto r)
+                                 VELM_INLINE_LAMBDA { square[r] = Format::neighbours(rows[first + r] + s); });
         simd::transpose(square);
         auto* to = out + (k + s) / Format::kDepth * W + first;
         const int words =
@@ -114,14 +88,10 @@ void pack_across_depth(Format, typename Format::Word* out, int64_t words, const 
     for (int64_t p = 0; p < panels; ++p, to += words * W) {
       for (int first = 0; first < W; first += kLanes) {
         const int wide = std::min(kLanes, W - first);
-#if defined(VELM_BF16_DOT)
-        if constexpr (Format::kDepth == 2) {
-          const auto pairs = simd::pack_pairs(simd::load(rows[0] + p * W + first), simd::load(rows[1] + p * W + first));
-          store_words(to + first, simd::float_of(pairs), wide);
-          continue;
-        }
-#endif
-        store_words(to + first, simd::load(rows[0] + p * W + first), wide);
+        Vec steps[Format::kDepth];
+        simd::unroll<Format::kDepth>([&](auto i)
+                                         VELM_INLINE_LAMBDA { steps[i] = simd::load(rows[i] + p * W + first); });
+        store_words(to + first, Format::together(steps), wide);
       }
     }
   }

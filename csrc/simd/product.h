@@ -5,18 +5,18 @@
 
 namespace velm::simd {
 
-// What a product does to the values already in C.
-enum class Start { zero, add, scale };
+// What becomes of the values already in C, and whether lanes have a factor: for these values, or for the product.
+enum class Start { zero, add, scale, zero_scale_product };
 
 namespace detail {
 
-template <int R, int V, bool RowUnit, Start S>
-VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc, const float* a, int64_t a_stride,
-                              int64_t depth, const float* b, int64_t ldb, const Vec (&factor)[V]) {
+template <int R, int V, bool RowUnit, Start S, class Word>
+VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc, const Word* a, int64_t a_stride,
+                              int64_t depth, const Word* b, int64_t ldb, const Vec (&factor)[V]) {
   for (; rows - done >= R; done += R) {
     Tile<R, V> tile;
     float* to = c + done * ldc;
-    if constexpr (S == Start::zero) {
+    if constexpr (S == Start::zero || S == Start::zero_scale_product) {
       tile.clear();
     } else {
       tile.load(to, ldc);
@@ -27,6 +27,7 @@ VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc
     } else {
       tile.multiply_add(depth, a + done * a_stride, a_stride, 1, b, ldb);
     }
+    if constexpr (S == Start::zero_scale_product) tile.scale(factor);
     tile.store(to, ldc);
   }
   if constexpr (R > 1) {
@@ -37,25 +38,27 @@ VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc
 
 }  // namespace detail
 
-// C[rows][V vectors] = (nothing | C | C * factor of its lane) + A * B with B[depth][V vectors].
-// RowUnit says which stride of A is 1: A[r, k] = a[r + k * a_stride] or a[r * a_stride + k].
-template <int V, bool RowUnit, Start S>
-inline void product(float* c, int64_t ldc, int64_t rows, const float* a, int64_t a_stride, int64_t depth,
-                    const float* b, int64_t ldb, const float* factor = nullptr) {
+// C[rows][V vectors] = (nothing | C | C * factor of its lane) + A * B with B[depth][V vectors], or A * B * factor.
+// RowUnit says which stride of A is 1: A[r, k] = a[r + k * a_stride] or a[r * a_stride + k]. Depth and strides of A and
+// B are in words.
+template <int V, bool RowUnit, Start S, class Word>
+inline void product(float* c, int64_t ldc, int64_t rows, const Word* a, int64_t a_stride, int64_t depth, const Word* b,
+                    int64_t ldb, const float* factor = nullptr) {
+  constexpr bool kFactor = S == Start::scale || S == Start::zero_scale_product;
   Vec f[V];
-  unroll<V>([&](auto v) VELM_INLINE_LAMBDA { f[v] = S == Start::scale ? load(factor + v * kLanes) : Vec(1.0f); });
+  unroll<V>([&](auto v) VELM_INLINE_LAMBDA { f[v] = kFactor ? load(factor + v * kLanes) : Vec(1.0f); });
   int64_t done = 0;
   detail::product_rows<kTileRows<V>, V, RowUnit, S>(done, rows, c, ldc, a, a_stride, depth, b, ldb, f);
 }
 
-// The same for any number of columns, a multiple of kLanes.
-template <bool RowUnit, Start S>
-inline void product_wide(float* c, int64_t ldc, int64_t rows, int64_t columns, const float* a, int64_t a_stride,
-                         int64_t depth, const float* b, int64_t ldb) {
+// The same for any number of columns, a multiple of kLanes, with one factor for every two vectors of them.
+template <bool RowUnit, Start S, class Word>
+inline void product_wide(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_stride,
+                         int64_t depth, const Word* b, int64_t ldb, const float* factor = nullptr) {
   int64_t j = 0;
   for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
-    product<2, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb);
-  if (j < columns) product<1, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb);
+    product<2, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb, factor);
+  if (j < columns) product<1, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb, factor);
 }
 
 }  // namespace velm::simd
