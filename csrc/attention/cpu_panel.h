@@ -45,6 +45,17 @@ void with_format(const Problem& p, F&& f) {
   f(simd::Words32{});
 }
 
+// Calls f with a null pointer of the element type of rows that are packed: pairs are packed from bfloat16 alone.
+template <class Format, class F>
+auto with_packed_type(Dtype dtype, F&& f) {
+  if constexpr (Format::kDepth == 1) {
+    return with_type(dtype, f);
+  } else {
+    STD_TORCH_CHECK(dtype == Dtype::bf16, "expected bfloat16");
+    return f(static_cast<simd::bf16*>(nullptr));
+  }
+}
+
 struct Panel {
   int64_t b = 0, kv_head = 0;
   int count = 0;    // rows in use
@@ -100,7 +111,7 @@ void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel
     if constexpr (Format::kDepth == 1) x *= scale;
     return x;
   };
-  with_type(rows.dtype, [&](auto* tag) {
+  with_packed_type<Format>(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const T* from[kPanel];
     bool full[2] = {true, true};
@@ -142,7 +153,7 @@ template <class Word, class Keep>
 bool pack_panel_rows(Word* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
                      Keep&& keep) {
   using Format = simd::FormatOf<Word>;
-  return with_type(rows.dtype, [&](auto* tag) {
+  return with_packed_type<Format>(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const int64_t first = p.first_query(panel.b);
     simd::Vec bad = simd::zero();
@@ -244,7 +255,7 @@ template <class Word>
 bool pack_keys_together(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head,
                         int64_t first, int64_t count, int64_t columns, const bool* holes, int64_t skip = 0) {
   using Format = simd::FormatOf<Word>;
-  return with_type(rows.dtype, [&](auto* tag) {
+  return with_packed_type<Format>(rows.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
     simd::Vec bad = simd::zero();
@@ -279,7 +290,7 @@ void pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, in
     pack_keys_together(out, ld, p, rows, b, kv_head, first, count, columns, holes);
   } else {
     constexpr int64_t kStep = kLanes * Format::kDepth;
-    with_type(rows.dtype, [&](auto* tag) {
+    with_packed_type<Format>(rows.dtype, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
       for (int64_t j = 0; j < count; ++j, out += ld) {

@@ -50,7 +50,7 @@ const typename Format::Word* weights_over_queries(typename Format::Word* out, co
       const float* row = tile + i * V * kLanes;
       // Of one vector the upper half is overwritten by the row that follows.
       simd::store_words(out + i * V * kLanes / 2,
-                        simd::round_both(simd::load(row), V == 2 ? simd::load(row + kLanes) : simd::zero()));
+                        Format::neighbours(simd::load(row), V == 2 ? simd::load(row + kLanes) : simd::zero()));
     }
     return out;
   }

@@ -45,8 +45,7 @@ void pack_along_depth(Format, typename Format::Word* out, const Source& in, int6
       const int wide = std::min(kLanes, W - first);
       for (int64_t s = 0; s < steps; s += kSquare) {
         typename Format::Words square[kLanes];
-        simd::unroll<kLanes>([&](auto r)
-                                 VELM_INLINE_LAMBDA { square[r] = Format::neighbours(rows[first + r] + s); });
+        simd::unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA { square[r] = Format::neighbours(rows[first + r] + s); });
         simd::transpose(square);
         auto* to = out + (k + s) / Format::kDepth * W + first;
         const int words =

@@ -96,6 +96,7 @@ struct Pairs16 {
     return std::bit_cast<VecUint>(
         _mm512_maskz_loadu_epi16(static_cast<__mmask32>(n >= 2 * kLanes ? ~0u : (1u << n) - 1u), p));
   }
+  static VELM_INLINE Words neighbours(Vec first, Vec second) { return round_both(first, second); }
   template <class T>
   static VELM_INLINE Words neighbours(const T* p) {
     return round_both(load(p), load(p + kLanes));

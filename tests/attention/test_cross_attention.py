@@ -64,6 +64,14 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
 @example(case=Case(queries=0))
 @example(case=Case(keys=0, bias_shape=(True, True, True, True)))
 @example(case=Case(queries=33, keys=257, head_dim=64, value_dim=64, group=2, dtype=torch.bfloat16))
+@example(
+    case=Case(queries=37, keys=211, head_dim=33, value_dim=15, group=2, dtype=torch.bfloat16, layout="sliced",
+              masks=frozenset({"key_ranges"}), norms=(True, True), softcap=3.0, dropout_p=0.2)
+)  # fmt: skip
+@example(
+    case=Case(queries=7, keys=101, head_dim=1, value_dim=1, dtype=torch.bfloat16, is_causal=True,
+              masks=frozenset({"key_mask"}), bias_shape=(False, True, True, True))
+)  # fmt: skip
 @example(case=Case(queries=1, keys=300, head_dim=64, value_dim=64, group=4, masks=frozenset({"key_lengths"})))
 @example(case=Case(queries=2, keys=2 * LARGEST, group=2, dropout_p=0.2, softcap=5.0, masks=frozenset({"key_mask"})))
 @example(case=Case(queries=20, keys=40, bias_shape=(False, True, True, True), masks=frozenset({"key_ranges"})))
