@@ -28,19 +28,22 @@ struct Upstream {
   bool used() const { return has_grad_out || grad_lse; }
 
   // For queries [first, first + count): the logsumexp, +inf where there is none (weights become 0), and
-  // delta = grad_out . out - grad_lse. Packed grad_out rows are given.
-  void pack_sums(float* row_lse, float* delta, const float* packed_grad, int64_t ld, int64_t index, int64_t batch,
-                 int64_t head, int64_t first, int64_t count) const {
+  // delta = grad_out . out - grad_lse.
+  void pack_sums(float* row_lse, float* delta, int64_t index, int64_t batch, int64_t head, int64_t first,
+                 int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = index * length + first + i;
       row_lse[i] = lse[at] == -kInfinity ? kInfinity : lse[at];
       Vec sum = simd::zero();
       if (has_grad_out) {
         const T* o = out.at(batch, head, first + i);
-        const float* g = packed_grad + i * ld;
+        const T* g = grad_out.at(batch, head, first + i);
         int64_t d = 0;
         for (; d + kLanes <= dim; d += kLanes) sum = simd::fma(simd::load(g + d), simd::load(o + d), sum);
-        if (d < dim) sum = simd::fma(simd::load(g + d), simd::load_first(o + d, static_cast<int>(dim - d)), sum);
+        if (d < dim) {
+          const int left = static_cast<int>(dim - d);
+          sum = simd::fma(simd::load_first(g + d, left), simd::load_first(o + d, left), sum);
+        }
       }
       delta[i] = simd::sum_lanes(sum) - (grad_lse ? grad_lse[at] : 0.0f);
     }
@@ -109,19 +112,33 @@ class Backward {
 
   class Worker {
    public:
-    explicit Worker(const Backward& backward) : k_(backward), p_(backward.p_), ld_(p_.padded_columns()) {
-      const int64_t columns = p_.columns.length;
-      query_columns_ = scratch_.take(p_.head_dim * ld_);
-      query_rows_ = scratch_.take(columns * k_.ld_query_);
-      value_columns_ = scratch_.take(p_.columns.value_dim * ld_);
-      grad_columns_ = scratch_.take(p_.rows.value_dim * ld_);
-      grad_rows_ = scratch_.take(columns * k_.ld_row_value_);
+    explicit Worker(const Backward& backward)
+        : k_(backward),
+          p_(backward.p_),
+          ld_(p_.padded_columns()),
+          query_words_(words_of<T>(p_.head_dim)),
+          row_words_(words_of<T>(p_.rows.value_dim)),
+          column_words_(words_of<T>(p_.columns.value_dim)),
+          ld_query_words_(padded(query_words_)),
+          ld_row_words_(padded(row_words_)),
+          ld_column_words_(padded(column_words_)),
+          words_(scratch_) {
+      const auto take = [&](int64_t count) { return scratch_.template take<Word>(count); };
+      const int64_t columns = words_of<T>(p_.columns.length), rows = words_of<T>(kRows);
+      query_columns_ = take(query_words_ * ld_);
+      query_rows_ = take(columns * k_.ld_query_);
+      value_columns_ = take(column_words_ * ld_);
+      grad_columns_ = take(row_words_ * ld_);
+      grad_rows_ = take(columns * k_.ld_row_value_);
       visible_ = scratch_.take(ld_);
       lse_ = scratch_.take(ld_);
       delta_ = scratch_.take(ld_);
-      queries_ = scratch_.take(kRows * k_.ld_query_);
-      values_ = scratch_.take(kRows * k_.ld_row_value_);
-      grads_ = scratch_.take(kRows * k_.ld_column_value_);
+      queries_ = take(kRows * ld_query_words_);
+      values_ = take(kRows * ld_row_words_);
+      grads_ = take(kRows * ld_column_words_);
+      // One row a word is the same in both orders.
+      queries_together_ = kDepth == 1 ? queries_ : take(rows * k_.ld_query_);
+      grads_together_ = kDepth == 1 ? grads_ : take(rows * k_.ld_column_value_);
       grad_queries_ = scratch_.take(kRows * k_.ld_query_);
       grad_values_ = scratch_.take(kRows * k_.ld_row_value_);
       scores_ = scratch_.take(kRows * kLd);
@@ -131,6 +148,7 @@ class Backward {
         row_factors_ = scratch_.take(kRows * kLd);
         column_factors_ = scratch_.take(kRows * kLd);
       }
+      std::fill_n(scale_, 2 * kLanes, p_.scale);
     }
 
     void set_columns(int64_t index) {
@@ -146,7 +164,7 @@ class Backward {
       const auto visible = [=](int64_t j) { return !mask || mask[j]; };
       const auto read = [=](int64_t j) { return all_read || visible(j); };
       pack_transposed(query_columns_, ld_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale, read);
-      pack_rows(query_rows_, k_.ld_query_, columns.query, b_, h_, 0, columns.length, p_.head_dim, read);
+      pack_together(query_rows_, k_.ld_query_, columns.query, b_, h_, 0, columns.length, p_.head_dim, read);
       pack_transposed(value_columns_, ld_, columns.value, b_, h_, columns.length, columns.value_dim, 1.0f, visible);
       pack_mask(visible_, mask, columns.length);
       std::fill(lse_, lse_ + ld_, kInfinity);
@@ -155,8 +173,8 @@ class Backward {
       const auto& up = k_.columns_up_;
       const auto given = [&](int64_t) { return up.has_grad_out; };
       pack_transposed(grad_columns_, ld_, up.grad_out, b_, h_, columns.length, up.dim, 1.0f, given);
-      pack_rows(grad_rows_, k_.ld_row_value_, up.grad_out, b_, h_, 0, columns.length, up.dim, given);
-      up.pack_sums(lse_, delta_, grad_rows_, k_.ld_row_value_, index, b_, h_, 0, columns.length);
+      pack_together(grad_rows_, k_.ld_row_value_, up.grad_out, b_, h_, 0, columns.length, up.dim, given);
+      up.pack_sums(lse_, delta_, index, b_, h_, 0, columns.length);
     }
 
     // grad_query and grad_value collect the columns' gradients over this chunk of rows.
@@ -167,7 +185,9 @@ class Backward {
     }
 
    private:
-    static constexpr int64_t kLd = kColumns + 16;
+    using Word = WordFor<T>;
+    static constexpr int64_t kLd = TileWords<T>::kLd, kLdOverColumns = TileWords<T>::kLdOverColumns,
+                             kDepth = FormatFor<T>::kDepth;
 
     void tile_row(int64_t first, int64_t count, float* grad_query, float* grad_value) {
       using simd::Start;
@@ -181,14 +201,18 @@ class Backward {
       const int64_t query_dim = round_up(p_.head_dim, kLanes), row_dim = round_up(rows.value_dim, kLanes),
                     column_dim = round_up(columns.value_dim, kLanes);
 
-      pack_rows(queries_, k_.ld_query_, rows.query, b_, h_, first, count, p_.head_dim,
-                [=](int64_t i) { return rows_active || visible(i); });
-      if (over_rows) pack_rows(values_, k_.ld_row_value_, rows.value, b_, h_, first, count, rows.value_dim, visible);
+      const auto read = [=](int64_t i) { return rows_active || visible(i); };
+      pack_rows(queries_, ld_query_words_, rows.query, b_, h_, first, count, p_.head_dim, read);
+      if (kDepth > 1)
+        pack_together(queries_together_, k_.ld_query_, rows.query, b_, h_, first, count, p_.head_dim, read);
+      if (over_rows) pack_rows(values_, ld_row_words_, rows.value, b_, h_, first, count, rows.value_dim, visible);
       if (rows_active) {
         const auto& up = k_.rows_up_;
-        pack_rows(grads_, k_.ld_column_value_, up.grad_out, b_, h_, first, count, up.dim,
-                  [&](int64_t) { return up.has_grad_out; });
-        up.pack_sums(row_lse_, row_delta_, grads_, k_.ld_column_value_, index_, b_, h_, first, count);
+        const auto given = [&](int64_t) { return up.has_grad_out; };
+        pack_rows(grads_, ld_column_words_, up.grad_out, b_, h_, first, count, up.dim, given);
+        if (kDepth > 1)
+          pack_together(grads_together_, k_.ld_column_value_, up.grad_out, b_, h_, first, count, up.dim, given);
+        up.pack_sums(row_lse_, row_delta_, index_, b_, h_, first, count);
       }
       const bool wants_query = k_.rows_down_.query.data, wants_value = k_.rows_down_.value.data;
       std::fill(grad_queries_, grad_queries_ + count * k_.ld_query_, 0.0f);
@@ -199,14 +223,14 @@ class Backward {
         const bool over_columns =
             rows_active && std::any_of(visible_ + column, visible_ + column + wide, [](float x) { return x != 0; });
         if (!over_rows && !over_columns) continue;
-        simd::product_wide<false, Start::zero>(scores_, kLd, count, full, queries_, k_.ld_query_, p_.head_dim,
-                                               query_columns_ + column, ld_);
+        simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
+                                              query_columns_ + column, ld_, scale_);
         if (over_columns)
-          simd::product_wide<false, Start::zero>(row_tile_, kLd, count, full, grads_, k_.ld_column_value_,
-                                                 columns.value_dim, value_columns_ + column, ld_);
+          simd::product_wide<false, Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_, column_words_,
+                                                 value_columns_ + column, ld_);
         if (over_rows)
-          simd::product_wide<false, Start::zero>(column_tile_, kLd, count, full, values_, k_.ld_row_value_,
-                                                 rows.value_dim, grad_columns_ + column, ld_);
+          simd::product_wide<false, Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_, row_words_,
+                                                 grad_columns_ + column, ld_);
         if (p_.dropout) {
           if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, wide);
           if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, wide);
@@ -216,18 +240,23 @@ class Backward {
         else
           differentiate<false>(count, column, full, over_columns, over_rows);
 
+        const int64_t row_depth = words_of<T>(count), column_depth = words_of<T>(wide);
         if (grad_value && over_columns)
           simd::product_wide<true, Start::add>(grad_value + column * k_.ld_column_value_, k_.ld_column_value_, wide,
-                                               column_dim, row_tile_, kLd, count, grads_, k_.ld_column_value_);
+                                               column_dim, words_.over_rows(row_tile_, count, full), kLd, row_depth,
+                                               grads_together_, k_.ld_column_value_);
         if (grad_query)
           simd::product_wide<true, Start::add>(grad_query + column * k_.ld_query_, k_.ld_query_, wide, query_dim,
-                                               scores_, kLd, count, queries_, k_.ld_query_);
+                                               words_.over_rows(scores_, count, full), kLd, row_depth,
+                                               queries_together_, k_.ld_query_);
         if (wants_query)
-          simd::product_wide<false, Start::add>(grad_queries_, k_.ld_query_, count, query_dim, scores_, kLd, wide,
-                                                query_rows_ + column * k_.ld_query_, k_.ld_query_);
+          simd::product_wide<false, Start::add>(grad_queries_, k_.ld_query_, count, query_dim,
+                                                words_.over_columns(scores_, count, full), kLdOverColumns, column_depth,
+                                                query_rows_ + column / kDepth * k_.ld_query_, k_.ld_query_);
         if (wants_value && over_rows)
-          simd::product_wide<false, Start::add>(grad_values_, k_.ld_row_value_, count, row_dim, column_tile_, kLd, wide,
-                                                grad_rows_ + column * k_.ld_row_value_, k_.ld_row_value_);
+          simd::product_wide<false, Start::add>(
+              grad_values_, k_.ld_row_value_, count, row_dim, words_.over_columns(column_tile_, count, full),
+              kLdOverColumns, column_depth, grad_rows_ + column / kDepth * k_.ld_row_value_, k_.ld_row_value_);
       }
       for (int64_t i = 0; i < count; ++i) {
         if (wants_query)
@@ -275,17 +304,21 @@ class Backward {
 
     const Backward& k_;
     const Problem<T>& p_;
-    const int64_t ld_;
+    const int64_t ld_, query_words_, row_words_, column_words_, ld_query_words_, ld_row_words_, ld_column_words_;
     simd::FlushSubnormals flush_;
     simd::Scratch scratch_;
+    const TileWords<T> words_;
     // of all columns
-    float *query_columns_, *query_rows_, *value_columns_, *grad_columns_, *grad_rows_, *visible_, *lse_, *delta_;
+    Word *query_columns_, *query_rows_, *value_columns_, *grad_columns_, *grad_rows_;
+    float *visible_, *lse_, *delta_;
     // of a tile of rows
-    float *queries_, *values_, *grads_, *grad_queries_, *grad_values_;
+    Word *queries_, *values_, *grads_, *queries_together_, *grads_together_;
+    float *grad_queries_, *grad_values_;
     float row_lse_[kRows], row_delta_[kRows];
     bool row_visible_[kRows];
     // of a tile
     float *scores_, *row_tile_, *column_tile_, *row_factors_ = nullptr, *column_factors_ = nullptr;
+    alignas(64) float scale_[2 * kLanes];
     int64_t index_ = -1, b_ = 0, h_ = 0;
     bool rows_active_ = false, columns_active_ = false;
   };

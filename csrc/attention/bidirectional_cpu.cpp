@@ -56,16 +56,22 @@ class Forward {
   class Worker {
    public:
     explicit Worker(const Forward& forward)
-        : f_(forward), p_(forward.p_), ld_query_(padded(p_.head_dim)), ld_column_value_(padded(p_.columns.value_dim)) {
-      column_queries_ = scratch_.take(p_.head_dim * f_.ld_columns_);
-      column_values_ = scratch_.take(p_.columns.length * ld_column_value_);
+        : f_(forward),
+          p_(forward.p_),
+          query_words_(words_of<T>(p_.head_dim)),
+          ld_query_(padded(query_words_)),
+          ld_column_value_(padded(p_.columns.value_dim)),
+          words_(scratch_) {
+      column_queries_ = scratch_.template take<Word>(query_words_ * f_.ld_columns_);
+      column_values_ = scratch_.template take<Word>(words_of<T>(p_.columns.length) * ld_column_value_);
       column_visible_ = scratch_.take(f_.ld_columns_);
-      queries_ = scratch_.take(kRows * ld_query_);
-      values_ = scratch_.take(kRows * f_.ld_row_value_);
+      queries_ = scratch_.template take<Word>(kRows * ld_query_);
+      values_ = scratch_.template take<Word>(words_of<T>(kRows) * f_.ld_row_value_);
       out_ = scratch_.take(kRows * ld_column_value_);
       scores_ = scratch_.take(kRows * kLd);
       weights_ = scratch_.take(kRows * kLd);
       if (p_.dropout) factors_ = scratch_.take(kRows * kLd);
+      std::fill_n(scale_, 2 * kLanes, p_.scale);
     }
 
     void set_columns(int64_t index) {
@@ -77,8 +83,8 @@ class Forward {
       const bool* mask = columns.mask_of(b_);
       pack_transposed(column_queries_, f_.ld_columns_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale,
                       [](int64_t) { return true; });
-      pack_rows(column_values_, ld_column_value_, columns.value, b_, h_, 0, columns.length, columns.value_dim,
-                [=](int64_t j) { return !mask || mask[j]; });
+      pack_together(column_values_, ld_column_value_, columns.value, b_, h_, 0, columns.length, columns.value_dim,
+                    [=](int64_t j) { return !mask || mask[j]; });
       pack_mask(column_visible_, mask, columns.length);
     }
 
@@ -92,7 +98,9 @@ class Forward {
     }
 
    private:
-    static constexpr int64_t kLd = kColumns + 16;
+    using Word = WordFor<T>;
+    static constexpr int64_t kLd = TileWords<T>::kLd, kLdOverColumns = TileWords<T>::kLdOverColumns,
+                             kDepth = FormatFor<T>::kDepth;
 
     void tile_row(int64_t first, int64_t count, const ColumnSums& sums) {
       const bool* mask = p_.rows.mask_of(b_);
@@ -101,7 +109,7 @@ class Forward {
       for (int64_t i = 0; i < count; ++i) any_row = (row_visible_[i] = visible(first + i)) || any_row;
       pack_rows(queries_, ld_query_, p_.rows.query, b_, h_, first, count, p_.head_dim, [](int64_t) { return true; });
       if (any_row)
-        pack_rows(values_, f_.ld_row_value_, p_.rows.value, b_, h_, first, count, p_.rows.value_dim, visible);
+        pack_together(values_, f_.ld_row_value_, p_.rows.value, b_, h_, first, count, p_.rows.value_dim, visible);
       std::fill(out_, out_ + count * ld_column_value_, 0.0f);
       std::fill(highest_, highest_ + count, -kInfinity);
       std::fill(sum_, sum_ + count, 0.0f);
@@ -111,17 +119,17 @@ class Forward {
         const float* seen = column_visible_ + column;
         const int64_t seen_count = std::count(seen, seen + wide, 1.0f);
         if (!any_row && seen_count == 0) continue;
-        simd::product_wide<false, simd::Start::zero>(scores_, kLd, count, full, queries_, ld_query_, p_.head_dim,
-                                                     column_queries_ + column, f_.ld_columns_);
+        simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_, query_words_,
+                                              column_queries_ + column, f_.ld_columns_, scale_);
         if (any_row) {
           columns_over_rows(column, full, count, sums);
           if (p_.dropout) {
             p_.column_factors(factors_, kLd, index_, first, count, column, wide);
             multiply(weights_, count, full);
           }
-          simd::product_wide<true, simd::Start::add>(sums.out + column * f_.ld_row_value_, f_.ld_row_value_, wide,
-                                                     round_up(p_.rows.value_dim, kLanes), weights_, kLd, count, values_,
-                                                     f_.ld_row_value_);
+          simd::product_wide<true, simd::Start::add>(
+              sums.out + column * f_.ld_row_value_, f_.ld_row_value_, wide, round_up(p_.rows.value_dim, kLanes),
+              words_.over_rows(weights_, count, full), kLd, words_of<T>(count), values_, f_.ld_row_value_);
         }
         if (seen_count > 0) {
           if (seen_count == full)
@@ -132,9 +140,10 @@ class Forward {
             p_.row_factors(factors_, kLd, index_, first, count, column, wide);
             multiply(scores_, count, full);
           }
-          simd::product_wide<false, simd::Start::add>(out_, ld_column_value_, count,
-                                                      round_up(p_.columns.value_dim, kLanes), scores_, kLd, wide,
-                                                      column_values_ + column * ld_column_value_, ld_column_value_);
+          simd::product_wide<false, simd::Start::add>(
+              out_, ld_column_value_, count, round_up(p_.columns.value_dim, kLanes),
+              words_.over_columns(scores_, count, full), kLdOverColumns, words_of<T>(wide),
+              column_values_ + column / kDepth * ld_column_value_, ld_column_value_);
         }
       }
       for (int64_t i = 0; i < count; ++i) {
@@ -218,11 +227,13 @@ class Forward {
 
     const Forward& f_;
     const Problem<T>& p_;
-    const int64_t ld_query_, ld_column_value_;
+    const int64_t query_words_, ld_query_, ld_column_value_;
     simd::FlushSubnormals flush_;
     simd::Scratch scratch_;
-    float *column_queries_, *column_values_, *column_visible_;
-    float *queries_, *values_, *out_, *scores_, *weights_, *factors_ = nullptr;
+    const TileWords<T> words_;
+    Word *column_queries_, *column_values_, *queries_, *values_;
+    float *column_visible_, *out_, *scores_, *weights_, *factors_ = nullptr;
+    alignas(64) float scale_[2 * kLanes];
     float highest_[kRows], sum_[kRows];
     bool row_visible_[kRows];
     int64_t index_ = -1, b_ = 0, h_ = 0;

@@ -135,40 +135,144 @@ struct Problem {
   }
 };
 
-// out[i * ld + d] = row first + i, zero beyond `dim`; rows for which read(row) is false are zero.
+// The format of the matrix products' operands for inputs of type T.
+template <class T>
+struct Operands {
+  using Format = simd::Words32;
+};
+#if defined(VELM_BF16_DOT)
+template <>
+struct Operands<simd::bf16> {
+  using Format = simd::Pairs16;
+};
+#endif
+template <class T>
+using FormatFor = typename Operands<T>::Format;
+template <class T>
+using WordFor = typename FormatFor<T>::Word;
+
+// Words of a row of `columns` elements, its neighbours in one word.
+template <class T>
+int64_t words_of(int64_t columns) {
+  return (columns + FormatFor<T>::kDepth - 1) / FormatFor<T>::kDepth;
+}
+
+// How a product of queries begins: fp32 queries are packed with the scale, others would be rounded by it.
+template <class T>
+inline constexpr simd::Start kScores = FormatFor<T>::kDepth == 1 ? simd::Start::zero : simd::Start::zero_scale_product;
+
+// Of row first + i neighbours in one word, out[i * ld + word], with zeros up to a whole vector; rows for which
+// read(row) is false are zero.
 template <class T, class Read>
-inline void pack_rows(float* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head, int64_t first,
-                      int64_t count, int64_t dim, const Read& read) {
-  const int64_t full = round_up(dim, kLanes);
-  for (int64_t i = 0; i < count; ++i) {
-    float* to = out + i * ld;
-    if (read(first + i)) {
-      const T* from = rows.at(batch, head, first + i);
-      int64_t d = 0;
-      for (; d + kLanes <= dim; d += kLanes) simd::store(to + d, simd::load(from + d));
-      if (d < dim) simd::store(to + d, simd::load_first(from + d, static_cast<int>(dim - d)));
-    } else {
-      std::fill(to, to + full, 0.0f);
+inline void pack_rows(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+                      int64_t first, int64_t count, int64_t dim, const Read& read) {
+  using Format = FormatFor<T>;
+  constexpr int64_t kStep = kLanes * Format::kDepth;
+  for (int64_t i = 0; i < count; ++i, out += ld) {
+    const T* from = read(first + i) ? rows.at(batch, head, first + i) : nullptr;
+    for (int64_t d = 0; d < dim; d += kStep) {
+      const int wide = static_cast<int>(std::min(kStep, dim - d));
+      simd::store_words(out + d / Format::kDepth, from == nullptr ? typename Format::Words(0)
+                                                  : wide == kStep ? Format::neighbours(from + d)
+                                                                  : Format::neighbours(from + d, wide));
     }
   }
 }
 
-// out[d * ld + j] = factor * row j [d], with zeros for rows for which read(row) is false and up to a whole vector.
+// out[i * ld + d] = element d of kDepth rows from first + i * kDepth on in one word, in the same way.
 template <class T, class Read>
-inline void pack_transposed(float* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
-                            int64_t count, int64_t dim, float factor, const Read& read) {
-  for (int64_t j = 0; j < count; j += kLanes) {
+inline void pack_together(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+                          int64_t first, int64_t count, int64_t dim, const Read& read) {
+  using Format = FormatFor<T>;
+  for (int64_t i = 0; i < count; i += Format::kDepth, out += ld) {
+    const T* from[Format::kDepth];
+    for (int step = 0; step < Format::kDepth; ++step) {
+      const bool there = i + step < count && read(first + i + step);
+      from[step] = there ? rows.at(batch, head, first + i + step) : nullptr;
+    }
     for (int64_t d = 0; d < dim; d += kLanes) {
       const int wide = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
-      Vec block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = j + i < count && read(j + i) ? simd::load_first(rows.at(batch, head, j + i) + d, wide) * factor
-                                                : simd::zero();
-      simd::transpose(block);
-      for (int i = 0; i < wide; ++i) simd::store(out + (d + i) * ld + j, block[i]);
+      Vec x[Format::kDepth];
+      simd::unroll<Format::kDepth>([&](auto step) VELM_INLINE_LAMBDA {
+        x[step] = from[step] ? simd::load_first(from[step] + d, wide) : simd::zero();
+      });
+      simd::store_words(out + d, Format::together(x));
     }
   }
 }
+
+// out[word * ld + j] = row j [word], in fp32 words times factor, with zeros for rows for which read(row) is false and
+// up to a whole vector.
+template <class T, class Read>
+inline void pack_transposed(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+                            int64_t count, int64_t dim, float factor, const Read& read) {
+  using Format = FormatFor<T>;
+  constexpr int64_t kStep = kLanes * Format::kDepth;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    for (int64_t d = 0; d < dim; d += kStep) {
+      const int wide = static_cast<int>(std::min(kStep, dim - d));
+      typename Format::Words block[kLanes];
+      for (int64_t i = 0; i < kLanes; ++i) {
+        block[i] = j + i < count && read(j + i) ? Format::neighbours(rows.at(batch, head, j + i) + d, wide)
+                                                : typename Format::Words(0);
+        if constexpr (Format::kDepth == 1) block[i] *= factor;
+      }
+      simd::transpose(block);
+      for (int i = 0; i < words_of<T>(wide); ++i) simd::store_words(out + (d / Format::kDepth + i) * ld + j, block[i]);
+    }
+  }
+}
+
+// A tile of weights, or of gradients of scores, as the left operand of a product over its rows, [word][column], or over
+// its columns, [row][word]. fp32 operands are the tile itself.
+template <class T>
+class TileWords {
+ public:
+  using Word = WordFor<T>;
+  using Format = FormatFor<T>;
+  static constexpr int64_t kLd = kColumns + 16, kLdOverColumns = kLd / Format::kDepth;
+
+  explicit TileWords(simd::Scratch& scratch) {
+    if (Format::kDepth > 1) words_ = scratch.take<Word>(kRows * kLd);
+  }
+
+  // `full` is a multiple of kLanes. A row beyond `count` is zero where a word needs one.
+  const Word* over_rows(const float* tile, int64_t count, int64_t full) const {
+    if constexpr (Format::kDepth == 1) {
+      return tile;
+    } else {
+      for (int64_t i = 0; i < count; i += Format::kDepth) {
+        for (int64_t j = 0; j < full; j += kLanes) {
+          Vec x[Format::kDepth];
+          simd::unroll<Format::kDepth>([&](auto step) VELM_INLINE_LAMBDA {
+            x[step] = i + step < count ? simd::load(tile + (i + step) * kLd + j) : simd::zero();
+          });
+          simd::store_words(words_ + i / Format::kDepth * kLd + j, Format::together(x));
+        }
+      }
+      return words_;
+    }
+  }
+
+  const Word* over_columns(const float* tile, int64_t count, int64_t full) const {
+    if constexpr (Format::kDepth == 1) {
+      return tile;
+    } else {
+      static_assert(Format::kDepth == 2 && kColumns % (2 * kLanes) == 0);
+      for (int64_t i = 0; i < count; ++i) {
+        const float* row = tile + i * kLd;
+        for (int64_t j = 0; j < full; j += 2 * kLanes) {
+          const Vec second = j + kLanes < full ? simd::load(row + j + kLanes) : simd::zero();
+          simd::store_words(words_ + i * kLdOverColumns + j / 2, Format::neighbours(simd::load(row + j), second));
+        }
+      }
+      return words_;
+    }
+  }
+
+ private:
+  Word* words_ = nullptr;
+};
 
 // 1 for what may be attended, 0 elsewhere and up to a whole vector.
 inline void pack_mask(float* out, const bool* mask, int64_t count) {

@@ -162,6 +162,20 @@ flags = st.tuples(st.booleans(), st.booleans())
     layout="queries first",
     seed=4,
 )
+@example(
+    batch=1,
+    heads=2,
+    a=147,
+    b=99,
+    dims=(33, 1, 17),
+    dtype=torch.bfloat16,
+    masked=(True, False),
+    input_scale=1.0,
+    dropout_p=0.3,
+    used=(True, True, True, True),
+    layout="heads first",
+    seed=5,
+)
 def test_numbers(backend: Backend, **case: Any) -> None:
     check(backend, **case)
 
