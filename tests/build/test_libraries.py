@@ -65,7 +65,50 @@ def test_instructions_are_those_of_its_set(library: Path, disassembled: dict[Pat
         pytest.skip("not x86")
     assert ("%zmm" in code) == isa.startswith("avx512")
     assert ("%ymm" in code) == (isa != "baseline")
-    assert ("vdpbf16ps" in code) <= (isa == "avx512_bf16")
+    assert ("vdpbf16ps" in code) == (isa == "avx512_bf16")
+
+
+def innermost_loops(function: str) -> list[list[str]]:
+    """The instructions of every loop of a disassembled function that has no other loop inside."""
+    code = re.findall(r"^\s*([0-9a-f]+):\s+(.*)$", function, re.MULTILINE)
+    position = {address: i for i, (address, _) in enumerate(code)}
+    jumps = [(i, re.match(r"j\w+\s+([0-9a-f]+)", instruction)) for i, (_, instruction) in enumerate(code)]
+    targets = [(position.get(jump[1], len(code)), i) for i, jump in jumps if jump]
+    loops = {(start, stop) for start, stop in targets if start <= stop}
+    inner = [one for one in loops if not any(one != two and one[0] <= two[0] and two[1] <= one[1] for two in loops)]
+    return [[instruction for _, instruction in code[start : stop + 1]] for start, stop in inner]
+
+
+# Every product of attention, by the template arguments of simd::product: which stride of the left operand is 1, and
+# what becomes of the values already there.
+BF16_PRODUCTS = {
+    "Lb0ELNS0_5StartE3E": "scores: of queries and keys, times the scale",
+    "Lb0ELNS0_5StartE0E": "gradients of weights: of values and grad_out",
+    "Lb1ELNS0_5StartE2E": "out: of weights and values, after those before it were scaled",
+    "Lb1ELNS0_5StartE1E": "grad_query: of score gradients and keys",
+    "Lb0ELNS0_5StartE1E": "grad_key and grad_value: of score gradients and queries, of weights and grad_out",
+}
+
+
+def test_bf16_products_keep_their_sums_in_registers(disassembled: dict[Path, str]) -> None:
+    library = next((path for path in LIBRARIES if path.stem == "libvelm_cpu_avx512_bf16"), None)
+    if library is None:
+        pytest.skip("the library for avx512_bf16 was not built")
+    functions = [text for text in disassembled[library].split("\n\n") if "vdpbf16ps" in text]
+    loops = [loop for function in functions for loop in innermost_loops(function)]
+    assert any("vdpbf16ps" in instruction for loop in loops for instruction in loop)
+    for loop in loops:
+        if any("vdpbf16ps" in instruction for instruction in loop):
+            assert not [one for one in loop if "%zmm" in one and re.search(r"\(%r[sb]p", one)], loop
+    for arguments, product in BF16_PRODUCTS.items():
+        # 2 vectors of columns, words of pairs
+        symbol = rf"<_ZN4velm4simd7productILi2E{arguments}jE"
+        bodies = [loop for text in functions if re.search(symbol + r"[^>]*>:", text) for loop in innermost_loops(text)]
+        largest = max(([one for one in loop if "zmm" in one] for loop in bodies), key=len, default=[])
+        # two steps of 12 rows: two products for every word of the left operand that is read, and nothing is stored
+        assert sum("vdpbf16ps" in one for one in largest) == 48, product
+        assert sum("vpbroadcastd" in one for one in largest) == 24, product
+        assert not [one for one in largest if re.match(r"vmov\w+\s+%zmm\d+,.*\(", one)], product
 
 
 @every_library
