@@ -8,6 +8,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Elsewhere than on a machine without a GPU, name the build of torch that fits it.
 TORCH ?= torch==2.13.0
 MAX_JOBS ?= $(shell nproc)
+# The architectures that the CUDA library is built for here, where there is nvcc. One, so that tests do not wait for
+# the others; pip install . builds all.
+export VELM_CUDA_ARCHS ?= 80
 BUILD ?= build
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -16,7 +19,8 @@ BENCH_ARGS ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'tests/*.cpp' 'tests/*.h')
+CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
+  'tests/*.cpp' 'tests/*.h')
 
 .PHONY: setup test lint format demo bench lib clean
 

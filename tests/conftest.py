@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import velm_kernels
-from velm_kernels.backends import cpu
+from velm_kernels.backends import cpu, cuda
 
 hypothesis.settings.register_profile(
     "velm",
@@ -50,6 +50,17 @@ if only := os.environ.get("VELM_CPU_ISA"):
     CPU_BACKENDS = [backend for backend in CPU_BACKENDS if backend.isa == only]
 BACKENDS = [Backend("triton")] if INTERPRETED else [Backend("reference"), *CPU_BACKENDS]
 
+# The CUDA kernels on threads of the host, for the operators that have any.
+DEVICE_ON_HOST = pytest.param(
+    Backend("device_on_host"),
+    marks=pytest.mark.skipif(
+        cuda.why_not("device_on_host") is not None, reason=str(cuda.why_not("device_on_host")) + " (VELM_TESTING)"
+    ),
+)
+
+every_backend_with_cuda = pytest.mark.parametrize(
+    "backend", BACKENDS if INTERPRETED else [*BACKENDS, DEVICE_ON_HOST], ids=str
+)
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 

@@ -1,9 +1,26 @@
 // Element types of tensors, computed with in float.
 #pragma once
 
+#include <stdexcept>
+
 #include "device/language.h"
+#include "device/span.h"
 
 namespace velm::device {
+
+// Calls f with a value of the element type of `dtype`.
+template <class F>
+void with_type(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::float32:
+      return f(float{});
+    case Dtype::float16:
+      return f(__half{});
+    case Dtype::bfloat16:
+      return f(__nv_bfloat16{});
+  }
+  throw std::runtime_error("velm: expected float32, bfloat16 or float16");
+}
 
 DEVICE_INLINE float to_float(float x) {
   return x;

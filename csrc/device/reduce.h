@@ -21,8 +21,9 @@ struct BlockSum {
 // The sum over a block of whole warps, in every thread. The storage may be used again after the next barrier.
 template <class T>
 DEVICE_INLINE T block_sum(T value, BlockSum<T>& storage) {
-  const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int threads = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
+  const int thread = static_cast<int>(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+  const int warps = threads / 32, warp = thread / 32, lane = thread % 32;
   value = warp_sum(value);
   if (lane == 0) storage.of_warp[warp] = value;
   __syncthreads();

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.gated_residual import canonical
@@ -35,7 +35,7 @@ def run(function: Any, tensors: list[Tensor], row_mask: Tensor | None, upstream:
     return dict(zip(names, [out.detach(), *grads], strict=True))
 
 
-@every_backend
+@every_backend_with_cuda
 @given(
     leading=st.lists(st.integers(0, 40), max_size=3),
     dim=st.one_of(st.integers(1, 20), st.integers(1, 300)),
@@ -109,7 +109,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, gate_shape: tuple
             assert torch.equal(value, other[name]), name
 
 
-@every_backend
+@every_backend_with_cuda
 def test_only_wanted_gradients(backend: Backend) -> None:
     tensors = [torch.randn(6, 8), torch.randn(6, 8), torch.randn(8)]
     everything = run(velm_kernels.gated_residual, tensors, None, torch.ones(6, 8))
@@ -129,7 +129,7 @@ def test_keeps_x_only_for_the_gradient_of_gate() -> None:
         assert any(tensor is not None and tensor.shape == x.shape for tensor in node.saved_tensors) is expected
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_and_compile(backend: Backend, dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((3, 4, 6), (3, 4, 6), (6,))]

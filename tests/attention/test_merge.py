@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend, every_cpu_backend
+from tests.conftest import Backend, every_backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import canonical
@@ -46,7 +46,7 @@ def exact_and_plain(outs: Tensor, lses: Tensor, upstream: tuple[Tensor, Tensor])
     return exact, run(reference.merge_attention, outs, lses, upstream)
 
 
-@every_backend
+@every_backend_with_cuda
 @given(
     shards=st.integers(1, 5),
     batch=st.integers(1, 3),
@@ -145,7 +145,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend) -> None:
         assert torch.equal(value, results[1][name]), name
 
 
-@every_backend
+@every_backend_with_cuda
 def test_only_wanted_gradients(backend: Backend) -> None:
     outs, lses, upstream = draw(3, 2, 2, 5, 8, torch.float32, 0, 1.0)
     everything = run(velm_kernels.merge_attention, outs, lses, upstream)
@@ -163,7 +163,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
         assert leaves[1 - wanted].grad is None
 
 
-@every_backend
+@every_backend_with_cuda
 def test_opcheck_and_compile(backend: Backend) -> None:
     outs = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)]
     lses = [torch.randn(2, 2, 5, requires_grad=True) for _ in range(3)]

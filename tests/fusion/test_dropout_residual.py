@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.conftest import every_backend
+from tests.conftest import every_backend_with_cuda
 from velm_kernels import use_backend
 from velm_kernels.fusion import dropout_residual, reference
 
@@ -17,7 +17,7 @@ def _gradients(x, residual, p, grad):
     return out.detach(), x.grad, residual.grad
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (2, 3, 63), (7, 64), (5, 130), (2, 4, 768)])
 @pytest.mark.parametrize("p", [0.1, 0.75])

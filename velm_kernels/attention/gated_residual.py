@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 
 GRAD_X, GRAD_GATE = 1, 2
@@ -175,6 +175,8 @@ register("gated_residual_forward", "reference", _reference_forward, lambda argum
 register("gated_residual_backward", "reference", _reference_backward, lambda arguments: [])
 cpu.register_cpu("gated_residual_forward")
 cpu.register_cpu("gated_residual_backward")
+cuda.register_cuda("gated_residual_forward")
+cuda.register_cuda("gated_residual_backward")
 triton.register_triton("gated_residual_forward", "attention.triton_small")
 triton.register_triton("gated_residual_backward", "attention.triton_small")
 register_public("gated_residual", "gated_residual_forward", canonical)

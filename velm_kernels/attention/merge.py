@@ -10,10 +10,12 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 
 GRAD_OUTS, GRAD_LOGSUMEXPS = 1, 2
+# One lane of a warp holds the logsumexp of one shard (csrc/attention/merge_cuda.h).
+CUDA_SHARDS = 32
 
 
 def merge_attention(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -214,6 +216,15 @@ register("merge_attention_forward", "reference", _reference_forward, lambda argu
 register("merge_attention_backward", "reference", _reference_backward, lambda arguments: [])
 cpu.register_cpu("merge_attention_forward")
 cpu.register_cpu("merge_attention_backward")
+
+
+def _too_many_shards(arguments: Arguments) -> list[str]:
+    shards = len(arguments["logsumexps"])
+    return [f"merges at most {CUDA_SHARDS} shards, given {shards}"] if shards > CUDA_SHARDS else []
+
+
+cuda.register_cuda("merge_attention_forward", _too_many_shards)
+cuda.register_cuda("merge_attention_backward", _too_many_shards)
 triton.register_triton("merge_attention_forward", "attention.triton_small")
 triton.register_triton("merge_attention_backward", "attention.triton_small")
 register_public("merge_attention", "merge_attention_forward", canonical)

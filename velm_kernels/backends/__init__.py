@@ -1,6 +1,7 @@
 """Which implementations of an operator exist here, what each accepts, and which one is taken.
 
-Every operator has up to four implementations, tried in this order: ``cuda``, ``triton``, ``cpu``, ``reference``.
+Every operator has up to four implementations, tried in this order: ``cuda``, ``triton``, ``cpu``, ``reference``. One
+more, ``device_on_host`` (the CUDA kernels on threads of the host), is for tests and only taken where it is asked for.
 An implementation answers for given arguments with a list of reasons why it cannot serve them; the first one whose
 list is empty is taken. The choice depends on the arguments alone, never on a timing.
 """
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ORDER = ("cuda", "triton", "cpu", "reference")
+ON_REQUEST = ("device_on_host",)
 
 _SCALARS = frozenset((bool, int, float, str))
 
@@ -66,8 +68,7 @@ def register(operator: str, backend: str, call: Callable[..., Any], reasons: Rea
     ``call`` takes the operator's arguments in the order of its schema, without the trailing ``backend``.
     ``reasons`` takes the same arguments as a dict and returns why they cannot be served; empty means they can.
     """
-    if backend not in ORDER:
-        raise ValueError(f"backend: expected one of {', '.join(ORDER)}, given {backend!r}")
+    _checked_name(backend, "backend")
     _implementations.setdefault(operator, {})[backend] = Implementation(backend, call, reasons)
 
 
@@ -84,8 +85,8 @@ def forced() -> str:
 
 
 def _checked_name(name: str, source: str) -> str:
-    if name and name not in ORDER:
-        raise ValueError(f"{source}: expected one of {', '.join(ORDER)}, given {name!r}")
+    if name and name not in ORDER + ON_REQUEST:
+        raise ValueError(f"{source}: expected one of {', '.join(ORDER + ON_REQUEST)}, given {name!r}")
     return name
 
 
@@ -106,11 +107,14 @@ def use_backend(name: str) -> Iterator[None]:
         _forced_stack.pop()
 
 
-def reasons_against(operator: str, arguments: Arguments) -> dict[str, list[str]]:
-    """For every backend in the order they are tried: why it cannot serve ``arguments`` (empty: it can)."""
+def reasons_against(operator: str, arguments: Arguments, wanted: str = "") -> dict[str, list[str]]:
+    """For every backend in the order they are tried: why it cannot serve ``arguments`` (empty: it can).
+
+    ``wanted`` is listed too if it is one that is only taken on request."""
     found = _implementations.get(operator, {})
+    listed = ORDER + tuple(name for name in ON_REQUEST if name == wanted)
     return {
-        backend: found[backend].reasons(arguments) if backend in found else [f"has no {operator}"] for backend in ORDER
+        backend: found[backend].reasons(arguments) if backend in found else [f"has no {operator}"] for backend in listed
     }
 
 
@@ -157,10 +161,11 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     if name not in _public_functions:
         raise ValueError(f"explain: expected one of {', '.join(sorted(_public_functions))}, given {name!r}")
     public = _public_functions[name]
-    reasons = reasons_against(public.operator, public.canonical(*args, **kwargs))
     wanted = forced()
+    reasons = reasons_against(public.operator, public.canonical(*args, **kwargs), wanted)
     taken = wanted or next(backend for backend in ORDER if not reasons[backend])
     lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
+    width = max(map(len, reasons)) + 1
     for backend, why in reasons.items():
-        lines.append(f"  {backend:<10}{'yes' if not why else 'no: ' + '; '.join(why)}")
+        lines.append(f"  {backend:<{width}}{'yes' if not why else 'no: ' + '; '.join(why)}")
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, cpu, select
+from velm_kernels.backends import Arguments, cpu, cuda, select
 
 LIBRARY = torch.library.Library("velm", "DEF")
 
@@ -41,6 +41,7 @@ def declare(
     schema = f"{name}({arguments}, str backend) -> {returns}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     cpu.declare(f"{name}({arguments}) -> {returns}")
+    cuda.declare(f"{name}({arguments}) -> {returns}")
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
 
     def run(*args: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 import velm_kernels
 from velm_kernels import backends
-from velm_kernels.backends import cpu
+from velm_kernels.backends import cpu, cuda
 
 HELP = "Show versions, processor, devices, and which backends are available and why others are not."
 PEAK_SECONDS = 0.5
@@ -30,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
     _print("processor", _processor(facts))
     _print("gpu", _gpus())
     _print("cpu libraries", _libraries(facts))
+    _print("cuda library", _cuda_library())
     _print("backends", _backends())
     if args.peaks:
         _print("limits", _peaks(facts))
@@ -107,6 +108,18 @@ def _libraries(facts: ModuleType | None) -> list[tuple[str, str]]:
     else:
         build = facts.build()
         rows.append(("built", f"by {build['compiler']} with the headers of torch {build['torch']}"))
+        if build["version"] != velm_kernels.__version__:
+            rows.append(("stale", f"the build is of velm_kernels {build['version']}: install the package again"))
+    return rows
+
+
+def _cuda_library() -> list[tuple[str, str]]:
+    reason = cuda.why_not("cuda")
+    rows = [("in use", "yes" if reason is None else f"no: {reason}")]
+    build = cuda.build_info()
+    if build:
+        *older, newest = build["isa"].split(",")
+        rows.append(("architectures", ", ".join(f"sm_{arch}" for arch in (*older, newest)) + f", PTX of {newest}"))
         if build["version"] != velm_kernels.__version__:
             rows.append(("stale", f"the build is of velm_kernels {build['version']}: install the package again"))
     return rows

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 
@@ -119,4 +119,6 @@ triton.register_triton("dropout_residual_forward", "fusion.triton_dropout")
 triton.register_triton("dropout_residual_backward", "fusion.triton_dropout")
 cpu.register_cpu("dropout_residual_forward")
 cpu.register_cpu("dropout_residual_backward")
+cuda.register_cuda("dropout_residual_forward")
+cuda.register_cuda("dropout_residual_backward")
 register_public("dropout_residual", "dropout_residual_forward", canonical)

@@ -1,0 +1,42 @@
+// residual + tanh(gate) * x on a CUDA device: what the operator hands to the kernels.
+#pragma once
+
+#include "device/span.h"
+
+namespace velm::cuda {
+
+using device::Dtype;
+using device::Span;
+using device::Stream;
+
+// Rows of `dim` elements; `out` and the gradients are contiguous.
+struct GatedResidual {
+  int64_t rows, dim;
+  Span gate;
+  Dtype gate_dtype;
+  // One number a column, or one for all.
+  bool gate_is_row;
+  // One byte a row, or null.
+  Span row_mask;
+
+  Span x;
+  Dtype x_dtype;
+  int64_t x_stride;
+
+  // forward
+  Span residual, out;
+  Dtype residual_dtype, out_dtype;
+  int64_t residual_stride;
+
+  // backward; a null gradient is not wanted
+  Span grad, grad_x, grad_gate;
+  Dtype grad_dtype;
+  // Floats, as many as gated_residual_partials says.
+  Span partials;
+};
+
+void gated_residual_forward(const GatedResidual& problem, Stream stream);
+int64_t gated_residual_partials(const GatedResidual& problem);
+void gated_residual_backward(const GatedResidual& problem, Stream stream);
+
+}  // namespace velm::cuda

@@ -1,0 +1,80 @@
+// From the tensors of an operator to what kernels take. Compiled twice: for the CUDA library, and for the one that runs
+// the same kernels on the host (VELM_DEVICE_ON_HOST).
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+
+#include "device/span.h"
+
+#if defined(VELM_DEVICE_ON_HOST)
+#define VELM_DISPATCH_KEY CPU
+#else
+#define VELM_DISPATCH_KEY CUDA
+// Part of torch's stable interface, but its header shows it only to a build for CUDA.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
+
+namespace velm::device {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      throw std::runtime_error("velm: expected float32, bfloat16 or float16");
+  }
+}
+inline Dtype dtype_of(const Tensor& t) {
+  return dtype_of(t.scalar_type());
+}
+
+// No stride of a tensor is negative, so that the last element lies at the end.
+inline Span span_of(const Tensor& t) {
+  if (t.numel() == 0) return {};
+  int64_t last = 0;
+  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+  const auto bytes = static_cast<std::size_t>(t.element_size()) * static_cast<std::size_t>(last + 1);
+  return {const_cast<void*>(t.const_data_ptr()), bytes};
+}
+inline Span span_of(const std::optional<Tensor>& t) {
+  return t ? span_of(*t) : Span{};
+}
+
+inline Tensor nothing(const Tensor& like) {
+  return torch::stable::new_empty(like, {0});
+}
+
+// The device of a tensor made current, and its stream.
+class Current {
+ public:
+#if defined(VELM_DEVICE_ON_HOST)
+  explicit Current(const Tensor&) {}
+#else
+  explicit Current(const Tensor& t) : guard_(t.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream_));
+  }
+#endif
+  Stream stream() const { return stream_; }
+
+ private:
+#if !defined(VELM_DEVICE_ON_HOST)
+  torch::stable::accelerator::DeviceGuard guard_;
+#endif
+  Stream stream_ = nullptr;
+};
+
+}  // namespace velm::device

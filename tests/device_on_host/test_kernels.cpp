@@ -1,0 +1,175 @@
+// The kernels of the library on small shapes, for the sanitizers; their numbers are tested through the operators.
+
+#include <cmath>
+
+#include "attention/gated_residual_cuda.h"
+#include "attention/merge_cuda.h"
+#include "device/numbers.h"
+#include "fusion/dropout_cuda.h"
+#include "tests/device_on_host/testing.h"
+
+using namespace velm::cuda;
+using namespace velm::device;
+using namespace testing;
+
+namespace {
+
+template <class T>
+std::vector<T> random_values(int64_t count) {
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& x : values) x = from_float<T>(random_number());
+  return values;
+}
+
+bool close(double a, double b) {
+  return std::abs(a - b) <= 1e-2 * (1 + std::abs(b));
+}
+
+template <class T>
+void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_row, bool masked) {
+  auto residual = random_values<T>(rows * dim), x = random_values<T>(rows * dim), grad = random_values<T>(rows * dim);
+  auto gate = random_values<float>(gate_is_row ? dim : 1);
+  std::vector<unsigned char> mask(static_cast<size_t>(rows), 1);
+  for (size_t i = 0; i < mask.size(); i += 3) mask[i] = 0;
+  std::vector<T> out(residual.size()), grad_x(residual.size());
+  std::vector<float> grad_gate(gate.size());
+
+  GatedResidual p{};
+  p.rows = rows;
+  p.dim = p.x_stride = p.residual_stride = dim;
+  p.gate = span(gate);
+  p.gate_is_row = gate_is_row;
+  if (masked) p.row_mask = span(mask);
+  p.x_dtype = p.residual_dtype = p.out_dtype = p.grad_dtype = dtype;
+  p.x = span(x);
+  p.residual = span(residual);
+  p.out = span(out);
+  gated_residual_forward(p, nullptr);
+  p.grad = span(grad);
+  p.grad_x = span(grad_x);
+  p.grad_gate = span(grad_gate);
+  std::vector<float> partials(static_cast<size_t>(gated_residual_partials(p)));
+  p.partials = span(partials);
+  gated_residual_backward(p, nullptr);
+
+  std::vector<double> sums(gate.size());
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < dim; ++j) {
+      const auto at = static_cast<size_t>(i * dim + j);
+      const size_t g = gate_is_row ? static_cast<size_t>(j) : 0;
+      const bool dropped = masked && !mask[static_cast<size_t>(i)];
+      const double t = dropped ? 0 : std::tanh(gate[g]);
+      CHECK(close(to_float(out[at]), to_float(residual[at]) + t * to_float(x[at])));
+      CHECK(close(to_float(grad_x[at]), t * to_float(grad[at])));
+      if (!dropped) sums[g] += double{to_float(grad[at])} * to_float(x[at]);
+    }
+  for (size_t g = 0; g < gate.size(); ++g)
+    CHECK(close(grad_gate[g], (1 - std::tanh(gate[g]) * std::tanh(gate[g])) * sums[g]));
+}
+
+template <class T>
+void check_merge(Dtype dtype, int64_t dim, int shards) {
+  const int64_t heads = 2, queries = 5, rows = heads * queries;
+  std::vector<std::vector<T>> outs, grads;
+  std::vector<std::vector<float>> lses, grad_lses;
+  std::vector<T> out(static_cast<size_t>(rows * dim));
+  std::vector<float> lse(static_cast<size_t>(rows));
+  Merge p{};
+  p.batch = 1;
+  p.heads = heads;
+  p.queries = queries;
+  p.dim = dim;
+  p.dtype = dtype;
+  p.shards = shards;
+  for (int s = 0; s < shards; ++s) {
+    outs.push_back(random_values<T>(rows * dim));
+    grads.emplace_back(out.size());
+    lses.push_back(random_values<float>(rows));
+    // One row that no shard has, one that all but the first lack.
+    lses.back()[3] = -INFINITY;
+    if (s) lses.back()[4] = -INFINITY;
+    grad_lses.emplace_back(lse.size());
+  }
+  for (int s = 0; s < shards; ++s) {
+    const auto u = static_cast<size_t>(s);
+    p.shard[s].out = {span(outs[u]), rows * dim, queries * dim, dim};
+    p.shard[s].grad_out = {span(grads[u]), rows * dim, queries * dim, dim};
+    p.shard[s].logsumexp = span(lses[u]);
+    p.shard[s].grad_logsumexp = span(grad_lses[u]);
+  }
+  p.out = {span(out), rows * dim, queries * dim, dim};
+  p.logsumexp = span(lse);
+  merge_attention_forward(p, nullptr);
+  p.wants_outs = p.wants_logsumexps = true;
+  auto grad = random_values<T>(rows * dim);
+  p.out.data = span(grad);
+  merge_attention_backward(p, nullptr);
+
+  for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
+    double sum = 0;
+    for (const auto& of_shard : lses) sum += std::exp(of_shard[row]);
+    CHECK(sum == 0 ? lse[row] == -INFINITY : close(lse[row], std::log(sum)));
+    for (size_t j = row * static_cast<size_t>(dim); j < (row + 1) * static_cast<size_t>(dim); ++j) {
+      double expected = 0;
+      for (size_t s = 0; s < outs.size(); ++s) {
+        const double w = sum == 0 ? 0 : std::exp(lses[s][row]) / sum;
+        expected += w * to_float(outs[s][j]);
+        CHECK(close(to_float(grads[s][j]), w * to_float(grad[j])));
+      }
+      CHECK(close(to_float(out[j]), expected));
+    }
+    // The weights sum to one, so a shift of all shards changes nothing.
+    double total = 0;
+    for (const auto& of_shard : grad_lses) total += of_shard[row];
+    CHECK(std::abs(total) < 1e-4);
+  }
+}
+
+template <class T>
+void check_dropout(Dtype dtype, int64_t dim) {
+  const int64_t rows = 5;
+  auto x = random_values<T>(rows * dim), residual = random_values<T>(rows * dim);
+  std::vector<T> out(x.size());
+  std::vector<int64_t> seed{0x123456789abcdef};
+  DropoutResidual p{};
+  p.rows = rows;
+  p.dim = p.x_stride = p.residual_stride = dim;
+  p.dtype = dtype;
+  p.x = span(x);
+  p.residual = span(residual);
+  p.out = span(out);
+  p.seed = span(seed);
+  p.dropout_p = 0.5;
+  dropout_residual(p, nullptr);
+  int kept = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double without = to_float(residual[i]), with = without + 2 * to_float(x[i]);
+    CHECK(close(to_float(out[i]), without) || close(to_float(out[i]), with));
+    kept += to_float(x[i]) != 0 && close(to_float(out[i]), with);
+  }
+  CHECK(kept > 0 && kept < rows * dim);
+}
+
+}  // namespace
+
+TEST(kernels_gated_residual) {
+  for (const bool gate_is_row : {false, true})
+    for (const bool masked : {false, true}) {
+      check_gated_residual<float>(Dtype::float32, 40, 7, gate_is_row, masked);
+      check_gated_residual<__half>(Dtype::float16, 5, 64, gate_is_row, masked);
+      check_gated_residual<__nv_bfloat16>(Dtype::bfloat16, 33, 16, gate_is_row, masked);
+    }
+}
+
+TEST(kernels_merge_attention) {
+  check_merge<float>(Dtype::float32, 40, 3);
+  check_merge<__half>(Dtype::float16, 128, 2);
+  check_merge<__nv_bfloat16>(Dtype::bfloat16, 300, 4);
+  check_merge<float>(Dtype::float32, 5, kMostShards);
+}
+
+TEST(kernels_dropout_residual) {
+  check_dropout<float>(Dtype::float32, 130);
+  check_dropout<__half>(Dtype::float16, 64);
+  check_dropout<__nv_bfloat16>(Dtype::bfloat16, 37);
+}
