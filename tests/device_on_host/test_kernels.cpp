@@ -155,6 +155,10 @@ void check_dropout(Dtype dtype, int64_t dim) {
 TEST(kernels_gated_residual) {
   for (const bool gate_is_row : {false, true})
     for (const bool masked : {false, true}) {
+#if defined(__SANITIZE_THREAD__)
+      // Starting the threads takes most of the time.
+      if (masked != gate_is_row) continue;
+#endif
       check_gated_residual<float>(Dtype::float32, 40, 7, gate_is_row, masked);
       check_gated_residual<__half>(Dtype::float16, 5, 64, gate_is_row, masked);
       check_gated_residual<__nv_bfloat16>(Dtype::bfloat16, 33, 16, gate_is_row, masked);
