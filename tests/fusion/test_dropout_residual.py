@@ -45,7 +45,7 @@ def test_share_and_independence_of_what_is_kept(p):
     assert not torch.equal(keep, reference.kept(torch.tensor(SEED + 1), 512, 512, p).double())
 
 
-@every_backend
+@every_backend_with_cuda
 def test_backward_drops_what_forward_dropped(backend):
     x = torch.rand(4, 100) + 1
     x.requires_grad_()
@@ -57,7 +57,7 @@ def test_backward_drops_what_forward_dropped(backend):
     torch.testing.assert_close(out.detach(), x.grad * x.detach())
 
 
-@every_backend
+@every_backend_with_cuda
 def test_layouts_and_empty_shapes(backend):
     base = torch.randn(6, 5, 40)
     x = base.transpose(0, 1)[:, :, ::2]
@@ -70,7 +70,7 @@ def test_layouts_and_empty_shapes(backend):
         assert dropout_residual(torch.randn(4, 0), dropout_p=0.3).shape == (4, 0)
 
 
-@every_backend
+@every_backend_with_cuda
 def test_what_is_dropped_may_be_infinite(backend):
     keep = reference.kept(torch.tensor(SEED), 5, 70, 0.5)
     x = torch.where(keep, torch.ones(5, 70), torch.inf)
