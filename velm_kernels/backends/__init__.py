@@ -86,7 +86,7 @@ def forced() -> str:
 
 def _checked_name(name: str, source: str) -> str:
     if name and name not in ORDER + ON_REQUEST:
-        raise ValueError(f"{source}: expected one of {', '.join(ORDER + ON_REQUEST)}, given {name!r}")
+        raise ValueError(f"{source}: expected one of {', '.join(ORDER)}, given {name!r}")
     return name
 
 
