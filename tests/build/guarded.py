@@ -1,0 +1,99 @@
+"""Calls operators on tensors that end, or begin, at a page that may not be touched.
+
+    python -m tests.build.guarded ISA              every operator of the library for ISA
+    python -m tests.build.guarded ISA planted      reads one element too many: must die of it
+
+Unlike AddressSanitizer it needs no other build: what is tested are the libraries that are shipped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+from torch import Tensor
+
+import velm_kernels
+from velm_kernels.backends import cpu
+from velm_kernels.linear.rule import use_product
+
+_PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_kept: list[mmap.mmap] = []
+
+
+def guarded(values: Tensor, at_end: bool) -> Tensor:
+    """A copy of `values`, between two pages that may not be touched: right before the second, or right after the
+    first."""
+    values = values.contiguous()
+    size = values.numel() * values.element_size()
+    pages = max(1, -(-size // _PAGE))
+    memory = mmap.mmap(-1, (pages + 2) * _PAGE)
+    _kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        if _libc.mprotect(start + page * _PAGE, _PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = (pages + 1) * _PAGE - size if at_end else _PAGE
+    whole = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=offset)
+    copy = whole.view(values.dtype).view(values.shape)
+    return copy.copy_(values)
+
+
+def attention(dtype: torch.dtype, at_end: bool, queries: int, keys: int, dim: int) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return guarded(torch.randn(shape).to(dtype), at_end).requires_grad_()
+
+    query, key, value = leaf(2, 4, queries, dim), leaf(2, 2, keys, dim), leaf(2, 2, keys, dim + 1)
+    weights = leaf(dim), leaf(dim)
+    start = guarded(torch.zeros(2, queries, dtype=torch.int32), at_end)
+    stop = guarded(torch.randint(0, keys + 1, (2, queries), dtype=torch.int32), at_end)
+    mask = guarded(torch.rand(2, 1, queries, keys) > 0.2, at_end)
+    key_mask = guarded(torch.rand(2, keys) > 0.2, at_end)
+    for options in (
+        {},
+        {"bias": leaf(1, 4, queries, keys), "mask": mask},
+        {"key_ranges": (start, stop), "key_mask": key_mask, "dropout_p": 0.1},
+        {"query_norm_weight": weights[0], "key_norm_weight": weights[1], "is_causal": True},
+    ):
+        out, mass = velm_kernels.cross_attention(query, key, value, return_key_mass=True, **options)
+        wanted = [query, key, value, *(t for t in options.values() if isinstance(t, Tensor) and t.requires_grad)]
+        torch.autograd.grad(out, wanted, guarded(torch.ones_like(out), at_end))
+        assert out.isfinite().all() and mass.isfinite().all()
+    a, b = leaf(1, 2, queries, dim), leaf(1, 2, keys, dim)
+    value_a, value_b = leaf(1, 2, queries, dim), leaf(1, 2, keys, dim)
+    outs = velm_kernels.bidirectional_attention(a, b, value_a, value_b)
+    torch.autograd.grad(outs, (a, b, value_a, value_b), [guarded(torch.ones_like(out), at_end) for out in outs])
+
+
+def linear(dtype: torch.dtype, at_end: bool, rows: int, in_features: int, out_features: int) -> None:
+    shapes = ((rows, in_features), (out_features, in_features), (out_features,), (rows, out_features))
+    x, weight, bias, residual = (guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes)
+    with use_product("velm"):
+        out = velm_kernels.linear(x, weight, bias, "gelu", residual)
+        torch.autograd.grad(out, (x, weight, bias), guarded(torch.ones_like(out), at_end))
+    assert out.isfinite().all()
+
+
+def main() -> None:
+    isa = sys.argv[1]
+    torch.manual_seed(0)
+    if sys.argv[2:] == ["planted"]:
+        values = guarded(torch.ones(10), at_end=True)
+        print(ctypes.c_float.from_address(values.data_ptr() + 4 * 9).value, flush=True)
+        print(ctypes.c_float.from_address(values.data_ptr() + 4 * 10).value)
+    with velm_kernels.use_backend("cpu"), cpu.use_isa(isa):
+        for dtype in cpu.DTYPES:
+            for at_end in (True, False):
+                for sizes in ((1, 1, 1), (3, 17, 5), (33, 65, 33), (7, 33, 64), (70, 31, 200)):
+                    attention(dtype, at_end, *sizes)
+                for sizes in ((1, 1, 1), (3, 17, 5), (33, 65, 33), (70, 100, 129)):
+                    linear(dtype, at_end, *sizes)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
