@@ -16,6 +16,11 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
+# Named every time, because what was configured last stays in force.
+TESTING := ON
+ISAS :=
+CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) $(CMAKE_ARGS)
+
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -28,13 +33,13 @@ $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check --quiet $(TORCH)
 	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
-	CMAKE_ARGS="-DVELM_TESTING=ON $(CMAKE_ARGS)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	  $(RUN) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 # The libraries are brought up to date every time; only what changed is compiled.
 setup: $(STAMP)
-	CMAKE_ARGS="-DVELM_TESTING=ON $(CMAKE_ARGS)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
+	CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	  $(RUN) setup.py --quiet build_ext --inplace
 
 lint: setup
@@ -53,7 +58,8 @@ test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal $(PYTEST_ARGS)
 
 # The library of this processor alone: the demo is for a newcomer, who should not wait for the others to be compiled.
-demo: CMAKE_ARGS += -DVELM_CPU_ISAS=native
+demo: ISAS := native
+demo: TESTING := OFF
 demo: setup
 	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
 
