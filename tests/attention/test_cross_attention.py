@@ -98,12 +98,14 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, queries: int, key
 
 @every_cpu_backend
 def test_key_mass_of_more_keys_than_weights_are_kept_for(backend: Backend) -> None:
+    torch.manual_seed(0)
     query, key, value = torch.randn(1, 2, 6, 4), torch.randn(1, 1, 33_000, 4), torch.randn(1, 1, 33_000, 4)
     *_, plain = reference.cross_attention(query, key, value)
     *_, exact = reference.cross_attention(query.double(), key.double(), value.double())
     with backend.use():
         _, mass = velm_kernels.cross_attention(query, key, value, return_key_mass=True)
-    assert_accurate("key_mass", mass, plain, exact, torch.float32)
+    # The weights are exponentials of differences to a logsumexp near 10, whose last place is 8 of those of a weight.
+    assert_accurate("key_mass", mass, plain, exact, torch.float32, ulps=16)
 
 
 SHARED_BIASES = [(False, True, True, True), (False, False, True, True), (True, True, True, True)]
