@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 // With w_s = exp(lse_s - lse): grad_out_s = w_s grad, and grad_lse_s = w_s (grad . out_s - sum of w_t (grad . out_t) +
 // grad_lse).
 template <class T, int Width>
-__global__ void __launch_bounds__(32 * kMostWarps)
+__global__ void __launch_bounds__(32 * kMostWarps, 8)
     backward_kernel(const Arguments<T> a, Rows<const T> grad, ReadOnly<float> logsumexp) {
   const int lane = static_cast<int>(threadIdx.x);
   const Place at(a.heads, a.query_blocks);

@@ -1,0 +1,150 @@
+"""What every instance of every CUDA kernel occupies, as ptxas says: the table beside this file, and how it is made.
+
+python -m tests.cuda.resources            # compiles all of them and compares with the table
+python -m tests.cuda.resources --write    # writes the table
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = Path(__file__).with_name("resources.csv")
+ARCHITECTURES = ("80", "90a", "100", "120")
+
+# What a multiprocessor has: threads, shared memory in bytes and blocks. Registers are given to warps by 256.
+THREADS = {"80": 2048, "90a": 2048, "100": 2048, "120": 1536}
+SHARED = {"80": 167936, "90a": 233472, "100": 233472, "120": 102400}
+BLOCKS = {"80": 32, "90a": 32, "100": 32, "120": 24}
+REGISTERS = 65536
+# The system keeps this much shared memory of every block.
+RESERVED = 1024
+# Threads of a block, by the source's own constants.
+BLOCK_THREADS = 128
+
+
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    occupancy: float
+
+
+Key = tuple[str, str, str]
+
+
+def sources() -> list[Path]:
+    """The files with kernels, as the build lists them."""
+    listed = re.search(r"set\(VELM_KERNEL_SOURCES(.*?)\)", (ROOT / "cmake" / "cuda.cmake").read_text(), re.S)
+    assert listed is not None
+    return [Path(name) for name in listed.group(1).split()]
+
+
+def occupancy(registers: int, shared_bytes: int, arch: str) -> float:
+    """The share of a multiprocessor's threads that can be there at once."""
+    of_a_warp = -(-registers * 32 // 256) * 256
+    by_registers = REGISTERS // of_a_warp // (BLOCK_THREADS // 32)
+    by_shared = SHARED[arch] // (shared_bytes + RESERVED)
+    blocks = min(by_registers, by_shared, THREADS[arch] // BLOCK_THREADS, BLOCKS[arch])
+    return round(blocks * BLOCK_THREADS / THREADS[arch], 3)
+
+
+def parse(output: str, source: Path, arch: str) -> dict[Key, Resources]:
+    """What `ptxas -v` says of each kernel."""
+    found = {}
+    names = re.findall(r"Compiling entry function '(\w+)'", output)
+    plain = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True).stdout.splitlines()
+    for name, text in zip(plain, re.split(r"Compiling entry function", output)[1:], strict=True):
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+        registers, shared = re.search(r"Used (\d+) registers", text), re.search(r"(\d+) bytes smem", text)
+        assert spills is not None and registers is not None, text
+        bytes_shared = int(shared.group(1)) if shared else 0
+        instance = re.sub(r"^void |\(.*$", "", re.sub(r"velm::cuda::|\(anonymous namespace\)::", "", name))
+        found[source.stem, instance, arch] = Resources(
+            int(registers.group(1)),
+            int(spills.group(1)) + int(spills.group(2)),
+            bytes_shared,
+            occupancy(int(registers.group(1)), bytes_shared, arch),
+        )
+    return found
+
+
+def compile_for(source: Path, arch: str) -> dict[Key, Resources]:
+    nvcc = shutil.which("nvcc")
+    assert nvcc is not None
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, "-std=c++20", "-O3", "-DNDEBUG", "-I", ROOT / "csrc", f"-arch=sm_{arch}", "-Xptxas", "-v"]
+        command += ["-cubin", "-o", Path(folder) / "kernels.cubin", ROOT / "csrc" / source]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return parse(done.stdout + done.stderr, source, arch)
+
+
+def read() -> dict[Key, Resources]:
+    if not FILE.exists():
+        return {}
+    with FILE.open() as file:
+        return {
+            (row["source"], row["kernel"], row["arch"]): Resources(
+                int(row["registers"]), int(row["spilled_bytes"]), int(row["shared_bytes"]), float(row["occupancy"])
+            )
+            for row in csv.DictReader(file)
+        }
+
+
+def write(table: dict[Key, Resources]) -> None:
+    with FILE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("source", "kernel", "arch", *(field.name for field in fields(Resources))))
+        for key in sorted(table, key=lambda key: (key[0], key[1], ARCHITECTURES.index(key[2]))):
+            writer.writerow((*key, *astuple(table[key])))
+
+
+def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
+    """What is wrong with an instance, or worse than before."""
+    found = []
+    if now.spilled_bytes:
+        found.append(f"spills {now.spilled_bytes} bytes")
+    if before is None:
+        found.append("is not in the table: python -m tests.cuda.resources --write")
+    else:
+        # Registers move a little with every edit; what counts is how many blocks fit.
+        if now.registers > before.registers + 8 or now.occupancy < before.occupancy:
+            found.append(
+                f"registers {before.registers} -> {now.registers}, occupancy {before.occupancy} -> {now.occupancy}"
+            )
+        if now.shared_bytes > before.shared_bytes:
+            found.append(f"shared memory {before.shared_bytes} -> {now.shared_bytes}")
+    return [f"{' '.join(key)}: {text}" for text in found]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--jobs", type=int, default=2)
+    chosen = parser.parse_args()
+    table: dict[Key, Resources] = {}
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        for part in pool.map(lambda job: compile_for(*job), [(s, a) for s in sources() for a in ARCHITECTURES]):
+            table |= part
+    before = table if chosen.write else read()
+    failed = [text for key, now in table.items() for text in complaints(key, now, before.get(key))]
+    failed += [f"{' '.join(key)}: is in the table and no longer compiled" for key in before.keys() - table.keys()]
+    print(*failed, f"{len(table)} instances, {len(failed)} complaints", sep="\n")
+    if chosen.write:
+        write(table)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

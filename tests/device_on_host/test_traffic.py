@@ -1,0 +1,79 @@
+"""Bytes of global memory that the kernels ask for, against the least possible, as the execution model counts them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import velm_kernels
+from tests.conftest import DEVICE_ON_HOST
+from velm_kernels.backends import cuda
+
+pytestmark = list(DEVICE_ON_HOST.marks)
+
+ROWS, DIM = 256, 512
+
+
+def count(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def traffic() -> tuple[int, int]:
+    launches = cuda.launches()
+    assert launches
+    return sum(int(one["global_bytes_read"]) for one in launches), sum(
+        int(one["global_bytes_written"]) for one in launches
+    )
+
+
+def check(least_read: int, least_written: int, limit: float) -> None:
+    read, written = traffic()
+    assert least_read <= read <= limit * least_read, f"{read / least_read:.3f} times the least possible read"
+    assert least_written <= written <= limit * least_written, f"{written / least_written:.3f} times the least written"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gated_residual(dtype: torch.dtype) -> None:
+    residual, x, grad = (torch.randn(ROWS, DIM).to(dtype) for _ in range(3))
+    gate, mask = torch.randn(DIM), torch.ones(ROWS, dtype=torch.bool)
+    mask[::4] = False
+    live = count(x) * 3 // 4
+    x.requires_grad_()
+    gate.requires_grad_()
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.gated_residual(residual, x, gate, mask)
+        # Beyond the least: the gate for every block of rows (four here, which a cache serves on a device), and the mask
+        # for every thread along a row.
+        check(count(residual, gate, mask) + live, count(out), 1.2 if dtype is torch.float32 else 1.35)
+        out.backward(grad)
+        # Masked rows are read neither of grad nor of x.
+        check(count(gate, mask) + 2 * live, count(x, gate), 1.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge_attention(dtype: torch.dtype) -> None:
+    outs, lses = torch.randn(3, 2, 4, 32, 128).to(dtype), torch.randn(3, 2, 4, 32)
+    grad, grad_lse = torch.randn(2, 4, 32, 128).to(dtype), torch.randn(2, 4, 32)
+    lses[1, :, 2] = -torch.inf
+    live = count(outs) - count(outs[1, :, 2])
+    outs.requires_grad_()
+    lses.requires_grad_()
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out, lse = velm_kernels.merge_attention(outs, lses)
+        check(live + count(lses), count(out, lse), 1.01)
+        torch.autograd.backward([out, lse], [grad, grad_lse])
+        # Beyond the least: the total logsumexp for every lane.
+        check(live + count(grad, lses, lse, grad_lse), count(outs, lses), 1.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropout_residual(dtype: torch.dtype) -> None:
+    x, residual = (torch.randn(ROWS, DIM).to(dtype) for _ in range(2))
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.dropout_residual(x, residual, 0.1, seed=1)
+    # Beyond the least: the seed, 8 bytes for every 16 elements.
+    check(count(x, residual), count(out), 1.13)
