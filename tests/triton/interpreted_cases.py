@@ -121,6 +121,34 @@ def test_few_queries_split_their_keys() -> None:
     compare(lambda q, k, v: velm_kernels.cross_attention(q, k, v, return_logsumexp=True), [query, key, value])
 
 
+@pytest.mark.parametrize("hidden_by", ["mask", "bias", "ranges"])
+def test_keys_that_nobody_sees_may_be_nan(hidden_by: str) -> None:
+    """Between keys that are seen, so that their tile is read: the second launch keeps them out of the products."""
+    torch.manual_seed(0)
+    query, key, value = randn(1, 2, 20, 16), randn(1, 2, 40, 16), randn(1, 2, 40, 16)
+    hidden = torch.arange(40) % 40 == 25
+    given: dict[str, Any] = {}
+    if hidden_by == "mask":
+        given["mask"] = ~hidden[None, None, None, :].expand(1, 1, 20, 40)
+    elif hidden_by == "bias":
+        given["bias"] = torch.where(hidden, -torch.inf, randn(1, 2, 20, 40))
+    else:
+        before = torch.arange(20)[None, :] < 10
+        given["key_ranges"] = torch.where(before, 0, 26), torch.where(before, 25, 40)
+
+    def run(fill: float) -> list[torch.Tensor]:
+        leaves = [x.clone() for x in (query, key, value)]
+        for x in leaves[1:]:
+            x[:, :, hidden] = fill
+        leaves = [x.requires_grad_() for x in leaves]
+        with velm_kernels.use_backend("triton"):
+            out = velm_kernels.cross_attention(*leaves, **given)
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    for with_nan, with_zero in zip(run(torch.nan), run(0.0), strict=True):
+        assert with_zero.isfinite().all() and torch.equal(with_nan, with_zero)
+
+
 def test_dropout_drops_the_same_elements_as_the_reference() -> None:
     torch.manual_seed(0)
     query, key = torch.zeros(2, 3, 9, 16), torch.zeros(2, 3, 37, 16)

@@ -40,8 +40,8 @@ FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
 DIMENSIONS = (64, 128, 256)
 DTYPES = ("float16", "float32")
-# Kernels over tiles of queries and keys. The second launch of a kernel and the one of few queries take the block sizes
-# of the first.
+# Kernels over tiles of queries and keys. The second launch of a kernel and the one for few queries take the block sizes
+# of the first; the latter has a part of its rows, and is compiled for two-byte elements alone.
 SHARED_ENTRY = {"forward_guarded": "forward", "decode": "forward", "grad_query_guarded": "grad_query"}
 ATTENTION = (
     ("forward", "plain"),
@@ -149,8 +149,8 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
             size = getattr(torch, dtype).itemsize
             for dim in dims:
                 for kind, level in ATTENTION:
-                    entry = SHARED_ENTRY.get(kind, kind)
-                    if backend.entry(entry, level, size, dim) is backend.TABLE[entry, level].get((size, dim)):
+                    has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
+                    if has_entry and (size == 2 or kind != "decode"):
                         yield kind, level, dtype, dim, arch
             yield "linear", "plain", dtype, WIDEST, arch
         if "float16" in dtypes:

@@ -180,29 +180,28 @@ _Row = dict[int, _Blocks]
 _Rows = dict[tuple[int, int], _Row]
 
 
-def _rows(size: int, *entries: _Row | _Blocks) -> _Rows:
-    """Entries for elements of `size` bytes and head dimensions up to 64, 128 and 256."""
-    return {
-        (size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip((64, 128, 256), entries)
-    }
+def _rows(size: int, dims: tuple[int, ...], *entries: _Row | _Blocks) -> _Rows:
+    """Entries for elements of `size` bytes and head dimensions up to each of `dims`."""
+    return {(size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip(dims, entries)}
 
 
+_DIMS = (64, 128, 256)
 TABLE: dict[tuple[str, str], _Rows] = {
-    ("forward", "plain"): _rows(2, (128, 64, 4, 3), (128, 64, 8, 3), {ANY: (64, 64, 8, 2), 120: (64, 32, 8, 2)}),
-    ("forward", "loaded"): _rows(2, (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_query", "plain"): _rows(2, (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
-    ("grad_query", "loaded"): _rows(2, (128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1))
-    | _rows(4, (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
-    ("grad_key_value", "loaded"): _rows(2, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_side", "loaded"): _rows(2, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("forward", "plain"): _rows(2, _DIMS, (128, 64, 4, 3), (128, 64, 8, 3), {ANY: (64, 64, 8, 2), 120: (64, 32, 8, 2)}),
+    ("forward", "loaded"): _rows(2, _DIMS, (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2))
+    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_query", "plain"): _rows(2, _DIMS, (128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    ("grad_query", "loaded"): _rows(2, _DIMS, (128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 1))
+    | _rows(4, (128, 256), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("grad_key_value", "plain"): _rows(2, _DIMS, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("grad_key_value", "loaded"): _rows(2, _DIMS, (32, 64, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1))
+    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_bias", "loaded"): _rows(2, _DIMS, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
+    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("key_mass", "loaded"): _rows(2, _DIMS, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
+    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_side", "loaded"): _rows(2, _DIMS, (32, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2))
+    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3), 120: (128, 128, 8, 2)}, (4, 256): {ANY: (64, 64, 8, 2)}},
 }
 
