@@ -31,8 +31,13 @@ FEW_PROGRAMS = 256
 LEAST_TILES = 4
 # What one program of the norm's backward sums before partial results are added.
 NORM_STEPS = 16
-NORM_ROWS = 16
+# Elements of a tile of the norm: more would not fit the registers of backward.
+NORM_TILE = 2048
 BIAS_PROGRAMS = 512
+
+
+def norm_config(dim: int) -> Config:
+    return Config(NORM_TILE // dimension_class(dim), 0, 4, 1)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
@@ -42,10 +47,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
         return x
     y = empty_like_heads(x, x.shape[-1])
     heads, length, rows = x.shape[1], x.shape[0 if x.dim() == 3 else 2], x.numel() // x.shape[-1]
-    config = Config(NORM_ROWS, 0, 4, 1)
-    constants = {"DIM": x.shape[-1], "BLOCK_M": NORM_ROWS, "BLOCK_D": dimension_class(x.shape[-1])}
+    config = norm_config(x.shape[-1])
+    constants = {"DIM": x.shape[-1], "BLOCK_M": config.block_m, "BLOCK_D": dimension_class(x.shape[-1])}
     arguments = (x, weight, y, row_strides(x), row_strides(y), heads, length, rows, eps)
-    launch("rms_norm", rms_norm_kernel, cdiv(rows, NORM_ROWS), arguments, constants, config)
+    launch("rms_norm", rms_norm_kernel, cdiv(rows, config.block_m), arguments, constants, config)
     return y
 
 
@@ -56,12 +61,12 @@ def rms_norm_backward(
     dim = x.shape[-1]
     heads, length, rows = x.shape[1], x.shape[0 if x.dim() == 3 else 2], x.numel() // dim
     grad_x = empty_like_heads(x, dim) if wants_x else None
-    blocks = cdiv(rows, NORM_ROWS)
+    config = norm_config(dim)
+    blocks = cdiv(rows, config.block_m)
     steps = max(1, min(NORM_STEPS, blocks // FEW_PROGRAMS))
     programs = cdiv(blocks, steps)
     partials = x.new_empty((programs, dim), dtype=torch.float32) if wants_weight else None
-    config = Config(NORM_ROWS, 0, 4, 1)
-    constants = {"DIM": dim, "BLOCK_M": NORM_ROWS, "BLOCK_D": dimension_class(dim)}
+    constants = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": dimension_class(dim)}
     arguments = (
         x,
         weight,

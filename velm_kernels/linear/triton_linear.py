@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
-from velm_kernels.attention.triton_problem import cdiv
+from velm_kernels.attention.triton_problem import NARROW_STRIDE, cdiv
 from velm_kernels.backends.triton import Config, choose, launch, precision
 from velm_kernels.linear.reference import FROM_OUTPUT
 from velm_kernels.linear.triton_kernels import linear_grad_kernel, linear_kernel
@@ -18,6 +18,11 @@ GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 # Columns of x and weight a step, by element size.
 STEP = {2: 64, 4: 32}
 TILE = Config(16, 128, 4, 1)
+
+
+def _near_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` in rows near enough for 32-bit offsets inside of a tile."""
+    return x if x.stride(0) < NARROW_STRIDE else x.contiguous()
 
 
 def linear_forward(
@@ -31,6 +36,8 @@ def linear_forward(
     """`velm::linear_forward`: torch's product, or the Triton one where an epilogue can be fused."""
     if not activation and residual is None:
         return torch.nn.functional.linear(x, weight, bias), x.new_empty((0,))
+    x, weight = _near_rows(x), _near_rows(weight)
+    residual = None if residual is None else _near_rows(residual)
     rows, out_features = x.shape[0], weight.shape[0]
     out = x.new_empty((rows, out_features))
     saved = x.new_empty((rows, out_features) if save else (0,))
