@@ -10,7 +10,8 @@ pipeline stages, registers a thread, bytes of spilled registers, bytes of shared
 multiprocessor's threads that can be resident, and the matrix instructions in the PTX.
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
-do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
+do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256. float32
+attention has rows for 64 dimensions alone.
 bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
 """
 
@@ -40,6 +41,8 @@ FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
 DIMENSIONS = (64, 128, 256)
 DTYPES = ("float16", "float32")
+# A product of float32 is three of TF32: beyond this, its operands do not fit the registers whatever the tile.
+WIDEST_FLOAT32 = 64
 # Kernels over tiles of queries and keys. The second launch of a kernel and the one for few queries take the block sizes
 # of the first; the latter has a part of its rows, and is compiled for two-byte elements alone.
 SHARED_ENTRY = {"forward_guarded": "forward", "decode": "forward", "grad_query_guarded": "grad_query"}
@@ -150,7 +153,7 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
             for dim in dims:
                 for kind, level in ATTENTION:
                     has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
-                    if has_entry and (size == 2 or kind != "decode"):
+                    if has_entry and (size == 2 or (dim <= WIDEST_FLOAT32 and kind != "decode")):
                         yield kind, level, dtype, dim, arch
             yield "linear", "plain", dtype, WIDEST, arch
         if "float16" in dtypes:

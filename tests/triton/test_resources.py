@@ -17,6 +17,11 @@ CHECKED = [
     ("forward", "plain", "float16", 64, 80),
     ("forward", "loaded", "float16", 128, 80),
     ("grad_query", "loaded", "float16", 64, 80),
+    ("grad_key_value", "plain", "float16", 64, 90),
+    ("grad_bias", "loaded", "float16", 64, 90),
+    ("key_mass", "loaded", "float16", 64, 120),
+    ("forward", "plain", "float16", 64, 100),
+    ("linear", "plain", "float16", 256, 90),
     ("dropout_residual", "plain", "float16", 256, 80),
 ]
 
@@ -30,6 +35,14 @@ def test_resources(key: tuple[str, str, str, int, int]) -> None:
     assert key in table, "python -m tests.triton.resources --write"
     assert table[key][0] == blocks, "block sizes changed: python -m tests.triton.resources --write"
     assert resources.complaints(key, now, table[key][1]) == []
+
+
+def test_the_table_is_complete() -> None:
+    from tests.triton import resources
+
+    expected = set(resources.instances(resources.ARCHITECTURES, resources.DTYPES, resources.DIMENSIONS))
+    assert {entry for entry, _ in resources.ATTENTION} >= {kind for kind, _ in backend.TABLE} - {"linear"}
+    assert set(resources.read()) == expected, "python -m tests.triton.resources --missing --write"
 
 
 def test_the_table_has_no_complaints() -> None:

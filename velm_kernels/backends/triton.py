@@ -172,57 +172,48 @@ def dimension_class(head_dim: int) -> int:
 # (kernel, what it does beside its products) -> (element bytes, largest head dimension) -> architecture ->
 # (block_m, block_n, warps, stages); ANY stands for the architectures that have no entry of their own. "plain" kernels
 # mask by length, key mask and causality at most, "loaded" ones do anything; what has no "plain" entry takes the
-# "loaded" one. The entries were chosen from what the compiler reports (no spills; tests/triton/resources.csv); they
-# have not been timed on devices.
+# "loaded" one. The entries were chosen from what the compiler reports (tests/triton/resources.csv: no spills); they
+# have not been timed on devices. float32 of more than 64 dimensions does spill: a product of it is three of TF32,
+# whose operands stay in registers twice.
 ANY = 0
 _Blocks = tuple[int, int, int, int]
 _Row = dict[int, _Blocks]
 _Rows = dict[tuple[int, int], _Row]
 
 
-def _rows(size: int, dims: tuple[int, ...], *entries: _Row | _Blocks) -> _Rows:
-    """Entries for elements of `size` bytes and head dimensions up to each of `dims`."""
-    return {(size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip(dims, entries)}
+def _rows(size: int, *entries: _Row | _Blocks) -> _Rows:
+    """Entries for elements of `size` bytes and head dimensions up to 64, 128 and 256."""
+    return {
+        (size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip((64, 128, 256), entries)
+    }
 
 
-_DIMS = (64, 128, 256)
 TABLE: dict[tuple[str, str], _Rows] = {
     ("forward", "plain"): _rows(
         2,
-        _DIMS,
         {ANY: (128, 64, 4, 3), 120: (128, 64, 8, 2)},
-        (128, 64, 8, 3),
+        {ANY: (128, 64, 8, 3), 120: (64, 64, 8, 2)},
         {ANY: (64, 32, 8, 2), 80: (64, 64, 8, 2)},
     ),
-    ("forward", "loaded"): _rows(2, _DIMS, (128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2))
-    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_query", "plain"): _rows(
-        2, _DIMS, (128, 64, 8, 2), (128, 32, 8, 2), {ANY: (64, 32, 8, 1), 90: (64, 32, 8, 2)}
-    ),
-    ("grad_query", "loaded"): _rows(
-        2,
-        _DIMS,
-        (128, 32, 8, 2),
-        {ANY: (128, 32, 8, 2), 90: (64, 32, 8, 2), 100: (64, 32, 8, 2)},
-        (32, 32, 8, 1),
-    )
-    | _rows(4, (128, 256), (16, 32, 8, 1), (16, 16, 8, 1)),
-    ("grad_key_value", "plain"): _rows(2, _DIMS, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    ("forward", "loaded"): _rows(2, (128, 64, 8, 2), {ANY: (128, 64, 8, 2), 120: (64, 64, 8, 2)}, (64, 32, 8, 2))
+    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("grad_query", "plain"): _rows(2, (128, 64, 8, 2), (128, 32, 8, 2), {ANY: (64, 32, 8, 1), 90: (64, 32, 8, 2)}),
+    ("grad_query", "loaded"): _rows(2, (128, 32, 8, 2), {ANY: (64, 32, 8, 2), 80: (128, 32, 8, 2)}, (32, 32, 8, 1))
+    | _rows(4, (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
     ("grad_key_value", "loaded"): _rows(
-        2,
-        _DIMS,
-        {ANY: (32, 64, 8, 2), 120: (32, 32, 8, 2)},
-        {ANY: (32, 64, 8, 2), 90: (32, 32, 8, 2)},
-        (32, 32, 8, 1),
+        2, {ANY: (32, 64, 8, 2), 120: (32, 32, 8, 2)}, {ANY: (32, 64, 8, 2), 90: (32, 32, 8, 2)}, (32, 32, 8, 1)
     )
-    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_bias", "loaded"): _rows(2, _DIMS, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
-    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("key_mass", "loaded"): _rows(2, _DIMS, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
-    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("grad_side", "loaded"): _rows(2, _DIMS, (32, 32, 8, 2), (32, 32, 8, 2), {ANY: (16, 32, 8, 1), 80: (32, 32, 8, 2)})
-    | _rows(4, (128, 256), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3), 120: (128, 128, 8, 2)}, (4, 256): {ANY: (64, 64, 8, 2)}},
+    | _rows(4, (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
+    | _rows(4, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
+    | _rows(4, (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    ("grad_side", "loaded"): _rows(
+        2, (32, 32, 8, 2), (32, 32, 8, 2), {ANY: (32, 32, 8, 2), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)}
+    )
+    | _rows(4, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3)}, (4, 256): {ANY: (64, 64, 8, 2)}},
 }
 
 
