@@ -14,6 +14,7 @@
 
 #include "attention/cpu_philox.h"
 #include "attention/small_ops.h"
+#include "simd/layout.h"
 #include "simd/math.h"
 #include "simd/parallel.h"
 #include "simd/product.h"
@@ -23,19 +24,12 @@
 namespace velm::bidirectional {
 
 using simd::kLanes;
+using simd::padded;
+using simd::round_up;
 using simd::Vec;
 
 inline constexpr int64_t kRows = 48, kColumns = 96;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-inline int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
-// Row length of packed matrices: whole vectors, and an odd number of cache lines, so that rows read side by side fall
-// into different sets of the cache.
-inline int64_t padded(int64_t columns) {
-  return (round_up(columns, 16) / 16 | 1) * 16;
-}
 
 // One of the two sequences.
 template <class T>

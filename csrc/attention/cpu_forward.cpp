@@ -86,7 +86,7 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
     const Vec a = simd::exp(simd::load(state.max + v * kLanes) - base[v]);
     simd::store(alpha + v * kLanes, a);
     simd::store(state.max + v * kLanes, top[v]);
-    sum[v] = simd::load(state.sum + v * kLanes) * a;
+    sum[v] = simd::zero();
   });
   for (int64_t i = 0; i < n; ++i) {
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -96,7 +96,11 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
       simd::store(at, e);
     });
   }
-  simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { simd::store(state.sum + v * kLanes, sum[v]); });
+  simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+    // Blocks are summed on their own: one running sum would lose bits over tens of thousands of keys.
+    float* total = state.sum + v * kLanes;
+    simd::store(total, simd::fma(simd::load(total), simd::load(alpha + v * kLanes), sum[v]));
+  });
 
   if (p.dropout) {
     for_dropout<V>(p, panel, block.first + from, n, [&](int64_t i, int v, simd::VecMask keep) {

@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "attention/cpu_problem.h"
+#include "simd/layout.h"
 #include "simd/product.h"
 #include "simd/transpose.h"
 
@@ -17,17 +18,8 @@ inline constexpr int kLanes = simd::kLanes;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-inline int64_t round_up(int64_t n, int64_t to) {
-  return (n + to - 1) / to * to;
-}
-
-// Row length of packed matrices: whole vectors, and an odd number of cache lines, so that rows
-// read side by side fall into different sets of the cache.
-inline int64_t padded(int64_t columns) {
-  const int64_t line = 64 / static_cast<int64_t>(sizeof(float));
-  const int64_t lines = round_up(columns, line) / line;
-  return (lines | 1) * line;
-}
+using simd::padded;
+using simd::round_up;
 
 // Words of a row of `columns` elements, its neighbours in one word.
 template <class Format>

@@ -6,15 +6,12 @@
 #include <new>
 
 #include "linear/elementwise.h"
+#include "simd/layout.h"
 
 namespace velm::linear {
 
-constexpr int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return divide_up(a, b) * b;
-}
+using simd::divide_up;
+using simd::round_up;
 
 // Rows of one partial sum of a bias gradient.
 inline constexpr int64_t kSumRows = 64;
