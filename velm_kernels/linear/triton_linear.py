@@ -86,10 +86,10 @@ def linear_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`velm::linear_backward`: one pass for the activation's gradient and the sum for bias, then torch's products."""
     rows, features = grad.shape
-    nothing = grad.new_empty((0,))
     wants_bias = bool(grad_mask & GRAD_BIAS)
     grad_z = grad
-    grad_bias = nothing
+    # Results of an operator must not be one another, not even empty ones.
+    grad_bias = grad.new_empty((0,))
     if saved is not None or wants_bias:
         needs_z = saved is not None and (x is not None or weight is not None)
         grad_z = grad.new_empty((rows, features)) if needs_z else grad
@@ -113,7 +113,7 @@ def linear_backward(
         if partials is not None:
             grad_bias = sum_partials(partials, grad.new_empty((features,)))
     return (
-        nothing if weight is None else grad_z @ weight,
-        nothing if x is None else grad_z.transpose(0, 1) @ x,
+        grad.new_empty((0,)) if weight is None else grad_z @ weight,
+        grad.new_empty((0,)) if x is None else grad_z.transpose(0, 1) @ x,
         grad_bias,
     )
