@@ -44,7 +44,8 @@ def test_gated_residual(dtype: torch.dtype, gate_size: int) -> None:
     torch.manual_seed(0)
     row_mask = torch.rand(3, 7) > 0.4
     x = randn(3, 7, 300, dtype=dtype)
-    inputs = [randn(3, 7, 300, dtype=dtype), x, randn(gate_size, dtype=dtype)]
+    # wide open, where the slope of tanh is small
+    inputs = [randn(3, 7, 300, dtype=dtype), x, 3 + randn(gate_size, dtype=dtype)]
     compare(lambda residual, x, gate: velm_kernels.gated_residual(residual, x, gate, row_mask), inputs)
     compare(velm_kernels.gated_residual, inputs)
 
