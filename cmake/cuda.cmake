@@ -8,11 +8,14 @@ set(VELM_CUDA_ARCHS "$ENV{VELM_CUDA_ARCHS}" CACHE STRING "Compute capabilities, 
 string(REPLACE "," ";" VELM_CUDA_ARCHS "${VELM_CUDA_ARCHS}")
 
 set(VELM_KERNEL_SOURCES
+  attention/forward.cu
   attention/gated_residual.cu
   attention/merge.cu
+  attention/norm.cu
   fusion/dropout.cu
 )
 set(VELM_KERNEL_OPERATORS
+  csrc/attention/attention_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
 )

@@ -47,4 +47,16 @@ DEVICE_INLINE __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// 2^x to 2 units in the last place, and 0 where that is not a normal number.
+DEVICE_INLINE float exp2_approximate(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
+#endif
+}
+
 }  // namespace velm::device

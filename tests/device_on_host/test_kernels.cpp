@@ -2,8 +2,10 @@
 
 #include <cmath>
 
+#include "attention/forward_cuda.h"
 #include "attention/gated_residual_cuda.h"
 #include "attention/merge_cuda.h"
+#include "attention/norm_cuda.h"
 #include "device/numbers.h"
 #include "fusion/dropout_cuda.h"
 #include "tests/device_on_host/testing.h"
@@ -125,6 +127,69 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
 }
 
+// Attention of `queries` to the keys that a mask and causality show, after a norm of the queries.
+template <class T>
+void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
+  const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return RowSpan{span(x), rows * dim, rows * dim, dim}; };
+  auto raw = random_values<T>(queries * dim), key = random_values<T>(keys * dim), value = random_values<T>(keys * dim);
+  auto weight = random_values<T>(dim);
+  std::vector<T> query(raw.size()), out(raw.size());
+  std::vector<float> lse(static_cast<size_t>(queries));
+  std::vector<unsigned char> mask(static_cast<size_t>(keys), 1);
+  for (size_t j = 0; j < mask.size(); j += 3) {
+    mask[j] = 0;
+    for (int64_t d = 0; d < dim; ++d) value[j * static_cast<size_t>(dim) + static_cast<size_t>(d)] = from_float<T>(NAN);
+  }
+  RmsNorm norm{dtype, 1, 1, queries, dim, 1e-5, rows_of(raw, queries), rows_of(query, queries), span(weight)};
+  rms_norm(norm, nullptr);
+
+  AttentionForward p{};
+  p.dtype = dtype;
+  p.batch = p.heads = p.kv_heads = 1;
+  p.queries = p.longest_queries = queries;
+  p.keys = p.longest_keys = keys;
+  p.head_dim = p.value_dim = dim;
+  p.query = rows_of(query, queries);
+  p.key = rows_of(key, keys);
+  p.value = rows_of(value, keys);
+  p.key_mask = span(mask);
+  p.scale = 0.5;
+  p.softcap = 3;
+  p.is_causal = true;
+  p.out = rows_of(out, queries);
+  p.logsumexp = span(lse);
+  options().bank_conflicts = true;
+  device_on_host::take_launches();
+  attention_forward(p, nullptr);
+  CHECK(device_on_host::take_launches().at(0).counters.bank_conflicts == 0);
+  options().bank_conflicts = false;
+
+  const auto at = [&](const std::vector<T>& x, int64_t i, int64_t d) {
+    return double{to_float(x[static_cast<size_t>(i * dim + d)])};
+  };
+  for (int64_t i = 0; i < queries; ++i) {
+    double squares = 0, sum = 0;
+    for (int64_t d = 0; d < dim; ++d) squares += at(raw, i, d) * at(raw, i, d);
+    std::vector<double> expected(static_cast<size_t>(dim));
+    for (int64_t j = 0; j <= i && j < keys; ++j) {
+      if (!mask[static_cast<size_t>(j)]) continue;
+      double dot = 0;
+      for (int64_t d = 0; d < dim; ++d) {
+        const double normed = at(raw, i, d) / std::sqrt(squares / static_cast<double>(dim) + 1e-5) *
+                              to_float(weight[static_cast<size_t>(d)]);
+        CHECK(close(at(query, i, d), normed));
+        dot += at(query, i, d) * at(key, j, d);
+      }
+      const double p_ij = std::exp(3 * std::tanh(0.5 * dot / 3));
+      sum += p_ij;
+      for (int64_t d = 0; d < dim; ++d) expected[static_cast<size_t>(d)] += p_ij * at(value, j, d);
+    }
+    CHECK(sum == 0 ? lse[static_cast<size_t>(i)] == -INFINITY : close(lse[static_cast<size_t>(i)], std::log(sum)));
+    for (int64_t d = 0; d < dim; ++d)
+      CHECK(close(at(out, i, d), sum == 0 ? 0 : expected[static_cast<size_t>(d)] / sum));
+  }
+}
+
 template <class T>
 void check_dropout(Dtype dtype, int64_t dim) {
   const int64_t rows = 5;
@@ -163,6 +228,13 @@ TEST(kernels_gated_residual) {
       check_gated_residual<__half>(Dtype::float16, 5, 64, gate_is_row, masked);
       check_gated_residual<__nv_bfloat16>(Dtype::bfloat16, 33, 16, gate_is_row, masked);
     }
+}
+
+TEST(kernels_attention) {
+  // By copies of 16 and of 4 bytes, and by single elements.
+  check_attention<__half>(Dtype::float16, 70, 75, 24);
+  check_attention<float>(Dtype::float32, 20, 40, 33);
+  check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 33);
 }
 
 TEST(kernels_merge_attention) {

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import velm_kernels
 from tests.conftest import DEVICE_ON_HOST
+from tests.cuda.resources import DYNAMIC_SHARED
 from velm_kernels.backends import cuda
 
 pytestmark = list(DEVICE_ON_HOST.marks)
@@ -77,3 +78,38 @@ def test_dropout_residual(dtype: torch.dtype) -> None:
         out = velm_kernels.dropout_residual(x, residual, 0.1, seed=1)
     # Beyond the least: the seed, 8 bytes for every 16 elements.
     check(count(x, residual), count(out), 1.13)
+
+
+HEADS, QUERIES, KEYS = 2, 130, 300
+# Rows of a block: each of them reads the keys and values that its rows see.
+BLOCK_ROWS = 64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256), *((torch.float32, d) for d in (64, 128, 256))],
+    ids=str,
+)
+def test_attention_forward(dtype: torch.dtype, dim: int) -> None:
+    query = torch.randn(1, HEADS, QUERIES, dim).to(dtype)
+    key, value = torch.randn(2, 1, HEADS, KEYS, dim).to(dtype)
+    mask = torch.randn(1, KEYS) > -1
+    # The rows of the first block see nothing but the first keys.
+    stop = torch.full((1, QUERIES), KEYS)
+    stop[:, :BLOCK_ROWS] = 100
+    ranges = (torch.zeros_like(stop), stop)
+    seen = sum(int(stop[0, row]) for row in range(0, QUERIES, BLOCK_ROWS))
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out, lse = velm_kernels.cross_attention(
+            query, key, value, key_ranges=ranges, key_mask=mask, return_logsumexp=True
+        )
+    (launch,) = cuda.launches()
+    name = str(launch["kernel"]).removeprefix("velm::cuda::")
+    assert launch["shared_bytes"] == DYNAMIC_SHARED[name]
+    # Ranges are 32-bit integers, one pair a row and head.
+    least_read = count(query) + HEADS * (seen * 2 * dim * key.element_size() + 8 * QUERIES + seen)
+    read, written = int(launch["global_bytes_read"]), int(launch["global_bytes_written"])
+    # Beyond the least: key_mask for each of the four warps.
+    assert least_read <= read <= 1.15 * least_read, f"{read / least_read:.3f} times the least possible read"
+    assert written == count(out, lse)

@@ -10,7 +10,7 @@ import torch
 from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend
 from velm_kernels.attention.schema import TENSOR_NAMES
-from velm_kernels.backends import Arguments, cpu, triton
+from velm_kernels.backends import Arguments, cpu, cuda, triton
 
 MAX_HEAD_DIM = 256
 
@@ -403,10 +403,17 @@ def unit_last_stride(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]
     ]
 
 
+# What the kernels stream.
+_LARGE = {"attention_forward": (0, 1, 2), "attention_backward": (0, 2, 3, 4, 2 + len(TENSOR_NAMES))}
+
+
 def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
     """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
-    large = (0, 1, 2) if operator == "attention_forward" else (0, 2, 3, 4, 2 + len(TENSOR_NAMES))
-    return lambda *args: op(operator)(*unit_last_stride(args, large))
+    return lambda *args: op(operator)(*unit_last_stride(args, _LARGE[operator]))
+
+
+def _not_in_cuda(arguments: Arguments) -> list[str]:
+    return ["key_mass has no CUDA kernel"] if arguments["return_key_mass"] else []
 
 
 def _always(arguments: Arguments) -> list[str]:
@@ -418,5 +425,6 @@ backends.register("attention_backward", "reference", reference_backend.attention
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.triton_attention")
+cuda.register_cuda("attention_forward", _not_in_cuda, lambda args: unit_last_stride(args, _LARGE["attention_forward"]))
 backends.register_public("cross_attention", "attention_forward", _canonical)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,17 @@ def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def register_cuda(operator: str, more_reasons: Callable[[Arguments], list[str]] = lambda arguments: []) -> None:
-    """Registers the kernels of ``operator`` under the backends ``cuda`` and ``device_on_host``."""
+def register_cuda(
+    operator: str,
+    more_reasons: Callable[[Arguments], list[str]] = lambda arguments: [],
+    prepare: Callable[[tuple[Any, ...]], Iterable[Any]] = lambda args: args,
+) -> None:
+    """Registers the kernels of ``operator``, called with what ``prepare`` makes of the arguments, under the backends
+    ``cuda`` and ``device_on_host``."""
     for backend, namespace in NAMESPACES.items():
 
         def call(*args: Any, _namespace: str = namespace) -> Any:
-            return getattr(getattr(torch.ops, _namespace), operator).default(*args)
+            return getattr(getattr(torch.ops, _namespace), operator).default(*prepare(args))
 
         def why(arguments: Arguments, _backend: str = backend) -> list[str]:
             return reasons(_backend, operator, arguments) or more_reasons(arguments)

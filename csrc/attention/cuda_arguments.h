@@ -1,0 +1,149 @@
+// What every attention kernel takes, and what a block of it works on.
+#pragma once
+
+#include <algorithm>
+
+#include "attention/cuda_problem.h"
+#include "device/memory.h"
+#include "device/numbers.h"
+
+namespace velm::cuda {
+
+using namespace device;
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+// A warp has 16 rows of a tile, as many as a matrix instruction.
+constexpr int kRows = 16 * kWarps;
+constexpr unsigned kAll = 0xffffffffu;
+constexpr float kInfinity = __builtin_huge_valf();
+// Scores are kept times log2(e), so that every exponential is one exp2.
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+template <class T>
+struct Rows {
+  Global<T> data;
+  int64_t batch, head, row;
+
+  DEVICE_INLINE Global<T> at(int b, int h, int r) const { return data + (b * batch + h * head + r * row); }
+};
+
+// What broadcasts to (batch, heads, queries, keys).
+template <class T>
+struct Matrix {
+  ReadOnly<T> data;
+  int64_t stride[4];
+
+  DEVICE_INLINE int64_t row(int b, int h, int query) const { return b * stride[0] + h * stride[1] + query * stride[2]; }
+};
+
+template <class T>
+struct Inputs {
+  Rows<const T> query, key, value;
+  // The widest copies, in bytes, that these three allow: 16, 4 or one element.
+  int query_width, key_width, value_width;
+  int heads, group, queries, keys, head_dim, value_dim;
+  ReadOnly<int32_t> lengths, range_start, range_stop, cu_seqlens_q, cu_seqlens_k;
+  ReadOnly<unsigned char> key_mask;
+  Matrix<unsigned char> mask;
+  // One of the two.
+  Matrix<T> bias;
+  Matrix<float> wide_bias;
+  ReadOnly<int64_t> seed;
+  // A random word below this drops its weight.
+  uint32_t drop_below;
+  float keep_scale;
+  // A score is `product` * (q . k), or with a softcap `cap` * tanh(`product` * (q . k)).
+  float product, cap;
+  bool causal;
+
+  DEVICE_INLINE bool hides_within_rows() const { return key_mask || mask.data || bias.data || wide_bias.data; }
+};
+
+// One batch entry, or one packed sequence, kept inside of the tensors whatever the offsets say.
+struct Sequence {
+  int batch, first_query, queries, first_key, keys;
+
+  template <class T>
+  DEVICE_INLINE Sequence(const Inputs<T>& a, int index)
+      : batch(index), first_query(0), queries(a.queries), first_key(0), keys(a.keys) {
+    if (!a.cu_seqlens_q) return;
+    batch = 0;
+    first_query = min(max(int{a.cu_seqlens_q[index]}, 0), a.queries);
+    queries = max(min(int{a.cu_seqlens_q[index + 1]}, a.queries) - first_query, 0);
+    first_key = min(max(int{a.cu_seqlens_k[index]}, 0), a.keys);
+    keys = max(min(int{a.cu_seqlens_k[index + 1]}, a.keys) - first_key, 0);
+  }
+};
+
+template <class T>
+inline Rows<T> rows_of(const RowSpan& rows) {
+  return {global<T>(rows.data), rows.batch, rows.head, rows.row};
+}
+
+template <class T>
+inline Matrix<T> matrix_of(const MatrixSpan& matrix, bool given) {
+  Matrix<T> m{};
+  if (!given) return m;
+  m.data = global<const T>(matrix.data);
+  std::copy(matrix.stride, matrix.stride + 4, m.stride);
+  return m;
+}
+
+// The widest of 16, 4 and the size of an element that divides where all rows begin.
+inline int copy_width(const RowSpan& rows, Dtype dtype) {
+  const auto bytes = static_cast<int64_t>(bytes_of(dtype));
+  for (const int width : {16, 4})
+    if (reinterpret_cast<uintptr_t>(rows.data.data) % static_cast<unsigned>(width) == 0 &&
+        rows.batch * bytes % width == 0 && rows.head * bytes % width == 0 && rows.row * bytes % width == 0)
+      return width;
+  return static_cast<int>(bytes);
+}
+
+template <class T>
+inline Inputs<T> inputs_of(const Attention& p) {
+  Inputs<T> a{};
+  a.query = rows_of<const T>(p.query);
+  a.key = rows_of<const T>(p.key);
+  a.value = rows_of<const T>(p.value);
+  a.query_width = copy_width(p.query, p.dtype);
+  a.key_width = copy_width(p.key, p.dtype);
+  a.value_width = copy_width(p.value, p.dtype);
+  a.heads = static_cast<int>(p.heads);
+  a.group = static_cast<int>(p.heads / p.kv_heads);
+  a.queries = static_cast<int>(p.queries);
+  a.keys = static_cast<int>(p.keys);
+  a.head_dim = static_cast<int>(p.head_dim);
+  a.value_dim = static_cast<int>(p.value_dim);
+  a.lengths = global<const int32_t>(p.key_lengths);
+  a.range_start = global<const int32_t>(p.range_start);
+  a.range_stop = global<const int32_t>(p.range_stop);
+  a.cu_seqlens_q = global<const int32_t>(p.cu_seqlens_q);
+  a.cu_seqlens_k = global<const int32_t>(p.cu_seqlens_k);
+  a.key_mask = global<const unsigned char>(p.key_mask);
+  a.mask = matrix_of<unsigned char>(p.mask, true);
+  const bool is_wide = p.bias.dtype != p.dtype;
+  a.bias = matrix_of<T>(p.bias, !is_wide);
+  a.wide_bias = matrix_of<float>(p.bias, is_wide);
+  a.seed = global<const int64_t>(p.seed);
+  a.drop_below = static_cast<uint32_t>(p.dropout_p * 4294967296.0);
+  a.keep_scale = p.seed ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 1.0f;
+  a.product = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * double{kLog2E});
+  a.cap = static_cast<float>(p.softcap * double{kLog2E});
+  a.causal = p.is_causal;
+  return a;
+}
+
+// Calls f with the class of a dimension, a compile-time number.
+template <class F>
+inline void with_dim(int64_t dim, const F& f) {
+  if (dim <= 64) return f(std::integral_constant<int, 64>{});
+#if defined(VELM_ONLY_SMALL)
+  // The sanitizers' tests, for which the others would take long to compile.
+  throw std::runtime_error("velm: only built for dimensions up to 64");
+#else
+  if (dim <= 128) return f(std::integral_constant<int, 128>{});
+  f(std::integral_constant<int, 256>{});
+#endif
+}
+
+}  // namespace velm::cuda

@@ -1,0 +1,217 @@
+// Which keys the rows of a block see, and what that makes of their scores.
+#pragma once
+
+#include "attention/cuda_arguments.h"
+#include "device/philox.h"
+
+namespace velm::cuda {
+
+constexpr int kNoTile = 0x7fffffff;
+
+// The rows of a block: queries of one head, or of all heads that share a key head, one head behind the other. They see
+// no keys but those from lo to hi. A row past the end is query -1.
+struct RowTable {
+  SharedArray<int, kRows> query, head, lo, hi;
+};
+
+// Threads of a block take part; a barrier must follow.
+template <class T>
+DEVICE_INLINE void fill_rows(RowTable& rows, const Inputs<T>& a, const Sequence& s, int index, int first_head,
+                             int first_row, int total) {
+  const int i = static_cast<int>(threadIdx.x), row = first_row + i;
+  if (i >= kRows) return;
+  const bool is_row = row < total;
+  const int query = is_row ? row % s.queries : -1;
+  int lo = 0, hi = is_row ? s.keys : 0;
+  if (a.lengths) hi = min(hi, int{a.lengths[index]});
+  if (a.causal) hi = min(hi, query + 1);
+  if (a.range_start && is_row) {
+    const int64_t at = a.cu_seqlens_q ? int64_t{s.first_query} + query : index * int64_t{a.queries} + query;
+    lo = max(int{a.range_start[at]}, 0);
+    hi = min(hi, int{a.range_stop[at]});
+  }
+  if (lo >= hi) lo = hi = 0;
+  rows.query[i] = query;
+  rows.head[i] = first_head + (is_row ? row / s.queries : 0);
+  rows.lo[i] = lo;
+  rows.hi[i] = hi;
+}
+
+// Which keys any row of a block sees, the same in every lane, and which ones all rows of a warp see.
+class Horizon {
+ public:
+  DEVICE_INLINE explicit Horizon(RowTable& rows) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    int last = 0;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i) {
+      lo_[i] = rows.lo[lane + 32 * i];
+      hi_[i] = rows.hi[lane + 32 * i];
+      last = max(last, hi_[i]);
+    }
+    end = __reduce_max_sync(kAll, last);
+    // Rows past the end may see everything: nothing becomes of their results.
+    const int row = thread / 32 * 16 + lane % 16, query = rows.query[row], lo = rows.lo[row], hi = rows.hi[row];
+    full_lo_ = __reduce_max_sync(kAll, lo);
+    full_hi_ = __reduce_min_sync(kAll, query < 0 ? kNoTile : hi);
+  }
+
+  // The first tile of kKeys keys, from number `tile` on, of which some row sees a key; or kNoTile.
+  template <int kKeys>
+  DEVICE_INLINE int next(int tile) const {
+    int first = kNoTile;
+#pragma unroll
+    for (int i = 0; i < kRows / 32; ++i)
+      if (hi_[i] > tile * kKeys) first = min(first, max(tile, lo_[i] / kKeys));
+    return __reduce_min_sync(kAll, first);
+  }
+
+  DEVICE_INLINE bool all_see(int begin, int keys) const { return begin >= full_lo_ && begin + keys <= full_hi_; }
+
+  // Behind the last key that any row sees.
+  int end;
+
+ private:
+  int lo_[kRows / 32], hi_[kRows / 32], full_lo_, full_hi_;
+};
+
+// Bits of the keys from `start` on: whether key_mask shows them. All lanes of a warp take part.
+template <int kKeys, class T>
+DEVICE_INLINE uint64_t open_keys(const Inputs<T>& a, int batch, int start, int end) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  uint64_t open = 0;
+#pragma unroll
+  for (int i = 0; i < kKeys; i += 32) {
+    const int key = start + i + lane;
+    const bool is_open = key < end && i + lane < kKeys && a.key_mask[batch * int64_t{a.keys} + key] != 0;
+    open |= uint64_t{__ballot_sync(kAll, is_open)} << i;
+  }
+  return open;
+}
+
+// To a few units in the last place, also near 0, without branches.
+DEVICE_INLINE float tanh_smooth(float x) {
+  const float z = x * x;
+  float series = fmaf(-5.70498872745e-3f, z, 2.06390887954e-2f);
+  series = fmaf(series, z, -5.37397155531e-2f);
+  series = fmaf(series, z, 1.33314422036e-1f);
+  series = fmaf(series, z, -3.33332819422e-1f);
+  series = fmaf(series * z, x, x);
+  const float far = 1.0f - __fdividef(2.0f, exp2_approximate(2.0f * kLog2E * x) + 1.0f);
+  return fabsf(x) < 0.625f ? series : far;
+}
+
+// Products q . k to scores.
+template <int kTiles>
+DEVICE_INLINE void scale_scores(float (&s)[kTiles][4], float product, float cap) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] *= product;
+  if (cap == 0.0f) return;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s[j][i] = cap * tanh_smooth(s[j][i]);
+}
+
+// Adds the bias of one row to the scores `first` and the next of each tile. What is hidden already is not read.
+template <int kTiles, class B>
+DEVICE_INLINE void add_bias(float (&s)[kTiles][4], int first, const ReadOnly<B>& row, int64_t stride, int key) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float& x = s[j][first + i];
+      if (x == -kInfinity) continue;
+      const float bias = to_float(row[(key + 8 * j + i) * stride]);
+      // Selected, as what -inf hides may be NaN.
+      x = bias == -kInfinity ? -kInfinity : x + bias * kLog2E;
+    }
+}
+
+// -inf where a row does not see a key, and the bias added elsewhere. `first_row` is the row of the warp in the table.
+template <int kTiles, class T>
+DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowTable& rows, int index, int first_row,
+                               int start, uint64_t open) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+  const int key = start + 2 * member;
+  open >>= 2 * member;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + group + 8 * half;
+    const int lo = rows.lo[row], hi = rows.hi[row];
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int n = key + 8 * j + i;
+        if (n < lo || n >= hi || !(open >> (8 * j + i) & 1)) s[j][2 * half + i] = -kInfinity;
+      }
+    const int query = rows.query[row], head = rows.head[row];
+    if (a.mask.data) {
+      const auto mask = a.mask.data + a.mask.row(index, head, query);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = s[j][2 * half + i];
+          if (x != -kInfinity && !mask[(key + 8 * j + i) * a.mask.stride[3]]) x = -kInfinity;
+        }
+    }
+    if (a.bias.data)
+      add_bias<kTiles, T>(s, 2 * half, a.bias.data + a.bias.row(index, head, query), a.bias.stride[3], key);
+    if (a.wide_bias.data)
+      add_bias<kTiles, float>(s, 2 * half, a.wide_bias.data + a.wide_bias.row(index, head, query),
+                              a.wide_bias.stride[3], key);
+  }
+}
+
+// Which keys of a tile some of the 16 rows of the warp see, in the bits that `multiply` takes.
+template <int kTiles>
+DEVICE_INLINE unsigned seen_keys(const float (&s)[kTiles][4]) {
+  unsigned seen = 0;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) seen |= unsigned{s[j][i] != -kInfinity || s[j][2 + i] != -kInfinity} << (2 * j + i);
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) seen |= __shfl_xor_sync(kAll, seen, step);
+  return seen;
+}
+
+// Which weights of a tile dropout keeps: bits 2 j + i of [half]. The generator's four words serve four neighbouring
+// keys of a query, and so two lanes, each of which draws for one of their two rows.
+template <int kTiles, class T>
+DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowTable& rows, int index, int first_row,
+                                int start) {
+  static_assert(kTiles <= 8, "four bits a tile in one word");
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+  const int mine = member % 2, row = first_row + group + 8 * mine;
+  const auto query = static_cast<uint32_t>(int{rows.query[row]});
+  const auto counter = static_cast<uint32_t>(index * a.heads + int{rows.head[row]});
+  const auto seed = static_cast<uint64_t>(a.seed[0]);
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    uint32_t c[4] = {query, static_cast<uint32_t>(start / 4 + 2 * j + member / 2), counter, 0};
+    philox(c, seed);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) bits |= unsigned{c[w] >= a.drop_below} << (4 * j + w);
+  }
+  const unsigned other = __shfl_xor_sync(kAll, bits, 1);
+  kept[0] = (mine ? other : bits) >> (2 * mine);
+  kept[1] = (mine ? bits : other) >> (2 * mine);
+}
+
+// Zeros what is dropped.
+template <int kTiles>
+DEVICE_INLINE void drop_weights(float (&p)[kTiles][4], const unsigned (&kept)[2]) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(kept[i / 2] >> (4 * j + i % 2) & 1)) p[j][i] = 0.0f;
+}
+
+}  // namespace velm::cuda

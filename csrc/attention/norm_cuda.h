@@ -1,0 +1,19 @@
+// The RMS norm of query and key over head_dim on a CUDA device.
+#pragma once
+
+#include "attention/cuda_problem.h"
+
+namespace velm::cuda {
+
+struct RmsNorm {
+  Dtype dtype;
+  int64_t batch, heads, rows, dim;
+  double eps;
+  RowSpan x, y;
+  Span weight;
+};
+
+// y = weight * x / sqrt(mean(x^2) + eps), rounded to the type of x.
+void rms_norm(const RmsNorm& problem, Stream stream);
+
+}  // namespace velm::cuda
