@@ -1,4 +1,4 @@
-// exp, exp2, log, tanh and erf on whole vectors, to about two units in the last place.
+// exp, exp2, log and tanh on whole vectors, to about two units in the last place.
 // The coefficients are minimax fits of the functions named beside them.
 #pragma once
 
@@ -8,14 +8,25 @@
 
 namespace velm::simd {
 
-namespace detail {
-
 template <class... C>
 VELM_INLINE Vec polynomial(Vec x, float highest, C... lower) {
   Vec r(highest);
   ((r = fma(r, x, Vec(lower))), ...);
   return r;
 }
+
+// min(x, high); keeps NaN, unlike std::min on vectors.
+VELM_INLINE Vec least_keep_nan(Vec x, float high) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_min_ps(_mm512_set1_ps(high), static_cast<__m512>(x)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_min_ps(_mm256_set1_ps(high), static_cast<__m256>(x)));
+#else
+  return Vec(_mm_min_ps(_mm_set1_ps(high), static_cast<__m128>(x)));
+#endif
+}
+
+namespace detail {
 
 // x rounded to an integer, for |x| < 2^22.
 VELM_INLINE Vec round_nearest(Vec x) {
@@ -45,28 +56,29 @@ VELM_INLINE Vec scale_by_power(Vec x, Vec n) {
 // Keeps NaN, unlike std::clamp on vectors.
 VELM_INLINE Vec clamp_keep_nan(Vec x, float low, float high) {
 #if defined(__AVX512F__)
-  const __m512 v = _mm512_max_ps(_mm512_set1_ps(low), static_cast<__m512>(x));
-  return Vec(_mm512_min_ps(_mm512_set1_ps(high), v));
+  return least_keep_nan(Vec(_mm512_max_ps(_mm512_set1_ps(low), static_cast<__m512>(x))), high);
 #elif defined(__AVX2__)
-  const __m256 v = _mm256_max_ps(_mm256_set1_ps(low), static_cast<__m256>(x));
-  return Vec(_mm256_min_ps(_mm256_set1_ps(high), v));
+  return least_keep_nan(Vec(_mm256_max_ps(_mm256_set1_ps(low), static_cast<__m256>(x))), high);
 #else
-  const __m128 v = _mm_max_ps(_mm_set1_ps(low), static_cast<__m128>(x));
-  return Vec(_mm_min_ps(_mm_set1_ps(high), v));
+  return least_keep_nan(Vec(_mm_max_ps(_mm_set1_ps(low), static_cast<__m128>(x))), high);
 #endif
 }
 
 }  // namespace detail
 
+// 2^x for |x| <= 200; NaN stays NaN.
+VELM_INLINE Vec exp2_in_range(Vec x) {
+  const Vec n = detail::round_nearest(x);
+  const Vec r = x - n;
+  // 2^r - 1 over r, |r| <= 1/2
+  const Vec p = polynomial(r, 1.547589636e-04f, 1.340028364e-03f, 9.618005715e-03f, 5.550327897e-02f, 2.402265072e-01f,
+                           6.931471825e-01f);
+  return detail::scale_by_power(fma(p, r, Vec(1.0f)), n);
+}
+
 // 2^x. exp2(-inf) = 0, exp2(inf) = inf, NaN stays NaN.
 VELM_INLINE Vec exp2(Vec x) {
-  const Vec clamped = detail::clamp_keep_nan(x, -200.0f, 200.0f);
-  const Vec n = detail::round_nearest(clamped);
-  const Vec r = clamped - n;
-  // 2^r - 1 over r, |r| <= 1/2
-  const Vec p = detail::polynomial(r, 1.547589636e-04f, 1.340028364e-03f, 9.618005715e-03f, 5.550327897e-02f,
-                                   2.402265072e-01f, 6.931471825e-01f);
-  return detail::scale_by_power(fma(p, r, Vec(1.0f)), n);
+  return exp2_in_range(detail::clamp_keep_nan(x, -200.0f, 200.0f));
 }
 
 // e^x. exp(-inf) = 0, exp(inf) = inf, NaN stays NaN.
@@ -78,7 +90,7 @@ VELM_INLINE Vec exp(Vec x) {
   r = fma(n, Vec(2.12194440e-4f), r);
   // (e^r - 1 - r) / r^2, |r| <= ln(2) / 2
   const Vec p =
-      detail::polynomial(r, 1.395052182e-03f, 8.368908428e-03f, 4.166620597e-02f, 1.666651815e-01f, 5.000000000e-01f);
+      polynomial(r, 1.395052182e-03f, 8.368908428e-03f, 4.166620597e-02f, 1.666651815e-01f, 5.000000000e-01f);
   return detail::scale_by_power(fma(p, r * r, r) + 1.0f, n);
 }
 
@@ -95,7 +107,7 @@ VELM_INLINE Vec log(Vec x) {
   const Vec f2 = f * f;
   // (log(1 + f) - f + f^2 / 2) / f^3
   const Vec p =
-      detail::polynomial(f, 6.746601313e-02f, -1.167564094e-01f, 1.188817471e-01f, -1.240559146e-01f, 1.421955079e-01f,
+      polynomial(f, 6.746601313e-02f, -1.167564094e-01f, 1.188817471e-01f, -1.240559146e-01f, 1.421955079e-01f,
                          -1.666799635e-01f, 2.000211924e-01f, -2.500000894e-01f, 3.333331347e-01f);
   Vec small = fma(n, Vec(-2.12194440e-4f), f2 * f * p);
   small = fma(f2, Vec(-0.5f), small);
@@ -110,27 +122,12 @@ VELM_INLINE Vec tanh(Vec x) {
   const Vec a = stdx::abs(x);
   const Vec z = x * x;
   // (tanh(x) / x - 1) / x^2 as a polynomial in x^2, x^2 <= 0.4
-  const Vec p = detail::polynomial(z, -5.648307502e-03f, 2.058981732e-02f, -5.372512341e-02f, 1.333127469e-01f,
+  const Vec p = polynomial(z, -5.648307502e-03f, 2.058981732e-02f, -5.372512341e-02f, 1.333127469e-01f,
                                    -3.333327472e-01f);
   const Vec near = fma(p * z, x, x);
   const Vec far = stdx::copysign(1.0f - 2.0f / (exp(a + a) + 1.0f), x);
   // NaN compares false and takes the near branch, which keeps it.
   return select(a > Vec(0.625f), far, near);
-}
-
-VELM_INLINE Vec erf(Vec x) {
-  const Vec a = stdx::abs(x);
-  const Vec z = x * x;
-  // erf(x) / x - 1 as a polynomial in x^2, x^2 <= 1
-  const Vec p = detail::polynomial(z, 7.889119297e-05f, -8.020841051e-04f, 5.189535208e-03f, -2.685444430e-02f,
-                                   1.128360033e-01f, -3.761262596e-01f, 1.283791661e-01f);
-  const Vec near = fma(p, x, x);
-  // log(erfc(t)), 0.92 <= t <= 4; from 4 on erf rounds to 1
-  const Vec t = detail::clamp_keep_nan(a, 0.0f, 4.0f);
-  const Vec q = detail::polynomial(t, -2.116190626e-05f, 4.352188844e-04f, -4.174643196e-03f, 2.512862533e-02f,
-                                   -1.082939431e-01f, -6.333346367e-01f, -1.129520774e+00f, 1.758745639e-04f);
-  const Vec far = stdx::copysign(1.0f - exp(q), x);
-  return select(a > Vec(0.96f), far, near);
 }
 
 }  // namespace velm::simd

@@ -1,8 +1,9 @@
 """Linear projections and feed-forward blocks inside patched layers.
 
 A replaced `torch.nn.Linear` decides at every call, by the fixed rule `velm_kernels.linear.faster_than_torch`, which
-product serves it. A block fuses its activation or its residual into the projection, where that is a plain one, and its
-dropout into the residual. Everything else - adapters, quantised layers, hooks - is called as the module it is.
+product serves it. A block whose projection is a plain one, served by this library's product, fuses activation and
+residual into it; beside torch's product it fuses what saves a pass over memory: bias, activation and their gradients.
+Dropout is fused into the residual. Everything else - adapters, quantised layers, hooks - is called as the module it is.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ _ACTIVATIONS = {
     ("transformers.activations", "QuickGELUActivation"): "quick_gelu",
     ("transformers.activations", "SiLUActivation"): "silu",
 }
+
+
+# Results with fewer elements stay in the cache, and there is nothing to gain by fusing an activation to torch's product.
+_FUSED_ELEMENTS = 1 << 18
 
 
 @replaces(*LINEAR, family="", by="linear")
@@ -62,12 +67,16 @@ def project(
     """
     name = "" if activation is None else _activation(activation)
     drops = dropout is not None and not _does_nothing(dropout)
-    fused = None if drops else residual
-    if (
-        (name or (name is not None and fused is not None))
-        and _is_plain(projection)
-        and _epilogue_gains(x, projection.weight)  # type: ignore[arg-type]
-    ):
+    fused = None
+    if (name or (name is not None and residual is not None and not drops)) and _is_plain(projection):
+        weight: Tensor = projection.weight  # type: ignore[assignment]
+        own = _on_cpu(x, weight) and _kernel_product(x, weight)
+        if own and not drops:
+            fused = residual
+        fuses = own or (name and _activation_gains(x, weight))
+    else:
+        fuses = False
+    if fuses:
         out = linear(x, projection.weight, projection.bias, name or None, fused)  # type: ignore[arg-type]
         if fused is not None:
             return out
@@ -120,11 +129,15 @@ def _cpu_library() -> bool:
     return cpu.in_use() is not None
 
 
-def _epilogue_gains(x: Tensor, weight: Tensor) -> bool:
-    """Say whether fusing an epilogue gains, whichever product serves: on the CPU, unless a compiler fuses it itself."""
-    if x.device.type != "cpu" or weight.device.type != "cpu" or _dtype(x) not in cpu.DTYPES or not _cpu_library():
+def _on_cpu(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and weight.device.type == "cpu" and _dtype(x) in cpu.DTYPES and _cpu_library()
+
+
+def _activation_gains(x: Tensor, weight: Tensor) -> bool:
+    """Say whether fusing bias and activation to torch's product gains; a compiler fuses them itself."""
+    if torch.compiler.is_compiling() or not _on_cpu(x, weight):
         return False
-    return not torch.compiler.is_compiling() or _kernel_product(x, weight)
+    return x.numel() // max(x.shape[-1], 1) * weight.shape[0] >= _FUSED_ELEMENTS
 
 
 def _is_plain(projection: nn.Module) -> bool:
