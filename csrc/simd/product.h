@@ -16,17 +16,15 @@ VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc
   for (; rows - done >= R; done += R) {
     Tile<R, V> tile;
     float* to = c + done * ldc;
-    if constexpr (S == Start::zero || S == Start::zero_scale_product) {
-      tile.clear();
-    } else {
-      tile.load(to, ldc);
-      if constexpr (S == Start::scale) tile.scale(factor);
-    }
+    tile.clear();
     if constexpr (RowUnit) {
       tile.multiply_add(depth, a + done, 1, a_stride, b, ldb);
     } else {
       tile.multiply_add(depth, a + done * a_stride, a_stride, 1, b, ldb);
     }
+    // A product is summed on its own and then added: one running sum over all of them would lose bits.
+    if constexpr (S == Start::add) tile.add(to, ldc);
+    if constexpr (S == Start::scale) tile.add_scaled(to, ldc, factor);
     if constexpr (S == Start::zero_scale_product) tile.scale(factor);
     tile.store(to, ldc);
   }

@@ -31,6 +31,19 @@ struct Tile {
       unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] = simd::load(p + r * row_stride + v * kLanes); });
     });
   }
+  VELM_INLINE void add(const float* p, int64_t row_stride) {
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+      unroll<V>([&](auto v) VELM_INLINE_LAMBDA { c[r][v] += simd::load(p + r * row_stride + v * kLanes); });
+    });
+  }
+  // Adds values of which every column of lanes is multiplied by its own factor.
+  VELM_INLINE void add_scaled(const float* p, int64_t row_stride, const Vec (&factor)[V]) {
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+      unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        c[r][v] = fma(simd::load(p + r * row_stride + v * kLanes), factor[v], c[r][v]);
+      });
+    });
+  }
   VELM_INLINE void store(float* p, int64_t row_stride) const {
     unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
       unroll<V>([&](auto v) VELM_INLINE_LAMBDA { simd::store(p + r * row_stride + v * kLanes, c[r][v]); });

@@ -72,7 +72,8 @@ def test_same_outputs_and_gradients(name):
     assert report.replaced and not report.left
     patched = _run(model, inputs)
     assert not report.fallbacks, report
-    _compare(patched, plain, exact, floor=2e-6)
+    # Where attention is almost uniform a query's gradient is a small difference of large terms, here as in SDPA.
+    _compare(patched, plain, exact, floor=4e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
