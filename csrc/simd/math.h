@@ -89,8 +89,7 @@ VELM_INLINE Vec exp(Vec x) {
   Vec r = fma(n, Vec(-0.693359375f), clamped);
   r = fma(n, Vec(2.12194440e-4f), r);
   // (e^r - 1 - r) / r^2, |r| <= ln(2) / 2
-  const Vec p =
-      polynomial(r, 1.395052182e-03f, 8.368908428e-03f, 4.166620597e-02f, 1.666651815e-01f, 5.000000000e-01f);
+  const Vec p = polynomial(r, 1.395052182e-03f, 8.368908428e-03f, 4.166620597e-02f, 1.666651815e-01f, 5.000000000e-01f);
   return detail::scale_by_power(fma(p, r * r, r) + 1.0f, n);
 }
 
@@ -106,9 +105,8 @@ VELM_INLINE Vec log(Vec x) {
   const Vec f = m - 1.0f;
   const Vec f2 = f * f;
   // (log(1 + f) - f + f^2 / 2) / f^3
-  const Vec p =
-      polynomial(f, 6.746601313e-02f, -1.167564094e-01f, 1.188817471e-01f, -1.240559146e-01f, 1.421955079e-01f,
-                         -1.666799635e-01f, 2.000211924e-01f, -2.500000894e-01f, 3.333331347e-01f);
+  const Vec p = polynomial(f, 6.746601313e-02f, -1.167564094e-01f, 1.188817471e-01f, -1.240559146e-01f,
+                           1.421955079e-01f, -1.666799635e-01f, 2.000211924e-01f, -2.500000894e-01f, 3.333331347e-01f);
   Vec small = fma(n, Vec(-2.12194440e-4f), f2 * f * p);
   small = fma(f2, Vec(-0.5f), small);
   Vec r = fma(n, Vec(0.693359375f), f + small);
@@ -122,8 +120,8 @@ VELM_INLINE Vec tanh(Vec x) {
   const Vec a = stdx::abs(x);
   const Vec z = x * x;
   // (tanh(x) / x - 1) / x^2 as a polynomial in x^2, x^2 <= 0.4
-  const Vec p = polynomial(z, -5.648307502e-03f, 2.058981732e-02f, -5.372512341e-02f, 1.333127469e-01f,
-                                   -3.333327472e-01f);
+  const Vec p =
+      polynomial(z, -5.648307502e-03f, 2.058981732e-02f, -5.372512341e-02f, 1.333127469e-01f, -3.333327472e-01f);
   const Vec near = fma(p * z, x, x);
   const Vec far = stdx::copysign(1.0f - 2.0f / (exp(a + a) + 1.0f), x);
   // NaN compares false and takes the near branch, which keeps it.

@@ -34,7 +34,7 @@ _ACTIVATIONS = {
 }
 
 
-# Results with fewer elements stay in the cache, and there is nothing to gain by fusing an activation to torch's product.
+# Results with fewer elements stay in the cache: fusing an activation to torch's product gains nothing there.
 _FUSED_ELEMENTS = 1 << 18
 
 
