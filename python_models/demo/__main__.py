@@ -35,14 +35,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a minute instead of minutes, and assertions: for CI")
     parser.add_argument("--together", type=int, help="training steps of both models")
     parser.add_argument("--steps", type=int, help="training steps of the patched model, which goes on alone")
-    parser.add_argument("--batch", type=int, help="questions a step (default 32, short 8)")
+    parser.add_argument("--batch", type=int, help="questions a step (default 16, short 8)")
     parser.add_argument("--rounds", type=int, help="timed runs of each whole model")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default 2)")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     args = parser.parse_args(arguments)
     defaults = {"together": 6, "steps": 6, "batch": 8, "rounds": 1}
     if not args.short:
-        defaults = {"together": 60, "steps": 400, "batch": 32, "rounds": 3}
+        defaults = {"together": 40, "steps": 400, "batch": 16, "rounds": 3}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

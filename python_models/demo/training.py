@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from python_models.demo import data
 
-# Width, heads and depth between those of ViT-Tiny and a toy; 64 x 64 pixels in patches of 4 give 256 image tokens, as
-# a ViT-B/16 has at 256 x 256. Dropout is 0, the default of ViLT.
-WIDTH, HEADS, LAYERS, PATCH = 128, 2, 4, 4
+# Width, heads and depth between those of ViT-Tiny and a toy; 96 x 96 pixels in patches of 4 give 576 image tokens, as
+# a ViT-L/14 has at 336 x 336. Dropout is 0, the default of ViLT.
+WIDTH, HEADS, LAYERS, PATCH = 128, 4, 2, 4
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1e-3, 40, 0.05
 
 
