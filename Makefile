@@ -19,7 +19,8 @@ BENCH_ARGS ?=
 # Named every time, because what was configured last stays in force.
 TESTING := ON
 ISAS :=
-CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) $(CMAKE_ARGS)
+CUDA := $(VELM_BUILD_CUDA)
+CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) -DVELM_BUILD_CUDA=$(CUDA) $(CMAKE_ARGS)
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -57,8 +58,9 @@ format: setup
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal $(PYTEST_ARGS)
 
-# The library of this processor alone: the demo is for a newcomer, who should not wait for the others to be compiled.
+# The library of this processor alone: the demo runs on it, and a newcomer should not wait for others to be compiled.
 demo: ISAS := native
+demo: CUDA := 0
 demo: TESTING := OFF
 demo: setup
 	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
