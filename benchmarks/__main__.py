@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, harness, linear, models
+from benchmarks import attention, harness, linear, models, static
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--direction", action="append", help="fwd, fwd+bwd, inference, training step; default: all")
     parser.add_argument("--rounds", type=int, default=10, help="samples of each way (default 10)")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch on a CPU (default 2)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cuda where there is no GPU: what can be said of its kernels without one",
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="leave torch.compile out, which takes long to warm up"
     )
@@ -99,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     console.width = max(console.width, 110)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        static.show(console)
+        return 0
     jobs = list(_jobs(args))
     if not jobs:
         console.print("nothing selected; see --list")

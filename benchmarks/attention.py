@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
+from benchmarks import peers
 from benchmarks.harness import Case, Inputs
 
 
@@ -82,6 +83,7 @@ def _case(
         backward_flops=10.0 * pairs * head_dim if backward else None,
         backward_traffic=2.0 * traffic,
         work=pairs,
+        gpu_ways=dict(peers.for_bias() if bias else peers.for_plain()),
     )
 
 
@@ -116,6 +118,7 @@ def _ranges(batch: int, heads: int, queries: int, images: int, image_tokens: int
         backward_flops=(plain.backward_flops or 0.0) / images,
         backward_traffic=plain.backward_traffic,
         work=plain.work,
+        gpu_ways=dict(peers.for_ranges()),
     )
 
 
@@ -176,6 +179,7 @@ def _varlen(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> C
         backward_flops=10.0 * pairs * head_dim,
         backward_traffic=2 * traffic,
         work=len(keys) * heads * max(queries) * max(keys),
+        gpu_ways=dict(peers.for_varlen(max(queries), max(keys))),
     )
 
 

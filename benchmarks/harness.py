@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Case:
         flops, traffic: operations and bytes that the forward pass cannot avoid; traffic is counted in elements.
         backward_flops, backward_traffic: the same for the backward pass, None if there is none to measure.
         work: elements of the largest intermediate of the eager way.
+        gpu_ways: further ones that only run on GPUs.
     """
 
     operator: str
@@ -54,6 +55,7 @@ class Case:
     backward_flops: float | None
     backward_traffic: float = 0.0
     work: float = 0.0
+    gpu_ways: dict[str, Function] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     @property
@@ -158,6 +160,8 @@ def runner(function: Function, inputs: Inputs, wanted: Sequence[str], seed: int)
 
 def ways_to_time(case: Case, dtype: torch.dtype, settings: Settings) -> dict[str, Function]:
     ways = dict(case.ways)
+    if settings.device.type == "cuda":
+        ways |= case.gpu_ways
     work = case.flops + (case.backward_flops or 0)
     if dtype == torch.float16 and settings.device.type == "cpu" and work > LARGEST_HALF_ON_CPU:
         return {VELM: ways[VELM]}
