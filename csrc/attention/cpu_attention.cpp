@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward(
 
 // Writes an fp32 bias gradient in the dtype of the bias.
 void convert_bias_gradient(const Tensor& to, const float* from) {
-  with_type(dtype_of(to), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  with_type(dtype_of(to), [&](auto tag) {
+    using T = decltype(tag);
     T* out = static_cast<T*>(to.mutable_data_ptr());
     simd::parallel_ranges(to.numel(), 1 << 15,
                           [&](int64_t begin, int64_t end) { simd::convert(out + begin, from + begin, end - begin); });
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward(
   if (wants(kBias)) {
     for (int d = 0; d < 4; ++d) g.bias_size[d] = bias->size(d);
     const int64_t partials = bias_partials(p, g.bias_size);
-    if (partials > 1 || p.bias.dtype != Dtype::f32) {
+    if (partials > 1 || p.bias.dtype != ScalarType::Float) {
       wide_bias = new_empty(query, {partials * bias->numel()}, ScalarType::Float);
       g.grad_bias = static_cast<float*>(torch::stable::zero_(*wide_bias).mutable_data_ptr());
     } else {

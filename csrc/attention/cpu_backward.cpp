@@ -430,8 +430,8 @@ class Worker {
 
   void write_key_rows(const Rows& rows, const Pair& pair, const KeyBlockOf<Format>& block, const float* from,
                       int64_t ld, int64_t columns, float factor) {
-    with_type(rows.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
+    with_type(rows.dtype, [&](auto tag) {
+      using T = decltype(tag);
       for (int64_t j = 0; j < block.count; ++j) {
         T* to = reinterpret_cast<T*>(
             rows.mutable_at(p_.varlen ? 0 : pair.b, pair.kv_head, p_.first_key(pair.b) + block.first + j));

@@ -94,8 +94,8 @@ class Worker {
       if (additive_ && !add_up(head, from, count)) continue;
       left_ = p_.key_count(head.b) - from;
       // Queries, keys and values need not have one type: a norm may have widened some of them.
-      with_type(p_.k.dtype, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
+      with_type(p_.k.dtype, [&](auto tag) {
+        using T = decltype(tag);
         score<R>(reinterpret_cast<const T*>(p_.k.at(b, head.kv_head, offset + from)), count, holes);
       });
       for (int64_t r = 0; r < R; ++r) {
@@ -105,8 +105,8 @@ class Worker {
           std::fill_n(s_ + r * kBlock, kBlock, 0.0f);
         }
       }
-      with_type(p_.v.dtype, [&](auto* tag) {
-        using T = std::remove_pointer_t<decltype(tag)>;
+      with_type(p_.v.dtype, [&](auto tag) {
+        using T = decltype(tag);
         add_values<R>(reinterpret_cast<const T*>(p_.v.at(b, head.kv_head, offset + from)), count, head.rows,
                       holes != nullptr || p_.masked_by_row());
       });
@@ -128,8 +128,8 @@ class Worker {
         continue;
       }
       const char* row = p_.q.at(p_.varlen ? 0 : head.b, head.head(p_, r), p_.first_query(head.b) + head.query(r));
-      with_type(p_.q.dtype, [&](auto* tag) {
-        const auto* from = reinterpret_cast<const std::remove_pointer_t<decltype(tag)>*>(row);
+      with_type(p_.q.dtype, [&](auto tag) {
+        const auto* from = reinterpret_cast<const decltype(tag)*>(row);
         for (int64_t d = 0; d < p_.head_dim; ++d) to[d] = simd::to_float(from[d]) * factor;
       });
     }
@@ -145,8 +145,8 @@ class Worker {
         const int wide = static_cast<int>(std::min<int64_t>(count - j, kLanes));
         Vec x = simd::zero();
         if (p_.bias) {
-          with_type(p_.bias.dtype, [&](auto* tag) {
-            using T = std::remove_pointer_t<decltype(tag)>;
+          with_type(p_.bias.dtype, [&](auto tag) {
+            using T = decltype(tag);
             x = bias_of_row(reinterpret_cast<const T*>(p_.bias.row(head.b, h, i)), p_.bias.stride[3], from + j, wide);
           });
         }
@@ -349,8 +349,8 @@ void merge(const Problem& p, const Head& head, const float* partials, const Rows
     const float inverse = empty ? 0.0f : 1.0f / sum;
     const int64_t h = head.head(p, r), i = head.query(r);
     logsumexp[p.row_index(head.b, h, i)] = empty ? -kInfinity : highest + std::log(sum);
-    with_type(out.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
+    with_type(out.dtype, [&](auto tag) {
+      using T = decltype(tag);
       T* row = reinterpret_cast<T*>(out.mutable_at(p.varlen ? 0 : head.b, h, p.first_query(head.b) + i));
       for (int64_t d = 0; d < p.value_dim; d += kLanes) {
         Vec x = simd::zero();

@@ -177,7 +177,7 @@ std::vector<Item> make_items(const Problem& p, bool keeps) {
 template <class Format>
 bool readable_in_place(const Rows& rows, int64_t columns) {
   constexpr int64_t kDepth = Format::kDepth;
-  if (rows.dtype != (kDepth == 1 ? Dtype::f32 : Dtype::bf16)) return false;
+  if (rows.dtype != (kDepth == 1 ? ScalarType::Float : ScalarType::BFloat16)) return false;
   if ((columns | rows.row | rows.head | rows.batch) % kDepth != 0) return false;
   if (reinterpret_cast<uintptr_t>(rows.data) % sizeof(typename Format::Word) != 0) return false;
   return rows.row <= 320 * kDepth && rows.row % (128 * kDepth) != 0;

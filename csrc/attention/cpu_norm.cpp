@@ -45,8 +45,8 @@ float inverse_rms(const T* x, int64_t dim, float eps) {
 // The weight in fp32, padded with zeros to whole vectors.
 std::vector<float> widen(const Tensor& weight) {
   std::vector<float> w(static_cast<size_t>((weight.size(0) + kLanes - 1) / kLanes * kLanes), 0.0f);
-  with_type(dtype_of(weight), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  with_type(dtype_of(weight), [&](auto tag) {
+    using T = decltype(tag);
     simd::convert(w.data(), static_cast<const T*>(weight.const_data_ptr()), weight.size(0));
   });
   return w;
@@ -58,7 +58,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen) 
   const Shape shape(x, varlen);
   auto dtype = torch::headeronly::ScalarType::Float;
 #if defined(VELM_BF16_DOT)
-  if (dtype_of(x) == Dtype::bf16) dtype = x.scalar_type();
+  if (dtype_of(x) == ScalarType::BFloat16) dtype = x.scalar_type();
 #endif
   Tensor result = varlen ? torch::stable::new_empty(x, {x.size(0), x.size(1), x.size(2)}, dtype)
                          : torch::stable::transpose(
@@ -66,13 +66,13 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen) 
   const std::vector<float> w = widen(weight);
   const Rows from = rows_of(x, varlen), to = rows_of(result, varlen);
   simd::parallel_ranges(shape.count(), 256, [&](int64_t begin, int64_t end) {
-    with_type(from.dtype, [&](auto* from_tag) {
-      with_type(to.dtype, [&](auto* to_tag) {
+    with_type(from.dtype, [&](auto from_tag) {
+      with_type(to.dtype, [&](auto to_tag) {
         for (int64_t at = begin; at < end; ++at) {
           int64_t b, h, i;
           shape.position(at, b, h, i);
-          const auto* in = reinterpret_cast<const std::remove_pointer_t<decltype(from_tag)>*>(from.at(b, h, i));
-          auto* out = reinterpret_cast<decltype(to_tag)>(to.mutable_at(b, h, i));
+          const auto* in = reinterpret_cast<const decltype(from_tag)*>(from.at(b, h, i));
+          auto* out = reinterpret_cast<decltype(to_tag)*>(to.mutable_at(b, h, i));
           const float r = inverse_rms(in, shape.dim, static_cast<float>(eps));
           for (int64_t d = 0; d < shape.dim; d += kLanes) {
             const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
@@ -95,8 +95,8 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, bool v
   const int64_t runs = std::clamp<int64_t>(shape.count() / 64, 1, 64);
   std::vector<float> partial(static_cast<size_t>(runs * padded), 0.0f);
   simd::parallel_items(runs, [&](int64_t run) {
-    with_type(from.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
+    with_type(from.dtype, [&](auto tag) {
+      using T = decltype(tag);
       float* dw = partial.data() + run * padded;
       for (int64_t at = run * shape.count() / runs; at < (run + 1) * shape.count() / runs; ++at) {
         int64_t b, h, i;
@@ -132,8 +132,8 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, bool v
   for (int64_t run = 1; run < runs; ++run) {
     for (int64_t d = 0; d < padded; ++d) partial[d] += partial[run * padded + d];
   }
-  with_type(dtype_of(*grad_weight), [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  with_type(dtype_of(*grad_weight), [&](auto tag) {
+    using T = decltype(tag);
     simd::convert(static_cast<T*>(grad_weight->mutable_data_ptr()), partial.data(), shape.dim);
   });
 }

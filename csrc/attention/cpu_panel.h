@@ -31,20 +31,20 @@ int64_t words_of(int64_t columns) {
 template <class F>
 void with_format(const Problem& p, F&& f) {
 #if defined(VELM_BF16_DOT)
-  if (p.v.dtype == Dtype::bf16) return f(simd::Pairs16{});
+  if (p.v.dtype == ScalarType::BFloat16) return f(simd::Pairs16{});
 #endif
   static_cast<void>(p);
   f(simd::Words32{});
 }
 
-// Calls f with a null pointer of the element type of rows that are packed: pairs are packed from bfloat16 alone.
+// Calls f with a value of the element type of rows that are packed: pairs are packed from bfloat16 alone.
 template <class Format, class F>
-auto with_packed_type(Dtype dtype, F&& f) {
+auto with_packed_type(ScalarType dtype, F&& f) {
   if constexpr (Format::kDepth == 1) {
     return with_type(dtype, f);
   } else {
-    STD_TORCH_CHECK(dtype == Dtype::bf16, "expected bfloat16");
-    return f(static_cast<simd::bf16*>(nullptr));
+    STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "expected bfloat16");
+    return f(simd::bf16{});
   }
 }
 
@@ -103,8 +103,8 @@ void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel
     if constexpr (Format::kDepth == 1) x *= scale;
     return x;
   };
-  with_packed_type<Format>(rows.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  with_packed_type<Format>(rows.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const T* from[kPanel];
     bool full[2] = {true, true};
     const int64_t first = p.first_query(panel.b);
@@ -145,8 +145,8 @@ template <class Word, class Keep>
 bool pack_panel_rows(Word* out, int64_t ld, const Problem& p, const Panel& panel, const Rows& rows, int64_t columns,
                      Keep&& keep) {
   using Format = simd::FormatOf<Word>;
-  return with_packed_type<Format>(rows.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  return with_packed_type<Format>(rows.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const int64_t first = p.first_query(panel.b);
     simd::Vec bad = simd::zero();
     for (int l = 0; l < panel.vectors * kLanes; l += Format::kDepth) {
@@ -175,8 +175,8 @@ bool pack_panel_rows(Word* out, int64_t ld, const Problem& p, const Panel& panel
 // Writes lane columns back to rows: row of lane l [d] = in[d * ld + l] * lane_scale[l].
 inline void unpack_transposed(const Rows& rows, const Problem& p, const Panel& panel, const float* in, int64_t ld,
                               int64_t columns, const float* lane_scale) {
-  with_type(rows.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  with_type(rows.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const int64_t first = p.first_query(panel.b);
     for (int v = 0; v < panel.vectors; ++v) {
       const simd::Vec scale = simd::load(lane_scale + v * kLanes);
@@ -247,8 +247,8 @@ template <class Word>
 bool pack_keys_together(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head,
                         int64_t first, int64_t count, int64_t columns, const bool* holes, int64_t skip = 0) {
   using Format = simd::FormatOf<Word>;
-  return with_packed_type<Format>(rows.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  return with_packed_type<Format>(rows.dtype, [&](auto tag) {
+    using T = decltype(tag);
     const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
     simd::Vec bad = simd::zero();
     for (int64_t j = -skip; j < count; j += Format::kDepth, out += ld) {
@@ -282,8 +282,8 @@ void pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, in
     pack_keys_together(out, ld, p, rows, b, kv_head, first, count, columns, holes);
   } else {
     constexpr int64_t kStep = kLanes * Format::kDepth;
-    with_packed_type<Format>(rows.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
+    with_packed_type<Format>(rows.dtype, [&](auto tag) {
+      using T = decltype(tag);
       const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
       for (int64_t j = 0; j < count; ++j, out += ld) {
         const T* row = from[j];

@@ -7,19 +7,11 @@
 
 namespace velm::attention {
 
-using torch::headeronly::ScalarType;
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::f32;
-    case ScalarType::BFloat16:
-      return Dtype::bf16;
-    case ScalarType::Half:
-      return Dtype::f16;
-    default:
-      STD_TORCH_CHECK(false, "expected float32, bfloat16 or float16");
-  }
+ScalarType dtype_of(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                  "expected float32, bfloat16 or float16");
+  return dtype;
 }
 
 Rows rows_of(const Tensor& t, bool varlen) {

@@ -8,35 +8,22 @@
 #include <optional>
 #include <vector>
 
-#include "simd/vec.h"
+#include "simd/dtype.h"
 
 namespace velm::attention {
 
+using simd::ScalarType;
+using simd::with_type;
 using torch::stable::Tensor;
 
-enum class Dtype { f32, bf16, f16 };
-
-inline int64_t element_size(Dtype d) {
-  return d == Dtype::f32 ? 4 : 2;
-}
-
-// Calls f with a null pointer of the element type.
-template <class F>
-inline auto with_type(Dtype dtype, F&& f) {
-  switch (dtype) {
-    case Dtype::bf16:
-      return f(static_cast<simd::bf16*>(nullptr));
-    case Dtype::f16:
-      return f(static_cast<simd::fp16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
+inline int64_t element_size(ScalarType dtype) {
+  return dtype == ScalarType::Float ? 4 : 2;
 }
 
 // Rows of contiguous elements, found by batch, head and row; strides in elements.
 struct Rows {
   const char* data = nullptr;
-  Dtype dtype = Dtype::f32;
+  ScalarType dtype = ScalarType::Float;
   int64_t batch = 0, head = 0, row = 0;
 
   const char* at(int64_t b, int64_t h, int64_t i) const {
@@ -48,7 +35,7 @@ struct Rows {
 // A broadcastable (batch, heads, queries, keys) operand; broadcast dimensions have stride 0.
 struct Scores {
   const char* data = nullptr;
-  Dtype dtype = Dtype::f32;
+  ScalarType dtype = ScalarType::Float;
   int64_t element = 0;
   int64_t stride[4] = {};
 
@@ -78,7 +65,7 @@ struct Problem {
   int64_t batch, heads, kv_heads, group;
   int64_t queries, keys;  // of a whole tensor: of one batch entry, or all packed tokens
   int64_t head_dim, value_dim;
-  Dtype dtype;
+  ScalarType dtype;
   bool varlen;
   Rows q, k, v;
   Scores mask, bias;
@@ -115,7 +102,8 @@ struct Problem {
   std::vector<int64_t> query_offsets_, key_offsets_;
 };
 
-Dtype dtype_of(const Tensor& t);
+// The element type, which is one of those that with_type knows.
+ScalarType dtype_of(const Tensor& t);
 // Rows of a (B, H, N, D) tensor or of a packed (T, H, D) one.
 Rows rows_of(const Tensor& t, bool varlen);
 // A new tensor (B, H, N, last) with memory in the order (B, N, H, last); a packed one is contiguous.

@@ -95,8 +95,8 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
 template <int V>
 bool additive_tile(float* e, const Problem& p, const Panel& panel, int64_t from, int64_t to) {
   if (!p.bias) return fill_additive<V, float, false, true>(e, p, panel, from, to);
-  return with_type(p.bias.dtype, [&](auto* tag) {
-    using T = std::remove_pointer_t<decltype(tag)>;
+  return with_type(p.bias.dtype, [&](auto tag) {
+    using T = decltype(tag);
     return p.mask ? fill_additive<V, T, true, true>(e, p, panel, from, to)
                   : fill_additive<V, T, true, false>(e, p, panel, from, to);
   });

@@ -1,4 +1,4 @@
-// What the operators around attention share: element types, results, rows of 4-D tensors.
+// What the operators around attention share: results, rows of 4-D tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,23 +7,14 @@
 
 #include <cstdint>
 #include <optional>
-#include <stdexcept>
 
-#include "simd/vec.h"
+#include "simd/dtype.h"
 
 namespace velm {
 
-using torch::headeronly::ScalarType;
+using simd::ScalarType;
+using simd::with_type;
 using torch::stable::Tensor;
-
-// Calls f with a value of the element type of `dtype`.
-template <class F>
-inline auto with_type(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(simd::bf16{});
-  if (dtype == ScalarType::Half) return f(simd::fp16{});
-  throw std::runtime_error("velm: expected float32, bfloat16 or float16");
-}
 
 template <class T>
 inline const T* const_data(const Tensor& t) {

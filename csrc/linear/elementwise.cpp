@@ -1,15 +1,16 @@
 #include "linear/elementwise.h"
 
-#include <stdexcept>
 #include <type_traits>
 
 #include "linear/activation.h"
+#include "simd/dtype.h"
 #include "simd/parallel.h"
 
 namespace velm::linear {
 namespace {
 
 using simd::kLanes;
+using simd::with_type;
 
 // Those with an exponential compute it for large arguments too, where it underflows.
 template <Activation A>
@@ -19,14 +20,6 @@ template <Activation A>
 struct Flush<A> {
   simd::FlushSubnormals flush;
 };
-
-template <class F>
-auto with_type(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Float) return f(float{});
-  if (dtype == ScalarType::BFloat16) return f(simd::bf16{});
-  if (dtype == ScalarType::Half) return f(simd::fp16{});
-  throw std::runtime_error("velm: expected float32, bfloat16 or float16");
-}
 
 // f(j, lanes) for the vectors that cover [0, n).
 template <class F>
