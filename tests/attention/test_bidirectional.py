@@ -103,6 +103,22 @@ def check(
 
 
 flags = st.tuples(st.booleans(), st.booleans())
+BF16 = torch.bfloat16
+# What the examples of single cases change something of.
+ORDINARY: dict[str, Any] = {
+    "batch": 1,
+    "heads": 1,
+    "a": 3,
+    "b": 3,
+    "dims": (4, 4, 4),
+    "dtype": torch.float32,
+    "masked": (True, True),
+    "input_scale": 1.0,
+    "dropout_p": 0.0,
+    "used": (True,) * 4,
+    "layout": "heads first",
+    "seed": 1,
+}
 
 
 @every_backend
@@ -120,61 +136,24 @@ flags = st.tuples(st.booleans(), st.booleans())
     layout=st.sampled_from(["heads first", "queries first", "columns first"]),
     seed=st.integers(0, 2**16),
 )
+@example(**ORDINARY | {"a": 0, "b": 3})
+@example(**ORDINARY | {"a": 3, "b": 0})
 @example(
-    batch=1,
-    heads=1,
-    a=0,
-    b=3,
-    dims=(4, 4, 4),
-    dtype=torch.float32,
-    masked=(True, True),
-    input_scale=1.0,
-    dropout_p=0.0,
-    used=(True, True, True, True),
-    layout="heads first",
-    seed=1,
+    **ORDINARY
+    | {"batch": 2, "a": 30, "b": 101, "dims": (256, 64, 33), "dtype": BF16, "layout": "queries first", "seed": 4}
 )
 @example(
-    batch=1,
-    heads=1,
-    a=3,
-    b=0,
-    dims=(4, 4, 4),
-    dtype=torch.float32,
-    masked=(True, True),
-    input_scale=1.0,
-    dropout_p=0.0,
-    used=(True, True, True, True),
-    layout="heads first",
-    seed=1,
-)
-@example(
-    batch=2,
-    heads=1,
-    a=30,
-    b=101,
-    dims=(256, 64, 33),
-    dtype=torch.bfloat16,
-    masked=(True, True),
-    input_scale=1.0,
-    dropout_p=0.0,
-    used=(True, True, True, True),
-    layout="queries first",
-    seed=4,
-)
-@example(
-    batch=1,
-    heads=2,
-    a=147,
-    b=99,
-    dims=(33, 1, 17),
-    dtype=torch.bfloat16,
-    masked=(True, False),
-    input_scale=1.0,
-    dropout_p=0.3,
-    used=(True, True, True, True),
-    layout="heads first",
-    seed=5,
+    **ORDINARY
+    | {
+        "heads": 2,
+        "a": 147,
+        "b": 99,
+        "dims": (33, 1, 17),
+        "dtype": BF16,
+        "masked": (True, False),
+        "dropout_p": 0.3,
+        "seed": 5,
+    }
 )
 def test_numbers(backend: Backend, **case: Any) -> None:
     check(backend, **case)

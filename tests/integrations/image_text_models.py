@@ -245,38 +245,28 @@ def idefics(attention: str = "sdpa", resampler: bool = True, qk_norms: bool = Tr
     return model, inputs
 
 
-def idefics2(attention: str = "sdpa") -> tuple[nn.Module, dict]:
-    config = transformers.Idefics2Config(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 7,
-        },
-        perceiver_config={
-            "hidden_size": 48,
-            "resampler_n_latents": 4,
-            "resampler_depth": 2,
-            "resampler_n_heads": 4,
-            "resampler_head_dim": 12,
-            "num_key_value_heads": 2,
-        },
-        text_config={
-            "model_type": "mistral",
-            "vocab_size": 60,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "pad_token_id": 0,
-        },
-        image_token_id=59,
-    )
-    model = randomise(transformers.Idefics2ForConditionalGeneration(_config(config, attention)))
+PICTURES_OF_IDEFICS = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT_OF_IDEFICS = {
+    "vocab_size": 60,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def _idefics_inputs() -> dict:
+    """Two pictures a sample with borders that are padding; the second sample has one only."""
     ids = _ids(2, 14)
     ids[:, 1:5] = 59
     ids[0, 6:10] = 59
@@ -286,56 +276,41 @@ def idefics2(attention: str = "sdpa") -> tuple[nn.Module, dict]:
     pixels[1, 0, :14] = 1
     pixel_values = _rand(2, 2, 3, 28, 28)
     pixel_values[1, 1] = 0.0  # the model drops pictures that are all zero
-    inputs = {
+    return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
         "pixel_values": pixel_values,
         "pixel_attention_mask": pixels,
     }
-    return model, inputs
+
+
+def idefics2(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    config = transformers.Idefics2Config(
+        vision_config=PICTURES_OF_IDEFICS,
+        perceiver_config={
+            "hidden_size": 48,
+            "resampler_n_latents": 4,
+            "resampler_depth": 2,
+            "resampler_n_heads": 4,
+            "resampler_head_dim": 12,
+            "num_key_value_heads": 2,
+        },
+        text_config={"model_type": "mistral", **TEXT_OF_IDEFICS},
+        image_token_id=59,
+    )
+    model = randomise(transformers.Idefics2ForConditionalGeneration(_config(config, attention)))
+    return model, _idefics_inputs()
 
 
 def idefics3(attention: str = "sdpa") -> tuple[nn.Module, dict]:
     config = transformers.Idefics3Config(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 28,
-            "patch_size": 7,
-        },
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 60,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "pad_token_id": 0,
-        },
+        vision_config=PICTURES_OF_IDEFICS,
+        text_config={"model_type": "llama", **TEXT_OF_IDEFICS},
         scale_factor=2,
         image_token_id=59,
     )
     model = randomise(transformers.Idefics3ForConditionalGeneration(_config(config, attention)))
-    ids = _ids(2, 14)
-    ids[:, 1:5] = 59
-    ids[0, 6:10] = 59
-    pixels = torch.zeros(2, 2, 28, 28, dtype=torch.long)
-    pixels[0, 0] = 1
-    pixels[0, 1, :21, :14] = 1
-    pixels[1, 0, :14] = 1
-    pixel_values = _rand(2, 2, 3, 28, 28)
-    pixel_values[1, 1] = 0.0
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixel_values,
-        "pixel_attention_mask": pixels,
-    }
-    return model, inputs
+    return model, _idefics_inputs()
 
 
 def _grounding_dino(attention: str, prefix: str) -> tuple[nn.Module, dict]:

@@ -1,4 +1,5 @@
-"""IDEFICS: gated cross-attention to pictures, the decoder around it, the vision encoder and the perceiver."""
+"""IDEFICS: gated cross-attention to pictures, the decoder around it and the perceiver. Its vision encoder has the
+attention of `.idefics2`."""
 
 from __future__ import annotations
 
@@ -153,28 +154,6 @@ class GatedCrossAttentionLayer(Replacement):
         fed = self.mlp(self.post_attention_layernorm(hidden_states))
         fed = nn.functional.dropout(fed, p=self.config, training=self.training)
         return velm_kernels.gated_residual(hidden_states, fed, self.alpha_dense.reshape(-1))
-
-
-@replaces(_VISION, "IdeficsVisionAttention", family="idefics", by="cross_attention")
-class VisionAttention(Replacement):
-    q_proj: nn.Module
-    k_proj: nn.Module
-    v_proj: nn.Module
-    out_proj: nn.Module
-    head_dim: int
-    dropout: float
-    scale: float
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        batch, queries, _ = hidden_states.shape
-        reason = why_original(self, kwargs, attention_mask, head_dim=self.head_dim, batch=batch, queries=queries)
-        if reason is not None:
-            return self.velm_original(reason, hidden_states, attention_mask, **kwargs)
-        query = split_heads(self.q_proj(hidden_states), self.head_dim)
-        key = split_heads(self.k_proj(hidden_states), self.head_dim)
-        value = split_heads(self.v_proj(hidden_states), self.head_dim)
-        dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(query, key, value, attention_mask, scale=self.scale, dropout_p=dropout)), None
 
 
 @replaces(_PERCEIVER, "IdeficsPerceiverAttention", family="idefics", by="cross_attention")

@@ -1,4 +1,4 @@
-"""Idefics2: the perceiver that resamples pictures, and the vision encoder it shares its attention with Idefics3."""
+"""Idefics2: the perceiver that resamples pictures, and the attention of the vision encoders of IDEFICS 1 to 3."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..calls import split_heads
 from ..interface import attend, why_original
 from ..patching import Replacement, plain_linears, replaces
 
+_IDEFICS_VISION = "transformers.models.idefics.vision"
 _IDEFICS2 = "transformers.models.idefics2.modeling_idefics2"
 _IDEFICS3 = "transformers.models.idefics3.modeling_idefics3"
 
@@ -48,6 +49,7 @@ class PerceiverAttention(Replacement):
         return self.o_proj(attend(query, key, value, attention_mask, scale=self.scaling, dropout_p=dropout)), None
 
 
+@replaces(_IDEFICS_VISION, "IdeficsVisionAttention", family="idefics", by="cross_attention")
 @replaces(_IDEFICS2, "Idefics2VisionAttention", family="idefics2", by="cross_attention")
 @replaces(_IDEFICS3, "Idefics3VisionAttention", family="idefics3", by="cross_attention")
 class VisionAttention(Replacement):
