@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +79,9 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
 @example(case=Case(queries=20, keys=40, bias_shape=(False, False, False, False), dropout_p=0.3))
 @example(case=Case(head_dim=256, value_dim=256, queries=17, keys=19, norms=(True, True)))
 def test_numbers(backend: Backend, case: Case) -> None:
+    if INTERPRETED:
+        # Tiles of 16 x 16: fewer rows cross the same borders.
+        case = replace(case, queries=min(case.queries, 20), keys=min(case.keys, 300 if case.queries <= 2 else 40))
     check(case, backend)
 
 

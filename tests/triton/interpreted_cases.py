@@ -78,6 +78,20 @@ def test_merge_attention(shards: int) -> None:
     compare(function, [*outs, *logsumexps])
 
 
+@pytest.mark.parametrize("dims", [(136, 72), (72, 136)])
+def test_rows_in_pieces_and_shared_by_programs(dims: tuple[int, int]) -> None:
+    """Wider rows than one piece are read piece by piece, and wider sums than a program holds are those of several; the
+    last piece and the last program have columns too many."""
+    torch.manual_seed(0)
+    inputs = [randn(1, 2, 20, dims[0]), randn(1, 1, 18, dims[0]), randn(1, 1, 18, dims[1]), randn(1, 2, 20, 18)]
+    compare(
+        lambda q, k, v, bias: velm_kernels.cross_attention(q, k, v, bias=bias, return_logsumexp=True, is_causal=True),
+        inputs,
+    )
+    sides = [randn(1, 1, 18, dims[0]), randn(1, 1, 20, dims[0]), randn(1, 1, 18, dims[1]), randn(1, 1, 20, 24)]
+    compare(velm_kernels.bidirectional_attention, sides)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_bidirectional_attention(masked: bool, dropout_p: float) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.triton.resources                 compares resources.csv with what is compiled now
     python -m tests.triton.resources --write         writes it
-    ... --arch 80 --dim 64 --dtype float16           restricts either to some instances
+    ... --arch 80 --dim 64 --dtype float16 --kernel forward    restricts either to some instances
     ... --missing                                    only instances that have no row yet
 
 `resources.csv` has a row for each kernel, level, element type, head dimension and architecture: block sizes, warps and
@@ -10,8 +10,7 @@ pipeline stages, registers a thread, bytes of spilled registers, bytes of shared
 multiprocessor's threads that can be resident, and the matrix instructions in the PTX.
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
-do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256. float32
-attention has rows for 64 dimensions alone.
+do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
 bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
 """
 
@@ -41,11 +40,17 @@ FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
 DIMENSIONS = (64, 128, 256)
 DTYPES = ("float16", "float32")
-# A product of float32 is three of TF32: beyond this, its operands do not fit the registers whatever the tile.
-WIDEST_FLOAT32 = 64
-# Kernels over tiles of queries and keys. The second launch of a kernel and the one for few queries take the block sizes
-# of the first; the latter has a part of its rows, and is compiled for two-byte elements alone.
-SHARED_ENTRY = {"forward_guarded": "forward", "decode": "forward", "grad_query_guarded": "grad_query"}
+# Kernels over tiles of queries and keys. The second launch of a kernel, the one for few queries and those for one kind
+# of sums alone take the block sizes of the first.
+SHARED_ENTRY = {
+    "forward_guarded": "forward",
+    "decode": "forward",
+    "grad_query_guarded": "grad_query",
+    "grad_key": "grad_key_value",
+    "grad_value": "grad_key_value",
+    "grad_side_query": "grad_side",
+    "grad_side_value": "grad_side",
+}
 ATTENTION = (
     ("forward", "plain"),
     ("forward", "loaded"),
@@ -59,7 +64,16 @@ ATTENTION = (
     ("grad_bias", "loaded"),
     ("key_mass", "loaded"),
     ("grad_side", "loaded"),
+    ("grad_key", "plain"),
+    ("grad_value", "plain"),
+    ("grad_key", "loaded"),
+    ("grad_value", "loaded"),
+    ("grad_side_query", "loaded"),
+    ("grad_side_value", "loaded"),
 )
+# Kernels of two kinds of sums, and of one of them where the registers hold no more.
+TOGETHER = ("grad_key_value", "grad_side")
+ALONE = ("grad_key", "grad_value", "grad_side_query", "grad_side_value")
 # Kernels that read each element once.
 STREAMING = (
     "linear_grad",
@@ -81,7 +95,8 @@ KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
 COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)))
 
-BATCH, HEADS, QUERIES, TOKENS = 8, 16, 1024, 1024
+# Few enough for one query to be split over its keys.
+BATCH, HEADS, QUERIES, TOKENS = 4, 16, 1024, 1024
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -146,6 +161,13 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
     return {launch.kind: launch for launch in launches}
 
 
+def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:
+    """Whether gradients that are both wanted come from one launch or from one each."""
+    if kind in TOGETHER:
+        return backend.sums_both(dtype, 2 * dim)
+    return kind not in ALONE or not backend.sums_both(dtype, 2 * dim)
+
+
 def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tuple[int, ...]) -> Iterator[Key]:
     for arch in architectures:
         for dtype in dtypes:
@@ -153,7 +175,7 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
             for dim in dims:
                 for kind, level in ATTENTION:
                     has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
-                    if has_entry and (size == 2 or (dim <= WIDEST_FLOAT32 and kind != "decode")):
+                    if has_entry and is_launched(kind, getattr(torch, dtype), dim):
                         yield kind, level, dtype, dim, arch
             yield "linear", "plain", dtype, WIDEST, arch
         if "float16" in dtypes:
@@ -228,11 +250,14 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES)
     parser.add_argument("--dim", type=int, nargs="*", default=DIMENSIONS)
     parser.add_argument("--dtype", nargs="*", default=DTYPES)
+    parser.add_argument("--kernel", nargs="*")
     parser.add_argument("--missing", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     table, failed = read(), []
     keys = list(instances(tuple(chosen.arch), tuple(chosen.dtype), tuple(chosen.dim)))
+    if chosen.kernel:
+        keys = [key for key in keys if key[0] in chosen.kernel]
     if chosen.missing:
         keys = [key for key in keys if key not in table]
     with ProcessPoolExecutor(chosen.jobs) as pool:

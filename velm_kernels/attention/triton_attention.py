@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from velm_kernels.attention.triton_problem import (
     unit_rows,
 )
 from velm_kernels.attention.triton_tiles import Strides
-from velm_kernels.backends.triton import Config, dimension_class, launch
+from velm_kernels.backends.triton import Config, dimension_class, launch, parts_of, sums_both
 
 # Splitting over keys starts where fewer programs than this would run, and gives each split at least this many tiles.
 FEW_PROGRAMS = 256
@@ -106,7 +106,7 @@ def few_rows(config: Config, rows: int) -> Config:
     block_m = min(config.block_m, dimension_class(rows))
     if block_m == config.block_m:
         return config
-    return Config(block_m, config.block_n, 4 if block_m <= 64 else config.num_warps, config.num_stages)
+    return replace(config, block_m=block_m, num_warps=4 if block_m <= 64 else config.num_warps)
 
 
 def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +127,8 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
     def run(config: Config) -> None:
         blocks = cdiv(rows, config.block_m)
-        count = p.batch * programs * blocks
+        parts = parts_of(config, p.dtype, p.value_dim)
+        count = p.batch * programs * blocks * parts
         splits = 1
         if not p.packed and count < FEW_PROGRAMS:
             splits = max(1, min(cdiv(2 * FEW_PROGRAMS, count), p.keys // (LEAST_TILES * config.block_n), 32))
@@ -157,7 +158,8 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             splits,
             split_keys,
         )
-        constants = p.constants(config) | p.value_constants() | {"PACKED": shares, "SPLIT": splits > 1}
+        constants = p.constants(config) | p.value_constants()
+        constants |= {"PARTS": parts, "PACKED": shares, "SPLIT": splits > 1}
         p.launch_guarded(
             "decode" if shares or splits > 1 else "forward",
             attention_forward_kernel,
@@ -174,7 +176,7 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
                 merge_splits_kernel,
                 cdiv(p.rows, merge.block_m),
                 (to_out, to_lse, out, logsumexp, row_strides(out), p.heads, p.queries, p.rows, splits),
-                {"BLOCK_M": merge.block_m} | p.value_constants(),
+                {"BLOCK_M": merge.block_m} | p.value_rows(),
                 merge,
             )
 
@@ -271,7 +273,7 @@ def delta_of(
         delta_kernel,
         cdiv(p.rows, config.block_m),
         arguments,
-        {"BLOCK_M": config.block_m} | p.value_constants(),
+        {"BLOCK_M": config.block_m} | p.value_rows(),
         config,
     )
     return delta
@@ -289,7 +291,8 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
 
     def run(config: Config) -> None:
         blocks = cdiv(p.queries, config.block_m)
-        programs = p.batch * p.heads * blocks
+        parts = parts_of(config, p.dtype, p.head_dim)
+        programs = p.batch * p.heads * blocks * parts
         flags = p.flags(programs)
         arguments = (
             *b.inputs(),
@@ -306,7 +309,7 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
             b.scale,
             blocks,
         )
-        constants = b.constants(config, stored)
+        constants = b.constants(config, stored) | {"PARTS": parts}
         p.launch_guarded("grad_query", grad_query_kernel, programs, flags, arguments, constants, config)
 
     run(p.choose("grad_query", run))
@@ -330,22 +333,27 @@ def grad_key_value(
 
     def run(config: Config) -> None:
         blocks = cdiv(p.keys, config.block_n)
-        strides = [None if grad is None else row_strides(grad) for grad in (grad_key, grad_value)]
-        arguments = (
-            *b.inputs(),
-            grad_key,
-            grad_value,
-            *b.input_strides(),
-            *strides,
-            p.logsumexp_strides,
-            p.masks,
-            p.scaling,
-            p.sizes,
-            b.scale,
-            blocks,
-        )
-        constants = b.constants(config, *stored)
-        launch("grad_key_value", grad_key_value_kernel, p.batch * p.kv_heads * blocks, arguments, constants, config)
+        # Where the registers do not hold both sums, each has its own pass.
+        passes = {"grad_key_value": (grad_key, grad_value)}
+        if len(stored) == 2 and not sums_both(p.dtype, p.head_dim + p.value_dim):
+            passes = {"grad_key": (grad_key, None), "grad_value": (None, grad_value)}
+        for kind, grads in passes.items():
+            parts = max(parts_of(config, p.dtype, grad.shape[-1]) for grad in grads if grad is not None)
+            arguments = (
+                *b.inputs(),
+                *grads,
+                *b.input_strides(),
+                *(None if grad is None else row_strides(grad) for grad in grads),
+                p.logsumexp_strides,
+                p.masks,
+                p.scaling,
+                p.sizes,
+                b.scale,
+                blocks,
+            )
+            constants = b.constants(config, *stored) | {"PARTS": parts}
+            programs = p.batch * p.kv_heads * blocks * parts
+            launch(kind, grad_key_value_kernel, programs, arguments, constants, config)
 
     run(p.choose("grad_key_value", run))
     return grad_key, grad_value

@@ -28,7 +28,7 @@ from velm_kernels.attention.triton_problem import (
     row_strides,
     unit_rows,
 )
-from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
+from velm_kernels.backends.triton import Config, choose, launch, parts_of, piece, precision, sums_both
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 
@@ -92,32 +92,11 @@ def _grad_side(
         )
     tensors = (query, y["query"], value, y["value"], x["grad_out"], y["grad_out"])
     strides = [row_strides(tensor) for tensor in tensors]
-    grad_strides = [None if grad is None else row_strides(grad) for grad in (grad_query, grad_value)]
-    far = max(stride for found in (*strides, *grad_strides) if found is not None for stride in found)
+    stored = [row_strides(grad) for grad in (grad_query, grad_value) if grad is not None]
+    far = max(stride for found in (*strides, *stored) for stride in found)
 
     def run(config: Config) -> None:
         blocks = cdiv(length_x, config.block_m)
-        arguments = (
-            *tensors,
-            x["logsumexp"],
-            y["logsumexp"],
-            x["delta"],
-            y["delta"],
-            x["mask"],
-            y["mask"],
-            *(None if side["mask"] is None else side["mask"].stride(0) for side in (x, y)),
-            *(dropout_of(seed, dropout_p, side["number"]) for side in (x, y)),
-            grad_query,
-            grad_value,
-            *strides,
-            *grad_strides,
-            heads,
-            length_x,
-            length_y,
-            scale,
-            scale * LOG2E,
-            blocks,
-        )
         constants = {
             "HAS_X": x["has_gradient"],
             "HAS_Y": y["has_gradient"],
@@ -126,13 +105,40 @@ def _grad_side(
             "DIM_Y": y["value"].shape[3],
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": dimension_class(head_dim),
-            "BLOCK_X": dimension_class(value.shape[3]),
-            "BLOCK_Y": dimension_class(y["value"].shape[3]),
+            "BLOCK_D": piece(query.dtype, head_dim),
+            "BLOCK_X": piece(query.dtype, value.shape[3]),
+            "BLOCK_Y": piece(query.dtype, y["value"].shape[3]),
             "WIDE": far >= NARROW_STRIDE,
             "PRECISION": precision(query.dtype),
         }
-        launch("grad_side", grad_side_kernel, batch * heads * blocks, arguments, constants, config)
+        # Where the registers do not hold both sums, each has its own pass.
+        passes = {"grad_side": (grad_query, grad_value)}
+        if len(stored) == 2 and not sums_both(query.dtype, head_dim + value.shape[3]):
+            passes = {"grad_side_query": (grad_query, None), "grad_side_value": (None, grad_value)}
+        for kind, grads in passes.items():
+            parts = max(parts_of(config, query.dtype, grad.shape[-1]) for grad in grads if grad is not None)
+            arguments = (
+                *tensors,
+                x["logsumexp"],
+                y["logsumexp"],
+                x["delta"],
+                y["delta"],
+                x["mask"],
+                y["mask"],
+                *(None if side["mask"] is None else side["mask"].stride(0) for side in (x, y)),
+                *(dropout_of(seed, dropout_p, side["number"]) for side in (x, y)),
+                *grads,
+                *strides,
+                *(None if grad is None else row_strides(grad) for grad in grads),
+                heads,
+                length_x,
+                length_y,
+                scale,
+                scale * LOG2E,
+                blocks,
+            )
+            programs = batch * heads * blocks * parts
+            launch(kind, grad_side_kernel, programs, arguments, constants | {"PARTS": parts}, config)
 
     widest = max(head_dim, value.shape[3], y["value"].shape[3])
     shape = (batch, heads, length_x, length_y)

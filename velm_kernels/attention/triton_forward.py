@@ -5,33 +5,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_products import (
+    add_weighted,
+    product_of_rows,
+    report_nan,
+    row_of,
+    rows,
+    rows_at,
+    store_pieces,
+    zero_pieces,
+)
 from .triton_tiles import (
     LN2,
     base2,
+    extents,
     has_part,
     is_settled,
     kept,
     key_rows_ok,
     key_tiles,
-    load_rows,
-    product,
-    product_add,
     query_block,
-    report_nan,
     round_to,
     scores,
     seen_keys,
-    sequence,
     wide,
 )
 
 
 @triton.jit
 def _attend(
-    b_acc,
+    accs,
     b_max,
     b_sum,
-    b_q,
+    q,
     p_k,
     p_v,
     stride_k,
@@ -40,6 +46,7 @@ def _attend(
     scaling,
     block,
     b_head_index,
+    part,
     first,
     last,
     MASKED: tl.constexpr,
@@ -49,6 +56,7 @@ def _attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -59,9 +67,9 @@ def _attend(
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, READS_SOME, WIDE)
+        k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
-        b_qk = product(b_q, tl.trans(b_k), PRECISION)
+        b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s, _b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
         # [BM]
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
@@ -79,9 +87,10 @@ def _attend(
             b_p = tl.where(kept(masks.dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
         if GUARDED:
             b_ok = seen_keys(b_s)
-        b_v = load_rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, READS_SOME, WIDE)
-        b_acc = product_add(round_to(b_p, p_v.dtype.element_ty), b_v, b_acc * b_decay[:, None], PRECISION)
-    return b_acc, b_max, b_sum
+        v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        b_p = round_to(b_p, p_v.dtype.element_ty)
+        accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
+    return accs, b_max, b_sum
 
 
 @triton.jit
@@ -113,6 +122,7 @@ def attention_forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -120,12 +130,15 @@ def attention_forward_kernel(
 
     PACKED: the rows are (query head of the group, query), so that the heads that share a key head read it once.
     SPLIT: the program handles `split_keys` keys only; `out` (splits, rows of logsumexp, VALUE_DIM) and `logsumexp`
-    (splits, ...) are float32 partial results for `merge_splits_kernel`. `flags` and GUARDED: see `report_nan`.
+    (splits, ...) are float32 partial results for `merge_splits_kernel`. PARTS programs share the columns of `out`.
+    `flags` and GUARDED: see `report_nan`.
     """
     if is_settled(flags, GUARDED):
         return
-    row_block = tl.program_id(0) % query_blocks
-    rest = tl.program_id(0) // query_blocks
+    part = tl.program_id(0) % PARTS
+    rest = tl.program_id(0) // PARTS
+    row_block = rest % query_blocks
+    rest = rest // query_blocks
     if SPLIT:
         split = rest % splits
         rest = rest // splits
@@ -140,12 +153,8 @@ def attention_forward_kernel(
     else:
         b = rest // sizes.heads
         kv_head = (rest % sizes.heads) // sizes.group
-    start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
-    start_k, keys = sequence(sizes.cu_seqlens_k, b, sizes.keys)
-    if sizes.cu_seqlens_q is None:
-        first_row = b * queries
-    else:
-        first_row = start_q
+    e = extents(sizes, b)
+    queries = e.queries
 
     b_i = tl.arange(0, BLOCK_M)
     b_row = row_block * BLOCK_M + b_i
@@ -162,7 +171,7 @@ def attention_forward_kernel(
         b_m = b_row
         b_in = b_row < queries
 
-    block, full_lo, full_hi = query_block(masks, b, b_head, first_row, queries, keys, b_m, CAUSAL)
+    block, full_lo, full_hi = query_block(masks, b, b_head, e.first_row, queries, e.keys, b_m, CAUSAL)
     lo = block.lo
     hi = block.hi
     if SPLIT:
@@ -171,27 +180,24 @@ def attention_forward_kernel(
         hi = tl.minimum(hi, (split + 1) * split_keys)
     bounds = key_tiles(masks, lo, hi, full_lo, full_hi, BLOCK_N, GUARDED)
 
-    p_q = query + wide(b) * query_strides.batch + wide(start_q) * query_strides.row
-    b_d = tl.arange(0, BLOCK_D)
-    p_q_rows = p_q + wide(b_head) * query_strides.head + wide(b_m) * query_strides.row
-    b_q_ok = b_in[:, None]
-    if HEAD_DIM != BLOCK_D:
-        b_q_ok = b_q_ok & (b_d < HEAD_DIM)[None, :]
+    # The rows of a block may belong to several heads.
+    p_q = row_of(query, query_strides, b, 0, e.start_q)
+    b_q_offset = wide(b_head) * query_strides.head + wide(b_m) * query_strides.row
     # [BM, D]
-    b_q = tl.load(p_q_rows[:, None] + b_d[None, :], mask=b_q_ok, other=0.0)
-    p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + wide(start_k) * key_strides.row
-    p_v = value + wide(b) * value_strides.batch + wide(kv_head) * value_strides.head + wide(start_k) * value_strides.row
+    q = rows_at(p_q, b_q_offset, b_in, HEAD_DIM, BLOCK_D)
+    p_k = row_of(key, key_strides, b, kv_head, e.start_k)
+    p_v = row_of(value, value_strides, b, kv_head, e.start_k)
 
-    b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    accs = zero_pieces(BLOCK_M, VALUE_DIM, BLOCK_DV, PARTS)
     b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for part in tl.static_range(3):
-        if has_part(masks, part, GUARDED):
-            b_acc, b_max, b_sum = _attend(
-                b_acc,
+    for masks_part in tl.static_range(3):
+        if has_part(masks, masks_part, GUARDED):
+            accs, b_max, b_sum = _attend(
+                accs,
                 b_max,
                 b_sum,
-                b_q,
+                q,
                 p_k,
                 p_v,
                 key_strides.row,
@@ -200,44 +206,40 @@ def attention_forward_kernel(
                 scaling,
                 block,
                 b * sizes.heads + b_head,
-                bounds[part],
-                bounds[part + 1],
-                part != 1,
+                part,
+                bounds[masks_part],
+                bounds[masks_part + 1],
+                masks_part != 1,
                 GUARDED,
                 HEAD_DIM,
                 VALUE_DIM,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
+                PARTS,
                 WIDE,
                 PRECISION,
             )
     if flags is not None and not GUARDED:
-        report_nan(flags, b_acc)
+        report_nan(flags, accs)
 
     # NaN and inf sums are results; only a sum of exactly nothing is an empty row.
     b_empty = b_sum == 0.0
     b_scale = 1.0 / tl.where(b_empty, 1.0, b_sum)
     if masks.dropout is not None:
         b_scale = b_scale * masks.dropout.keep_scale
-    b_out = b_acc * b_scale[:, None]
     b_lse = tl.where(b_empty, -float("inf"), (b_max + tl.log2(tl.where(b_empty, 1.0, b_sum))) * LN2)
 
-    b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + start_q + b_m
+    b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + e.start_q + b_m
     if SPLIT:
         # `logsumexp_strides.row` is the number of rows of one partial result.
         b_lse_at = b_lse_at + wide(split) * logsumexp_strides.row
-        p_out_rows = out + b_lse_at * VALUE_DIM
+        b_out_offset = b_lse_at * VALUE_DIM
     else:
-        p_out_rows = (
-            out + wide(b) * out_strides.batch + wide(b_head) * out_strides.head + wide(start_q + b_m) * out_strides.row
-        )
-    tl.store(logsumexp + b_lse_at, b_lse, mask=b_in)
-    b_dv = tl.arange(0, BLOCK_DV)
-    b_out_ok = b_in[:, None]
-    if VALUE_DIM != BLOCK_DV:
-        b_out_ok = b_out_ok & (b_dv < VALUE_DIM)[None, :]
-    tl.store(p_out_rows[:, None] + b_dv[None, :], round_to(b_out, out.dtype.element_ty), mask=b_out_ok)
+        out = row_of(out, out_strides, b, 0, e.start_q)
+        b_out_offset = wide(b_head) * out_strides.head + wide(b_m) * out_strides.row
+    tl.store(logsumexp + b_lse_at, b_lse, mask=b_m < tl.where(part == 0, queries, 0))
+    store_pieces(out, b_out_offset, b_in, accs, b_scale[:, None], part, VALUE_DIM, BLOCK_DV, PARTS)
 
 
 @triton.jit
@@ -310,46 +312,36 @@ def key_mass_kernel(
     key_block = tl.program_id(0) % key_blocks
     head = (tl.program_id(0) // key_blocks) % sizes.heads
     b = tl.program_id(0) // key_blocks // sizes.heads
-    start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
-    start_k, keys = sequence(sizes.cu_seqlens_k, b, sizes.keys)
-    if sizes.cu_seqlens_q is None:
-        first_row = b * queries
-    else:
-        first_row = start_q
+    e = extents(sizes, b)
     start_n = key_block * BLOCK_N
-    if start_n >= keys:
+    if start_n >= e.keys:
         return
     b_j = tl.arange(0, BLOCK_N)
-    p_k = (
-        key
-        + wide(b) * key_strides.batch
-        + wide(head // sizes.group) * key_strides.head
-        + wide(start_k + start_n) * key_strides.row
-    )
-    p_q = query + wide(b) * query_strides.batch + wide(head) * query_strides.head + wide(start_q) * query_strides.row
-    p_lse = logsumexp + wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + start_q
-    b_ok = key_rows_ok(masks, b, start_n, 0, keys, BLOCK_N, True)
-    b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
+    p_k = row_of(key, key_strides, b, head // sizes.group, e.start_k + start_n)
+    p_q = row_of(query, query_strides, b, head, e.start_q)
+    p_lse = logsumexp + wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
+    b_ok = key_rows_ok(masks, b, start_n, 0, e.keys, BLOCK_N, True)
+    k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
     b_mass = tl.zeros((BLOCK_N,), tl.float32)
     b_i = tl.arange(0, BLOCK_M)
     first = 0
     if CAUSAL:
         first = start_n // BLOCK_M
-    for tile in tl.range(first, tl.cdiv(queries, BLOCK_M)):
+    for tile in tl.range(first, tl.cdiv(e.queries, BLOCK_M)):
         start_m = tile * BLOCK_M
         b_m = start_m + b_i
-        b_in = b_m < queries
-        block, _full_lo, _full_hi = query_block(masks, b, head, first_row, queries, keys, b_m, CAUSAL)
+        b_in = b_m < e.queries
+        block, _full_lo, _full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
         wanted = True
         if masks.range_start is not None:
             wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
             p_rows = p_q + wide(start_m) * query_strides.row
-            b_q = load_rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, True, WIDE)
+            q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
             # [BN, BM]
-            b_qk = product(b_k, tl.trans(b_q), PRECISION)
+            b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s, _b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, BLOCK_N)
             b_mass += tl.sum(tl.exp2(b_s - base2(b_lse)[None, :]), 1)
-    p_mass = key_mass + wide(b) * mass_strides.batch + wide(head) * mass_strides.head + start_k + start_n
-    tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < keys)
+    p_mass = key_mass + wide(b) * mass_strides.batch + wide(head) * mass_strides.head + e.start_k + start_n
+    tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < e.keys)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_products import product_of_rows, row_of, rows
 from .triton_tiles import (
     base2,
     dropped,
     grad_scores,
     key_rows_ok,
-    load_rows,
     may_hide,
-    product,
     query_block,
     round_to,
     scores,
@@ -90,38 +89,23 @@ def grad_bias_kernel(
             wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
         if wanted:
             kv_head = head // sizes.group
-            p_q = (
-                query
-                + wide(b) * query_strides.batch
-                + wide(head) * query_strides.head
-                + wide(start_m) * query_strides.row
-            )
-            p_do = (
-                grad_out
-                + wide(b) * grad_out_strides.batch
-                + wide(head) * grad_out_strides.head
-                + wide(start_m) * grad_out_strides.row
-            )
-            p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + wide(start_n) * key_strides.row
-            p_v = (
-                value
-                + wide(b) * value_strides.batch
-                + wide(kv_head) * value_strides.head
-                + wide(start_n) * value_strides.row
-            )
+            p_q = row_of(query, query_strides, b, head, start_m)
+            p_do = row_of(grad_out, grad_out_strides, b, head, start_m)
+            p_k = row_of(key, key_strides, b, kv_head, start_n)
+            p_v = row_of(value, value_strides, b, kv_head, start_n)
             lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head
             b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
-            b_q = load_rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, True, WIDE)
-            b_do = load_rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, True, WIDE)
-            b_k = load_rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
-            b_v = load_rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, True, WIDE)
+            q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
+            do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
+            k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+            v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
             b_lse = base2(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))
             b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
-            b_qk = product(b_q, tl.trans(b_k), PRECISION)
+            b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
             b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
             b_p = tl.exp2(b_s - b_lse[:, None])
             b_p = dropped(b_p, masks.dropout, b * sizes.heads + head, b_m, start_n, BLOCK_N, False)
-            b_dp = product(b_do, tl.trans(b_v), PRECISION)
+            b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
             b_ds, _b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout, may_hide(masks))
             b_sum += b_ds
 

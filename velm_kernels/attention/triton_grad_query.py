@@ -5,26 +5,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_products import add_weighted, product_of_rows, report_nan, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
     base2,
     dropped,
+    extents,
     grad_scores,
     has_part,
     is_settled,
     key_rows_ok,
     key_tiles,
-    load_rows,
     matrix_rows,
     may_hide,
-    product,
-    product_add,
     query_block,
-    report_nan,
     round_to,
     scores,
     seen_keys,
-    sequence,
-    store_rows,
     wide,
 )
 
@@ -81,9 +77,9 @@ def delta_kernel(
 
 @triton.jit
 def _grad_query_tiles(
-    b_dq,
-    b_q,
-    b_do,
+    dq,
+    q,
+    do,
     b_lse,
     b_delta,
     p_k,
@@ -94,8 +90,9 @@ def _grad_query_tiles(
     masks,
     scaling,
     block,
-    b_in,
+    b_stores,
     b_head_index,
+    part,
     first,
     last,
     MASKED: tl.constexpr,
@@ -105,34 +102,34 @@ def _grad_query_tiles(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the key tiles from `first` to `last` to the gradient of the (scaled) query. GUARDED: keys that no row of the
     tile sees do not get into it."""
-    READS_SOME: tl.constexpr = MASKED or (masks.key_mask is not None)
     b_j = tl.arange(0, BLOCK_N)
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, READS_SOME, WIDE)
-        b_v = load_rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, READS_SOME, WIDE)
+        k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+        v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         # [BM, BN]
-        b_qk = product(b_q, tl.trans(b_k), PRECISION)
+        b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
         b_p = tl.exp2(b_s - b_lse[:, None])
         b_p = dropped(b_p, masks.dropout, b_head_index, block.b_m, start_n, BLOCK_N, False)
-        b_dp = product(b_do, tl.trans(b_v), PRECISION)
+        b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
         b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout, may_hide(masks))
         if p_ds_rows is not None:
             p_tile = (p_ds_rows + start_n)[:, None] + b_j[None, :]
-            b_inside = b_in[:, None] & (start_n + b_j < block.keys)[None, :]
+            b_inside = b_stores[:, None] & (start_n + b_j < block.keys)[None, :]
             tl.store(p_tile, round_to(b_ds, p_ds_rows.dtype.scalar.element_ty), mask=b_inside)
         if GUARDED:
-            b_ok = seen_keys(b_s)
-            b_k = load_rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, True, WIDE)
-        b_dq = product_add(round_to(b_dqk, p_k.dtype.element_ty), b_k, b_dq, PRECISION)
-    return b_dq
+            k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, seen_keys(b_s), HEAD_DIM, BLOCK_D, WIDE)
+        b_dqk = round_to(b_dqk, p_k.dtype.element_ty)
+        dq = add_weighted(dq, None, b_dqk, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+    return dq
 
 
 @triton.jit
@@ -166,59 +163,52 @@ def grad_query_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    PARTS: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One block of query rows. A bias that broadcasts nowhere gets its gradient here too, where `grad_bias` (zeros) is
-    given. `flags` and GUARDED: see `report_nan`."""
+    """One block of query rows, whose columns PARTS programs share. A bias that broadcasts nowhere gets its gradient
+    here too, where `grad_bias` (zeros) is given. `flags` and GUARDED: see `report_nan`."""
     if is_settled(flags, GUARDED):
         return
-    row_block = tl.program_id(0) % query_blocks
-    head = (tl.program_id(0) // query_blocks) % sizes.heads
-    b = tl.program_id(0) // query_blocks // sizes.heads
+    part = tl.program_id(0) % PARTS
+    rest = tl.program_id(0) // PARTS
+    row_block = rest % query_blocks
+    head = (rest // query_blocks) % sizes.heads
+    b = rest // query_blocks // sizes.heads
     if CAUSAL:
         row_block = query_blocks - 1 - row_block
     kv_head = head // sizes.group
-    start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
-    start_k, keys = sequence(sizes.cu_seqlens_k, b, sizes.keys)
-    if sizes.cu_seqlens_q is None:
-        first_row = b * queries
-    else:
-        first_row = start_q
+    e = extents(sizes, b)
     start_m = row_block * BLOCK_M
-    if start_m >= queries:
+    if start_m >= e.queries:
         return
     b_i = tl.arange(0, BLOCK_M)
     b_m = start_m + b_i
-    b_in = b_m < queries
-    block, full_lo, full_hi = query_block(masks, b, head, first_row, queries, keys, b_m, CAUSAL)
+    b_in = b_m < e.queries
+    block, full_lo, full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
     bounds = key_tiles(masks, block.lo, block.hi, full_lo, full_hi, BLOCK_N, GUARDED)
 
-    first_q = wide(start_q + start_m)
-    p_q = query + wide(b) * query_strides.batch + wide(head) * query_strides.head + first_q * query_strides.row
-    p_do = (
-        grad_out
-        + wide(b) * grad_out_strides.batch
-        + wide(head) * grad_out_strides.head
-        + first_q * grad_out_strides.row
-    )
-    p_k = key + wide(b) * key_strides.batch + wide(kv_head) * key_strides.head + wide(start_k) * key_strides.row
-    p_v = value + wide(b) * value_strides.batch + wide(kv_head) * value_strides.head + wide(start_k) * value_strides.row
-    lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + start_q
+    first_q = e.start_q + start_m
+    p_q = row_of(query, query_strides, b, head, first_q)
+    p_do = row_of(grad_out, grad_out_strides, b, head, first_q)
+    p_k = row_of(key, key_strides, b, kv_head, e.start_k)
+    p_v = row_of(value, value_strides, b, kv_head, e.start_k)
+    lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
     p_ds_rows = matrix_rows(grad_bias, grad_bias_strides, b, head, b_m)
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
     b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
     # [BM, D], [BM, DV]
-    b_q = load_rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, True, WIDE)
-    b_do = load_rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, True, WIDE)
+    q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
+    do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
     b_lse = base2(b_lse)
-    b_dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    for part in tl.static_range(3):
-        if has_part(masks, part, GUARDED):
-            b_dq = _grad_query_tiles(
-                b_dq,
-                b_q,
-                b_do,
+    dq = zero_pieces(BLOCK_M, HEAD_DIM, BLOCK_D, PARTS)
+    for masks_part in tl.static_range(3):
+        if has_part(masks, masks_part, GUARDED):
+            dq = _grad_query_tiles(
+                dq,
+                q,
+                do,
                 b_lse,
                 b_delta,
                 p_k,
@@ -229,27 +219,24 @@ def grad_query_kernel(
                 masks,
                 scaling,
                 block,
-                b_in,
+                b_m < tl.where(part == 0, e.queries, 0),
                 b * sizes.heads + head,
-                bounds[part],
-                bounds[part + 1],
-                part != 1,
+                part,
+                bounds[masks_part],
+                bounds[masks_part + 1],
+                masks_part != 1,
                 GUARDED,
                 HEAD_DIM,
                 VALUE_DIM,
                 BLOCK_N,
                 BLOCK_D,
                 BLOCK_DV,
+                PARTS,
                 WIDE,
                 PRECISION,
             )
     if flags is not None and not GUARDED:
-        report_nan(flags, b_dq)
+        report_nan(flags, dq)
     if grad_query is not None:
-        p_dq = (
-            grad_query
-            + wide(b) * grad_query_strides.batch
-            + wide(head) * grad_query_strides.head
-            + first_q * grad_query_strides.row
-        )
-        store_rows(p_dq, b_i, grad_query_strides.row, b_in, b_dq * scale, HEAD_DIM, BLOCK_D, WIDE)
+        p_dq = row_of(grad_query, grad_query_strides, b, head, first_q)
+        store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, HEAD_DIM, BLOCK_D, PARTS, WIDE)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
-from velm_kernels.backends.triton import Config, choose, dimension_class, launch, precision
+from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
 
 LOG2E = 1.4426950408889634
 # Offsets inside one tile are 32-bit up to this row stride.
@@ -178,12 +178,16 @@ class Problem:
             "HEAD_DIM": self.head_dim,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
-            "BLOCK_D": dimension_class(self.head_dim),
+            "BLOCK_D": piece(self.dtype, self.head_dim),
             "WIDE": max(strides) >= NARROW_STRIDE,
             "PRECISION": precision(self.dtype),
         }
 
     def value_constants(self) -> dict[str, Any]:
+        return {"VALUE_DIM": self.value_dim, "BLOCK_DV": piece(self.dtype, self.value_dim)}
+
+    def value_rows(self) -> dict[str, Any]:
+        """For kernels that hold whole rows."""
         return {"VALUE_DIM": self.value_dim, "BLOCK_DV": dimension_class(self.value_dim)}
 
 

@@ -79,6 +79,17 @@ class Sizes(NamedTuple):
     cu_seqlens_k: Any
 
 
+class Extents(NamedTuple):
+    """First row and number of the queries and of the keys of a batch entry or packed sequence. `first_row` rows of the
+    range arrays stand in front of it."""
+
+    start_q: Any
+    queries: Any
+    start_k: Any
+    keys: Any
+    first_row: Any
+
+
 class Block(NamedTuple):
     """A block of queries of one batch entry. Its rows, in front of which stand `rows` rows of the range arrays, see
     keys [b_lo, b_hi) each and [lo, hi) together; the pointers are those of its rows of `masks.mask` and
@@ -142,41 +153,6 @@ def product_add(b_a, b_b, b_acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr, CHECKED: tl.constexpr, WIDE: tl.constexpr
-):
-    """Rows `b_row` of a row-major matrix of `WIDTH` columns, zero-padded to `BLOCK`; where `CHECKED`, rows that are not
-    `b_ok` are not read and come back as zeros. -> [rows, BLOCK]"""
-    b_column = tl.arange(0, BLOCK)
-    if WIDE:
-        b_row = b_row.to(tl.int64)
-    p_tile = p_x + b_row[:, None] * stride_row + b_column[None, :]
-    if CHECKED:
-        if WIDTH == BLOCK:
-            return tl.load(p_tile, mask=b_ok[:, None], other=0.0)
-        else:
-            return tl.load(p_tile, mask=b_ok[:, None] & (b_column < WIDTH)[None, :], other=0.0)
-    else:
-        if WIDTH == BLOCK:
-            return tl.load(p_tile)
-        else:
-            return tl.load(p_tile, mask=(b_column < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def store_rows(p_x, b_row, stride_row, b_ok, b_x, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The inverse of `load_rows`, rounding to the type of the destination."""
-    b_column = tl.arange(0, BLOCK)
-    if WIDE:
-        b_row = b_row.to(tl.int64)
-    p_tile = p_x + b_row[:, None] * stride_row + b_column[None, :]
-    b_ok = b_ok[:, None]
-    if WIDTH != BLOCK:
-        b_ok = b_ok & (b_column < WIDTH)[None, :]
-    tl.store(p_tile, round_to(b_x, p_x.dtype.element_ty), mask=b_ok)
-
-
-@triton.jit
 def sequence(cu_seqlens, b, total):
     """Start and length of packed sequence `b`, kept inside the tensor whatever `cu_seqlens` says; (0, total) where
     nothing is packed."""
@@ -186,6 +162,17 @@ def sequence(cu_seqlens, b, total):
         return start, tl.maximum(stop - start, 0)
     else:
         return 0, total
+
+
+@triton.jit
+def extents(sizes, b):
+    """The `Extents` of batch entry or packed sequence `b`."""
+    start_q, queries = sequence(sizes.cu_seqlens_q, b, sizes.queries)
+    start_k, keys = sequence(sizes.cu_seqlens_k, b, sizes.keys)
+    if sizes.cu_seqlens_q is None:
+        return Extents(start_q, queries, start_k, keys, b * queries)
+    else:
+        return Extents(start_q, queries, start_k, keys, start_q)
 
 
 @triton.jit
@@ -415,15 +402,6 @@ def key_rows_ok(masks, b, start_n, lo, hi, BLOCK_N: tl.constexpr, MASKED: tl.con
 def seen_keys(b_s):
     """Which keys of a tile of scores some query sees. -> [BN]"""
     return tl.max(b_s, 0) != -float("inf")
-
-
-@triton.jit
-def report_nan(flags, b_x):
-    """Keys that no query of a tile sees may be NaN, which weights of 0 do not silence. Hiding them from the product in
-    every tile would cost more than all masks together; so a block whose result is NaN only says so in `flags`, and a
-    GUARDED launch does those again."""
-    b_nan = tl.max((b_x != b_x).to(tl.int32), 1)
-    tl.store(flags + tl.program_id(0), tl.max(b_nan, 0).to(tl.int8))
 
 
 @triton.jit

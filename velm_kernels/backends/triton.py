@@ -40,6 +40,8 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
+    # Columns of its sums that a program holds at the most, where that is fewer than `parts_of` says.
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -169,14 +171,41 @@ def dimension_class(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def piece(dtype: torch.dtype, head_dim: int) -> int:
+    """How many columns of a row the kernels over tiles of queries and keys multiply at a time."""
+    if is_interpreted():
+        widest = 64
+    elif dtype == torch.float32:
+        widest = 32 if head_dim <= 64 else 16
+    else:
+        widest = 256
+    return min(dimension_class(head_dim), widest)
+
+
+def parts_of(config: Config, dtype: torch.dtype, columns: int) -> int:
+    """Programs that share sums of so many columns, of which each holds its own in registers and computes the weights
+    anew."""
+    widest = 128 if is_interpreted() or dtype == torch.float32 else 256
+    return -(-columns // (config.columns or widest))
+
+
+def sums_both(dtype: torch.dtype, columns: int) -> bool:
+    """Whether a program can hold two kinds of sums, of so many columns together, in registers."""
+    return columns <= 128 if is_interpreted() else dtype != torch.float32
+
+
 # (kernel, what it does beside its products) -> (element bytes, largest head dimension) -> architecture ->
-# (block_m, block_n, warps, stages); ANY stands for the architectures that have no entry of their own. "plain" kernels
-# mask by length, key mask and causality at most, "loaded" ones do anything; what has no "plain" entry takes the
-# "loaded" one. The entries were chosen from what the compiler reports (tests/triton/resources.csv: no spills); they
-# have not been timed on devices. float32 of more than 64 dimensions does spill: a product of it is three of TF32,
-# whose operands stay in registers twice.
+# (block_m, block_n, warps, stages, and `columns` where it is not 0); ANY stands for the architectures that have no
+# entry of their own. "plain" kernels mask by length, key mask and causality at most, "loaded" ones do anything; what
+# has no "plain" entry takes the "loaded" one. The entries were chosen from what the compiler reports
+# (tests/triton/resources.csv: no spills); they have not been timed on devices.
+#
+# What is meant to run on a multiprocessor are eight warps with all of its registers, 255 a thread: two blocks of four,
+# so that one multiplies while the other waits, or one of eight where a tile serves more rows from one load. That is an
+# occupancy of 0.125 of 2048 threads (0.167 of 1536); sums and operands in registers save more than further warps
+# would hide. A warp of mma.sync takes 16 rows of a tile (or 8 columns); in tiles of fewer, warps repeat each other.
 ANY = 0
-_Blocks = tuple[int, int, int, int]
+_Blocks = tuple[int, ...]
 _Row = dict[int, _Blocks]
 _Rows = dict[tuple[int, int], _Row]
 
@@ -196,25 +225,43 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (64, 32, 8, 2), 80: (64, 64, 8, 2)},
     ),
     ("forward", "loaded"): _rows(2, (128, 64, 8, 2), {ANY: (128, 64, 8, 2), 120: (64, 64, 8, 2)}, (64, 32, 8, 2))
-    | _rows(4, (32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    | _rows(
+        4,
+        (64, 32, 4, 1),
+        {ANY: (64, 32, 4, 2), 90: (64, 16, 4, 1), 120: (64, 16, 4, 1)},
+        {ANY: (64, 32, 4, 2), 90: (64, 16, 4, 1), 120: (64, 16, 4, 1)},
+    ),
     ("grad_query", "plain"): _rows(2, (128, 64, 8, 2), (128, 32, 8, 2), {ANY: (64, 32, 8, 1), 90: (64, 32, 8, 2)}),
     ("grad_query", "loaded"): _rows(
         2, (128, 32, 8, 2), {ANY: (64, 32, 8, 2), 80: (128, 32, 8, 2), 100: (64, 64, 8, 2)}, (32, 32, 8, 1)
     )
-    | _rows(4, (32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
-    ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), (32, 64, 8, 2), (32, 32, 8, 1)),
+    | _rows(4, (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
+    ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), {ANY: (16, 128, 8, 2), 100: (32, 64, 8, 2)}, (32, 32, 8, 1)),
     ("grad_key_value", "loaded"): _rows(
-        2, {ANY: (32, 64, 8, 2), 120: (32, 32, 8, 2)}, {ANY: (32, 64, 8, 2), 90: (32, 32, 8, 2)}, (32, 32, 8, 1)
+        2, {ANY: (16, 64, 4, 2), 100: (32, 64, 8, 2)}, {ANY: (32, 64, 8, 2), 90: (16, 128, 8, 2)}, (32, 32, 8, 1)
     )
-    | _rows(4, (16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    | _rows(
+        4,
+        (16, 64, 4, 1),
+        {ANY: (32, 64, 4, 1), 120: (16, 64, 4, 1)},
+        {ANY: (32, 64, 4, 1), 120: (16, 64, 4, 1)},
+    ),
     ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), (64, 32, 8, 1), (16, 32, 8, 1))
-    | _rows(4, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    | _rows(4, (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 2)),
     ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
-    | _rows(4, {ANY: (16, 32, 8, 1), 80: (32, 32, 8, 1)}, (16, 16, 8, 1), (16, 16, 8, 1)),
+    | _rows(4, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     ("grad_side", "loaded"): _rows(
-        2, (32, 32, 8, 2), (32, 32, 8, 2), {ANY: (32, 32, 8, 2), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)}
+        2,
+        (64, 16, 4, 2),
+        {ANY: (128, 16, 8, 2), 90: (32, 32, 8, 2), 120: (32, 32, 8, 2)},
+        {ANY: (32, 32, 8, 2), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)},
     )
-    | _rows(4, (16, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    | _rows(
+        4,
+        {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 2)},
+        {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 1, 64)},
+        {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 1, 64)},
+    ),
     ("linear", "plain"): {(2, 256): {ANY: (128, 128, 8, 3)}, (4, 256): {ANY: (64, 64, 8, 2)}},
 }
 
@@ -245,7 +292,7 @@ def candidates(config: Config) -> list[Config]:
         for block_n in (config.block_n // 2, config.block_n, config.block_n * 2):
             for num_warps in (4, 8):
                 for num_stages in (2, 3, 4):
-                    new = Config(block_m, block_n, num_warps, num_stages)
+                    new = Config(block_m, block_n, num_warps, num_stages, config.columns)
                     if 16 <= block_m <= 128 and 16 <= block_n <= 128 and new not in found:
                         found.append(new)
     return found

@@ -1,0 +1,180 @@
+"""Matrix products of the Triton attention kernels, and the rows that they multiply.
+
+Rows of up to `BLOCK` columns are read once and held in registers. Wider ones are read piece by piece, `BLOCK` columns
+at a time, in each product anew, and sums of such rows are a tuple of pieces. A float32 product is three of TF32, whose
+operands are there twice; and the operand that is the same in every step of a loop would stay in registers so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import product, product_add, round_to, wide
+
+
+class Rows(NamedTuple):
+    """Rows of row-major matrices, each `b_offset` elements behind `p`. Where `b_ok` is not None, those that are not are
+    not read and count as zeros. `b_x` [rows, BLOCK]: the rows themselves, None where they are wider."""
+
+    p: Any
+    b_offset: Any
+    b_ok: Any
+    b_x: Any
+
+
+@triton.constexpr_function
+def part_of(width, block, parts):
+    """Columns of a result of `width` columns that each of `parts` programs sums: whole pieces, unless it sums all."""
+    return width if parts == 1 else block * -(-width // (block * parts))
+
+
+@triton.jit
+def load_piece(p_x, b_offset, b_ok, first, WIDTH: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns from `first` on of rows of `WIDTH`, zeros behind them; WHOLE: there are as many. -> [rows, BLOCK]"""
+    b_column = first + tl.arange(0, BLOCK)
+    p_piece = p_x + b_offset[:, None] + b_column[None, :]
+    if b_ok is not None:
+        if WHOLE:
+            return tl.load(p_piece, mask=b_ok[:, None], other=0.0)
+        else:
+            return tl.load(p_piece, mask=b_ok[:, None] & (b_column < WIDTH)[None, :], other=0.0)
+    else:
+        if WHOLE:
+            return tl.load(p_piece)
+        else:
+            return tl.load(p_piece, mask=(b_column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def rows_at(p_x, b_offset, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The `Rows` of `WIDTH` columns that start at `b_offset`."""
+    if WIDTH > BLOCK:
+        return Rows(p_x, b_offset, b_ok, None)
+    else:
+        return Rows(p_x, b_offset, b_ok, load_piece(p_x, b_offset, b_ok, 0, WIDTH, WIDTH == BLOCK, BLOCK))
+
+
+@triton.jit
+def rows(p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """The `Rows` number `b_row` of a matrix at `p_x`. WIDE: their offsets need 64 bits."""
+    if WIDE:
+        b_row = b_row.to(tl.int64)
+    return rows_at(p_x, b_row * stride_row, b_ok, WIDTH, BLOCK)
+
+
+@triton.jit
+def product_of_rows(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+    """Scalar products of the `Rows` `x` and `y`. -> [rows of x, rows of y]"""
+    if WIDTH > BLOCK:
+        WHOLE: tl.constexpr = WIDTH % BLOCK == 0
+        b_sum = tl.zeros((x.b_offset.shape[0], y.b_offset.shape[0]), tl.float32)
+        # A loop of the device: unrolled, the pieces that do not change would be kept.
+        for first in tl.range(0, WIDTH, BLOCK):
+            b_x = load_piece(x.p, x.b_offset, x.b_ok, first, WIDTH, WHOLE, BLOCK)
+            b_y = load_piece(y.p, y.b_offset, y.b_ok, first, WIDTH, WHOLE, BLOCK)
+            b_sum = product_add(b_x, tl.trans(b_y), b_sum, PRECISION)
+        return b_sum
+    else:
+        return product(x.b_x, tl.trans(y.b_x), PRECISION)
+
+
+@triton.jit
+def row_of(x, strides, b, head, row):
+    """Pointer to a row of (batch, heads, rows, columns)."""
+    return x + wide(b) * strides.batch + wide(head) * strides.head + wide(row) * strides.row
+
+
+@triton.jit
+def zero_pieces(ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """Sums of rows to begin with. -> tuple of [ROWS, BLOCK]"""
+    pieces = ()
+    for _ in tl.static_range(0, part_of(WIDTH, BLOCK, PARTS), BLOCK):
+        pieces += (tl.zeros((ROWS, BLOCK), tl.float32),)
+    return pieces
+
+
+@triton.jit
+def add_weighted(
+    sums,
+    b_decay,
+    b_weight,
+    x,
+    part,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`sums`, times `b_decay` where that is not None, plus the `Rows` `x` summed with `b_weight` [sums, rows of x]; of
+    all columns this `part`."""
+    PART: tl.constexpr = part_of(WIDTH, BLOCK, PARTS)
+    pieces = ()
+    for i in tl.static_range(len(sums)):
+        b_sum = sums[i]
+        if b_decay is not None:
+            b_sum = b_sum * b_decay
+        if WIDTH > BLOCK:
+            first = part * PART + i * BLOCK
+            b_x = load_piece(x.p, x.b_offset, x.b_ok, first, WIDTH, (WIDTH % PART == 0) and (PART % BLOCK == 0), BLOCK)
+        else:
+            b_x = x.b_x
+        pieces += (product_add(b_weight, b_x, b_sum, PRECISION),)
+    return pieces
+
+
+@triton.jit
+def store_pieces(
+    p_x,
+    b_offset,
+    b_ok,
+    pieces,
+    b_scale,
+    part,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Writes `pieces` times `b_scale`, rounded, to this `part` of the rows that start at `b_offset`."""
+    PART: tl.constexpr = part_of(WIDTH, BLOCK, PARTS)
+    for i in tl.static_range(len(pieces)):
+        b_column = part * PART + i * BLOCK + tl.arange(0, BLOCK)
+        b_in = b_ok[:, None]
+        if (WIDTH % PART != 0) or (PART % BLOCK != 0):
+            b_in = b_in & (b_column < WIDTH)[None, :]
+        p_piece = p_x + b_offset[:, None] + b_column[None, :]
+        tl.store(p_piece, round_to(pieces[i] * b_scale, p_x.dtype.element_ty), mask=b_in)
+
+
+@triton.jit
+def store_rows(
+    p_x,
+    b_row,
+    stride_row,
+    b_ok,
+    pieces,
+    b_scale,
+    part,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The same, to the rows number `b_row`."""
+    if WIDE:
+        b_row = b_row.to(tl.int64)
+    store_pieces(p_x, b_row * stride_row, b_ok, pieces, b_scale, part, WIDTH, BLOCK, PARTS)
+
+
+@triton.jit
+def report_nan(flags, pieces):
+    """Keys that no query of a tile sees may be NaN, which weights of 0 do not silence. Hiding them from the product in
+    every tile would cost more than all masks together; so a block whose result is NaN only says so in `flags`, and a
+    GUARDED launch does those again."""
+    found = 0
+    for i in tl.static_range(len(pieces)):
+        b_nan = tl.max((pieces[i] != pieces[i]).to(tl.int32), 1)
+        found = found | tl.max(b_nan, 0)
+    tl.store(flags + tl.program_id(0), found.to(tl.int8))
