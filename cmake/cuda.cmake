@@ -10,6 +10,9 @@ string(REPLACE "," ";" VELM_CUDA_ARCHS "${VELM_CUDA_ARCHS}")
 set(VELM_KERNEL_SOURCES
   attention/forward.cu
   attention/gated_residual.cu
+  attention/grad_bias.cu
+  attention/grad_key_value.cu
+  attention/grad_query.cu
   attention/merge.cu
   attention/norm.cu
   fusion/dropout.cu

@@ -1,7 +1,9 @@
 // The attention operators on CUDA kernels.
 
+#include <algorithm>
 #include <tuple>
 
+#include "attention/backward_cuda.h"
 #include "attention/forward_cuda.h"
 #include "attention/norm_cuda.h"
 #include "device/tensor.h"
@@ -110,7 +112,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
     MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
     int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
     double dropout_p, bool return_key_mass) {
-  if (return_key_mass) throw std::runtime_error("velm: attention_forward: no key mass on CUDA kernels");
   const Current current(query);
   const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
                     key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
@@ -125,11 +126,116 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
   p.out = rows_of(out);
   p.logsumexp = span_of(logsumexp);
   attention_forward(p, current.stream());
-  return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
+  if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
+  Tensor key_mass = empty_of_rows(key, query.size(1));
+  attention_key_mass(p, span_of(logsumexp), span_of(key_mass), current.stream());
+  return {out, logsumexp, key_mass};
+}
+
+// Bits of grad_mask.
+enum Wanted : int64_t { kQuery = 1, kKey = 2, kValue = 4, kBias = 8, kQueryNorm = 16, kKeyNorm = 32 };
+
+// Floats shaped and laid out like the gradient of x.
+Tensor wide_heads_last(const Tensor& x) {
+  const int64_t dim = x.size(x.dim() - 1);
+  if (x.dim() == 3) return new_empty(x, {x.size(0), x.size(1), dim}, ScalarType::Float);
+  return torch::stable::transpose(new_empty(x, {x.size(0), x.size(2), x.size(1), dim}, ScalarType::Float), 1, 2);
+}
+
+// From the gradient of a norm's result to those of its argument and weight, of which either may be empty.
+void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, const Tensor& grad_x,
+                   const Tensor& grad_weight, double eps, Stream stream) {
+  const bool packed = x.dim() == 3;
+  RmsNormBackward p{};
+  p.dtype = dtype_of(x);
+  p.batch = packed ? 1 : x.size(0);
+  p.heads = x.size(1);
+  p.rows = x.size(packed ? 0 : 2);
+  p.dim = x.size(x.dim() - 1);
+  p.eps = eps;
+  p.x = rows_of(x);
+  p.weight = span_of(weight);
+  p.grad_y = rows_of(grad_y);
+  if (grad_x.dim() == x.dim()) p.grad_x = rows_of(grad_x);
+  p.grad_weight = span_of(grad_weight);
+  std::optional<Tensor> partials;
+  if (p.grad_weight) {
+    partials = new_empty(x, {rms_norm_partials(p)}, ScalarType::Float);
+    p.partials = span_of(*partials);
+  }
+  rms_norm_backward(p, stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
+    Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths,
+    MaybeTensor range_start, MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
+    MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
+    MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal,
+    double scale, double softcap, double norm_eps, double dropout_p, int64_t grad_mask) {
+  const Current current(query);
+  const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
+                    key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
+                    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,      is_causal,       scale,
+                    softcap,      norm_eps,     dropout_p};
+  const Tensor query_normed = normed(query, query_norm_weight, norm_eps, current.stream());
+  const Tensor key_normed = normed(key, key_norm_weight, norm_eps, current.stream());
+  const auto wants = [&](int64_t bits) { return (grad_mask & bits) != 0; };
+  const auto gradient = [&](int64_t bit, const Tensor& x) {
+    return wants(bit) ? empty_heads_last(x, x.size(x.dim() - 1)) : nothing(x);
+  };
+  Tensor grad_query = gradient(kQuery, query), grad_key = gradient(kKey, key), grad_value = gradient(kValue, value);
+  Tensor grad_bias = wants(kBias) ? torch::stable::new_zeros(*bias, bias->sizes()) : nothing(query);
+  const auto of_weight = [&](int64_t bit, const MaybeTensor& weight) {
+    return wants(bit) ? new_empty(*weight, {weight->size(0)}) : nothing(query);
+  };
+  Tensor grad_query_norm = of_weight(kQueryNorm, query_norm_weight);
+  Tensor grad_key_norm = of_weight(kKeyNorm, key_norm_weight);
+
+  AttentionBackward p{};
+  set_problem(p, a, query_normed, key_normed);
+  Tensor delta = empty_of_rows(query, query.size(1));
+  p.out = rows_of(out);
+  p.grad_out = rows_of(grad_out);
+  p.logsumexp = span_of(logsumexp);
+  p.delta = span_of(delta);
+  if (grad_logsumexp) {
+    const Tensor& g = *grad_logsumexp;
+    p.grad_logsumexp = g.dim() == 2 ? RowSpan{span_of(g), 0, g.stride(0), g.stride(1)}
+                                    : RowSpan{span_of(g), g.stride(0), g.stride(1), g.stride(2)};
+  }
+  // Through a norm, gradients stay in float32 until they are past it.
+  MaybeTensor wide_query, wide_key;
+  if (query_norm_weight && wants(kQuery | kQueryNorm)) wide_query = wide_heads_last(query);
+  if (key_norm_weight && wants(kKey | kKeyNorm)) wide_key = wide_heads_last(key);
+  if (wide_query || wants(kQuery)) p.grad_query = rows_of(wide_query ? *wide_query : grad_query);
+  if (wide_key || wants(kKey)) p.grad_key = rows_of(wide_key ? *wide_key : grad_key);
+  p.wide_grad_query = wide_query.has_value();
+  p.wide_grad_key = wide_key.has_value();
+  if (wants(kValue)) p.grad_value = rows_of(grad_value);
+  if (grad_mask & ~kValue) attention_delta(p, current.stream());
+  if (wants(kBias)) {
+    p.grad_bias = matrix_of(grad_bias);
+    for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);
+    const bool is_whole =
+        bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.queries && bias->size(3) == p.keys;
+    if (!is_whole || (p.dtype == Dtype::float32 && std::max(p.head_dim, p.value_dim) > 128)) {
+      const Tensor partials = new_empty(query, {attention_bias_partials(p)}, ScalarType::Float);
+      attention_grad_bias(p, span_of(partials), current.stream());
+      p.grad_bias = {};
+    }
+  }
+  if (p.grad_query.data || p.grad_bias.data) attention_grad_query(p, current.stream());
+  if (p.grad_key.data) attention_grad_key(p, current.stream());
+  if (p.grad_value.data) attention_grad_value(p, current.stream());
+  if (wide_query)
+    norm_backward(query, *query_norm_weight, *wide_query, grad_query, grad_query_norm, norm_eps, current.stream());
+  if (wide_key) norm_backward(key, *key_norm_weight, *wide_key, grad_key, grad_key_norm, norm_eps, current.stream());
+  return {grad_query, grad_key, grad_value, grad_bias, grad_query_norm, grad_key_norm};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
   m.impl("attention_forward", TORCH_BOX(&attention_forward_op));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_op));
 }
 
 }  // namespace

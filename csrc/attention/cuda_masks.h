@@ -115,6 +115,19 @@ DEVICE_INLINE void scale_scores(float (&s)[kTiles][4], float product, float cap)
     for (int i = 0; i < 4; ++i) s[j][i] = cap * tanh_smooth(s[j][i]);
 }
 
+// Bounds what scale_scores leaves by a softcap, and multiplies `slopes`, where wanted, by its derivative.
+template <int kTiles>
+DEVICE_INLINE void cap_scores(float (&s)[kTiles][4], float cap, float (&slopes)[kTiles][4], bool with_slopes) {
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float t = tanh_smooth(s[j][i]);
+      if (with_slopes) slopes[j][i] *= 1.0f - t * t;
+      s[j][i] = cap * t;
+    }
+}
+
 // Adds the bias of one row to the scores `first` and the next of each tile. What is hidden already is not read.
 template <int kTiles, class B>
 DEVICE_INLINE void add_bias(float (&s)[kTiles][4], int first, const ReadOnly<B>& row, int64_t stride, int key) {

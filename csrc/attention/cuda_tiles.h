@@ -105,4 +105,22 @@ DEVICE_INLINE void store_rows(const Shared<T>& stage, const float (&values)[kDim
   }
 }
 
+// The same in float32, without a stage.
+template <int kDim, class F>
+DEVICE_INLINE void store_wide_rows(const float (&values)[kDim / 8][4], int dim, const F& pointer_to) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Global<float> to = pointer_to(group + 8 * half);
+    if (!to) continue;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * j + 2 * member + i;
+        if (column < dim) to[column] = values[j][2 * half + i];
+      }
+  }
+}
+
 }  // namespace velm::cuda

@@ -57,6 +57,75 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+constexpr int kMostBlocks = 256;
+
+// With n = x / rms: grad_x = (w * grad_y - n * mean(w * grad_y * n)) / rms, and in `partials` for each warp its rows'
+// sums of grad_y * n.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    norm_backward_kernel(const Rows<const T> x, const ReadOnly<T> weight, const Rows<const float> grad_y,
+                         const Rows<T> grad_x, const Global<float> partials, int64_t count, int heads, int rows,
+                         int dim, float eps) {
+  constexpr int kSteps = kMostDim / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t warp = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32, warps = int64_t{gridDim.x} * kWarps;
+  float sums[kSteps] = {}, w[kSteps] = {};
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    if (i * 32 + lane < dim) w[i] = to_float(weight[i * 32 + lane]);
+  for (int64_t at = warp; at < count; at += warps) {
+    const Place place(at, heads, rows);
+    const auto from = x.at(place.batch, place.head, place.row);
+    const auto upstream = grad_y.at(place.batch, place.head, place.row);
+    float grad[kSteps] = {}, n[kSteps] = {}, squares = 0.0f, products = 0.0f;
+    bool live = false;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i * 32 + lane < dim) grad[i] = upstream[i * 32 + lane];
+      live = live || grad[i] != 0.0f;
+    }
+    // A row whose gradient is all zero was not attended to: it is not read, as it may be NaN.
+    live = __any_sync(kAll, live);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (live && i * 32 + lane < dim) n[i] = to_float(from[i * 32 + lane]);
+      squares = fmaf(n[i], n[i], squares);
+    }
+    const float scale = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(dim) + eps);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      n[i] *= scale;
+      sums[i] = fmaf(grad[i], n[i], sums[i]);
+      grad[i] *= w[i];
+      products = fmaf(grad[i], n[i], products);
+    }
+    const float mean = warp_sum(products) / static_cast<float>(dim);
+    if (!grad_x.data) continue;
+    const auto to = grad_x.at(place.batch, place.head, place.row);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+      if (i * 32 + lane < dim) to[i * 32 + lane] = from_float<T>((grad[i] - n[i] * mean) * scale);
+  }
+  if (!partials) return;
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i)
+    if (i * 32 + lane < dim) partials[warp * dim + i * 32 + lane] = sums[i];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    norm_finish_kernel(const ReadOnly<float> partials, const Global<T> grad_weight, int64_t count, int dim) {
+  const int column = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (column >= dim) return;
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += partials[i * dim + column];
+  grad_weight[column] = from_float<T>(static_cast<float>(sum));
+}
+
+int64_t backward_blocks(const RmsNormBackward& p) {
+  return std::min<int64_t>((p.batch * p.heads * p.rows + kWarps - 1) / kWarps, kMostBlocks);
+}
+
 bool fits(const RowSpan& rows, Dtype dtype, int width) {
   return is_aligned(rows.data, dtype, rows.batch, width) && rows.head % width == 0 && rows.row % width == 0;
 }
@@ -81,6 +150,26 @@ void rms_norm(const RmsNorm& p, Stream stream) {
       run(std::integral_constant<int, kWide>{});
     else
       run(std::integral_constant<int, 1>{});
+  });
+}
+
+int64_t rms_norm_partials(const RmsNormBackward& p) {
+  return backward_blocks(p) * kWarps * p.dim;
+}
+
+void rms_norm_backward(const RmsNormBackward& p, Stream stream) {
+  const int64_t count = p.batch * p.heads * p.rows, blocks = backward_blocks(p);
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (count > 0)
+      launch<norm_backward_kernel<T>>(static_cast<unsigned>(blocks), kThreads, 0, stream, rows_of<const T>(p.x),
+                                      global<const T>(p.weight), rows_of<const float>(p.grad_y), rows_of<T>(p.grad_x),
+                                      global<float>(p.partials), count, static_cast<int>(p.heads),
+                                      static_cast<int>(p.rows), static_cast<int>(p.dim), static_cast<float>(p.eps));
+    if (p.grad_weight)
+      launch<norm_finish_kernel<T>>(static_cast<unsigned>((p.dim + kThreads - 1) / kThreads), kThreads, 0, stream,
+                                    global<const float>(p.partials), global<T>(p.grad_weight), blocks * kWarps,
+                                    static_cast<int>(p.dim));
   });
 }
 

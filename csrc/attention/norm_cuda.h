@@ -16,4 +16,22 @@ struct RmsNorm {
 // y = weight * x / sqrt(mean(x^2) + eps), rounded to the type of x.
 void rms_norm(const RmsNorm& problem, Stream stream);
 
+struct RmsNormBackward {
+  Dtype dtype;
+  int64_t batch, heads, rows, dim;
+  double eps;
+  RowSpan x;
+  Span weight;
+  // Floats.
+  RowSpan grad_y;
+  // Null gradients are not wanted.
+  RowSpan grad_x;
+  Span grad_weight;
+  // Floats, as many as rms_norm_partials says.
+  Span partials;
+};
+
+int64_t rms_norm_partials(const RmsNormBackward& problem);
+void rms_norm_backward(const RmsNormBackward& problem, Stream stream);
+
 }  // namespace velm::cuda

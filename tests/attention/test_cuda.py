@@ -12,7 +12,8 @@ from torch import Tensor
 
 import velm_kernels
 from tests.attention.cases import Case, cases
-from tests.conftest import DEVICE_ON_HOST
+from tests.attention.test_cross_attention import check
+from tests.conftest import DEVICE_ON_HOST, Backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference
 
@@ -46,7 +47,7 @@ def on_device(*args: Any, **kwargs: Any) -> Any:
 @example(case=Case(batch=1, head_dim=130, value_dim=256, queries=66, keys=70, dtype=torch.float16))
 @example(case=Case(head_dim=100, value_dim=128, queries=20, keys=90, dtype=torch.bfloat16, masks=frozenset({"mask"})))
 @example(case=Case(batch=1, head_dim=128, value_dim=72, queries=70, keys=66, masks=frozenset({"mask", "key_lengths"})))
-def test_numbers(case: Case) -> None:
+def test_forward(case: Case) -> None:
     tensors, masking = case.tensors(), case.masking()
     visible = case.visible(masking, tensors.get("bias"))
     given = case.settings() | masking
@@ -56,6 +57,61 @@ def test_numbers(case: Case) -> None:
     got = on_device(**case.poisoned(tensors, visible), **given, seed=SEED, return_logsumexp=True)
     for name, ours, theirs, truth in zip(("out", "logsumexp"), got, plain, exact, strict=False):
         assert_accurate(name, ours, theirs, truth, case.dtype, floor=floors.get(name, 0.0), ulps=case.ulps)
+
+
+FULL = (True, True, True, True)
+
+
+@settings(max_examples=6)
+@given(case=cases(largest=50))
+@example(case=Case(queries=0))
+@example(case=Case(keys=0, bias_shape=FULL))
+@example(case=Case(queries=70, keys=80, head_dim=64, value_dim=64, batch=1, group=2, dtype=torch.bfloat16))
+@example(
+    case=Case(queries=37, keys=71, head_dim=33, value_dim=15, group=2, dtype=torch.bfloat16, layout="sliced",
+              masks=frozenset({"key_ranges"}), norms=(True, True), softcap=3.0, dropout_p=0.2)
+)  # fmt: skip
+@example(
+    case=Case(queries=90, keys=101, head_dim=24, value_dim=16, dtype=torch.float16, is_causal=True, batch=1,
+              masks=frozenset({"key_mask"}), bias_shape=FULL, bias_float32=True, softcap=3.0)
+)  # fmt: skip
+@example(case=Case(queries=20, keys=70, bias_shape=FULL, dropout_p=0.3, masks=frozenset({"mask", "key_ranges"})))
+@example(case=Case(head_dim=256, value_dim=256, queries=17, keys=19, norms=(True, True), dtype=torch.bfloat16))
+@example(case=Case(head_dim=100, value_dim=128, queries=70, keys=40, batch=1, dtype=torch.float16))
+@example(case=Case(head_dim=100, value_dim=128, queries=20, keys=70, batch=1, is_causal=True))
+@example(
+    case=Case(batch=3, queries=70, keys=41, bias_shape=(False, True, True, True), dtype=torch.bfloat16,
+              masks=frozenset({"key_lengths", "key_ranges"}), softcap=3.0)
+)  # fmt: skip
+@example(case=Case(queries=70, keys=41, bias_shape=(False, False, False, True), bias_float32=True, is_causal=True))
+@example(case=Case(queries=7, keys=70, bias_shape=(True, True, True, False), dtype=torch.float16, head_dim=256))
+@example(case=Case(queries=70, keys=40, bias_shape=(False, False, False, False), dropout_p=0.2))
+def test_gradients(case: Case) -> None:
+    """Outputs, extras and all gradients."""
+    check(case, Backend("device_on_host"))
+
+
+def test_wide_float32() -> None:
+    """Gradients of query and key have no kernel there, those of value and of a bias have one."""
+    query, key = torch.randn(1, 2, 20, 200), torch.randn(1, 2, 30, 200)
+    value, bias = torch.randn(1, 2, 30, 200, requires_grad=True), torch.randn(1, 1, 20, 30, requires_grad=True)
+    grads = []
+    for backend in ("reference", "device_on_host"):
+        with velm_kernels.use_backend(backend):
+            out = velm_kernels.cross_attention(query, key, value, bias=bias)
+        grads.append(torch.autograd.grad(out.cos().sum(), (value, bias)))
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.cross_attention(query.requires_grad_(), key, value)
+    with pytest.raises(velm_kernels.backends.NoBackendError, match="up to 128 dimensions"):
+        out.sum().backward()
+
+
+def test_same_bits_twice() -> None:
+    case = Case(batch=1, queries=70, keys=80, group=2, bias_shape=FULL, dropout_p=0.1, norms=(True, True))
+    first, second = (check(case, Backend("device_on_host")) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("lengths", [[], [(3, 0), (0, 5), (70, 20), (1, 130)]], ids=str)

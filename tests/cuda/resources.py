@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import re
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = Path(__file__).with_name("resources.csv")
+# Of each source, with the headers that it includes, as it was when the table was written.
+DIGESTS = Path(__file__).with_name("digests.csv")
 ARCHITECTURES = ("80", "90a", "100", "120")
 
 # What a multiprocessor has: threads, shared memory in bytes and blocks. Registers are given to warps by 256.
@@ -30,19 +33,6 @@ REGISTERS = 65536
 RESERVED = 1024
 # Threads of a block, by the source's own constants.
 BLOCK_THREADS = 128
-# Shared memory that a launch asks for, which ptxas does not know; tests/device_on_host/test_traffic.py compares.
-DYNAMIC_SHARED = {
-    f"forward_kernel<{dtype}, {dim}>": bytes_shared
-    for dtypes, dim, bytes_shared in (
-        (("__half", "__nv_bfloat16"), 64, 41984),
-        (("__half", "__nv_bfloat16"), 128, 50176),
-        (("__half", "__nv_bfloat16"), 256, 82944),
-        (("float",), 64, 50176),
-        (("float",), 128, 66560),
-        (("float",), 256, 99328),
-    )
-    for dtype in dtypes
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +53,32 @@ def sources() -> list[Path]:
     return [Path(name) for name in listed.group(1).split()]
 
 
+def digest(source: Path) -> str:
+    """Of a source and of the headers of csrc that it includes, directly or not."""
+    waiting, seen = [source], set[Path]()
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not (ROOT / "csrc" / path).exists():
+            continue
+        seen.add(path)
+        included = re.findall(r'^#include "(.*)"', (ROOT / "csrc" / path).read_text(), re.M)
+        # What threads of the host run on is not compiled here.
+        waiting += [Path(name) for name in included if not name.startswith("device_on_host/")]
+    whole = hashlib.sha256()
+    for path in sorted(seen):
+        whole.update((ROOT / "csrc" / path).read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def is_current(source: Path) -> bool:
+    """Whether the table is that of this source, so that compiling it would tell nothing new."""
+    return f"{source},{digest(source)}" in DIGESTS.read_text().splitlines()
+
+
+def write_digests() -> None:
+    DIGESTS.write_text("".join(f"{source},{digest(source)}\n" for source in sources()))
+
+
 def occupancy(registers: int, shared_bytes: int, arch: str) -> float:
     """The share of a multiprocessor's threads that can be there at once."""
     of_a_warp = -(-registers * 32 // 256) * 256
@@ -70,6 +86,33 @@ def occupancy(registers: int, shared_bytes: int, arch: str) -> float:
     by_shared = SHARED[arch] // (shared_bytes + RESERVED)
     blocks = min(by_registers, by_shared, THREADS[arch] // BLOCK_THREADS, BLOCKS[arch])
     return round(blocks * BLOCK_THREADS / THREADS[arch], 3)
+
+
+def dynamic_shared(instance: str) -> int:
+    """Bytes that a launch asks for, which ptxas does not know; tests/device_on_host/test_traffic.py compares."""
+    found = re.fullmatch(r"(\w+)<(float|__half|__nv_bfloat16), (\d+)(?:, (\d))?>", instance)
+    if found is None:
+        return 0
+    kernel, dtype, dim = found.group(1), found.group(2), int(found.group(3))
+    size = 4 if dtype == "float" else 2
+    tile = 64 * dim * size
+    if kernel == "forward_kernel" and dim >= 64:
+        keys, slots = {(2, 64): (64, 4), (2, 256): (32, 3), (4, 64): (32, 4), (4, 256): (16, 2)}.get(
+            (size, dim), (64 if size == 2 else 32, 2)
+        )
+        return tile + slots * keys * dim * size + 1024
+    if kernel == "grad_query_kernel":
+        keys = 32 if size == 4 or dim == 256 else 64
+        return 2 * tile + 2 * keys * dim * size + 1024
+    if kernel == "grad_bias_kernel":
+        keys, stages = (16, 1) if size == 4 and dim == 256 else (32 if size == 4 or dim == 256 else 64, 2)
+        return stages * (tile + keys * dim * size) + 1024 + 4 * keys * 4
+    if kernel == "grad_key_value_kernel":
+        of_key = found.group(4) == "0"
+        few = dim == 256 and (size == 4 or of_key)
+        queries = 16 if few else 32 if size == 4 or dim == 256 else 64
+        return tile + (tile if of_key else 8 * size) + 2 * queries * dim * size + 2 * queries * 16
+    return 0
 
 
 def parse(output: str, source: Path, arch: str) -> dict[Key, Resources]:
@@ -82,7 +125,7 @@ def parse(output: str, source: Path, arch: str) -> dict[Key, Resources]:
         registers, shared = re.search(r"Used (\d+) registers", text), re.search(r"(\d+) bytes smem", text)
         assert spills is not None and registers is not None, text
         instance = re.sub(r"^void |\(.*$", "", re.sub(r"velm::cuda::|\(anonymous namespace\)::", "", name))
-        bytes_shared = (int(shared.group(1)) if shared else 0) + DYNAMIC_SHARED.get(instance, 0)
+        bytes_shared = (int(shared.group(1)) if shared else 0) + dynamic_shared(instance)
         found[source.stem, instance, arch] = Resources(
             int(registers.group(1)),
             int(spills.group(1)) + int(spills.group(2)),
@@ -156,6 +199,7 @@ def main() -> int:
     print(*failed, f"{len(table)} instances, {len(failed)} complaints", sep="\n")
     if chosen.write:
         write(table)
+        write_digests()
     return bool(failed)
 
 

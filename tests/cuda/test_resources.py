@@ -10,15 +10,18 @@ import pytest
 from tests.cuda import resources
 from tests.cuda.resources import Resources
 
+ROOT = resources.ROOT
 needs_nvcc = pytest.mark.skipif(
     shutil.which("nvcc") is None or shutil.which("c++filt") is None, reason="nvcc or c++filt is not on the path"
 )
 
 
-# One architecture in every run; `python -m tests.cuda.resources` compiles all.
+# One architecture, of what has changed since the table was written; `python -m tests.cuda.resources` compiles all.
 @needs_nvcc
 @pytest.mark.parametrize("source", resources.sources(), ids=lambda source: source.stem)
 def test_resources(source: Path) -> None:
+    if resources.is_current(source):
+        return
     table, now = resources.read(), resources.compile_for(source, "80")
     assert now
     assert [text for key, found in now.items() for text in resources.complaints(key, found, table.get(key))] == []
@@ -31,6 +34,20 @@ def test_the_table_has_all_architectures_and_no_complaints() -> None:
     assert of_arch["80"]
     assert all(instances == of_arch["80"] for instances in of_arch.values())
     assert [text for key, found in table.items() for text in resources.complaints(key, found, found)] == []
+
+
+def test_a_changed_source_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = resources.sources()[0]
+    monkeypatch.setattr(resources, "DIGESTS", tmp_path / "digests.csv")
+    resources.write_digests()
+    assert resources.is_current(source)
+    # A header that it includes by way of another.
+    for name in (source, Path("device/span.h")):
+        monkeypatch.setattr(resources, "ROOT", tmp_path / name.stem)
+        shutil.copytree(ROOT / "csrc", resources.ROOT / "csrc")
+        assert resources.is_current(source)
+        (resources.ROOT / "csrc" / name).write_text("changed")
+        assert not resources.is_current(source)
 
 
 def test_worse_resources_are_noticed() -> None:

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "attention/backward_cuda.h"
 #include "attention/forward_cuda.h"
 #include "attention/gated_residual_cuda.h"
 #include "attention/merge_cuda.h"
@@ -127,67 +128,122 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
 }
 
-// Attention of `queries` to the keys that a mask and causality show, after a norm of the queries.
+// Attention of `queries` to the keys that a mask and causality show, after a norm of the queries, forward and backward,
+// with a bias of each key.
 template <class T>
 void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return RowSpan{span(x), rows * dim, rows * dim, dim}; };
   auto raw = random_values<T>(queries * dim), key = random_values<T>(keys * dim), value = random_values<T>(keys * dim);
-  auto weight = random_values<T>(dim);
-  std::vector<T> query(raw.size()), out(raw.size());
-  std::vector<float> lse(static_cast<size_t>(queries));
+  auto weight = random_values<T>(dim), grad = random_values<T>(queries * dim);
+  auto bias = random_values<float>(keys);
+  std::vector<T> query(raw.size()), out(raw.size()), grad_query(raw.size()), grad_key(key.size()),
+      grad_value(key.size());
+  std::vector<float> lse(static_cast<size_t>(queries)), delta(lse.size()), grad_bias(bias.size()), mass(bias.size());
   std::vector<unsigned char> mask(static_cast<size_t>(keys), 1);
   for (size_t j = 0; j < mask.size(); j += 3) {
     mask[j] = 0;
-    for (int64_t d = 0; d < dim; ++d) value[j * static_cast<size_t>(dim) + static_cast<size_t>(d)] = from_float<T>(NAN);
+    for (size_t d = 0; d < static_cast<size_t>(dim); ++d)
+      key[j * static_cast<size_t>(dim) + d] = value[j * static_cast<size_t>(dim) + d] = from_float<T>(NAN);
   }
   RmsNorm norm{dtype, 1, 1, queries, dim, 1e-5, rows_of(raw, queries), rows_of(query, queries), span(weight)};
   rms_norm(norm, nullptr);
 
-  AttentionForward p{};
-  p.dtype = dtype;
-  p.batch = p.heads = p.kv_heads = 1;
-  p.queries = p.longest_queries = queries;
-  p.keys = p.longest_keys = keys;
-  p.head_dim = p.value_dim = dim;
-  p.query = rows_of(query, queries);
-  p.key = rows_of(key, keys);
-  p.value = rows_of(value, keys);
-  p.key_mask = span(mask);
-  p.scale = 0.5;
-  p.softcap = 3;
-  p.is_causal = true;
-  p.out = rows_of(out, queries);
-  p.logsumexp = span(lse);
+  const auto set = [&](Attention& p) {
+    p.dtype = dtype;
+    p.batch = p.heads = p.kv_heads = 1;
+    p.queries = p.longest_queries = queries;
+    p.keys = p.longest_keys = keys;
+    p.head_dim = p.value_dim = dim;
+    p.query = rows_of(query, queries);
+    p.key = rows_of(key, keys);
+    p.value = rows_of(value, keys);
+    p.key_mask = span(mask);
+    p.bias = {span(bias), Dtype::float32, {0, 0, 0, 1}};
+    p.scale = 0.5;
+    p.softcap = 3;
+    p.is_causal = true;
+  };
   options().bank_conflicts = true;
   device_on_host::take_launches();
+  AttentionForward p{};
+  set(p);
+  p.out = rows_of(out, queries);
+  p.logsumexp = span(lse);
   attention_forward(p, nullptr);
-  CHECK(device_on_host::take_launches().at(0).counters.bank_conflicts == 0);
+  attention_key_mass(p, span(lse), span(mass), nullptr);
+  AttentionBackward b{};
+  set(b);
+  b.out = p.out;
+  b.grad_out = rows_of(grad, queries);
+  b.logsumexp = span(lse);
+  b.delta = span(delta);
+  b.grad_query = rows_of(grad_query, queries);
+  b.grad_key = rows_of(grad_key, keys);
+  b.grad_value = rows_of(grad_value, keys);
+  attention_delta(b, nullptr);
+  attention_grad_query(b, nullptr);
+  attention_grad_key(b, nullptr);
+  attention_grad_value(b, nullptr);
+  b.grad_bias = {span(grad_bias), Dtype::float32, {0, 0, 0, 1}};
+  b.bias_size[0] = b.bias_size[1] = b.bias_size[2] = 1;
+  b.bias_size[3] = keys;
+  std::vector<float> partials(static_cast<size_t>(attention_bias_partials(b)));
+  attention_grad_bias(b, span(partials), nullptr);
+  for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
   options().bank_conflicts = false;
 
   const auto at = [&](const std::vector<T>& x, int64_t i, int64_t d) {
     return double{to_float(x[static_cast<size_t>(i * dim + d)])};
   };
+  const auto dot = [&](const std::vector<T>& x, int64_t i, const std::vector<T>& y, int64_t j) {
+    double sum = 0;
+    for (int64_t d = 0; d < dim; ++d) sum += at(x, i, d) * at(y, j, d);
+    return sum;
+  };
+  std::vector<double> to_query(raw.size()), to_key(key.size()), to_value(key.size()), to_bias(bias.size()),
+      masses(bias.size());
   for (int64_t i = 0; i < queries; ++i) {
-    double squares = 0, sum = 0;
-    for (int64_t d = 0; d < dim; ++d) squares += at(raw, i, d) * at(raw, i, d);
-    std::vector<double> expected(static_cast<size_t>(dim));
+    const double rms = std::sqrt(dot(raw, i, raw, i) / static_cast<double>(dim) + 1e-5);
+    for (int64_t d = 0; d < dim; ++d)
+      CHECK(close(at(query, i, d), at(raw, i, d) / rms * to_float(weight[static_cast<size_t>(d)])));
+    std::vector<double> slopes(mask.size()), weights(mask.size());
+    double sum = 0;
     for (int64_t j = 0; j <= i && j < keys; ++j) {
-      if (!mask[static_cast<size_t>(j)]) continue;
-      double dot = 0;
-      for (int64_t d = 0; d < dim; ++d) {
-        const double normed = at(raw, i, d) / std::sqrt(squares / static_cast<double>(dim) + 1e-5) *
-                              to_float(weight[static_cast<size_t>(d)]);
-        CHECK(close(at(query, i, d), normed));
-        dot += at(query, i, d) * at(key, j, d);
-      }
-      const double p_ij = std::exp(3 * std::tanh(0.5 * dot / 3));
-      sum += p_ij;
-      for (int64_t d = 0; d < dim; ++d) expected[static_cast<size_t>(d)] += p_ij * at(value, j, d);
+      const auto u = static_cast<size_t>(j);
+      if (!mask[u]) continue;
+      const double t = std::tanh(0.5 * dot(query, i, key, j) / 3);
+      slopes[u] = 0.5 * (1 - t * t);
+      weights[u] = std::exp(3 * t + bias[u]);
+      sum += weights[u];
     }
     CHECK(sum == 0 ? lse[static_cast<size_t>(i)] == -INFINITY : close(lse[static_cast<size_t>(i)], std::log(sum)));
-    for (int64_t d = 0; d < dim; ++d)
-      CHECK(close(at(out, i, d), sum == 0 ? 0 : expected[static_cast<size_t>(d)] / sum));
+    double mean = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+      double& w = weights[static_cast<size_t>(j)];
+      if (w == 0) continue;
+      w /= sum;
+      masses[static_cast<size_t>(j)] += w;
+      mean += w * dot(grad, i, value, j);
+    }
+    for (int64_t d = 0; d < dim; ++d) {
+      double expected = 0;
+      for (int64_t j = 0; j < keys; ++j) {
+        const auto u = static_cast<size_t>(j);
+        if (weights[u] == 0) continue;
+        expected += weights[u] * at(value, j, d);
+        const double ds = weights[u] * (dot(grad, i, value, j) - mean);
+        to_query[static_cast<size_t>(i * dim + d)] += ds * slopes[u] * at(key, j, d);
+        to_key[static_cast<size_t>(j * dim + d)] += ds * slopes[u] * at(query, i, d);
+        to_value[static_cast<size_t>(j * dim + d)] += weights[u] * at(grad, i, d);
+        if (d == 0) to_bias[u] += ds;
+      }
+      CHECK(close(at(out, i, d), expected));
+    }
   }
+  for (size_t i = 0; i < to_query.size(); ++i) CHECK(close(to_float(grad_query[i]), to_query[i]));
+  for (size_t i = 0; i < to_key.size(); ++i) CHECK(close(to_float(grad_key[i]), to_key[i]));
+  for (size_t i = 0; i < to_value.size(); ++i) CHECK(close(to_float(grad_value[i]), to_value[i]));
+  for (size_t j = 0; j < to_bias.size(); ++j) CHECK(close(grad_bias[j], to_bias[j]) && close(mass[j], masses[j]));
 }
 
 template <class T>
@@ -232,9 +288,9 @@ TEST(kernels_gated_residual) {
 
 TEST(kernels_attention) {
   // By copies of 16 and of 4 bytes, and by single elements.
-  check_attention<__half>(Dtype::float16, 70, 75, 24);
-  check_attention<float>(Dtype::float32, 20, 40, 33);
-  check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 33);
+  check_attention<__half>(Dtype::float16, 66, 70, 24);
+  check_attention<float>(Dtype::float32, 20, 40, 9);
+  check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 17);
 }
 
 TEST(kernels_merge_attention) {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 import velm_kernels
 from tests.conftest import DEVICE_ON_HOST
-from tests.cuda.resources import DYNAMIC_SHARED
+from tests.cuda.resources import dynamic_shared
 from velm_kernels.backends import cuda
 
 pytestmark = list(DEVICE_ON_HOST.marks)
@@ -85,6 +87,12 @@ HEADS, QUERIES, KEYS = 2, 130, 300
 BLOCK_ROWS = 64
 
 
+def check_shared_bytes(launch: dict[str, str | int]) -> None:
+    """That the table of resources knows what a launch asks for."""
+    kernel = re.sub(r"\(velm::cuda::\w+::Kind\)|velm::cuda::", "", str(launch["kernel"]))
+    assert launch["shared_bytes"] == dynamic_shared(kernel), kernel
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim"),
     [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256), *((torch.float32, d) for d in (64, 128, 256))],
@@ -105,11 +113,45 @@ def test_attention_forward(dtype: torch.dtype, dim: int) -> None:
             query, key, value, key_ranges=ranges, key_mask=mask, return_logsumexp=True
         )
     (launch,) = cuda.launches()
-    name = str(launch["kernel"]).removeprefix("velm::cuda::")
-    assert launch["shared_bytes"] == DYNAMIC_SHARED[name]
+    check_shared_bytes(launch)
     # Ranges are 32-bit integers, one pair a row and head.
     least_read = count(query) + HEADS * (seen * 2 * dim * key.element_size() + 8 * QUERIES + seen)
     read, written = int(launch["global_bytes_read"]), int(launch["global_bytes_written"])
     # Beyond the least: key_mask for each of the four warps.
     assert least_read <= read <= 1.15 * least_read, f"{read / least_read:.3f} times the least possible read"
     assert written == count(out, lse)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 128)],
+    ids=str,
+)
+def test_attention_backward(dtype: torch.dtype, dim: int) -> None:
+    heads, queries, keys = 2, 130, 70
+    query, grad = torch.randn(2, 1, heads, queries, dim).to(dtype)
+    key, value = torch.randn(2, 1, 1, keys, dim).to(dtype)
+    leaves = [t.requires_grad_() for t in (query, key, value)]
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.cross_attention(*leaves)
+        cuda.launches()
+        grads = torch.autograd.grad(out, leaves, grad)
+    launches = cuda.launches()
+    for launch in launches:
+        check_shared_bytes(launch)
+    rows, query_blocks, key_blocks = heads * queries * 4, -(-queries // BLOCK_ROWS), -(-keys // BLOCK_ROWS)
+    tiles = heads * query_blocks * count(key, value)
+    # Keys and values for each tile of queries; queries and their gradients for each tile of keys.
+    least = {
+        "delta": (count(out, grad) + rows, rows),
+        "grad_query": (count(query, grad) + 2 * rows + tiles, count(query)),
+        "grad_key": (count(key, value) + key_blocks * (count(query, grad) + 2 * rows), count(key)),
+        "grad_value": (count(key) + key_blocks * (count(query, grad) + rows), count(value)),
+    }
+    assert len(launches) == len(least)
+    for launch, (name, (read, written)) in zip(launches, least.items(), strict=True):
+        # Beyond the least: what belongs to a row, for each lane that holds a part of it.
+        ratio = int(launch["global_bytes_read"]) / read
+        assert 1 <= ratio <= 1.15, f"{name}: {ratio:.3f} times the least possible read"
+        assert launch["global_bytes_written"] == written, name
+    assert [g.shape for g in grads] == [t.shape for t in leaves]

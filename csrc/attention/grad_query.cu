@@ -1,0 +1,272 @@
+// The gradient of query, and of a bias that broadcasts nowhere: a block for each tile of queries, over the tiles of
+// keys. The gradient of a score is p * (dp - delta), see backward_cuda.h; values come before their keys, so that of dp
+// and the scores the one can be finished before the other is begun.
+
+#include "attention/backward_cuda.h"
+#include "attention/cuda_masks.h"
+#include "attention/cuda_products.h"
+#include "device/launch.h"
+#include "device/reduce.h"
+
+namespace velm::cuda {
+namespace {
+
+// As in forward.cu.
+template <int kElement, int kDim>
+struct Shape {
+  static constexpr int kKeys = kElement == 4 ? 32 : kDim == 256 ? 32 : 64, kSlots = 2;
+};
+
+template <class T, int kDim>
+struct Storage {
+  using Of = Shape<sizeof(T), kDim>;
+  SharedArray<T, kRows * kDim> query, grad_out;
+  SharedArray<T, Of::kSlots, Of::kKeys * kDim> ring;
+  RowTable rows;
+};
+
+template <class T>
+struct Gradients {
+  Rows<const T> grad_out;
+  int grad_out_width;
+  ReadOnly<float> logsumexp, delta;
+  // One of the two.
+  Rows<T> query;
+  Rows<float> wide_query;
+  int query_width;
+  float scale;
+  bool wants_query;
+  Global<T> bias;
+  Global<float> wide_bias;
+  int64_t bias_stride[4];
+};
+
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_query_kernel(const Inputs<T> a, const Gradients<T> g, int row_blocks) {
+  using Of = Shape<sizeof(T), kDim>;
+  constexpr int kKeys = Of::kKeys, kTiles = kKeys / 8, kSlots = Of::kSlots;
+  auto& shared = dynamic_shared<Storage<T, kDim>>();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
+  const int warp_row = thread / 32 * 16;
+
+  int row_block = static_cast<int>(blockIdx.x) % row_blocks;
+  if (a.causal) row_block = row_blocks - 1 - row_block;
+  const int head = static_cast<int>(blockIdx.x) / row_blocks % a.heads, kv_head = head / a.group;
+  const int index = static_cast<int>(blockIdx.x) / row_blocks / a.heads;
+  const Sequence s(a, index);
+  const int first_row = row_block * kRows;
+  if (first_row >= s.queries) return;
+  fill_rows(shared.rows, a, s, index, head, first_row, s.queries);
+  __syncthreads();
+  const Horizon horizon(shared.rows);
+
+  int tile = horizon.template next<kKeys>(0);
+  if (tile != kNoTile) {
+    const int rows = s.queries - first_row;
+    copy_tile<T, kDim, kRows>(shared.query, a.query.at(s.batch, head, s.first_query + first_row), a.query.row, rows,
+                              a.head_dim, a.query_width);
+    copy_tile<T, kDim, kRows>(shared.grad_out, g.grad_out.at(s.batch, head, s.first_query + first_row), g.grad_out.row,
+                              rows, a.value_dim, g.grad_out_width);
+  }
+  int ahead = tile, ahead_slot = 0, slot = 0;
+  const auto fill = [&](bool with_key) {
+    if (ahead != kNoTile) {
+      const int start = ahead * kKeys;
+      const Rows<const T>& rows = with_key ? a.key : a.value;
+      copy_tile<T, kDim, kKeys>(shared.ring[ahead_slot], rows.at(s.batch, kv_head, s.first_key + start), rows.row,
+                                horizon.end - start, with_key ? a.head_dim : a.value_dim,
+                                with_key ? a.key_width : a.value_width);
+      if (with_key) ahead = horizon.template next<kKeys>(ahead + 1);
+    }
+    cp_async_commit();
+    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
+  };
+#pragma unroll 1
+  for (int i = 0; i < kSlots - 1; ++i) fill(i % 2);
+
+  // A row that sees nothing, or is past the end: every exp2(s - inf) is 0.
+  float logsumexp[2] = {kInfinity, kInfinity}, delta[2] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int query = shared.rows.query[warp_row + group + 8 * half];
+    if (query < 0) continue;
+    const int64_t at = a.cu_seqlens_q ? head * int64_t{a.queries} + s.first_query + query
+                                      : (index * int64_t{a.heads} + head) * a.queries + query;
+    const float of_row = g.logsumexp[at];
+    if (of_row != -kInfinity) logsumexp[half] = of_row * kLog2E;
+    delta[half] = g.delta[at];
+  }
+
+  float grad[kDim / 8][4] = {};
+  while (tile != kNoTile) {
+    const int start = tile * kKeys;
+    cp_async_wait<kSlots - 2>();
+    __syncthreads();
+    fill(kSlots % 2 == 0);
+    // dp - delta
+    float e[kTiles][4] = {};
+    multiply_transposed<T, kDim, kTiles>(e, shared.grad_out, warp_row, shared.ring[slot], a.value_dim);
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    if (a.seed) {
+      unsigned kept[2];
+      kept_weights<kTiles>(kept, a, shared.rows, index, warp_row, start);
+      drop_weights(e, kept);
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) e[j][i] = fmaf(e[j][i], a.keep_scale, -delta[i / 2]);
+
+    cp_async_wait<kSlots - 2>();
+    __syncthreads();
+    fill(kSlots % 2 != 0);
+    float p[kTiles][4] = {};
+    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, shared.ring[slot], a.head_dim);
+    scale_scores(p, a.product, 0.0f);
+    if (a.cap != 0.0f) cap_scores(p, a.cap, e, g.wants_query);
+    unsigned seen = kAll;
+    if (a.hides_within_rows() || !horizon.all_see(start, kKeys)) {
+      uint64_t open = ~uint64_t{0};
+      if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
+      mask_scores(p, a, shared.rows, index, warp_row, start, open);
+      seen = seen_keys(p);
+    }
+    // What is hidden may be NaN in e.
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        p[j][i] = p[j][i] == -kInfinity ? 0.0f : exp2_approximate(p[j][i] - logsumexp[i / 2]) * e[j][i];
+    if (g.bias || g.wide_bias) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int query = shared.rows.query[warp_row + group + 8 * half];
+        if (query < 0) continue;
+        const int64_t row =
+            s.batch * g.bias_stride[0] + head * g.bias_stride[1] + query * g.bias_stride[2] + start + 2 * member;
+#pragma unroll
+        for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (start + 2 * member + 8 * j + i >= s.keys) continue;
+            const int64_t at = row + 8 * j + i;
+            if (g.bias)
+              g.bias[at] = from_float<T>(p[j][2 * half + i]);
+            else
+              g.wide_bias[at] = p[j][2 * half + i];
+          }
+      }
+    }
+    if (g.wants_query) {
+      constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
+      if (__all_sync(kAll, (seen & kEverything) == kEverything))
+        multiply<T, kDim, kTiles, false>(grad, p, shared.ring[slot], a.head_dim, seen);
+      else
+        multiply<T, kDim, kTiles, true>(grad, p, shared.ring[slot], a.head_dim, seen);
+    }
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    tile = horizon.template next<kKeys>(tile + 1);
+  }
+  if (!g.wants_query) return;
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) grad[j][i] *= g.scale;
+  if (g.wide_query.data) {
+    store_wide_rows<kDim>(grad, a.head_dim, [&](int row) {
+      const int query = shared.rows.query[warp_row + row];
+      return query < 0 ? Global<float>(nullptr) : g.wide_query.at(s.batch, head, s.first_query + query);
+    });
+  } else {
+    const Shared<T> stage = shared.query;
+    store_rows<T, kDim>(stage + warp_row * kDim, grad, a.head_dim, g.query_width, [&](int row) {
+      const int query = shared.rows.query[warp_row + row];
+      return query < 0 ? Global<T>(nullptr) : g.query.at(s.batch, head, s.first_query + query);
+    });
+  }
+}
+
+// One warp a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    delta_kernel(const Rows<const T> out, const Rows<const T> grad_out, const Rows<const float> grad_logsumexp,
+                 const ReadOnly<float> logsumexp, const Global<float> delta, int64_t count, int heads, int queries,
+                 int dim) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (at >= count) return;
+  const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
+  const int query = static_cast<int>(at % queries);
+  float sum = 0.0f;
+  // A row that sees nothing has no gradient, whatever stands in its grad_out.
+  if (__any_sync(kAll, lane == 0 && logsumexp[at] != -kInfinity)) {
+    const auto x = out.at(batch, head, query), y = grad_out.at(batch, head, query);
+    for (int d = lane; d < dim; d += 32) sum = fmaf(to_float(x[d]), to_float(y[d]), sum);
+    if (grad_logsumexp.data && lane == 0) sum -= grad_logsumexp.at(batch, head, query)[0];
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) delta[at] = sum;
+}
+
+}  // namespace
+
+void attention_delta(const AttentionBackward& p, Stream stream) {
+  // Of packed sequences all tokens are one batch entry.
+  const int64_t count = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
+  if (count == 0) return;
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    launch<delta_kernel<T>>(static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, stream,
+                            rows_of<const T>(p.out), rows_of<const T>(p.grad_out),
+                            rows_of<const float>(p.grad_logsumexp), global<const float>(p.logsumexp),
+                            global<float>(p.delta), count, static_cast<int>(p.heads), static_cast<int>(p.queries),
+                            static_cast<int>(p.value_dim));
+  });
+}
+
+void attention_grad_query(const AttentionBackward& p, Stream stream) {
+  const int64_t row_blocks = (p.longest_queries + kRows - 1) / kRows, blocks = p.batch * p.heads * row_blocks;
+  if (blocks == 0) return;
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    const auto run = [&](auto dim, bool wants_query, bool wants_bias) {
+      constexpr int kDim = decltype(dim)::value;
+      Gradients<T> g{};
+      g.grad_out = rows_of<const T>(p.grad_out);
+      g.grad_out_width = copy_width(p.grad_out, p.dtype);
+      g.logsumexp = global<const float>(p.logsumexp);
+      g.delta = global<const float>(p.delta);
+      if (wants_query) {
+        g.wants_query = true;
+        g.scale = static_cast<float>(p.scale);
+        if (p.wide_grad_query)
+          g.wide_query = rows_of<float>(p.grad_query);
+        else
+          g.query = rows_of<T>(p.grad_query);
+        g.query_width = copy_width(p.grad_query, p.dtype);
+      }
+      if (wants_bias) {
+        if (p.grad_bias.dtype == p.dtype)
+          g.bias = global<T>(p.grad_bias.data);
+        else
+          g.wide_bias = global<float>(p.grad_bias.data);
+        std::copy(p.grad_bias.stride, p.grad_bias.stride + 4, g.bias_stride);
+      }
+      launch<grad_query_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
+                                         inputs_of<T>(p), g, static_cast<int>(row_blocks));
+    };
+    with_dim<sizeof(T) == 4 ? 128 : 256>(std::max(p.head_dim, p.value_dim), [&](auto dim) {
+      const bool wants_query = bool(p.grad_query.data), wants_bias = bool(p.grad_bias.data);
+      // The softcap stands between the two gradients.
+      if (wants_query && wants_bias && p.softcap > 0) {
+        run(dim, false, true);
+        run(dim, true, false);
+      } else {
+        run(dim, wants_query, wants_bias);
+      }
+    });
+  });
+}
+
+}  // namespace velm::cuda
