@@ -72,8 +72,9 @@ def test_same_outputs_and_gradients(name):
     assert report.replaced and not report.left
     patched = _run(model, inputs)
     assert not report.fallbacks, report
-    # Where attention is almost uniform a query's gradient is a small difference of large terms, here as in SDPA.
-    _compare(patched, plain, exact, floor=4e-6)
+    # Where attention is almost uniform, as in this LXMERT, a query's gradient is a small difference of large terms, and
+    # less exact than eager's: here as in SDPA.
+    _compare(patched, plain, exact, floor=4e-6 if name == "lxmert" else 2e-6)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
