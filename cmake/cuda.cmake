@@ -63,11 +63,12 @@ if(why_not)
 else()
   file(REMOVE "${VELM_CUDA_NOTE}")
   set(CMAKE_CUDA_COMPILER "${VELM_NVCC}")
-  # Machine code for each, and for the newest also PTX, which later devices compile when they load it.
-  set(CMAKE_CUDA_ARCHITECTURES ${VELM_CUDA_ARCHS})
-  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES APPEND "-real")
-  list(GET VELM_CUDA_ARCHS -1 newest)
-  list(APPEND CMAKE_CUDA_ARCHITECTURES "${newest}-virtual")
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  # The kernels use nothing that sm_80 lacks. So they become PTX once, machine code of each architecture from that, which
+  # takes half the time of compiling for each from the start, and later devices compile the PTX when they load it.
+  list(TRANSFORM VELM_CUDA_ARCHS PREPEND "sm_" OUTPUT_VARIABLE codes)
+  list(JOIN codes "," codes)
+  set(VELM_CUDA_CODE "--generate-code=arch=compute_80,code=[${codes},compute_80]")
   set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" CACHE STRING "")
   if(VELM_CCACHE AND NOT CMAKE_CUDA_COMPILER_LAUNCHER)
     set(CMAKE_CUDA_COMPILER_LAUNCHER "${VELM_CCACHE}")
@@ -88,7 +89,7 @@ else()
   target_include_directories(velm_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
   target_compile_options(velm_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>
-    $<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-Wall>)
+    "$<$<COMPILE_LANGUAGE:CUDA>:${VELM_CUDA_CODE};-Xcompiler=-Wall>")
   set_target_properties(velm_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
   # Symbols that only a CUDA torch has stay undefined until it is there to load this library.
   target_link_libraries(velm_cuda PRIVATE torch_stable torch_cpu)
