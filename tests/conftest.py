@@ -44,8 +44,10 @@ class Backend:
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# Sets that this processor cannot run are left out; one that it can run but that was not built fails its tests.
-CPU_BACKENDS = [Backend("cpu", isa) for isa in (*cpu.INSTRUCTION_SETS, *cpu.TEST_ONLY) if cpu.processor_supports(isa)]
+# Sets that this processor cannot run are left out; one that it can run but that was not built fails its tests. What is
+# emulated stands for what it cannot run.
+EMULATED = () if cpu.processor_supports("avx512_bf16") else cpu.TEST_ONLY
+CPU_BACKENDS = [Backend("cpu", isa) for isa in (*cpu.INSTRUCTION_SETS, *EMULATED) if cpu.processor_supports(isa)]
 if only := os.environ.get("VELM_CPU_ISA"):
     CPU_BACKENDS = [backend for backend in CPU_BACKENDS if backend.isa == only]
 BACKENDS = [Backend("triton")] if INTERPRETED else [Backend("reference"), *CPU_BACKENDS]
