@@ -125,6 +125,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
   set_problem(p, a, query_normed, key_normed);
   p.out = rows_of(out);
   p.logsumexp = span_of(logsumexp);
+  std::optional<Tensor> partials;
+  if (const int64_t count = attention_forward_partials(p)) {
+    partials = new_empty(query, {count}, ScalarType::Float);
+    p.partials = span_of(*partials);
+  }
   attention_forward(p, current.stream());
   if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
   Tensor key_mass = empty_of_rows(key, query.size(1));

@@ -4,12 +4,17 @@
 // A block has 64 rows, 16 for each of its four warps. The query tile stays in shared memory; tiles of keys and of
 // values come in turn through a ring of slots, copied asynchronously while earlier ones are multiplied. One barrier for
 // each tile tells that the next one has arrived and that the slot of the previous one may be filled again.
+//
+// Few rows of queries with many keys would leave most of a device idle. There the tiles of keys that a block of rows
+// sees are split among several blocks, each of which leaves its result in float32 and its logsumexp, and a second
+// kernel weighs them together (Dao et al., Flash-Decoding, 2023), always in the same order.
 
 #include "attention/forward_cuda.h"
 
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
 #include "device/launch.h"
+#include "device/reduce.h"
 
 namespace velm::cuda {
 namespace {
@@ -55,23 +60,38 @@ struct Grid {
   int row_blocks, heads;
   // Rows are those of all query heads of a key head.
   bool shares;
+  // Blocks among which the keys of a block of rows are split.
+  int splits;
+
+  int64_t blocks(int64_t batch) const { return batch * heads * row_blocks * splits; }
 };
+
+// What splits leave: for each of them `rows` rows of `stride` floats, as many as (batch, heads, queries).
+struct Partials {
+  Global<float> out;
+  int64_t rows;
+  int stride;
+};
+// Floats of one access to them.
+constexpr int kWide = 4;
+// A lane of a warp holds the logsumexp of one split.
+constexpr int kMostSplits = 32;
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
-    forward_kernel(const Inputs<T> a, const Rows<T> out, const Global<float> logsumexp, int out_width,
-                   const Grid grid) {
+    forward_kernel(const Inputs<T> a, const Rows<T> out, const Global<float> logsumexp, int out_width, const Grid grid,
+                   const Partials partials) {
   using Of = Shape<sizeof(T), kDim>;
   constexpr int kKeys = Of::kKeys, kTiles = kKeys / 8, kSlots = Of::kSlots;
   auto& shared = dynamic_shared<Storage<T, kDim>>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
   const int warp_row = thread / 32 * 16;
 
-  int row_block = static_cast<int>(blockIdx.x) % grid.row_blocks;
+  const int split = static_cast<int>(blockIdx.x) % grid.splits, block = static_cast<int>(blockIdx.x) / grid.splits;
+  int row_block = block % grid.row_blocks;
   // The longest rows first: the last blocks to run are then short.
   if (a.causal) row_block = grid.row_blocks - 1 - row_block;
-  const int head = static_cast<int>(blockIdx.x) / grid.row_blocks % grid.heads;
-  const int index = static_cast<int>(blockIdx.x) / grid.row_blocks / grid.heads;
+  const int head = block / grid.row_blocks % grid.heads, index = block / grid.row_blocks / grid.heads;
   const int kv_head = grid.shares ? head : head / a.group;
   const Sequence s(a, index);
   const int total = grid.shares ? a.group * s.queries : s.queries;
@@ -80,7 +100,19 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   __syncthreads();
   const Horizon horizon(shared.rows);
 
-  int tile = horizon.template next<kKeys>(0);
+  int tile = horizon.template next<kKeys>(0), stop = kNoTile;
+  if (grid.splits > 1 && tile != kNoTile) {
+    const int first = tile, tiles = (horizon.end + kKeys - 1) / kKeys - first;
+    tile = first + static_cast<int>(int64_t{tiles} * split / grid.splits);
+    stop = first + static_cast<int>(int64_t{tiles} * (split + 1) / grid.splits);
+  }
+  // The first tile from `from` on that is the block's to do.
+  const auto next = [&](int from) {
+    const int found = horizon.template next<kKeys>(from);
+    return found < stop ? found : kNoTile;
+  };
+  if (stop != kNoTile) tile = next(tile);
+  const bool is_idle = tile == kNoTile;
   if (tile != kNoTile)
     copy_rows<T, kDim, kRows>(shared.query, a.head_dim, a.query_width, [&](int row) {
       const int query = shared.rows.query[row], of_head = shared.rows.head[row];
@@ -96,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
       copy_tile<T, kDim, kKeys>(shared.ring[ahead_slot], rows.at(s.batch, kv_head, s.first_key + start), rows.row,
                                 horizon.end - start, with_value ? a.value_dim : a.head_dim,
                                 with_value ? a.value_width : a.key_width);
-      if (with_value) ahead = horizon.template next<kKeys>(ahead + 1);
+      if (with_value) ahead = next(ahead + 1);
     }
     // An empty group where there is nothing left, so that the waits count the same.
     cp_async_commit();
@@ -167,9 +199,15 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     else
       multiply<T, kDim, kTiles, true>(total_out, p, shared.ring[slot], a.value_dim, seen);
     slot = slot + 1 == kSlots ? 0 : slot + 1;
-    tile = horizon.template next<kKeys>(tile + 1);
+    tile = next(tile + 1);
   }
 
+  // Where a row is kept among those of all heads, in the part of the split.
+  const auto number_of = [&](int row) {
+    const int query = shared.rows.query[row], of_head = shared.rows.head[row];
+    return split * partials.rows + (a.cu_seqlens_q ? of_head * int64_t{a.queries} + s.first_query + query
+                                                   : (index * int64_t{a.heads} + of_head) * a.queries + query);
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = sums[half];
@@ -183,12 +221,18 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
       total_out[j][2 * half] *= scale;
       total_out[j][2 * half + 1] *= scale;
     }
-    const int row = warp_row + group + 8 * half, query = shared.rows.query[row], of_head = shared.rows.head[row];
-    if (member == 0 && query >= 0) {
-      const int64_t at = a.cu_seqlens_q ? of_head * int64_t{a.queries} + s.first_query + query
-                                        : (index * int64_t{a.heads} + of_head) * a.queries + query;
-      logsumexp[at] = empty ? -kInfinity : (highest[half] + log2f(sum)) * kLn2;
-    }
+    const int row = warp_row + group + 8 * half;
+    if (member == 0 && shared.rows.query[row] >= 0)
+      logsumexp[number_of(row)] = empty ? -kInfinity : (highest[half] + log2f(sum)) * kLn2;
+  }
+  if (grid.splits > 1) {
+    // The logsumexp tells that there is nothing.
+    if (is_idle) return;
+    store_wide_rows<kDim>(total_out, a.value_dim, [&](int row) {
+      return shared.rows.query[warp_row + row] < 0 ? Global<float>(nullptr)
+                                                   : partials.out + number_of(warp_row + row) * partials.stride;
+    });
+    return;
   }
   // No other warp reads these rows of the query tile.
   const Shared<T> stage = shared.query;
@@ -198,26 +242,115 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   });
 }
 
-}  // namespace
+// One warp a row: the mean of what its splits left, weighed by their sums of exponentials.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    merge_splits_kernel(const Partials partials, const ReadOnly<float> partial_logsumexp, int splits, const Rows<T> out,
+                        const Global<float> logsumexp, int heads, int queries, int dim, int out_width) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
+  if (at >= partials.rows) return;
+  const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
+  const int query = static_cast<int>(at % queries);
 
-void attention_forward(const AttentionForward& p, Stream stream) {
+  float mine = -kInfinity;
+  if (lane < splits) mine = partial_logsumexp[lane * partials.rows + at];
+  float highest = mine;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, step));
+  const float base = highest == -kInfinity ? 0.0f : highest;
+  // Of a NaN the sum makes a NaN, which the maximum passed over.
+  float weight = expf(mine - base);
+  const float sum = warp_sum(weight);
+  const bool empty = sum == 0.0f;
+  weight = empty ? 0.0f : weight / sum;
+  if (lane == 0) logsumexp[at] = empty ? -kInfinity : base + logf(sum);
+
+  const Global<T> to = out.at(batch, head, query);
+  for (int first = 0; first < dim; first += 32 * kWide) {
+    const int column = first + lane * kWide;
+    float total[kWide] = {};
+#pragma unroll 4
+    for (int s = 0; s < splits; ++s) {
+      const float w = __shfl_sync(kAll, weight, s);
+      // What saw nothing has left nothing.
+      if (w == 0.0f || column >= dim) continue;
+      const auto x = load<kWide>(partials.out + (s * partials.rows + at) * partials.stride + column);
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) total[k] = fmaf(w, x[k], total[k]);
+    }
+    if (column >= dim) continue;
+    Vector<T, kWide> result;
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) result[k] = from_float<T>(total[k]);
+    if (out_width == 16 && column + kWide <= dim) {
+      store(to + column, result);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kWide; ++k)
+        if (column + k < dim) to[column + k] = result[k];
+    }
+  }
+}
+
+Grid grid_of(const AttentionForward& p) {
   // Heads that share a key head share a block where one head alone would not fill it.
   const int64_t group = p.heads / p.kv_heads;
   const bool shares = group > 1 && p.longest_queries < kRows;
   const int64_t rows = shares ? p.longest_queries * group : p.longest_queries;
-  const Grid grid{static_cast<int>((rows + kRows - 1) / kRows), static_cast<int>(shares ? p.kv_heads : p.heads),
-                  shares};
-  const int64_t blocks = p.batch * grid.heads * grid.row_blocks;
+  Grid grid{static_cast<int>((rows + kRows - 1) / kRows), static_cast<int>(shares ? p.kv_heads : p.heads), shares, 1};
+  const int64_t blocks = grid.blocks(p.batch);
+  if (blocks == 0) return grid;
+  // A split reads 4 * dim bytes of each of its keys with their values, or more, and leaves 8 * dim for each of its
+  // rows, written and read: at most a quarter of that.
+  const int64_t least_keys = std::max<int64_t>(256, 8 * std::min<int64_t>(rows, kRows));
+  const int64_t splits = std::min({int64_t{kMostSplits}, 256 / blocks, p.longest_keys / least_keys});
+  grid.splits = static_cast<int>(std::max<int64_t>(1, splits));
+  return grid;
+}
+
+int partial_stride(const AttentionForward& p) {
+  return (static_cast<int>(p.value_dim) + kWide - 1) / kWide * kWide;
+}
+
+// Of packed sequences all tokens are one batch entry.
+int64_t rows_of_all(const AttentionForward& p) {
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
+}
+
+}  // namespace
+
+int64_t attention_forward_partials(const AttentionForward& p) {
+  const int splits = grid_of(p).splits;
+  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p) + 1);
+}
+
+void attention_forward(const AttentionForward& p, Stream stream) {
+  const Grid grid = grid_of(p);
+  const int64_t blocks = grid.blocks(p.batch);
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error("velm: attention_forward: more than 2^31 - 1 blocks of queries");
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
+    const auto out = rows_of<T>(p.out);
+    const auto logsumexp = global<float>(p.logsumexp);
+    const int out_width = copy_width(p.out, p.dtype);
+    Partials partials{};
+    auto split_logsumexp = logsumexp;
+    if (grid.splits > 1) {
+      partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p)};
+      split_logsumexp = partials.out + grid.splits * partials.rows * partials.stride;
+    }
     with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
       launch<forward_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
-                                      inputs_of<T>(p), rows_of<T>(p.out), global<float>(p.logsumexp),
-                                      copy_width(p.out, p.dtype), grid);
+                                      inputs_of<T>(p), out, split_logsumexp, out_width, grid, partials);
     });
+    if (grid.splits > 1)
+      launch<merge_splits_kernel<T>>(static_cast<unsigned>((partials.rows + kWarps - 1) / kWarps), kThreads, 0, stream,
+                                     partials, ReadOnly<float>(split_logsumexp), grid.splits, out, logsumexp,
+                                     static_cast<int>(p.heads), static_cast<int>(p.queries),
+                                     static_cast<int>(p.value_dim), out_width);
   });
 }
 

@@ -16,6 +16,7 @@ from tests.attention.test_cross_attention import check
 from tests.conftest import DEVICE_ON_HOST, Backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference
+from velm_kernels.backends import cuda
 
 pytestmark = list(DEVICE_ON_HOST.marks)
 
@@ -47,6 +48,17 @@ def on_device(*args: Any, **kwargs: Any) -> Any:
 @example(case=Case(batch=1, head_dim=130, value_dim=256, queries=66, keys=70, dtype=torch.float16))
 @example(case=Case(head_dim=100, value_dim=128, queries=20, keys=90, dtype=torch.bfloat16, masks=frozenset({"mask"})))
 @example(case=Case(batch=1, head_dim=128, value_dim=72, queries=70, keys=66, masks=frozenset({"mask", "key_lengths"})))
+# Keys split among blocks.
+@example(case=Case(batch=3, kv_heads=1, queries=1, keys=800, group=4, dtype=torch.bfloat16, head_dim=72, value_dim=72,
+                   masks=frozenset({"key_lengths"})))  # fmt: skip
+@example(
+    case=Case(queries=3, keys=777, head_dim=24, value_dim=15, group=2, masks=frozenset({"key_ranges", "key_mask"}),
+              bias_shape=(False, True, True, True), softcap=3.0, norms=(True, True), dropout_p=0.2)
+)  # fmt: skip
+@example(
+    case=Case(batch=1, kv_heads=1, queries=70, keys=1030, value_dim=136, dtype=torch.float16, is_causal=True,
+              masks=frozenset({"mask"}))
+)  # fmt: skip
 def test_forward(case: Case) -> None:
     tensors, masking = case.tensors(), case.masking()
     visible = case.visible(masking, tensors.get("bias"))
@@ -86,6 +98,7 @@ FULL = (True, True, True, True)
 @example(case=Case(queries=70, keys=41, bias_shape=(False, False, False, True), bias_float32=True, is_causal=True))
 @example(case=Case(queries=7, keys=70, bias_shape=(True, True, True, False), dtype=torch.float16, head_dim=256))
 @example(case=Case(queries=70, keys=40, bias_shape=(False, False, False, False), dropout_p=0.2))
+@example(case=Case(batch=1, kv_heads=1, queries=2, keys=520, group=2, masks=frozenset({"key_lengths"}), dropout_p=0.2))
 def test_gradients(case: Case) -> None:
     """Outputs, extras and all gradients."""
     check(case, Backend("device_on_host"))
@@ -114,7 +127,7 @@ def test_same_bits_twice() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("lengths", [[], [(3, 0), (0, 5), (70, 20), (1, 130)]], ids=str)
+@pytest.mark.parametrize("lengths", [[], [(3, 0), (0, 5), (70, 20), (1, 130)], [(3, 40), (0, 9), (2, 600)]], ids=str)
 def test_varlen_is_each_sequence_alone(lengths: list[tuple[int, int]]) -> None:
     cu_q = torch.tensor([0, *itertools.accumulate(q for q, _ in lengths)])
     cu_k = torch.tensor([0, *itertools.accumulate(k for _, k in lengths)])
@@ -139,6 +152,27 @@ def test_varlen_is_each_sequence_alone(lengths: list[tuple[int, int]]) -> None:
         plain, exact = alone(torch.float32), alone(torch.float64)
         assert_accurate("out", out[rows].transpose(0, 1)[None], plain[0], exact[0])
         assert_accurate("logsumexp", lse[:, rows][None], plain[1], exact[1])
+
+
+def test_keys_are_split_by_shapes_alone() -> None:
+    """Among as many blocks as forward_cuda.h says, with equal shares of the keys that lengths leave."""
+
+    def launched(batch: int, heads: int, queries: int, keys: int, **masks: Any) -> list[dict[str, Any]]:
+        query, key = torch.randn(batch, heads, queries, 16).bfloat16(), torch.randn(batch, 2, keys, 16).bfloat16()
+        cuda.launches()
+        on_device(query, key, key, **masks)
+        return [dict(launch) for launch in cuda.launches()]
+
+    assert [launch["blocks"] for launch in launched(1, 2, 1, 511)] == [2]
+    assert [launch["blocks"] for launch in launched(2, 4, 33, 1024)] == [2 * 2 * 2 * 2, 2 * 4 * 33 / 4]
+    # More rows, more keys to a split.
+    assert [launch["blocks"] for launch in launched(1, 2, 64, 1023)] == [2]
+    # Of 1024 keys for each of 4 splits 300 are there: 5 tiles.
+    lengths = torch.tensor([300])
+    first, merged = launched(1, 2, 1, 1024, key_lengths=lengths)
+    assert first["blocks"] == 2 * 4 and merged["blocks"] == 1
+    whole = launched(1, 2, 1, 300)[0]
+    assert whole["matrix_instructions"] == first["matrix_instructions"]
 
 
 def test_expanded_inputs() -> None:

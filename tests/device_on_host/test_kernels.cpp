@@ -246,6 +246,46 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   for (size_t j = 0; j < to_bias.size(); ++j) CHECK(close(grad_bias[j], to_bias[j]) && close(mass[j], masses[j]));
 }
 
+// One query of four heads, whose keys are split among two blocks.
+void check_split_keys() {
+  using T = __half;
+  const int64_t heads = 4, keys = 512, dim = 8;
+  auto query = random_values<T>(heads * dim), key = random_values<T>(keys * dim), value = random_values<T>(keys * dim);
+  std::vector<T> out(query.size());
+  std::vector<float> lse(static_cast<size_t>(heads)), partials;
+  AttentionForward p{};
+  p.dtype = Dtype::float16;
+  p.batch = p.kv_heads = p.queries = p.longest_queries = 1;
+  p.heads = heads;
+  p.keys = p.longest_keys = keys;
+  p.head_dim = p.value_dim = dim;
+  p.query = {span(query), heads * dim, dim, dim};
+  p.key = {span(key), keys * dim, keys * dim, dim};
+  p.value = {span(value), keys * dim, keys * dim, dim};
+  p.scale = 0.5;
+  p.out = {span(out), heads * dim, dim, dim};
+  p.logsumexp = span(lse);
+  partials.resize(static_cast<size_t>(attention_forward_partials(p)));
+  CHECK(!partials.empty());
+  p.partials = span(partials);
+  attention_forward(p, nullptr);
+  for (int64_t h = 0; h < heads; ++h) {
+    std::vector<double> sums(static_cast<size_t>(dim) + 1);
+    for (int64_t j = 0; j < keys; ++j) {
+      double score = 0;
+      for (int64_t d = 0; d < dim; ++d)
+        score +=
+            0.5 * to_float(query[static_cast<size_t>(h * dim + d)]) * to_float(key[static_cast<size_t>(j * dim + d)]);
+      for (int64_t d = 0; d < dim; ++d)
+        sums[static_cast<size_t>(d)] += std::exp(score) * to_float(value[static_cast<size_t>(j * dim + d)]);
+      sums.back() += std::exp(score);
+    }
+    CHECK(close(lse[static_cast<size_t>(h)], std::log(sums.back())));
+    for (int64_t d = 0; d < dim; ++d)
+      CHECK(close(to_float(out[static_cast<size_t>(h * dim + d)]), sums[static_cast<size_t>(d)] / sums.back()));
+  }
+}
+
 template <class T>
 void check_dropout(Dtype dtype, int64_t dim) {
   const int64_t rows = 5;
@@ -291,6 +331,7 @@ TEST(kernels_attention) {
   check_attention<__half>(Dtype::float16, 66, 70, 24);
   check_attention<float>(Dtype::float32, 20, 40, 9);
   check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 17);
+  check_split_keys();
 }
 
 TEST(kernels_merge_attention) {

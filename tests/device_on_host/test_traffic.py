@@ -122,6 +122,23 @@ def test_attention_forward(dtype: torch.dtype, dim: int) -> None:
     assert written == count(out, lse)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_split_keys(dtype: torch.dtype) -> None:
+    query = torch.randn(1, 4, 1, 128).to(dtype)
+    key, value = torch.randn(2, 1, 1, 1024, 128).to(dtype)
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out, lse = velm_kernels.cross_attention(query, key, value, return_logsumexp=True)
+    split, merged = cuda.launches()
+    check_shared_bytes(split)
+    splits = int(split["blocks"])
+    partials = splits * 4 * (128 + 1) * 4
+    # Keys and values once for all heads, queries for every split.
+    assert splits == 4 and split["global_bytes_read"] == count(key, value) + splits * count(query)
+    assert split["global_bytes_written"] == merged["global_bytes_read"] == partials
+    assert merged["global_bytes_written"] == count(out, lse)
+
+
 @pytest.mark.parametrize(
     ("dtype", "dim"),
     [(torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256), (torch.float32, 64), (torch.float32, 128)],
