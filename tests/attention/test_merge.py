@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import canonical
@@ -103,7 +103,7 @@ def test_numbers(
     assert not got["out"][everywhere].any() and (got["logsumexp"][everywhere] == -torch.inf).all()
 
 
-@every_backend
+@every_backend_with_cuda
 def test_shards_of_the_keys_merge_to_attention_over_all(backend: Backend) -> None:
     query, key, value = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (9, 40, 40))
     upstream = torch.randn(2, 3, 9, 8)

@@ -94,7 +94,9 @@ BF16_PRODUCTS = {
 def compiled_products(folder: Path) -> str:
     """The machine code of the same products, compiled for a processor that this one is not."""
     here = Path(__file__).parent
-    flags = "-std=c++20 -O3 -march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16 -ffp-contract=fast -fno-trapping-math"
+    flags = (
+        "-std=c++20 -O3 -march=x86-64-v4 -mprefer-vector-width=512 -mavx512bf16 -ffp-contract=fast -fno-trapping-math"
+    )
     include, source = here.parents[1] / "csrc", here / "bf16_products.cpp"
     tool("g++", *flags.split(), "-Wno-psabi", "-I", include, "-c", source, "-o", folder / "products.o")
     return tool("objdump", "-d", "--no-show-raw-insn", folder / "products.o")
