@@ -8,6 +8,7 @@ set(VELM_CUDA_ARCHS "$ENV{VELM_CUDA_ARCHS}" CACHE STRING "Compute capabilities, 
 string(REPLACE "," ";" VELM_CUDA_ARCHS "${VELM_CUDA_ARCHS}")
 
 set(VELM_KERNEL_SOURCES
+  attention/bidirectional_backward.cu
   attention/forward.cu
   attention/gated_residual.cu
   attention/grad_bias.cu
@@ -16,13 +17,12 @@ set(VELM_KERNEL_SOURCES
   attention/merge.cu
   attention/norm.cu
   fusion/dropout.cu
-  pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
   csrc/attention/attention_cuda.cpp
+  csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
-  csrc/pooling/pool_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

@@ -4,9 +4,8 @@
 #include <tuple>
 
 #include "attention/backward_cuda.h"
-#include "attention/forward_cuda.h"
+#include "attention/cuda_tensors.h"
 #include "attention/norm_cuda.h"
-#include "device/tensor.h"
 
 namespace velm::cuda {
 namespace {
@@ -27,11 +26,6 @@ struct Arguments {
   bool packed() const { return cu_seqlens_q.has_value(); }
 };
 
-RowSpan rows_of(const Tensor& t) {
-  if (t.dim() == 3) return {span_of(t), 0, t.stride(1), t.stride(0)};
-  return {span_of(t), t.stride(0), t.stride(1), t.stride(2)};
-}
-
 MatrixSpan matrix_of(const MaybeTensor& t) {
   MatrixSpan m;
   if (!t) return m;
@@ -39,18 +33,6 @@ MatrixSpan matrix_of(const MaybeTensor& t) {
   if (t->scalar_type() != ScalarType::Bool) m.dtype = dtype_of(*t);
   for (int d = 0; d < 4; ++d) m.stride[d] = t->size(d) == 1 ? 0 : t->stride(d);
   return m;
-}
-
-// Uninitialised (batch, heads, rows, dim), in memory (batch, rows, heads, dim); (rows, heads, dim) of packed rows.
-Tensor empty_heads_last(const Tensor& like, int64_t dim) {
-  if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), dim});
-  return torch::stable::transpose(new_empty(like, {like.size(0), like.size(2), like.size(1), dim}), 1, 2);
-}
-
-// Floats for each row of a tensor that is shaped like `like`, of `heads` heads.
-Tensor empty_of_rows(const Tensor& like, int64_t heads) {
-  if (like.dim() == 3) return new_empty(like, {heads, like.size(0)}, ScalarType::Float);
-  return new_empty(like, {like.size(0), heads, like.size(2)}, ScalarType::Float);
 }
 
 // x itself where there is no weight.
@@ -125,12 +107,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
   set_problem(p, a, query_normed, key_normed);
   p.out = rows_of(out);
   p.logsumexp = span_of(logsumexp);
-  std::optional<Tensor> partials;
-  if (const int64_t count = attention_forward_partials(p)) {
-    partials = new_empty(query, {count}, ScalarType::Float);
-    p.partials = span_of(*partials);
-  }
-  attention_forward(p, current.stream());
+  run_forward(p, query, current.stream());
   if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
   Tensor key_mass = empty_of_rows(key, query.size(1));
   attention_key_mass(p, span_of(logsumexp), span_of(key_mass), current.stream());

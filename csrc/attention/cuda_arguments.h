@@ -49,6 +49,7 @@ struct Inputs {
   Matrix<T> bias;
   Matrix<float> wide_bias;
   ReadOnly<int64_t> seed;
+  uint32_t direction;
   // A random word below this drops its weight.
   uint32_t drop_below;
   float keep_scale;
@@ -125,6 +126,7 @@ inline Inputs<T> inputs_of(const Attention& p) {
   a.bias = matrix_of<T>(p.bias, !is_wide);
   a.wide_bias = matrix_of<float>(p.bias, is_wide);
   a.seed = global<const int64_t>(p.seed);
+  a.direction = p.direction;
   a.drop_below = static_cast<uint32_t>(p.dropout_p * 4294967296.0);
   a.keep_scale = p.seed ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 1.0f;
   a.product = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * double{kLog2E});

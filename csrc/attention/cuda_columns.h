@@ -130,28 +130,29 @@ struct KeyBlock {
         }
       }
   }
-
-  // Which weights dropout keeps: bit 4 j of [2 i + half]. The generator's four words serve four neighbouring keys, and
-  // so four lanes, each of which draws for one of their two rows and every second column.
-  template <int kTiles>
-  DEVICE_INLINE void kept(unsigned (&kept)[4], int head, int start, int key) const {
-    static_assert(kTiles <= 8, "four bits a tile in one word");
-    const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
-    const int mine = group % 4, column = 2 * member + mine / 2, row = group + 8 * (mine % 2);
-    const auto seed = static_cast<uint64_t>(a.seed[0]);
-    unsigned bits = 0;
-#pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      uint32_t c[4] = {static_cast<uint32_t>(start + 8 * j + column), static_cast<uint32_t>((key + row) / 4),
-                       static_cast<uint32_t>(index * a.heads + head), 0};
-      philox(c, seed);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) bits |= unsigned{c[w] >= a.drop_below} << (4 * j + w);
-    }
-#pragma unroll
-    for (int other = 0; other < 4; ++other)
-      kept[other] = __shfl_sync(kAll, bits, (lane & ~12) | other << 2) >> (group % 4);
-  }
 };
+
+// Which weights dropout keeps: bit 4 j of [2 i + half], of the queries from `start` and the keys from `key` on. The
+// generator's four words serve four neighbouring keys, and so four lanes, each of which draws for one of their two rows
+// and every second column.
+template <int kTiles, class T>
+DEVICE_INLINE void kept_columns(unsigned (&kept)[4], const Inputs<T>& a, int index, int head, int start, int key) {
+  static_assert(kTiles <= 8, "four bits a tile in one word");
+  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+  const int mine = group % 4, column = 2 * member + mine / 2, row = group + 8 * (mine % 2);
+  const auto seed = static_cast<uint64_t>(a.seed[0]);
+  unsigned bits = 0;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j) {
+    uint32_t c[4] = {static_cast<uint32_t>(start + 8 * j + column), static_cast<uint32_t>((key + row) / 4),
+                     static_cast<uint32_t>(index * a.heads + head), a.direction};
+    philox(c, seed);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) bits |= unsigned{c[w] >= a.drop_below} << (4 * j + w);
+  }
+#pragma unroll
+  for (int other = 0; other < 4; ++other)
+    kept[other] = __shfl_sync(kAll, bits, (lane & ~12) | other << 2) >> (group % 4);
+}
 
 }  // namespace velm::cuda

@@ -193,21 +193,25 @@ DEVICE_INLINE unsigned seen_keys(const float (&s)[kTiles][4]) {
   return seen;
 }
 
-// Which weights of a tile dropout keeps: bits 2 j + i of [half]. The generator's four words serve four neighbouring
-// keys of a query, and so two lanes, each of which draws for one of their two rows.
+// The generator's four words serve four neighbouring keys of a query, and so two lanes, each of which draws for one of
+// their two rows: this one, of the 16 of a warp.
+DEVICE_INLINE int drawn_row() {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return lane / 4 + 8 * (lane % 2);
+}
+
+// Which weights of a tile dropout keeps: bits 4 j + i of [half]. `head` and `query` are those of drawn_row().
 template <int kTiles, class T>
-DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowTable& rows, int index, int first_row,
-                                int start) {
+DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, int index, int head, int query, int start) {
   static_assert(kTiles <= 8, "four bits a tile in one word");
-  const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
-  const int mine = member % 2, row = first_row + group + 8 * mine;
-  const auto query = static_cast<uint32_t>(int{rows.query[row]});
-  const auto counter = static_cast<uint32_t>(index * a.heads + int{rows.head[row]});
+  const int member = static_cast<int>(threadIdx.x) % 4, mine = member % 2;
+  const auto counter = static_cast<uint32_t>(index * a.heads + head);
   const auto seed = static_cast<uint64_t>(a.seed[0]);
   unsigned bits = 0;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    uint32_t c[4] = {query, static_cast<uint32_t>(start / 4 + 2 * j + member / 2), counter, 0};
+    uint32_t c[4] = {static_cast<uint32_t>(query), static_cast<uint32_t>(start / 4 + 2 * j + member / 2), counter,
+                     a.direction};
     philox(c, seed);
 #pragma unroll
     for (int w = 0; w < 4; ++w) bits |= unsigned{c[w] >= a.drop_below} << (4 * j + w);
@@ -215,6 +219,13 @@ DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowTabl
   const unsigned other = __shfl_xor_sync(kAll, bits, 1);
   kept[0] = (mine ? other : bits) >> (2 * mine);
   kept[1] = (mine ? bits : other) >> (2 * mine);
+}
+
+template <int kTiles, class T>
+DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowTable& rows, int index, int first_row,
+                                int start) {
+  const int row = first_row + drawn_row();
+  kept_weights<kTiles>(kept, a, index, int{rows.head[row]}, int{rows.query[row]}, start);
 }
 
 // Zeros what is dropped.

@@ -36,6 +36,8 @@ struct Attention {
   Span seed;
   double scale, softcap, dropout_p;
   bool is_causal;
+  // Of two that draw their dropout from one seed, which one.
+  uint32_t direction;
 };
 
 }  // namespace velm::cuda

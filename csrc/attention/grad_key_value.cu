@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     fill(kKind != kKeyMass && kSlots % 2 == 0);
     [[maybe_unused]] unsigned kept[4] = {};
-    if (kKind != kKeyMass && a.seed) keys.template kept<kTiles>(kept, head, start, warp_key);
+    if (kKind != kKeyMass && a.seed) kept_columns<kTiles>(kept, a, index, head, start, warp_key);
 
     // dp - delta
     [[maybe_unused]] float e[kTiles][4] = {};

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
-from tests.conftest import INTERPRETED, Backend, every_backend, every_cpu_backend
+from tests.conftest import DEVICE_ON_HOST, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import ULPS, assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.bidirectional import canonical
@@ -121,7 +121,7 @@ ORDINARY: dict[str, Any] = {
 }
 
 
-@every_backend
+@every_backend_with_cuda
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -156,7 +156,31 @@ ORDINARY: dict[str, Any] = {
     }
 )
 def test_numbers(backend: Backend, **case: Any) -> None:
+    if backend.name == "device_on_host":
+        case |= {"a": min(case["a"], 70), "b": min(case["b"], 70)}
     check(backend, **case)
+
+
+@pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        # Rows and columns of every instance of the kernels, beyond one tile of each.
+        {"dims": (256, 72, 8), "dtype": torch.float16, "dropout_p": 0.2},
+        {"dims": (20, 128, 33), "a": 66, "b": 34, "dropout_p": 0.2},
+        {"dims": (72, 16, 16), "dtype": torch.bfloat16, "used": (False, False, True, True)},
+        {"dims": (64, 24, 64), "dtype": torch.float16, "a": 66, "b": 130, "masked": (False, False), "dropout_p": 0.2},
+        {"dims": (8, 8, 200), "used": (True, False, False, False), "wide": True},
+    ],
+    ids=str,
+)
+def test_cuda_tiles(backend: Backend, case: dict[str, Any]) -> None:
+    case = ORDINARY | {"a": 35, "b": 67, "heads": 2, "seed": 2} | case
+    if case.pop("wide", False):
+        with pytest.raises(velm_kernels.backends.NoBackendError, match="up to 128 dimensions"):
+            check(backend, **case)
+    else:
+        check(backend, **case)
 
 
 @every_cpu_backend
@@ -173,7 +197,7 @@ def test_long_sequences_and_same_bits_for_any_number_of_threads(backend: Backend
         assert torch.equal(value, results[1][name]), name
 
 
-@every_backend
+@every_backend_with_cuda
 def test_only_wanted_gradients(backend: Backend) -> None:
     tensors = [torch.randn(2, 2, n, 8) for n in (5, 7, 5, 7)]
 
@@ -190,7 +214,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
         torch.testing.assert_close(alone[wanted], everything[wanted])
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_and_compile(backend: Backend, dropout_p: float) -> None:
     tensors = [torch.randn(2, 2, n, d).requires_grad_() for n, d in ((5, 8), (7, 8), (5, 6), (7, 4))]

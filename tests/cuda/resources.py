@@ -104,6 +104,9 @@ def dynamic_shared(instance: str) -> int:
     if kernel == "grad_query_kernel":
         keys = 32 if size == 4 or dim == 256 else 64
         return 2 * tile + 2 * keys * dim * size + 1024
+    if kernel == "grad_side_kernel":
+        rows, columns = 64 if size * dim <= 256 else 32, 64 if size * dim == 128 else 32
+        return 3 * (rows + columns) * dim * size + 4 * columns * 4
     if kernel == "grad_bias_kernel":
         keys, stages = (16, 1) if size == 4 and dim == 256 else (32 if size == 4 or dim == 256 else 64, 2)
         return stages * (tile + keys * dim * size) + 1024 + 4 * keys * 4

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "attention/backward_cuda.h"
+#include "attention/bidirectional_cuda.h"
 #include "attention/forward_cuda.h"
 #include "attention/gated_residual_cuda.h"
 #include "attention/merge_cuda.h"
@@ -286,6 +286,106 @@ void check_split_keys() {
   }
 }
 
+// The gradient of the queries of a, which attends over b and b over it, where one row of either is hidden.
+template <class T>
+void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t dim) {
+  struct Side {
+    int64_t rows;
+    std::vector<T> query, value, out, grad;
+    std::vector<float> lse, delta;
+    std::vector<unsigned char> mask;
+  };
+  const auto side = [&](int64_t rows) {
+    const auto count = static_cast<size_t>(rows);
+    Side s{rows,
+           random_values<T>(rows * dim),
+           random_values<T>(rows * dim),
+           std::vector<T>(count * dim),
+           random_values<T>(rows * dim),
+           std::vector<float>(count),
+           std::vector<float>(count),
+           std::vector<unsigned char>(count, 1)};
+    s.mask[1] = 0;
+    for (size_t d = 0; d < static_cast<size_t>(dim); ++d) s.value[static_cast<size_t>(dim) + d] = from_float<T>(NAN);
+    return s;
+  };
+  Side a = side(rows_a), b = side(rows_b);
+  std::vector<T> grad_query(a.query.size());
+  const auto rows_of = [&](std::vector<T>& x) {
+    const auto count = static_cast<int64_t>(x.size());
+    return RowSpan{span(x), count, count, dim};
+  };
+  const auto set = [&](Attention& p, Side& from, Side& to) {
+    p.dtype = dtype;
+    p.batch = p.heads = p.kv_heads = 1;
+    p.queries = p.longest_queries = from.rows;
+    p.keys = p.longest_keys = to.rows;
+    p.head_dim = p.value_dim = dim;
+    p.query = rows_of(from.query);
+    p.key = rows_of(to.query);
+    p.value = rows_of(to.value);
+    p.key_mask = span(to.mask);
+    p.scale = 0.5;
+  };
+  const auto direction = [&](Side& from, Side& to) {
+    AttentionForward f{};
+    set(f, from, to);
+    f.out = rows_of(from.out);
+    f.logsumexp = span(from.lse);
+    attention_forward(f, nullptr);
+    AttentionBackward p{};
+    set(p, from, to);
+    p.out = f.out;
+    p.grad_out = rows_of(from.grad);
+    p.logsumexp = f.logsumexp;
+    p.delta = span(from.delta);
+    attention_delta(p, nullptr);
+    return p;
+  };
+  options().bank_conflicts = true;
+  AttentionBackward of_a = direction(a, b), of_b = direction(b, a);
+  of_a.grad_query = rows_of(grad_query);
+  device_on_host::take_launches();
+  bidirectional_grad_query(of_a, of_b, nullptr);
+  for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
+  options().bank_conflicts = false;
+
+  const auto dot = [&](const std::vector<T>& x, int64_t i, const std::vector<T>& y, int64_t j) {
+    double sum = 0;
+    for (int64_t d = 0; d < dim; ++d)
+      sum += double{to_float(x[static_cast<size_t>(i * dim + d)])} * to_float(y[static_cast<size_t>(j * dim + d)]);
+    return sum;
+  };
+  // The gradients of the scores of a direction, by its own rows.
+  const auto score_gradients = [&](const Side& from, const Side& to) {
+    std::vector<std::vector<double>> found;
+    for (int64_t i = 0; i < from.rows; ++i) {
+      std::vector<double> weights(static_cast<size_t>(to.rows));
+      double sum = 0, mean = 0;
+      for (int64_t j = 0; j < to.rows; ++j)
+        if (to.mask[static_cast<size_t>(j)])
+          sum += weights[static_cast<size_t>(j)] = std::exp(0.5 * dot(from.query, i, to.query, j));
+      for (int64_t j = 0; j < to.rows; ++j)
+        if (double& w = weights[static_cast<size_t>(j)]) mean += (w /= sum) * dot(from.grad, i, to.value, j);
+      for (int64_t j = 0; j < to.rows; ++j)
+        if (double& w = weights[static_cast<size_t>(j)]) w *= dot(from.grad, i, to.value, j) - mean;
+      found.push_back(weights);
+    }
+    return found;
+  };
+  const auto by_a = score_gradients(a, b), by_b = score_gradients(b, a);
+  for (int64_t i = 0; i < rows_a; ++i)
+    for (int64_t d = 0; d < dim; ++d) {
+      double expected = 0;
+      for (int64_t j = 0; j < rows_b; ++j) {
+        const auto u = static_cast<size_t>(i), v = static_cast<size_t>(j);
+        expected +=
+            0.5 * (by_a[u][v] + by_b[v][u]) * to_float(b.query[v * static_cast<size_t>(dim) + static_cast<size_t>(d)]);
+      }
+      CHECK(close(to_float(grad_query[static_cast<size_t>(i * dim + d)]), expected));
+    }
+}
+
 template <class T>
 void check_dropout(Dtype dtype, int64_t dim) {
   const int64_t rows = 5;
@@ -332,6 +432,11 @@ TEST(kernels_attention) {
   check_attention<float>(Dtype::float32, 20, 40, 9);
   check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 17);
   check_split_keys();
+}
+
+TEST(kernels_bidirectional_attention) {
+  check_bidirectional<__half>(Dtype::float16, 20, 130, 24);
+  check_bidirectional<float>(Dtype::float32, 5, 40, 9);
 }
 
 TEST(kernels_merge_attention) {

@@ -172,3 +172,37 @@ def test_attention_backward(dtype: torch.dtype, dim: int) -> None:
         assert 1 <= ratio <= 1.15, f"{name}: {ratio:.3f} times the least possible read"
         assert launch["global_bytes_written"] == written, name
     assert [g.shape for g in grads] == [t.shape for t in leaves]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rows_of_block"),
+    [(torch.bfloat16, 64, 64), (torch.float16, 128, 64), (torch.bfloat16, 256, 32), (torch.float32, 64, 64),
+     (torch.float32, 128, 32)],
+    ids=str,
+)  # fmt: skip
+def test_bidirectional_attention(dtype: torch.dtype, dim: int, rows_of_block: int) -> None:
+    query_a, value_a, grad_a = torch.randn(3, 1, 1, 70, dim).to(dtype)
+    query_b, value_b, grad_b = torch.randn(3, 1, 1, 130, dim).to(dtype)
+    leaves = [t.requires_grad_() for t in (query_a, query_b, value_a, value_b)]
+    with velm_kernels.use_backend("device_on_host"):
+        cuda.launches()
+        outs = velm_kernels.bidirectional_attention(*leaves)
+        # In forward a pass for each direction.
+        for launch, rows, columns in zip(cuda.launches(), (70, 130), (130, 70), strict=True):
+            tiles = -(-rows // BLOCK_ROWS) * columns * 2 * dim * dtype.itemsize
+            assert launch["global_bytes_read"] == rows * dim * dtype.itemsize + tiles
+        torch.autograd.grad(outs, leaves, (grad_a, grad_b))
+    launches = cuda.launches()
+    for launch in launches:
+        check_shared_bytes(launch)
+    sides = [one for one in launches if "grad_side" in str(one["kernel"])]
+    # After a delta for each direction; then the gradient of value of each.
+    assert len(launches) == 6 and launches[2:4] == sides
+    for launch, query, rows, columns in zip(sides, (query_a, query_b), (70, 130), (130, 70), strict=True):
+        # Three tensors of its rows once, three of the others for each tile of rows, and two floats of each.
+        blocks = -(-rows // rows_of_block)
+        least = (rows + blocks * columns) * (3 * dim * dtype.itemsize + 8)
+        ratio = int(launch["global_bytes_read"]) / least
+        # Beyond the least: what belongs to a row, for each lane that holds a part of it.
+        assert 1 <= ratio <= 1.15, f"{ratio:.3f} times the least possible read"
+        assert launch["global_bytes_written"] == count(query)

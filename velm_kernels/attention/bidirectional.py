@@ -12,7 +12,7 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
@@ -34,8 +34,9 @@ def bidirectional_attention(
     """Attention of a over b and of b over a with shared scores ``S = scale * query_a @ query_b^T``.
 
     ``out_a = softmax(S, over b) @ value_b`` and ``out_b = softmax(S^T, over a) @ value_a``: the bidirectional fusion
-    of GLIP (Li et al., 2022) and Grounding DINO (Liu et al., 2023), and the shared cross-attention of LXMERT. Each
-    tile of S is computed once for both directions, forward and backward, and never kept.
+    of GLIP (Li et al., 2022) and Grounding DINO (Liu et al., 2023), and the shared cross-attention of LXMERT. S is
+    never kept. The CPU kernels compute each tile of it once for both directions, forward and backward; those for GPUs
+    once a direction forward, and backward once a side for both directions.
 
     Args:
         query_a: ``(batch, heads, a, head_dim)``; float32, bfloat16, float16, or float64 (reference backend).
@@ -348,10 +349,22 @@ def _reference_backward(
     )
 
 
-def _triton_reasons(arguments: Arguments) -> list[str]:
+def _too_wide(arguments: Arguments) -> list[str]:
     names = ("query_a", "value_a", "value_b")
-    wide = [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
-    return triton.common_reasons(arguments) + wide
+    return [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
+
+
+def _triton_reasons(arguments: Arguments) -> list[str]:
+    return triton.common_reasons(arguments) + _too_wide(arguments)
+
+
+def _not_in_cuda(arguments: Arguments) -> list[str]:
+    reasons = _too_wide(arguments)
+    widest = max(arguments[name].shape[3] for name in ("query_a", "value_a", "value_b"))
+    wants_queries = arguments.get("grad_mask", 0) & (GRAD_QUERY_A | GRAD_QUERY_B)
+    if wants_queries and arguments["query_a"].dtype == torch.float32 and widest > 128:
+        reasons.append("gradients of the queries in float32 have a CUDA kernel up to 128 dimensions only")
+    return reasons
 
 
 register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
@@ -360,4 +373,6 @@ triton.register_triton("bidirectional_attention_forward", "attention.triton_bidi
 triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional", _triton_reasons)
 cpu.register_cpu("bidirectional_attention_forward")
 cpu.register_cpu("bidirectional_attention_backward")
+cuda.register_cuda("bidirectional_attention_forward", _not_in_cuda)
+cuda.register_cuda("bidirectional_attention_backward", _not_in_cuda)
 register_public("bidirectional_attention", "bidirectional_attention_forward", canonical)

@@ -1,0 +1,259 @@
+// The gradient of the queries of one side of bidirectional attention: a block for each tile of its rows, over tiles of
+// the other side. Each tile of scores is computed once and serves both directions. With x the side of the block and y
+// the other, ds = p_x (dp_x - delta_x) + p_y (dp_y - delta_y), where x attends over y with the weights p_x and y over x
+// with p_y, and the gradient is the sum of ds times the rows of y.
+//
+// The block keeps the queries, values and gradients of its rows in shared memory. Of y come in turn the values, the
+// gradients and the queries, each into a slot of its own, which is filled again while the other two are in use. Where
+// three tiles of 64 rows do not fit beside them, a block has 32 rows, and two warps share 16 of them: each takes half
+// of the columns of every tile, and their sums are added at the end.
+
+#include "attention/bidirectional_cuda.h"
+
+#include "attention/cuda_columns.h"
+#include "attention/cuda_masks.h"
+#include "attention/cuda_products.h"
+#include "device/launch.h"
+
+namespace velm::cuda {
+namespace {
+
+// Warps one below the other, and rows of y in a tile.
+template <int kElement, int kDim>
+struct Shape {
+  static constexpr int kRowWarps = kElement * kDim <= 256 ? 4 : 2;
+  static constexpr int kColumns = kElement * kDim == 128 ? 64 : 32;
+
+  static constexpr int kRows = 16 * kRowWarps;
+  // Columns of a warp.
+  static constexpr int kOwn = kColumns * kRowWarps / kWarps;
+};
+
+enum Slot { kValueSlot, kGradSlot, kQuerySlot, kSlots };
+
+template <class T, int kDim>
+struct Storage {
+  using Of = Shape<sizeof(T), kDim>;
+  SharedArray<T, Of::kRows * kDim> query, value, grad_out;
+  SharedArray<T, kSlots, Of::kColumns * kDim> ring;
+  // Of the tile in use and the next.
+  SharedArray<float, 2, Of::kColumns> logsumexp, delta;
+};
+
+// Of the rows of one side.
+template <class T>
+struct Upstream {
+  Rows<const T> grad_out;
+  int width;
+  ReadOnly<float> logsumexp, delta;
+};
+
+// `x` is attention of x over y, `y` of y over x.
+template <class T, int kDim>
+__global__ void __launch_bounds__(kThreads, 2)
+    grad_side_kernel(const Inputs<T> x, const Inputs<T> y, const Upstream<T> up_x, const Upstream<T> up_y,
+                     const Rows<T> grad, int grad_width, float scale, int row_blocks) {
+  using Of = Shape<sizeof(T), kDim>;
+  constexpr int kColumns = Of::kColumns, kOwn = Of::kOwn, kTiles = kOwn / 8;
+  auto& shared = dynamic_shared<Storage<T, kDim>>();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
+  const int warp = thread / 32, warp_row = warp % Of::kRowWarps * 16, warp_column = warp / Of::kRowWarps * kOwn;
+  const int first_row = static_cast<int>(blockIdx.x) % row_blocks * Of::kRows;
+  const int head = static_cast<int>(blockIdx.x) / row_blocks % x.heads;
+  const int index = static_cast<int>(blockIdx.x) / row_blocks / x.heads;
+  const int64_t rows_x = (index * int64_t{x.heads} + head) * x.queries,
+                rows_y = (index * int64_t{x.heads} + head) * x.keys;
+
+  const auto copy_block = [&](const Shared<T>& to, const Rows<const T>& rows, int dim, int width) {
+    copy_tile<T, kDim, Of::kRows>(to, rows.at(index, head, first_row), rows.row, x.queries - first_row, dim, width);
+  };
+  copy_block(shared.query, x.query, x.head_dim, x.query_width);
+  copy_block(shared.value, y.value, y.value_dim, y.value_width);
+  copy_block(shared.grad_out, up_x.grad_out, x.value_dim, up_x.width);
+  // A group of copies for each slot, empty behind the end.
+  const auto fill = [&](Slot slot, int start) {
+    if (start < x.keys) {
+      const auto copy = [&](const Rows<const T>& rows, int dim, int width) {
+        copy_tile<T, kDim, kColumns>(shared.ring[slot], rows.at(index, head, start), rows.row, x.keys - start, dim,
+                                     width);
+      };
+      if (slot == kValueSlot) {
+        copy(x.value, x.value_dim, x.value_width);
+        const int row = start + thread, table = start / kColumns % 2;
+        if (thread < kColumns) {
+          const int64_t at = row < x.keys ? rows_y + row : 0;
+          cp_async<4>(&shared.logsumexp[table][thread], up_y.logsumexp + at, row < x.keys ? 4 : 0);
+          cp_async<4>(&shared.delta[table][thread], up_y.delta + at, row < x.keys ? 4 : 0);
+        }
+      } else if (slot == kGradSlot) {
+        copy(up_y.grad_out, y.value_dim, up_y.width);
+      } else {
+        copy(x.key, x.head_dim, x.key_width);
+      }
+    }
+    cp_async_commit();
+  };
+  fill(kValueSlot, 0);
+  fill(kGradSlot, 0);
+  // The warp's columns of what is there.
+  const auto columns = [&](Slot slot) { return Shared<T>(shared.ring[slot]) + warp_column * kDim; };
+
+  // Whether y may attend to the two rows of a thread, and whether they attend to anything.
+  bool open[2], live[2];
+  float logsumexp[2], delta[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = first_row + warp_row + group + 8 * half;
+    const bool is_row = row < x.queries;
+    open[half] = is_row && (!y.key_mask || y.key_mask[index * int64_t{x.queries} + row]);
+    logsumexp[half] = is_row ? up_x.logsumexp[rows_x + row] * kLog2E : -kInfinity;
+    delta[half] = is_row ? float{up_x.delta[rows_x + row]} : 0.0f;
+    live[half] = logsumexp[half] != -kInfinity;
+  }
+
+  float total[kDim / 8][4] = {};
+  for (int start = 0; start < x.keys; start += kColumns) {
+    const int first_column = start + warp_column, table = start / kColumns % 2;
+    // Bits 2 j + i of the columns of a thread: whether x may attend to them, and whether they attend to anything.
+    unsigned open_columns = 0, live_columns = 0;
+    {
+      uint64_t bits = ~uint64_t{0};
+      if (x.key_mask) bits = open_keys<kOwn>(x, index, first_column, x.keys);
+      const int rest = x.keys - first_column;
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = 8 * j + 2 * member + i;
+          open_columns |= unsigned{column < rest && (bits >> column & 1)} << (2 * j + i);
+        }
+    }
+
+    cp_async_wait<1>();
+    __syncthreads();
+    fill(kQuerySlot, start);
+    // dp_x - delta_x
+    float of_x[kTiles][4] = {};
+    multiply_transposed<T, kDim, kTiles>(of_x, shared.grad_out, warp_row, columns(kValueSlot), x.value_dim);
+    if (x.seed) {
+      unsigned kept[2];
+      kept_weights<kTiles>(kept, x, index, head, first_row + warp_row + drawn_row(), first_column);
+      drop_weights(of_x, kept);
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) of_x[j][i] = fmaf(of_x[j][i], x.keep_scale, -delta[i / 2]);
+
+    cp_async_wait<1>();
+    __syncthreads();
+    fill(kValueSlot, start + kColumns);
+    // dp_y - delta_y
+    float of_y[kTiles][4] = {};
+    multiply_transposed<T, kDim, kTiles>(of_y, shared.value, warp_row, columns(kGradSlot), y.value_dim);
+    unsigned kept[4] = {};
+    if (y.seed) kept_columns<kTiles>(kept, y, index, head, first_column, first_row + warp_row);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = 8 * j + 2 * member + i;
+        const float of_column = shared.delta[table][warp_column + column];
+        const float lse = shared.logsumexp[table][warp_column + column];
+        live_columns |= unsigned{first_column + column < x.keys && lse != -kInfinity} << (2 * j + i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& e = of_y[j][2 * half + i];
+          if (y.seed && !(kept[2 * i + half] >> 4 * j & 1)) e = 0.0f;
+          e = fmaf(e, y.keep_scale, -of_column);
+        }
+      }
+
+    cp_async_wait<1>();
+    __syncthreads();
+    fill(kGradSlot, start + kColumns);
+    float s[kTiles][4] = {};
+    multiply_transposed<T, kDim, kTiles>(s, shared.query, warp_row, columns(kQuerySlot), x.head_dim);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float lse = shared.logsumexp[table][warp_column + 8 * j + 2 * member + i] * kLog2E;
+        const bool is_open = open_columns >> (2 * j + i) & 1, is_live = live_columns >> (2 * j + i) & 1;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& ds = s[j][2 * half + i];
+          const float score = ds * x.product;
+          // Selected, as what is hidden may be NaN.
+          ds = is_open && live[half] ? exp2_approximate(score - logsumexp[half]) * of_x[j][2 * half + i] : 0.0f;
+          if (open[half] && is_live) ds = fmaf(exp2_approximate(score - lse), of_y[j][2 * half + i], ds);
+        }
+      }
+    // What neither attends nor is attended to is not read.
+    const unsigned seen = open_columns | live_columns;
+    constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
+    if (__all_sync(kAll, seen == kEverything))
+      multiply<T, kDim, kTiles, false>(total, s, columns(kQuerySlot), x.head_dim, seen);
+    else
+      multiply<T, kDim, kTiles, true>(total, s, columns(kQuerySlot), x.head_dim, seen);
+  }
+
+  if constexpr (Of::kRowWarps < kWarps) {
+    // By way of the ring, each number at a bank of its lane.
+    constexpr int kPart = Of::kRowWarps * 32, kParts = Of::kColumns * kDim * static_cast<int>(sizeof(T)) / 4 / kPart;
+    const auto place = [&](int part) {
+      return pointer_cast<float>(Shared<T>(shared.ring[part / kParts])) + (part % kParts * kPart + thread % kPart);
+    };
+    __syncthreads();
+    if (warp >= Of::kRowWarps) {
+#pragma unroll
+      for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) place(4 * j + i)[0] = total[j][i];
+    }
+    __syncthreads();
+    if (warp >= Of::kRowWarps) return;
+#pragma unroll
+    for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[j][i] += place(4 * j + i)[0];
+  }
+#pragma unroll
+  for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[j][i] *= scale;
+  const Shared<T> stage = shared.query;
+  store_rows<T, kDim>(stage + warp_row * kDim, total, x.head_dim, grad_width, [&](int row) {
+    const int query = first_row + warp_row + row;
+    return query < x.queries ? grad.at(index, head, query) : Global<T>(nullptr);
+  });
+}
+
+template <class T>
+Upstream<T> upstream_of(const AttentionBackward& p) {
+  return {rows_of<const T>(p.grad_out), copy_width(p.grad_out, p.dtype), global<const float>(p.logsumexp),
+          global<const float>(p.delta)};
+}
+
+}  // namespace
+
+void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, Stream stream) {
+  with_type(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    // As in grad_query.cu: three tiles of rows and three of columns do not fit.
+    constexpr int kMost = sizeof(T) == 4 ? 128 : 256;
+    with_dim<kMost>(std::max({x.head_dim, x.value_dim, y.value_dim}), [&](auto dim) {
+      constexpr int kDim = decltype(dim)::value;
+      const int64_t row_blocks = (x.queries + Shape<sizeof(T), kDim>::kRows - 1) / Shape<sizeof(T), kDim>::kRows;
+      const int64_t blocks = x.batch * x.heads * row_blocks;
+      if (blocks == 0) return;
+      if (blocks > 0x7fffffff) throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 blocks");
+      launch<grad_side_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
+                                        inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y),
+                                        rows_of<T>(x.grad_query), copy_width(x.grad_query, x.dtype),
+                                        static_cast<float>(x.scale), static_cast<int>(row_blocks));
+    });
+  });
+}
+
+}  // namespace velm::cuda

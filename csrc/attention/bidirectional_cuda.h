@@ -1,0 +1,13 @@
+// The backward pass of bidirectional attention on a CUDA device. Each direction by itself is attention with a key mask
+// (forward_cuda.h, backward_cuda.h); here is what both share.
+#pragma once
+
+#include "attention/backward_cuda.h"
+
+namespace velm::cuda {
+
+// The gradient of the queries of a side, which are queries in one direction and keys in the other: `as_queries` is the
+// problem of the first, `as_keys` of the second, both with delta. It goes to as_queries.grad_query.
+void bidirectional_grad_query(const AttentionBackward& as_queries, const AttentionBackward& as_keys, Stream stream);
+
+}  // namespace velm::cuda
