@@ -17,12 +17,14 @@ set(VELM_KERNEL_SOURCES
   attention/merge.cu
   attention/norm.cu
   fusion/dropout.cu
+  pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
+  csrc/pooling/pool_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

@@ -64,6 +64,9 @@ every_backend_with_cuda = pytest.mark.parametrize(
     "backend", BACKENDS if INTERPRETED else [*BACKENDS, DEVICE_ON_HOST], ids=str
 )
 every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+# For what happens in torch before an operator reaches its library: one CPU library is like another.
+ONCE = BACKENDS if INTERPRETED else [Backend("reference"), *CPU_BACKENDS[-1:]]
+every_backend_once = pytest.mark.parametrize("backend", ONCE if INTERPRETED else [*ONCE, DEVICE_ON_HOST], ids=str)
 every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 
 

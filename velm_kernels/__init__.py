@@ -16,6 +16,7 @@ from velm_kernels.backends import explain, use_backend
 from velm_kernels.fusion import dropout_residual
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
+from velm_kernels.pooling import masked_pool, segment_pool
 
 __all__ = [
     "MLP",
@@ -32,8 +33,10 @@ __all__ = [
     "explain",
     "gated_residual",
     "linear",
+    "masked_pool",
     "merge_attention",
     "patch",
+    "segment_pool",
     "unpatch",
     "use_backend",
 ]

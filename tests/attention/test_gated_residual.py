@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.gated_residual import canonical
@@ -129,7 +129,7 @@ def test_keeps_x_only_for_the_gradient_of_gate() -> None:
         assert any(tensor is not None and tensor.shape == x.shape for tensor in node.saved_tensors) is expected
 
 
-@every_backend_with_cuda
+@every_backend_once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck_and_compile(backend: Backend, dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape).to(dtype).requires_grad_() for shape in ((3, 4, 6), (3, 4, 6), (6,))]

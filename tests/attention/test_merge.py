@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import canonical
@@ -163,7 +163,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
         assert leaves[1 - wanted].grad is None
 
 
-@every_backend_with_cuda
+@every_backend_once
 def test_opcheck_and_compile(backend: Backend) -> None:
     outs = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)]
     lses = [torch.randn(2, 2, 5, requires_grad=True) for _ in range(3)]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
 from tests.attention.cases import Case
-from tests.conftest import Backend, every_backend_with_cuda
+from tests.conftest import Backend, every_backend_once, every_backend_with_cuda
 from velm_kernels.attention.ops import _canonical, _canonical_varlen
 
 FULL = Case(
@@ -27,7 +27,7 @@ def leaves(case: Case) -> dict[str, torch.Tensor]:
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
-@every_backend_with_cuda
+@every_backend_once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend: Backend, dtype: torch.dtype) -> None:
     case = Case(**{**FULL.__dict__, "dtype": dtype})
@@ -41,7 +41,7 @@ def test_opcheck(backend: Backend, dtype: torch.dtype) -> None:
             torch.library.opcheck(torch.ops.velm.attention_forward.default, (*given.values(), backend.name))
 
 
-@every_backend_with_cuda
+@every_backend_once
 def test_compile_and_checkpoint_give_the_eager_gradients(backend: Backend) -> None:
     masking = FULL.masking()
 
@@ -65,7 +65,7 @@ def test_compile_and_checkpoint_give_the_eager_gradients(backend: Backend) -> No
                 assert torch.equal(ours, theirs)
 
 
-@every_backend_with_cuda
+@every_backend_once
 def test_dropout_without_a_seed_draws_one_from_torch(backend: Backend) -> None:
     case = Case(queries=20, keys=30)
     with backend.use():
@@ -78,7 +78,7 @@ def test_dropout_without_a_seed_draws_one_from_torch(backend: Backend) -> None:
     assert not torch.equal(first, other)
 
 
-@every_backend_with_cuda
+@every_backend_once
 def test_checkpoint_redraws_the_same_dropout(backend: Backend) -> None:
     def function(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return velm_kernels.cross_attention(query, key, value, dropout_p=0.5).square().sum()
@@ -113,7 +113,7 @@ def test_autocast() -> None:
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in tensors.values())
 
 
-@every_backend_with_cuda
+@every_backend_once
 def test_saves_inputs_output_and_one_float_a_row(backend: Backend) -> None:
     case = Case(queries=31, keys=65, head_dim=16, value_dim=16, bias_shape=(True, True, True, True), norms=(True, True))
     tensors = leaves(case)

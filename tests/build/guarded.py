@@ -18,6 +18,7 @@ from torch import Tensor
 import velm_kernels
 from velm_kernels.backends import cpu
 from velm_kernels.linear.rule import use_product
+from velm_kernels.pooling.reference import MODES
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,6 +79,21 @@ def linear(dtype: torch.dtype, at_end: bool, rows: int, in_features: int, out_fe
     assert out.isfinite().all()
 
 
+def pooling(dtype: torch.dtype, at_end: bool, tokens: int, dim: int) -> None:
+    mask = guarded(torch.rand(2, tokens) > 0.3, at_end)
+    bounds = guarded(torch.tensor([0, tokens // 3, 2 * tokens], dtype=torch.int32), at_end)
+    for mode in MODES:
+        for channels_first in (False, True):
+            shape = (2, dim, tokens) if channels_first else (2, tokens, dim)
+            x = guarded(torch.randn(shape).to(dtype), at_end).requires_grad_()
+            for out in (
+                velm_kernels.masked_pool(x, mask=mask, mode=mode, channels_first=channels_first),
+                velm_kernels.segment_pool(x.view(2 * tokens, dim), bounds, mode),
+            ):
+                torch.autograd.grad(out, x, guarded(torch.ones_like(out), at_end))
+                assert out.isfinite().all()
+
+
 def main() -> None:
     isa = sys.argv[1]
     torch.manual_seed(0)
@@ -92,6 +108,8 @@ def main() -> None:
                     attention(dtype, at_end, *sizes)
                 for sizes in ((1, 1, 1), (3, 17, 5), (33, 65, 33), (70, 100, 129)):
                     linear(dtype, at_end, *sizes)
+                for sizes in ((1, 1), (19, 33), (33, 50)):
+                    pooling(dtype, at_end, *sizes)
     print("done")
 
 

@@ -83,7 +83,7 @@ def test_operators(libraries: Path) -> None:
         libraries,
         # -s: what the sanitizer writes when it ends the process must not be left in a captured file.
         "-m", "pytest", "-s", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "tests/attention", "tests/linear", "tests/fusion",
+        "tests/attention", "tests/linear", "tests/fusion", "tests/pooling",
         # torch.compile starts compilers, which do not like the preloaded runtime, and calls the same operators. The
         # comparisons between numbers of threads take large matrices.
         "-k", f"cpu-{ISA} and not compile and not opcheck and not number_of_threads",

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
 from tests.conftest import Backend, every_backend
-from tests.linear.test_linear import every_route, random_inputs, route
+from tests.linear.test_linear import every_route_once, random_inputs, route
 
 
-@every_route
+@every_route_once
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(backend: Backend, product: str, dtype: torch.dtype) -> None:
     values, grad = random_inputs((40,), 8, 12, dtype, residual=True)
@@ -30,7 +30,7 @@ def test_opcheck(backend: Backend, product: str, dtype: torch.dtype) -> None:
             torch.library.opcheck(torch.ops.velm.linear_backward.default, (*arguments, backend.name))
 
 
-@every_route
+@every_route_once
 @pytest.mark.parametrize(("activation", "has_residual"), [("gelu", True), ("relu", False), (None, True)])
 def test_compile_and_checkpoint_give_the_eager_gradients(
     backend: Backend, product: str, activation: str | None, has_residual: bool

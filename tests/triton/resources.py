@@ -35,6 +35,8 @@ from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion import triton_dropout
 from velm_kernels.linear import triton_linear
+from velm_kernels.pooling import triton_pool
+from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -89,6 +91,9 @@ STREAMING = (
     "sum_partials",
     "pack_bits",
     "dropout_residual",
+    *(f"pool_{mode}" for mode in MODES),
+    *(f"pool_{mode}_backward" for mode in MODES),
+    "pool_counts",
 )
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
@@ -158,7 +163,15 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_dropout.dropout_residual_forward(x, x, seed, 0.1)
         y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
+        _pooling(dtype)
     return {launch.kind: launch for launch in launches}
+
+
+def _pooling(dtype: torch.dtype) -> None:
+    x, lengths, mask = _empty(BATCH, TOKENS, 768, dtype=dtype), _empty(BATCH), _empty(BATCH, TOKENS, dtype=torch.bool)
+    for mode in range(len(MODES)):
+        out, stats = triton_pool.pool_forward(x, lengths, mask, None, False, mode, 2.5)
+        triton_pool.pool_backward(out, x, stats, lengths, mask, None, TOKENS, False, mode, 2.5)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

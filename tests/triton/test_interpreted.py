@@ -47,5 +47,10 @@ def test_dropout_residual() -> None:
 
 
 @pytest.mark.slow
+def test_pooling() -> None:
+    interpreted("tests/pooling", "-k", "triton and not compile", examples=5)
+
+
+@pytest.mark.slow
 def test_kernels() -> None:
     interpreted("tests/triton/interpreted_cases.py")

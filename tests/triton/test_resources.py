@@ -23,6 +23,7 @@ CHECKED = [
     ("forward", "plain", "float16", 64, 100),
     ("linear", "plain", "float16", 256, 90),
     ("dropout_residual", "plain", "float16", 256, 80),
+    ("pool_max", "plain", "float16", 256, 80),
 ]
 
 

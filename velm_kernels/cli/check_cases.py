@@ -14,6 +14,7 @@ import velm_kernels
 from velm_kernels.attention import reference, reference_small
 from velm_kernels.fusion import reference as fusion_reference
 from velm_kernels.linear import reference as linear_reference
+from velm_kernels.pooling import reference as pooling_reference
 
 Inputs = dict[str, Any]
 
@@ -254,6 +255,35 @@ def _dropout_reference(x: Tensor, dropout_p: float, seed: int, residual: Tensor 
     return fusion_reference.dropout_residual(x, residual, torch.tensor(seed), dropout_p)
 
 
+def _masked_pool_make(generator: torch.Generator, mode: str) -> Inputs:
+    mask = torch.rand(B, N, generator=generator) > 0.3
+    mask[1] = False
+    return {"x": _randn(generator, B, N, 90), "lengths": torch.tensor([N - 13, N]), "mask": mask, "mode": mode}
+
+
+def _poison_padding(inputs: Inputs) -> Inputs:
+    live = inputs["mask"] & (torch.arange(N) < inputs["lengths"][:, None])
+    return inputs | {"x": inputs["x"].masked_fill(~live[..., None], torch.nan)}
+
+
+def _segment_pool_make(generator: torch.Generator, mode: str) -> Inputs:
+    bounds = torch.tensor([0, 20, 20, 150, 151], dtype=torch.int32)
+    return {"x": _randn(generator, 151, 90), "cu_seqlens": bounds, "mode": mode}
+
+
+def _pooling_checks() -> list[Check]:
+    found = []
+    for mode in pooling_reference.MODES:
+        make = functools.partial(_masked_pool_make, mode=mode)
+        call, written = velm_kernels.masked_pool, pooling_reference.masked_pool
+        found.append(Check("masked_pool", mode, make, call, written, ("x",), _poison_padding))
+        make = functools.partial(_segment_pool_make, mode=mode)
+        found.append(
+            Check("segment_pool", mode, make, velm_kernels.segment_pool, pooling_reference.segment_pool, ("x",))
+        )
+    return found
+
+
 def checks() -> list[Check]:
     """Every check, operator by operator."""
     two_ways = ("query_a", "query_b", "value_a", "value_b")
@@ -336,4 +366,4 @@ def checks() -> list[Check]:
                 ("x", "residual") if residual else ("x",),
             )
         )
-    return found + _linear_checks()
+    return found + _linear_checks() + _pooling_checks()

@@ -1,0 +1,440 @@
+// Pooling over tokens, forward: one pass over the tokens that count.
+
+#include "pooling/pool_cpu.h"
+
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "simd/parallel.h"
+#include "simd/scratch.h"
+
+namespace velm::pooling {
+namespace {
+
+using namespace simd;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
+
+// Rows read side by side: as many streams of memory as a core follows.
+constexpr int kRowsAtOnce = 8;
+// Rows whose terms are added in float32 before they join the sum of the earlier ones.
+constexpr int kGroup = 128;
+
+VELM_INLINE VecMask is_greater_or_nan(Vec x, Vec than) {
+  // A NaN that is there already stays.
+  return !(x <= than) && than == than;
+}
+VELM_INLINE Vec as_float(VecInt x) {
+  return std::bit_cast<Vec>(x);
+}
+
+// How tokens are reduced. The state of a column is (a, b): `step` takes values of some tokens into it, `join` a later
+// state into an earlier one, `result` is what it amounts to. Tokens have numbers for the sake of Max.
+
+struct Add {
+  static constexpr bool kHasB = false;
+  static constexpr float kA = 0.0f;
+  template <int R>
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec&) const {
+    add<R>([&](int r) VELM_INLINE_LAMBDA { return x[r]; }, a);
+  }
+  VELM_INLINE void join(Vec& a, Vec&, Vec later, Vec) const { a += later; }
+
+  template <int R, class F>
+  static VELM_INLINE void add(const F& f, Vec& a) {
+    if constexpr (R == 1)
+      a += f(0);
+    else
+      a += ((f(0) + f(1)) + (f(2) + f(3))) + ((f(4) + f(5)) + (f(6) + f(7)));
+  }
+};
+
+struct AddPower {
+  static constexpr bool kHasB = false;
+  static constexpr float kA = 0.0f;
+  float p;
+  template <int R>
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec&) const {
+    Vec terms[R];
+    // In this order NaN is kept.
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = power_or_cube(maximum(Vec(kGemEps), x[r]), p, 3.0f); });
+    Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, a);
+  }
+  VELM_INLINE void join(Vec& a, Vec&, Vec later, Vec) const { a += later; }
+};
+
+// b holds the bits of the number of the first token that is the largest.
+struct Max {
+  static constexpr bool kHasB = true;
+  static constexpr float kA = -kInfinity;
+  template <int R>
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t* tokens, Vec& a, Vec& b) const {
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+      const VecMask take = is_greater_or_nan(x[r], a);
+      a = select(take, x[r], a);
+      b = select(take, as_float(VecInt(tokens[r])), b);
+    });
+  }
+  VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
+    const VecMask take = is_greater_or_nan(later, a);
+    a = select(take, later, a);
+    b = select(take, later_b, b);
+  }
+};
+
+// a is the largest, b = sum of exp(x - a), at least 1 once there is an x above -inf.
+struct LogSumExp {
+  static constexpr bool kHasB = true;
+  static constexpr float kA = -kLargest;
+
+  // e^x for x <= 0 to two units in the last place, e^-87 below; NaN stays NaN. What the sum needs and no more.
+  static VELM_INLINE Vec exp_of(Vec x) {
+    constexpr float kLog2E = 1.442695040888963f;
+    // Added to a small number, it leaves the number rounded to an integer in the lowest bits.
+    constexpr float kMagic = 12582912.0f;
+    const Vec limited = maximum(Vec(-87.0f), x);
+    const Vec rounded = fma(limited, Vec(kLog2E), Vec(kMagic));
+    const Vec r = fma(limited, Vec(kLog2E), kMagic - rounded);
+    const Vec p =
+        polynomial(r, 1.326472725e-03f, 9.671512688e-03f, 5.550733744e-02f, 2.402224208e-01f, 6.931469776e-01f, 1.0f);
+    return float_of(bits_of(p) + (bits_of(rounded) << 23));
+  }
+  template <int R>
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
+    Vec largest = a;
+    // NaN does not get into it, but into the sum.
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { largest = maximum(x[r], largest); });
+    Vec terms[R];
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = exp_of(x[r] - largest); });
+    b *= exp_of(a - largest);
+    Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, b);
+    a = largest;
+  }
+  VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
+    const Vec largest = maximum(a, later);
+    b = b * exp_of(a - largest) + later_b * exp_of(later - largest);
+    a = largest;
+  }
+  static VELM_INLINE Vec result(Vec a, Vec b) {
+    const Vec sum = select(a == Vec(kInfinity), a, a + simd::log(b));
+    return select(b < Vec(0.5f), Vec(-kInfinity), sum);
+  }
+};
+
+// The states of all columns of some tokens.
+struct State {
+  float *a, *b;
+  State(Scratch& scratch, int64_t padded) : a(scratch.take(padded)), b(scratch.take(padded)) {}
+  State(float* memory, int64_t padded) : a(memory), b(memory + padded) {}
+};
+
+template <int R, class Reduce>
+void add_rows(const Reduce& reduce, const float* const* row, const int32_t* token, int64_t begin, int64_t end,
+              const State& state) {
+  const float* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = row[r];
+  for (int64_t c = begin; c < end; c += kLanes) {
+    Vec x[R];
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { x[r] = load(rows[r] + (c - begin)); });
+    Vec a = load(state.a + c), b = Reduce::kHasB ? load(state.b + c) : zero();
+    reduce.template step<R>(x, token, a, b);
+    store(state.a + c, a);
+    if (Reduce::kHasB) store(state.b + c, b);
+  }
+}
+
+template <class Reduce>
+void add_rows(const Reduce& reduce, const float* const* row, const int32_t* token, int rows, int64_t begin, int64_t end,
+              const State& state) {
+  if (rows == kRowsAtOnce)
+    add_rows<kRowsAtOnce>(reduce, row, token, begin, end, state);
+  else
+    for (int r = 0; r < rows; ++r) add_rows<1>(reduce, row + r, token + r, begin, end, state);
+}
+
+// Up to kRowsAtOnce rows into the state.
+template <class Reduce>
+void add_some(const Reduce& reduce, ScalarType type, const char* const* row, const int32_t* token, int rows,
+              int64_t dim, int64_t padded, float* converted, const State& state) {
+  const float* whole[kRowsAtOnce];
+  if (type != ScalarType::Float) {
+    for (int r = 0; r < rows; ++r) whole[r] = as_floats(type, row[r], dim, converted + r * padded);
+    return add_rows(reduce, whole, token, rows, 0, padded, state);
+  }
+  const int64_t full = dim / kLanes * kLanes;
+  for (int r = 0; r < rows; ++r) whole[r] = reinterpret_cast<const float*>(row[r]);
+  add_rows(reduce, whole, token, rows, 0, full, state);
+  if (full == dim) return;
+  for (int r = 0; r < rows; ++r) {
+    store(converted + r * kLanes, load_first(whole[r] + full, static_cast<int>(dim - full)));
+    whole[r] = converted + r * kLanes;
+  }
+  add_rows(reduce, whole, token, rows, full, padded, state);
+}
+
+template <class Reduce>
+void begin_group(const State& state, int64_t padded, int32_t token) {
+  std::fill(state.a, state.a + padded, Reduce::kA);
+  if (Reduce::kHasB)
+    std::fill(state.b, state.b + padded, std::is_same_v<Reduce, Max> ? std::bit_cast<float>(token) : 0.0f);
+}
+
+template <class Reduce>
+void join_states(const Reduce& reduce, const State& earlier, const State& later, int64_t padded) {
+  for (int64_t c = 0; c < padded; c += kLanes) {
+    Vec a = load(earlier.a + c), b = Reduce::kHasB ? load(earlier.b + c) : zero();
+    reduce.join(a, b, load(later.a + c), Reduce::kHasB ? load(later.b + c) : zero());
+    store(earlier.a + c, a);
+    if (Reduce::kHasB) store(earlier.b + c, b);
+  }
+}
+
+// What a column's state over `count` tokens amounts to.
+template <class Reduce>
+struct Finish {
+  Mode mode;
+  double p;
+
+  VELM_INLINE Vec operator()(Vec a, Vec b, int64_t count) const {
+    if (count == 0) return zero();
+    if constexpr (std::is_same_v<Reduce, LogSumExp>) return LogSumExp::result(a, b);
+    if (mode == kMean || mode == kGem) a *= static_cast<float>(1.0 / static_cast<double>(count));
+    return mode == kGem ? maximum(Vec(kGemEps), power(a, static_cast<float>(1 / p))) : a;
+  }
+  // What backward keeps of it.
+  VELM_INLINE Vec stat(Vec result, Vec b, int64_t count) const {
+    return std::is_same_v<Reduce, Max> ? count ? b : as_float(VecInt(-1)) : result;
+  }
+};
+
+// x whose columns are neighbours in memory.
+template <class Reduce>
+void pool_rows(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor& x, const Tokens& tokens, Tensor& out,
+               Tensor& stats) {
+  const bool packed = tokens.bounds;
+  const int64_t dim = x.size(x.dim() - 1), padded = (dim + kLanes - 1) / kLanes * kLanes;
+  const Lines from(x, packed ? 0 : x.stride(0), x.stride(x.dim() - 2)), to(out, dim, 0);
+  const std::vector<Piece> pieces = pieces_of(tokens, dim, false);
+  // The first piece of each segment; a segment of several pieces leaves its states in memory.
+  std::vector<int64_t> first(static_cast<size_t>(tokens.segments) + 1, static_cast<int64_t>(pieces.size()));
+  for (size_t i = pieces.size(); i-- > 0;) first[static_cast<size_t>(pieces[i].segment)] = static_cast<int64_t>(i);
+  const bool several = static_cast<int64_t>(pieces.size()) > tokens.segments;
+  Scratch shared;
+  float* states = several ? shared.take(2 * padded * static_cast<int64_t>(pieces.size())) : nullptr;
+  std::vector<int64_t> counts(pieces.size());
+
+  // Overwrites the state with the result.
+  const auto write = [&](int64_t segment, const State& state, int64_t count) {
+    for (int64_t c = 0; c < padded; c += kLanes) {
+      const Vec b = Reduce::kHasB ? load(state.b + c) : zero();
+      const Vec result = finish(load(state.a + c), b, count);
+      store(state.a + c, result);
+      store(state.b + c, finish.stat(result, b, count));
+    }
+    from_floats(to.type, to.at(segment, 0), state.a, dim);
+    // Four bytes each, whether index or number.
+    if (stats.numel())
+      std::memcpy(static_cast<float*>(stats.mutable_data_ptr()) + segment * dim, state.b,
+                  sizeof(float) * static_cast<size_t>(dim));
+  };
+  struct Worker {
+    Scratch scratch;
+    State total, part;
+    float* converted;
+    explicit Worker(int64_t padded)
+        : total(scratch, padded), part(scratch, padded), converted(scratch.take(kRowsAtOnce * padded)) {
+      std::fill_n(converted, kRowsAtOnce * padded, 0.0f);
+      // What a segment of nothing finds.
+      std::fill_n(total.a, padded, 0.0f);
+      std::fill_n(total.b, padded, 0.0f);
+    }
+  };
+  parallel_workers(
+      static_cast<int64_t>(pieces.size()), [&] { return Worker(padded); },
+      [&](Worker& worker, int64_t i) {
+        const FlushSubnormals flush;
+        const Piece& piece = pieces[static_cast<size_t>(i)];
+        const bool alone =
+            first[static_cast<size_t>(piece.segment) + 1] - first[static_cast<size_t>(piece.segment)] == 1;
+        const State total = alone ? worker.total : State(states + 2 * padded * i, padded);
+        const bool* live = tokens.mask_of(piece.segment);
+        const int64_t zero_token = tokens.begin(piece.segment);
+        const char* row[kRowsAtOnce];
+        int32_t token[kRowsAtOnce];
+        int rows = 0;
+        // Live tokens so far, and those of the group that is being added up.
+        int64_t count = 0, of_group = 0;
+        const auto add = [&] {
+          const State& state = count == of_group ? total : worker.part;
+          add_some(reduce, from.type, row, token, rows, dim, padded, worker.converted, state);
+          rows = 0;
+        };
+        const auto end_group = [&] {
+          if (rows) add();
+          if (of_group && count != of_group) join_states(reduce, total, worker.part, padded);
+          of_group = 0;
+        };
+        for (int64_t n = piece.begin; n < piece.end; ++n) {
+          if (live && !live[n]) continue;
+          row[rows] = from.at(piece.segment, n);
+          token[rows] = static_cast<int32_t>(n - zero_token);
+          ++count;
+          if (++of_group == 1) begin_group<Reduce>(count == 1 ? total : worker.part, padded, token[0]);
+          if (++rows == kRowsAtOnce) add();
+          if (of_group == kGroup) end_group();
+        }
+        end_group();
+        counts[static_cast<size_t>(i)] = count;
+        if (alone) write(piece.segment, total, count);
+      });
+  if (!several) return;
+  parallel_items(tokens.segments, [&](int64_t s) {
+    const int64_t begin = first[static_cast<size_t>(s)], end = first[static_cast<size_t>(s) + 1];
+    if (end - begin == 1) return;
+    int64_t count = 0, start = begin;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t of_piece = counts[static_cast<size_t>(i)];
+      if (of_piece && count)
+        join_states(reduce, State(states + 2 * padded * start, padded), State(states + 2 * padded * i, padded), padded);
+      else if (of_piece)
+        start = i;
+      count += of_piece;
+    }
+    write(s, State(states + 2 * padded * start, padded), count);
+  });
+}
+
+// The tokens [0, n) of one column into (a, b); live is 0 for those that do not count, or null.
+template <class Reduce>
+void add_column(const Reduce& reduce, const float* x, const float* live, int64_t n, Vec& a, Vec& b) {
+  const int32_t none[1] = {0};
+  const auto add = [&](Vec value, VecMask use) VELM_INLINE_LAMBDA {
+    if constexpr (std::is_same_v<Reduce, LogSumExp> || std::is_same_v<Reduce, Max>) {
+      const Vec one[1] = {select(use, value, Vec(-kInfinity))};
+      reduce.template step<1>(one, none, a, b);
+    } else {
+      const Vec before = a, one[1] = {value};
+      reduce.template step<1>(one, none, a, b);
+      a = select(use, a, before);
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add(load(x + i), live ? load(live + i) != zero() : VecMask(true));
+  if (i == n) return;
+  const int lanes = static_cast<int>(n - i);
+  VecMask use = first_lanes(lanes);
+  if (live) use = use && load_first(live + i, lanes) != zero();
+  add(load_first(x + i, lanes), use);
+}
+
+// The number of the first live token that is `value`, or NaN where that is; n if there is none.
+int64_t find(const float* x, const float* live, int64_t n, float value) {
+  for (int64_t i = 0; i < n; ++i)
+    if ((live == nullptr || live[i] != 0) && (x[i] == value || (x[i] != x[i] && value != value))) return i;
+  return n;
+}
+
+// x whose tokens are neighbours in memory: a column is a run of them.
+template <class Reduce>
+void pool_columns(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor& x, const Tokens& tokens,
+                  Tensor& out, Tensor& stats) {
+  constexpr int64_t kColumns = 16;
+  // Tokens whose terms are added in float32 before they join the sum of the earlier ones.
+  constexpr int64_t kRun = 4096;
+  const int64_t dim = x.size(2), blocks = (dim + kColumns - 1) / kColumns;
+  const auto element = static_cast<int64_t>(x.element_size());
+  const Lines from(x, x.stride(0), x.stride(2)), to(out, dim, 1);
+  struct Worker {
+    Scratch scratch;
+    float *live, *converted;
+    explicit Worker(int64_t n) : live(scratch.take(n)), converted(scratch.take(kRun)) {}
+  };
+  parallel_workers(
+      tokens.segments * blocks, [&] { return Worker(tokens.mask ? tokens.tokens : 0); },
+      [&](Worker& worker, int64_t item) {
+        const FlushSubnormals flush;
+        const int64_t segment = item / blocks, column = item % blocks * kColumns;
+        const int64_t end = tokens.end(segment), count = tokens.count(segment);
+        const bool* mask = tokens.mask_of(segment);
+        const float* live = mask ? worker.live : nullptr;
+        if (mask) std::copy(mask, mask + end, worker.live);
+        const int64_t columns = std::min(kColumns, dim - column);
+        float results[kColumns], kept[kColumns];
+        for (int64_t c = 0; c < columns; ++c) {
+          const char* row = from.at(segment, column + c);
+          Vec total_a(Reduce::kA), total_b = zero();
+          const auto values = [&](int64_t begin) {
+            return as_floats(from.type, row + begin * element, std::min(kRun, end - begin), worker.converted);
+          };
+          for (int64_t begin = 0; begin < end; begin += kRun) {
+            Vec a(Reduce::kA), b = zero();
+            add_column(reduce, values(begin), live ? live + begin : nullptr, std::min(kRun, end - begin), a, b);
+            reduce.join(total_a, total_b, a, b);
+          }
+          // The lanes, one into the other.
+          alignas(64) float as[kLanes], bs[kLanes];
+          store(as, total_a);
+          store(bs, total_b);
+          Vec a(as[0]), b(bs[0]);
+          for (int k = 1; k < kLanes; ++k) reduce.join(a, b, Vec(as[k]), Vec(bs[k]));
+          if constexpr (std::is_same_v<Reduce, Max>) {
+            for (int64_t begin = 0; begin < end; begin += kRun) {
+              const int64_t size = std::min(kRun, end - begin);
+              const int64_t i = find(values(begin), live ? live + begin : nullptr, size, a[0]);
+              if (i == size) continue;
+              b = as_float(VecInt(static_cast<int32_t>(begin + i)));
+              break;
+            }
+          }
+          const Vec result = finish(a, b, count);
+          results[c] = result[0];
+          kept[c] = finish.stat(result, b, count)[0];
+        }
+        from_floats(to.type, to.at(segment, column), results, columns);
+        if (stats.numel())
+          std::memcpy(static_cast<float*>(stats.mutable_data_ptr()) + segment * dim + column, kept,
+                      sizeof(float) * static_cast<size_t>(columns));
+      });
+}
+
+template <class Reduce>
+void pool(const Reduce& reduce, Mode mode, double p, const Tensor& x, bool tokens_contiguous, const Tokens& tokens,
+          Tensor& out, Tensor& stats) {
+  const Finish<Reduce> finish{mode, p};
+  if (tokens_contiguous)
+    pool_columns(reduce, finish, x, tokens, out, stats);
+  else
+    pool_rows(reduce, finish, x, tokens, out, stats);
+}
+
+std::tuple<Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                        std::optional<Tensor> cu_seqlens, bool tokens_contiguous, int64_t mode_number,
+                                        double p) {
+  const auto mode = static_cast<Mode>(mode_number);
+  const int64_t segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0), dim = x.size(x.dim() - 1);
+  Tensor out = torch::stable::new_empty(x, {segments, dim});
+  Tensor stats = mode == kMax || mode == kLogSumExp || mode == kGem
+                     ? torch::stable::new_empty(x, {segments, dim}, mode == kMax ? ScalarType::Int : ScalarType::Float)
+                     : torch::stable::new_empty(x, {0}, ScalarType::Float);
+  if (segments == 0 || dim == 0) return {out, stats};
+  const Tokens tokens(segments, x.size(x.dim() - 2), lengths, mask, cu_seqlens);
+  const auto run = [&](const auto& reduce) { pool(reduce, mode, p, x, tokens_contiguous, tokens, out, stats); };
+  if (mode == kMax)
+    run(Max{});
+  else if (mode == kLogSumExp)
+    run(LogSumExp{});
+  else if (mode != kGem)
+    run(Add{});
+  else
+    run(AddPower{static_cast<float>(p)});
+  return {out, stats};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
+  m.impl("pool_forward", TORCH_BOX(&pool_forward));
+}
+
+}  // namespace
+}  // namespace velm::pooling

@@ -1,0 +1,83 @@
+// Pooling over tokens as torch operators on CUDA kernels.
+
+#include "pooling/pool_cuda.h"
+
+#include <tuple>
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+Pool problem_of(int64_t segments, int64_t tokens, int64_t dim, const std::optional<Tensor>& lengths,
+                const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens, bool tokens_contiguous,
+                int64_t mode, double power) {
+  Pool p{};
+  p.segments = segments;
+  p.tokens = tokens;
+  p.dim = dim;
+  p.mode = static_cast<PoolMode>(mode);
+  p.p = static_cast<float>(power);
+  p.bounds = span_of(cu_seqlens);
+  p.lengths = span_of(lengths);
+  p.mask = span_of(mask);
+  p.tokens_contiguous = tokens_contiguous;
+  return p;
+}
+
+void set_x(Pool& p, const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  p.x = span_of(x);
+  p.segment_stride = last == 2 ? x.stride(0) : 0;
+  p.token_stride = x.stride(last - 1);
+  p.dim_stride = x.stride(last);
+}
+
+std::tuple<Tensor, Tensor> pool_forward_op(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                                           std::optional<Tensor> cu_seqlens, bool tokens_contiguous, int64_t mode,
+                                           double power) {
+  const Current current(x);
+  const int64_t segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0), dim = x.size(x.dim() - 1);
+  Pool p = problem_of(segments, x.size(x.dim() - 2), dim, lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
+  p.dtype = dtype_of(x);
+  set_x(p, x);
+  Tensor out = torch::stable::new_empty(x, {segments, dim});
+  Tensor stats =
+      p.mode == kPoolMean || p.mode == kPoolSum
+          ? torch::stable::new_empty(x, {0}, ScalarType::Float)
+          : torch::stable::new_empty(x, {segments, dim}, p.mode == kPoolMax ? ScalarType::Int : ScalarType::Float);
+  p.out = span_of(out);
+  p.stats = span_of(stats);
+  pool_forward(p, current.stream());
+  return {out, stats};
+}
+
+Tensor pool_backward_op(Tensor grad, std::optional<Tensor> x, Tensor stats, std::optional<Tensor> lengths,
+                        std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, int64_t tokens,
+                        bool tokens_contiguous, int64_t mode, double power) {
+  const Current current(grad);
+  const int64_t segments = grad.size(0), dim = grad.size(1);
+  Tensor grad_x = cu_seqlens          ? torch::stable::new_empty(grad, {tokens, dim})
+                  : tokens_contiguous ? torch::stable::new_empty(grad, {segments, dim, tokens})
+                                      : torch::stable::new_empty(grad, {segments, tokens, dim});
+  Tensor counts = torch::stable::new_empty(grad, {segments}, ScalarType::Int);
+  Pool p = problem_of(segments, tokens, dim, lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
+  p.dtype = dtype_of(grad);
+  if (x) set_x(p, *x);
+  p.stats = span_of(stats);
+  p.grad = span_of(grad);
+  p.grad_x = span_of(grad_x);
+  p.counts = span_of(counts);
+  pool_backward(p, current.stream());
+  return tokens_contiguous ? torch::stable::transpose(grad_x, 1, 2) : grad_x;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("pool_forward", TORCH_BOX(&pool_forward_op));
+  m.impl("pool_backward", TORCH_BOX(&pool_backward_op));
+}
+
+}  // namespace
+}  // namespace velm::cuda

@@ -1,0 +1,40 @@
+// Pooling over tokens on a CUDA device: what the operators hand to the kernels.
+#pragma once
+
+#include "device/span.h"
+
+namespace velm::cuda {
+
+using device::Dtype;
+using device::Span;
+using device::Stream;
+
+enum PoolMode : int { kPoolMean, kPoolSum, kPoolMax, kPoolLogSumExp, kPoolGem };
+
+struct Pool {
+  int64_t segments, tokens, dim;
+  PoolMode mode;
+  float p;
+  Dtype dtype;
+  // Bounds of packed segments, or lengths and one byte a token, each perhaps null.
+  Span bounds, lengths, mask;
+  // Null in backward where it is not read.
+  Span x;
+  int64_t segment_stride, token_stride, dim_stride;
+  bool tokens_contiguous;
+  // (segments, dim): what backward needs of the result, int32 for the largest, else float.
+  Span stats;
+
+  // forward
+  Span out;
+
+  // backward; grad_x is contiguous, its last two dimensions in the order of x
+  Span grad, grad_x;
+  // int32, one a segment.
+  Span counts;
+};
+
+void pool_forward(const Pool& problem, Stream stream);
+void pool_backward(const Pool& problem, Stream stream);
+
+}  // namespace velm::cuda

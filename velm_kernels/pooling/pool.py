@@ -1,0 +1,377 @@
+"""Pooling over tokens: ``masked_pool`` of padded rows or pixels and ``segment_pool`` of packed ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.pooling.reference import GEM_EPS, MODES
+
+MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
+
+
+def masked_pool(
+    x: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    mode: str = "mean",
+    p: float = 3.0,
+    *,
+    channels_first: bool = False,
+) -> Tensor:
+    """Pools the tokens of each row that are not padding, in one pass that reads no others.
+
+    - ``"mean"``, ``"sum"``: their mean and sum;
+    - ``"max"``: their largest, for each feature; NaN where one of them is NaN. The gradient goes to the first of equal
+      ones;
+    - ``"logsumexp"``: ``log(sum(exp(x)))``;
+    - ``"gem"``: the generalised mean ``mean(max(x, 1e-6)^p)^(1/p)`` (Radenovic et al., 2018, eq. 3).
+
+    Over no token at all the result is 0 in every mode, and passes nothing back.
+
+    Args:
+        x: ``(..., tokens, dim)``, floating point. With ``channels_first``: ``(batch, dim, *spatial)``, whose tokens are
+            the pixels in row-major order; read as it lies, also in ``torch.channels_last``.
+        lengths: ``(...)`` (with ``channels_first`` ``(batch,)``), integers from 0 to tokens: only the first so many
+            tokens count.
+        mask: bool, broadcastable to ``(..., tokens)`` (``(batch, *spatial)``); tokens where it is False do not count.
+            They may hold NaN and get gradient 0.
+        mode: as above.
+        p: power of ``"gem"``, greater than 0.
+        channels_first: see ``x``.
+
+    Returns:
+        ``(..., dim)`` (``(batch, dim)``), contiguous, in x's dtype; computed in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape, a device, ``mode``, ``p`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
+
+    Backward keeps ``x`` for ``"logsumexp"`` and ``"gem"`` alone; for ``"max"`` an index for each element of the result.
+    """
+    arguments = canonical_masked(x, lengths, mask, mode, p, channels_first=channels_first)
+    out, _ = torch.ops.velm.pool_forward(*arguments.values(), forced())
+    leading, dim = (x.shape[:1], x.shape[1]) if channels_first else (x.shape[:-2], x.shape[-1])
+    return out.view(*leading, dim)
+
+
+def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor:
+    """Pools each run of packed tokens: row s of the result is over ``x[cu_seqlens[s]:cu_seqlens[s + 1]]``.
+
+    Args:
+        x: ``(tokens, dim)``, floating point.
+        cu_seqlens: ``(segments + 1,)`` integers from 0 to tokens, none less than the one before. Segments may be empty.
+        mode, p: as in :func:`masked_pool`.
+
+    Returns:
+        ``(segments, dim)``, contiguous, in x's dtype; 0 for empty segments.
+
+    Raises:
+        TypeError, ValueError: as :func:`masked_pool`; also for ``cu_seqlens`` that do not fit ``x``.
+    """
+    arguments = canonical_segments(x, cu_seqlens, mode, p)
+    out, _ = torch.ops.velm.pool_forward(*arguments.values(), forced())
+    return out
+
+
+def checked_mode(mode: str, p: float) -> tuple[int, float]:
+    if not isinstance(mode, str):
+        raise TypeError(f"mode: expected one of {', '.join(MODES)}, given {checks.describe(mode)}")
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, given {mode!r}")
+    return MODES.index(mode), checks.number("p", p, 1e-3, 1e3, described="a power from 0.001 to 1000")
+
+
+def checked_integers(name: str, given: Tensor, like: Tensor, layout: str, shape: tuple[int, ...]) -> Tensor:
+    checks.dtype_in(name, checks.tensor(name, given), checks.INTEGER_DTYPES)
+    checks.shape(name, given, layout, shape)
+    checks.same_device(name, given, "x", like)
+    return checks.as_int32(given.reshape(-1))
+
+
+def checked_mask(mask: Tensor, x: Tensor, layout: str, target: tuple[int, ...], rows: int, tokens: int) -> Tensor:
+    """``mask`` broadcast to ``target``, as contiguous ``(rows, tokens)``."""
+    checks.dtype_in("mask", checks.tensor("mask", mask), (torch.bool,))
+    checks.same_device("mask", mask, "x", x)
+    mask = checks.broadcastable("mask", mask, layout, target)
+    return mask.expand(target).reshape(rows, tokens).contiguous()
+
+
+def checked_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    checks.tensor("cu_seqlens", cu_seqlens, dims=1, layout="(segments + 1,)")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected (segments + 1,) with at least the leading 0, given (0,)")
+    return checked_integers("cu_seqlens", cu_seqlens, x, "(segments + 1,)", tuple(cu_seqlens.shape))
+
+
+def check_values(arguments: Arguments, tokens: int) -> None:
+    """Lengths and bounds of segments fit the tokens; runs inside operators, since it reads values."""
+    if arguments["lengths"] is not None:
+        checks.values_between("lengths", arguments["lengths"], 0, tokens)
+    bounds = arguments["cu_seqlens"]
+    if bounds is not None and checks.reads_values(bounds):
+        first, last = int(bounds[0]), int(bounds[-1])
+        if first != 0 or last != tokens or bool((bounds.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected values that rise from 0 to {tokens}, the tokens of x, "
+                f"given {first} to {last}{'' if (bounds.diff() >= 0).all() else ', some of them falling'}"
+            )
+
+
+def _product(sizes: Any) -> int:
+    product = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def canonical_masked(
+    x: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    mode: str = "mean",
+    p: float = 3.0,
+    *,
+    channels_first: bool = False,
+) -> Arguments:
+    """Checks the arguments of :func:`masked_pool` and returns those of the operator."""
+    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    number, p = checked_mode(mode, p)
+    if channels_first:
+        if x.dim() < 3:
+            raise ValueError(f"x: expected (batch, dim, *spatial), given {tuple(x.shape)}")
+        leading, spatial = tuple(x.shape[:1]), tuple(x.shape[2:])
+        tokens, dim = _product(spatial), x.shape[1]
+        rows = x.reshape(x.shape[0], dim, tokens).transpose(1, 2)
+    else:
+        if x.dim() < 2:
+            raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
+        leading, spatial = tuple(x.shape[:-2]), (x.shape[-2],)
+        tokens, dim = x.shape[-2:]
+        rows = x.reshape(_product(leading), tokens, dim)
+    if lengths is not None:
+        lengths = checked_integers("lengths", lengths, x, "the leading dimensions of x", leading)
+    if mask is not None:
+        layout = "(batch, *spatial)" if channels_first else "(..., tokens)"
+        mask = checked_mask(mask, x, layout, leading + spatial, rows.shape[0], tokens)
+    # Which of the two last strides is 1; with one column or one token either may be said to be.
+    by_token = rows.stride(1) == 1 and rows.stride(2) != 1 and dim > 1
+    if not by_token and rows.stride(2) != 1 and dim > 1:
+        rows = rows.contiguous()
+    return {
+        "x": rows,
+        "lengths": lengths,
+        "mask": mask,
+        "cu_seqlens": None,
+        "tokens_contiguous": by_token,
+        "mode": number,
+        "p": p,
+    }
+
+
+def canonical_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Arguments:
+    """Checks the arguments of :func:`segment_pool` and returns those of the operator."""
+    checks.dtype_in("x", checks.tensor("x", x, dims=2, layout="(tokens, dim)"), checks.FLOAT_DTYPES)
+    number, p = checked_mode(mode, p)
+    return {
+        "x": x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous(),
+        "lengths": None,
+        "mask": None,
+        "cu_seqlens": checked_cu_seqlens(cu_seqlens, x),
+        "tokens_contiguous": False,
+        "mode": number,
+        "p": p,
+    }
+
+
+def _stats(like: Tensor, shape: tuple[int, ...], mode: int) -> Tensor:
+    """Uninitialised; what backward needs of the result."""
+    dtype = torch.int32 if mode == MAX else torch.promote_types(like.dtype, torch.float32)
+    return like.new_empty(shape if mode in (MAX, LOGSUMEXP, GEM) else (0,), dtype=dtype)
+
+
+def _fake_forward(
+    x: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens_contiguous: bool,
+    mode: int,
+    p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
+    return x.new_empty(shape), _stats(x, shape, mode)
+
+
+def empty_gradient(grad: Tensor, tokens: int, packed: bool, tokens_contiguous: bool) -> Tensor:
+    rows, dim = grad.shape
+    if packed:
+        return grad.new_empty((tokens, dim))
+    if tokens_contiguous:
+        return grad.new_empty((rows, dim, tokens)).transpose(1, 2)
+    return grad.new_empty((rows, tokens, dim))
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    tokens_contiguous: bool,
+    mode: int,
+    p: float,
+    backend: str,
+) -> Tensor:
+    return empty_gradient(grad, tokens, cu_seqlens is not None, tokens_contiguous)
+
+
+# x: (segments, tokens, dim), last stride 1, or, with tokens_contiguous, the one before it, other strides arbitrary;
+# with cu_seqlens (tokens, dim), last stride 1. lengths: (segments,) int32, mask: (segments, tokens) bool, cu_seqlens:
+# (segments + 1,) int32, all contiguous; kernels clamp their values. mode: index into MODES.
+# out: (segments, dim) contiguous in x's dtype. stats, contiguous: for max the index of the token inside its segment,
+# int32, -1 for none; for logsumexp and gem the result in float32; else (0,).
+declare(
+    "pool_forward",
+    "Tensor x, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, bool tokens_contiguous, int mode, float p",
+    "(Tensor, Tensor)",
+    fake=_fake_forward,
+    check=lambda arguments: check_values(arguments, arguments["x"].shape[0 if arguments["x"].dim() == 2 else 1]),
+)
+# grad: (segments, dim) contiguous; x as above for logsumexp and gem, else None. The result has the shape of x and is
+# contiguous, with tokens_contiguous in the order (segments, dim, tokens).
+declare(
+    "pool_backward",
+    "Tensor grad, Tensor? x, Tensor stats, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, int tokens, "
+    "bool tokens_contiguous, int mode, float p",
+    "Tensor",
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, lengths, mask, cu_seqlens, *ctx.settings = inputs
+    ctx.tokens = x.shape[0 if cu_seqlens is not None else 1]
+    ctx.mark_non_differentiable(output[1])
+    keeps_x = ctx.settings[1] in (LOGSUMEXP, GEM)
+    ctx.save_for_backward(x if keeps_x else None, output[1], lengths, mask, cu_seqlens)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_x = torch.ops.velm.pool_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, *ctx.settings)
+    return grad_x, None, None, None, None, None, None, None
+
+
+register_autograd("pool_forward", _backward, setup_context=_setup_context)
+
+
+def _padded(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed tokens as ``(segments, longest, dim)``, and where in ``x`` each comes from (-1 where from nowhere)."""
+    bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    position = torch.arange(longest, device=x.device)
+    source = torch.where(position < lengths[:, None], bounds[:-1, None] + position, -1)
+    return x[source.clamp(min=0)] if len(x) else x.new_zeros(*source.shape, x.shape[1]), source
+
+
+def _live(segments: int, tokens: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
+    live = torch.ones(segments, tokens, dtype=torch.bool, device=device) if mask is None else mask
+    return live if lengths is None else live & (torch.arange(tokens, device=device) < lengths[:, None])
+
+
+def _reference_forward(
+    x: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens_contiguous: bool,
+    mode: int,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    from velm_kernels.pooling import reference
+
+    dtype = x.dtype
+    if cu_seqlens is not None:
+        x, source = _padded(x, cu_seqlens)
+        mask = source >= 0
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    out = reference.masked_pool(wide, lengths, mask, MODES[mode], p)
+    stats = _stats(x, tuple(out.shape), mode)
+    if mode == MAX:
+        live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
+        if x.shape[1]:
+            index = torch.where(live, wide, -torch.inf).max(1)
+            # An index of torch is that of any of equal ones.
+            equal = live & ((wide == index.values[:, None]) | (wide.isnan() & index.values.isnan()[:, None]))
+            stats = torch.where(live.any(1), equal.to(torch.uint8).argmax(1), -1).int()
+        else:
+            stats.fill_(-1)
+    elif mode in (LOGSUMEXP, GEM):
+        stats.copy_(out)
+    return out.to(dtype).contiguous(), stats
+
+
+def _reference_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    stats: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    tokens: int,
+    tokens_contiguous: bool,
+    mode: int,
+    p: float,
+) -> Tensor:
+    result = empty_gradient(grad, tokens, cu_seqlens is not None, tokens_contiguous)
+    source = None
+    if cu_seqlens is not None:
+        x, source = _padded(grad.new_zeros(tokens, grad.shape[1]) if x is None else x, cu_seqlens)
+        mask = source >= 0
+    elif x is None:
+        x = grad.new_zeros(result.shape)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
+    g, x = grad.to(wide)[:, None], torch.where(live, x.to(wide), 0.0)
+    if mode == MAX:
+        position = torch.arange(x.shape[1], device=x.device)[None, :, None]
+        parts = torch.where(stats[:, None] == position, g, 0.0)
+    elif mode == LOGSUMEXP:
+        parts = torch.where(stats[:, None] == -torch.inf, 0.0, g * (x - stats[:, None]).exp())
+    elif mode == GEM:
+        ratio = x / stats[:, None].clamp(min=GEM_EPS)
+        parts = torch.where(x >= GEM_EPS, g * ratio ** (p - 1), 0.0)
+    else:
+        parts = g.expand(x.shape)
+    if mode in (MEAN, GEM):
+        parts = parts / live.sum(1, keepdim=True).clamp(min=1)
+    parts = torch.where(live, parts, 0.0).to(grad.dtype)
+    if source is None:
+        return result.copy_(parts)
+    return result.index_copy_(0, source[source >= 0], parts[source >= 0])
+
+
+def _too_long(arguments: Arguments) -> list[str]:
+    tokens = arguments["tokens"] if "tokens" in arguments else arguments["x"].shape[-2]
+    return [] if tokens < 2**31 else [f"x has {tokens} tokens, and kernels count them in 32 bits"]
+
+
+register("pool_forward", "reference", _reference_forward, lambda arguments: [])
+register("pool_backward", "reference", _reference_backward, lambda arguments: [])
+for _name in ("pool_forward", "pool_backward"):
+    cpu.register_cpu(_name, reasons=lambda arguments: cpu.common_reasons(arguments) + _too_long(arguments))
+    cuda.register_cuda(_name, _too_long)
+    triton.register_triton(
+        _name, "pooling.triton_pool", lambda arguments: triton.common_reasons(arguments) + _too_long(arguments)
+    )
+register_public("masked_pool", "pool_forward", canonical_masked)
+register_public("segment_pool", "pool_forward", canonical_segments)
