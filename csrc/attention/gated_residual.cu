@@ -17,8 +17,13 @@ using namespace device;
 
 // A block is a tile of threads: along x over the columns, `width` at a time, along y over the rows.
 constexpr int kThreads = 128, kMostWidth = 8;
-constexpr int kRowsForward = 4;
-// Rows whose products are added in one float before the next level; row blocks are as many as fill a device.
+// Rows of a thread, which reads the gate of its columns once for all of them, and backward leaves a sum of them: as
+// many as these, or of fewer rows as leave so many blocks.
+constexpr int kRowsForward = 16, kRowsBackward = 32, kLeastBlocks = 256;
+// Rows that are read before the first is written.
+constexpr int kAhead = 2;
+// Rows whose products are added in one float before the next level, and the least of a thread backward; row blocks are
+// as many as fill a device.
 constexpr int kRowsASum = 16, kMostRowBlocks = 1024;
 
 // The gate in whichever type it came; the others are null.
@@ -41,32 +46,52 @@ DEVICE_INLINE float tanh_slope(float x) {
   return 4.0f * e / ((1.0f + e) * (1.0f + e));
 }
 
+// The next rows of a thread, and which of them are masked and so not read.
+struct Ahead {
+  int64_t row[kAhead];
+  bool is_row[kAhead], is_open[kAhead];
+
+  DEVICE_INLINE Ahead(int64_t first, int64_t end, const ReadOnly<unsigned char>& row_mask) {
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      row[n] = first + n * int64_t{blockDim.y};
+      is_row[n] = row[n] < end;
+      is_open[n] = is_row[n] && (!row_mask || row_mask[row[n]]);
+    }
+  }
+};
+
 template <class R, class X, class O, int Width>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(ReadOnly<R> residual, ReadOnly<X> x, Gate gate, ReadOnly<unsigned char> row_mask, Global<O> out,
-                   int64_t residual_stride, int64_t x_stride, int64_t rows, int64_t dim, unsigned column_blocks) {
+                   int64_t residual_stride, int64_t x_stride, int64_t rows, int64_t dim, unsigned column_blocks,
+                   int rows_a_thread) {
   const int64_t column = (int64_t{blockIdx.x % column_blocks} * blockDim.x + threadIdx.x) * Width;
   if (column >= dim) return;
   float tanh_gate[Width];
 #pragma unroll
   for (int k = 0; k < Width; ++k) tanh_gate[k] = tanhf(gate.at(column + k));
-  const int64_t first = int64_t{blockIdx.x / column_blocks} * (blockDim.y * kRowsForward) + threadIdx.y;
+  const int64_t first = int64_t{blockIdx.x / column_blocks} * (blockDim.y * rows_a_thread) + threadIdx.y;
+  for (int i = 0; i < rows_a_thread; i += kAhead) {
+    const Ahead rows_ahead(first + i * int64_t{blockDim.y}, rows, row_mask);
+    Vector<R, Width> r[kAhead];
+    Vector<X, Width> b[kAhead];
 #pragma unroll
-  for (int i = 0; i < kRowsForward; ++i) {
-    const int64_t row = first + i * int64_t{blockDim.y};
-    if (row >= rows) return;
-    const auto r = load<Width>(residual + (row * residual_stride + column));
-    Vector<O, Width> result;
-    // A row that is masked is not read, and an infinite gate must not reach it.
-    if (row_mask && !row_mask[row]) {
-#pragma unroll
-      for (int k = 0; k < Width; ++k) result[k] = from_float<O>(to_float(r[k]));
-    } else {
-      const auto b = load<Width>(x + (row * x_stride + column));
-#pragma unroll
-      for (int k = 0; k < Width; ++k) result[k] = from_float<O>(fmaf(tanh_gate[k], to_float(b[k]), to_float(r[k])));
+    for (int n = 0; n < kAhead; ++n) {
+      if (rows_ahead.is_row[n]) r[n] = load<Width>(residual + (rows_ahead.row[n] * residual_stride + column));
+      if (rows_ahead.is_open[n]) b[n] = load<Width>(x + (rows_ahead.row[n] * x_stride + column));
     }
-    store(out + (row * dim + column), result);
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) {
+      if (!rows_ahead.is_row[n]) return;
+      Vector<O, Width> result;
+      // An infinite gate must not reach a row that is masked.
+#pragma unroll
+      for (int k = 0; k < Width; ++k)
+        result[k] = from_float<O>(rows_ahead.is_open[n] ? fmaf(tanh_gate[k], to_float(b[n][k]), to_float(r[n][k]))
+                                                        : to_float(r[n][k]));
+      store(out + (rows_ahead.row[n] * dim + column), result);
+    }
   }
 }
 
@@ -78,7 +103,7 @@ struct BackwardStorage {
 
 // grad_x, and for each block of rows the sums over its rows of grad * x.
 template <class G, class X, int Width>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, 6)
     backward_kernel(ReadOnly<G> grad, ReadOnly<X> x, Gate gate, ReadOnly<unsigned char> row_mask, Global<X> grad_x,
                     Global<float> partials, int64_t x_stride, int64_t rows, int64_t dim, unsigned column_blocks,
                     int64_t rows_a_block) {
@@ -93,24 +118,29 @@ __global__ void __launch_bounds__(kThreads, 8)
     for (int k = 0; k < Width; ++k) tanh_gate[k] = tanhf(gate.at(column + k));
     for (int64_t block = begin + threadIdx.y; block < end; block += kRowsASum * int64_t{blockDim.y}) {
       float sum[Width] = {};
-      for (int i = 0; i < kRowsASum; ++i) {
-        const int64_t row = block + i * int64_t{blockDim.y};
-        if (row >= end) break;
-        Vector<X, Width> result;
-        if (row_mask && !row_mask[row]) {
+      for (int i = 0; i < kRowsASum; i += kAhead) {
+        const Ahead rows_ahead(block + i * int64_t{blockDim.y}, end, row_mask);
+        Vector<G, Width> g[kAhead];
+        Vector<X, Width> b[kAhead];
 #pragma unroll
-          for (int k = 0; k < Width; ++k) result[k] = from_float<X>(0.0f);
-        } else {
-          const auto g = load<Width>(grad + (row * dim + column));
-#pragma unroll
-          for (int k = 0; k < Width; ++k) result[k] = from_float<X>(tanh_gate[k] * to_float(g[k]));
-          if (partials) {
-            const auto b = load<Width>(x + (row * x_stride + column));
-#pragma unroll
-            for (int k = 0; k < Width; ++k) sum[k] = fmaf(to_float(g[k]), to_float(b[k]), sum[k]);
-          }
+        for (int n = 0; n < kAhead; ++n) {
+          if (!rows_ahead.is_open[n]) continue;
+          g[n] = load<Width>(grad + (rows_ahead.row[n] * dim + column));
+          if (partials) b[n] = load<Width>(x + (rows_ahead.row[n] * x_stride + column));
         }
-        if (grad_x) store(grad_x + (row * dim + column), result);
+#pragma unroll
+        for (int n = 0; n < kAhead; ++n) {
+          if (!rows_ahead.is_row[n]) break;
+          Vector<X, Width> result;
+#pragma unroll
+          for (int k = 0; k < Width; ++k)
+            result[k] = from_float<X>(rows_ahead.is_open[n] ? tanh_gate[k] * to_float(g[n][k]) : 0.0f);
+          if (partials && rows_ahead.is_open[n]) {
+#pragma unroll
+            for (int k = 0; k < Width; ++k) sum[k] = fmaf(to_float(g[n][k]), to_float(b[n][k]), sum[k]);
+          }
+          if (grad_x) store(grad_x + (rows_ahead.row[n] * dim + column), result);
+        }
       }
 #pragma unroll
       for (int k = 0; k < Width; ++k) total[k] += sum[k];
@@ -191,9 +221,15 @@ Tile tile_of(const GatedResidual& p, int width) {
   return {dim3(along, kThreads / along), static_cast<unsigned>(divide_up(p.dim, int64_t{along} * width)), 0, 0};
 }
 
+// At most `most` rows for each thread, at least `least`, such that there are enough blocks.
+int rows_a_thread(const GatedResidual& p, const Tile& tile, int most, int least) {
+  while (most > least && divide_up(p.rows, int64_t{tile.block.y} * most) * tile.column_blocks < kLeastBlocks) most /= 2;
+  return most;
+}
+
 Tile backward_tile(const GatedResidual& p, int width) {
   Tile tile = tile_of(p, width);
-  const int64_t least = int64_t{tile.block.y} * kRowsASum;
+  const int64_t least = int64_t{tile.block.y} * rows_a_thread(p, tile, kRowsBackward, kRowsASum);
   tile.rows_a_block = std::max(least, divide_up(p.rows, std::max<int64_t>(1, kMostRowBlocks / tile.column_blocks)));
   tile.row_blocks = divide_up(p.rows, tile.rows_a_block);
   return tile;
@@ -220,11 +256,12 @@ void gated_residual_forward(const GatedResidual& p, Stream stream) {
       const auto run = [&](auto width) {
         constexpr int kWide = decltype(width)::value;
         Tile tile = tile_of(p, kWide);
-        tile.row_blocks = divide_up(p.rows, int64_t{tile.block.y} * kRowsForward);
-        launch<forward_kernel<R, X, O, kWide>>(tile.blocks(), tile.block, 0, stream, global<const R>(p.residual),
-                                               global<const X>(p.x), gate_of(p),
-                                               global<const unsigned char>(p.row_mask), global<O>(p.out),
-                                               p.residual_stride, p.x_stride, p.rows, p.dim, tile.column_blocks);
+        const int of_thread = rows_a_thread(p, tile, kRowsForward, kAhead);
+        tile.row_blocks = divide_up(p.rows, int64_t{tile.block.y} * of_thread);
+        launch<forward_kernel<R, X, O, kWide>>(
+            tile.blocks(), tile.block, 0, stream, global<const R>(p.residual), global<const X>(p.x), gate_of(p),
+            global<const unsigned char>(p.row_mask), global<O>(p.out), p.residual_stride, p.x_stride, p.rows, p.dim,
+            tile.column_blocks, of_thread);
       };
       const bool fits = p.dim % kWidth == 0 && is_aligned(p.residual, p.residual_dtype, p.residual_stride, kWidth) &&
                         is_aligned(p.x, p.x_dtype, p.x_stride, kWidth) && is_aligned(p.out, p.out_dtype, p.dim, kWidth);
