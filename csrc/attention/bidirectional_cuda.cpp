@@ -14,8 +14,11 @@ namespace {
 
 using namespace device;
 using MaybeTensor = std::optional<Tensor>;
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
+
+Tensor zeros_heads_last(const Tensor& like) {
+  return torch::stable::transpose(new_zeros(like, {like.size(0), like.size(2), like.size(1), like.size(3)}), 1, 2);
+}
 
 struct Settings {
   MaybeTensor seed;
@@ -85,7 +88,7 @@ struct Direction {
     AttentionBackward& p = problem;
     set_direction(p, query, key, value, mask, settings, number);
     if (!is_used) return;
-    if (!grad_out) this->grad_out = torch::stable::fill_(empty_heads_last(out, p.value_dim), 0.0);
+    if (!grad_out) this->grad_out = zeros_heads_last(out);
     delta = empty_of_rows(query, query.size(1));
     p.out = rows_of(out);
     p.grad_out = rows_of(this->grad_out);
@@ -127,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
   };
   const auto grad_value = [&](int64_t bit, const Tensor& value, Direction& direction) {
     if (!(grad_mask & bit)) return nothing(value);
+    if (!direction.out_is_used) return zeros_heads_last(value);
     Tensor grad = empty_heads_last(value, value.size(3));
-    if (!direction.out_is_used) return torch::stable::fill_(grad, 0.0);
     direction.problem.grad_value = rows_of(grad);
     attention_grad_value(direction.problem, stream);
     return grad;
