@@ -33,7 +33,7 @@ CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h'
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --disable-pip-version-check --quiet $(TORCH)
-	$(RUN) -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-dev.txt
 	CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
 	  $(RUN) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
 	touch $@
