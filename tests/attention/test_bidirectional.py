@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
-from tests.conftest import DEVICE_ON_HOST, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import (
+    DEVICE_ON_HOST,
+    INTERPRETED,
+    Backend,
+    every_backend_once,
+    every_backend_with_cuda,
+    every_cpu_backend,
+)
 from tests.numbers import ULPS, assert_accurate
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.bidirectional import canonical
@@ -214,7 +221,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
         torch.testing.assert_close(alone[wanted], everything[wanted])
 
 
-@every_backend_with_cuda
+@every_backend_once
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_opcheck_and_compile(backend: Backend, dropout_p: float) -> None:
     tensors = [torch.randn(2, 2, n, d).requires_grad_() for n, d in ((5, 8), (7, 8), (5, 6), (7, 4))]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.pooling import reference
 from velm_kernels.pooling.pool import canonical_masked, canonical_segments
@@ -237,7 +237,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, mode: str) -> Non
     torch.testing.assert_close(results[0]["out"].double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@every_backend_with_cuda
+@every_backend_once
 @pytest.mark.parametrize("mode", ["max", "gem"])
 def test_opcheck_and_compile(backend: Backend, mode: str) -> None:
     x, lengths = torch.randn(3, 4, 6, requires_grad=True), torch.tensor([4, 0, 2])
