@@ -13,7 +13,7 @@ from velm_kernels.attention import (
     merge_attention,
 )
 from velm_kernels.backends import explain, use_backend
-from velm_kernels.fusion import dropout_residual
+from velm_kernels.fusion import Bilinear, bilinear, dropout_residual
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
 from velm_kernels.pooling import masked_pool, segment_pool
@@ -21,12 +21,14 @@ from velm_kernels.pooling import masked_pool, segment_pool
 __all__ = [
     "MLP",
     "BidirectionalAttention",
+    "Bilinear",
     "CoAttention",
     "CrossAttention",
     "GatedCrossAttention",
     "Linear",
     "__version__",
     "bidirectional_attention",
+    "bilinear",
     "cross_attention",
     "cross_attention_varlen",
     "dropout_residual",

@@ -33,7 +33,7 @@ from velm_kernels.attention import triton_attention, triton_bidirectional, trito
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import triton_dropout
+from velm_kernels.fusion import triton_bilinear, triton_dropout
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_pool
 from velm_kernels.pooling.reference import MODES
@@ -95,6 +95,7 @@ STREAMING = (
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
 )
+BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
@@ -162,6 +163,9 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_small.gated_residual_backward(x, x, row, mask, 3)
         triton_dropout.dropout_residual_forward(x, x, seed, 0.1)
         y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
+        few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
+        triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
+        triton_bilinear.bilinear_backward(few, few, few, weight, 15)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
         _pooling(dtype)
     return {launch.kind: launch for launch in launches}
@@ -191,6 +195,8 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
                     if has_entry and is_launched(kind, getattr(torch, dtype), dim):
                         yield kind, level, dtype, dim, arch
             yield "linear", "plain", dtype, WIDEST, arch
+            for kind in BILINEAR:
+                yield kind, "plain", dtype, WIDEST, arch
         if "float16" in dtypes:
             for kind in STREAMING:
                 yield kind, "plain", "float16", WIDEST, arch

@@ -24,6 +24,7 @@ CHECKED = [
     ("linear", "plain", "float16", 256, 90),
     ("dropout_residual", "plain", "float16", 256, 80),
     ("pool_max", "plain", "float16", 256, 80),
+    ("bilinear", "plain", "float16", 256, 90),
 ]
 
 

@@ -284,6 +284,25 @@ def _pooling_checks() -> list[Check]:
     return found
 
 
+def _bilinear_check(name: str, regions: tuple[int, ...]) -> Check:
+    def make(generator: torch.Generator) -> Inputs:
+        return {
+            "x": _randn(generator, M, 70),
+            "y": _randn(generator, M, *regions, 90),
+            "weight": _randn(generator, 30, 70, 90),
+            "bias": 10 * _randn(generator, 30),
+        }
+
+    def meaning(x: Tensor, **inputs: Tensor) -> Tensor:
+        return fusion_reference.bilinear(x[:, None] if regions else x, **inputs)
+
+    return Check("bilinear", name, make, velm_kernels.bilinear, meaning, ("x", "y", "weight", "bias"))
+
+
+def _fusion_checks() -> list[Check]:
+    return [_bilinear_check("pairs of rows", ()), _bilinear_check("one row for every region", (5,))]
+
+
 def checks() -> list[Check]:
     """Every check, operator by operator."""
     two_ways = ("query_a", "query_b", "value_a", "value_b")
@@ -366,4 +385,4 @@ def checks() -> list[Check]:
                 ("x", "residual") if residual else ("x",),
             )
         )
-    return found + _linear_checks() + _pooling_checks()
+    return found + _linear_checks() + _pooling_checks() + _fusion_checks()

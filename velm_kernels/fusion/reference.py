@@ -31,3 +31,9 @@ def dropout_residual(x: Tensor, residual: Tensor | None, seed: Tensor, dropout_p
     rows, dim = x.shape
     dropped = torch.where(kept(seed, rows, dim, dropout_p), x / (1 - dropout_p), x.new_zeros(()))
     return dropped if residual is None else residual + dropped
+
+
+def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``z[..., k] = sum_ij x[..., i] weight[k, i, j] y[..., j] + bias[k]``."""
+    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
+    return out if bias is None else out + bias

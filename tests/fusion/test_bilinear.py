@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import INTERPRETED, every_backend, every_cpu_backend
+from tests.numbers import assert_accurate
+from velm_kernels.fusion import Bilinear, bilinear, folded, reference
+
+NAMES = ("x", "y", "weight", "bias")
+
+
+def _inputs(rows, dx, dy, out, dtype, scale=1.0, regions=None, seed=0):
+    """Sums of different sizes for every element, at one of several scales."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    y = randn(rows, dy) if regions is None else randn(rows, regions, dy)
+    values = (scale * randn(rows, dx), scale * y, randn(out, dx, dy), randn(out))
+    return [value.to(dtype) for value in values]
+
+
+def _all_results(function, inputs, wanted=(True,) * 4, dtype=None):
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+    out = function(*leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(inputs[0].dtype).to(out.dtype)
+    out.backward(grad)
+    return {"out": out.detach(), **{name: leaf.grad for name, leaf in zip(NAMES, leaves, strict=True)}}
+
+
+def _check(backend, inputs, wanted=(True,) * 4, plain=F.bilinear, exact=F.bilinear):
+    with backend.use():
+        got = _all_results(bilinear, inputs, wanted)
+    eager = _all_results(plain, inputs, wanted)
+    precise = _all_results(exact, inputs, wanted, torch.float64)
+    for name, value in got.items():
+        assert (value is None) == (precise[name] is None), name
+        if value is not None:
+            assert value.is_contiguous() and value.dtype == inputs[0].dtype
+            assert_accurate(name, value, eager[name], precise[name], inputs[0].dtype)
+
+
+@every_backend
+@given(data=st.data())
+def test_any_shape(backend, data):
+    most = 20 if INTERPRETED else 70
+    sizes = [data.draw(st.integers(1, most), label=name) for name in ("rows", "dx", "dy")]
+    out = data.draw(st.integers(1, 30), label="out")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    scale = data.draw(st.sampled_from([0.1, 1.0, 4.0])) if dtype != torch.float16 else 0.5
+    wanted = data.draw(st.tuples(*[st.booleans()] * 4).filter(any))
+    _check(backend, _inputs(*sizes, out, dtype, scale), wanted)
+
+
+@every_cpu_backend
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1100, 14, 13, 5),  # more rows than are summed at a time
+        (40, 13, 800, 3),  # y in pieces, few outputs
+        (9, 3, 500, 530),  # outputs in pieces
+        (3, 70, 1, 2),
+        (3, 1, 70, 1),
+    ],
+)
+def test_shapes_that_are_cut(backend, sizes):
+    _check(backend, _inputs(*sizes, torch.float32))
+
+
+@every_backend
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
+def test_nothing(backend, sizes):
+    inputs = _inputs(*sizes, torch.float32)
+    with backend.use():
+        got = _all_results(bilinear, inputs)
+    assert torch.equal(got["out"], inputs[3].expand(sizes[0], sizes[3]))
+    for name, value in zip(NAMES[:3], inputs[:3], strict=True):
+        assert torch.equal(got[name], torch.zeros_like(value)), name
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [(True, True, True, True), (True, False, False, False), (False, True, False, True)])
+def test_one_row_of_x_for_every_region(backend, dtype, wanted):
+    inputs = _inputs(3, 20, 17, 6, dtype, regions=5)
+
+    def repeated(x, y, weight, bias):
+        return F.bilinear(x[:, None].expand(-1, y.shape[1], -1), y, weight, bias)
+
+    _check(backend, inputs, wanted, repeated, repeated)
+
+
+def test_regions_in_pieces(monkeypatch):
+    monkeypatch.setattr(folded, "WORKSPACE", 3 * 17 * 20)
+    x, y, weight, bias = (value.double() for value in _inputs(3, 20, 17, 7, torch.float32, regions=5))
+    grad = torch.randn(3, 5, 7).double()
+    torch.testing.assert_close(folded.forward(x, y, weight, bias), folded.reference_forward(x, y, weight, bias))
+    grads, expected = (function(grad, x, y, weight, 15) for function in (folded.backward, folded.reference_backward))
+    for a, b in zip(grads, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "leading"),
+    [
+        ((4,), (5,), ()),
+        ((2, 3, 4), (2, 3, 5), (2, 3)),
+        ((2, 3, 4), (3, 5), (2, 3)),
+        ((2, 1, 4), (2, 3, 5), (2, 3)),
+        ((2, 3, 4), (2, 1, 5), (2, 3)),
+        ((4,), (2, 3, 5), (2, 3)),
+        ((2, 4), (2, 3, 5), (2, 3)),
+        ((7, 1, 1, 4), (2, 3, 5), (7, 2, 3)),
+        ((1, 4), (1, 1, 5), (1, 1)),
+    ],
+)
+def test_leading_dimensions(x, y, leading):
+    x, y, weight = torch.randn(x).double(), torch.randn(y).double(), torch.randn(6, 4, 5).double()
+    out = bilinear(x, y, weight)
+    rows = x[:, None] if x.dim() == 2 and y.dim() == 3 and x.shape[0] == y.shape[0] else x
+    expected = torch.einsum("...i,kij,...j->...k", rows, weight, y)
+    assert out.shape == (*leading, 6)
+    torch.testing.assert_close(out, expected)
+
+
+@every_backend
+def test_layouts(backend):
+    x, y = torch.randn(5, 9, 2)[..., 0], torch.randn(1, 7).expand(5, 7)
+    weight = torch.randn(7, 4, 9).permute(1, 2, 0)
+    row_strided = torch.randn(4, 9, 11)[..., :7]
+    with backend.use():
+        for matrix in (weight, row_strided):
+            expected = bilinear(x.contiguous(), y.contiguous(), matrix.contiguous())
+            assert torch.equal(bilinear(x, y, matrix), expected)
+    torch.testing.assert_close(expected, F.bilinear(x, y, row_strided))
+
+
+@every_cpu_backend
+def test_other_rows_and_what_lies_behind_them_change_nothing(backend):
+    """A row that is not finite stays alone, and memory past the end of a row is not read."""
+    x, y, weight, _ = _inputs(40, 13, 17, 5, torch.float32)
+    around = [torch.full((value.shape[0], value.shape[1] + 3), torch.nan) for value in (x, y)]
+    for wide, value in zip(around, (x, y), strict=True):
+        wide[:, : value.shape[1]] = value
+    leaves = [wide[:, :-3].detach() for wide in around]
+    leaves[0][33] = torch.inf
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    with backend.use():
+        clean = _all_results(lambda *values: bilinear(*values), [x, y, weight, torch.zeros(5)])
+        out = bilinear(*leaves, weight)
+        grads = torch.autograd.grad(out, leaves, torch.randn(40, 5, generator=torch.Generator().manual_seed(1)))
+    others = torch.arange(40) != 33
+    for name, value in zip(("out", "x", "y"), (out, *grads), strict=True):
+        assert torch.equal(value[others], clean[name][others]), name
+
+
+@every_cpu_backend
+def test_same_bits_for_any_number_of_threads(backend):
+    inputs = _inputs(90, 50, 60, 7, torch.float32)
+    results = []
+    with backend.use():
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(_all_results(bilinear, inputs))
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize(("regions", "grad_mask"), [(None, 11), (2, 5)])
+def test_operator_checks_and_compile(regions, grad_mask):
+    name = "bilinear" if regions is None else "folded_bilinear"
+    values = [value.requires_grad_() for value in _inputs(5, 6, 7, 3, torch.float32, regions=regions)]
+    operator, backward = (getattr(torch.ops.velm, f"{name}_{which}").default for which in ("forward", "backward"))
+    torch.library.opcheck(operator, (*values, ""))
+    grad = torch.randn_like(operator(*values, ""))
+    arguments = (grad, *(value.detach() for value in values[:3]), grad_mask, "")
+    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(bilinear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*values), bilinear(*values))
+
+
+def test_operations_are_counted():
+    x, y, weight, _ = (value.requires_grad_() for value in _inputs(5, 6, 7, 3, torch.float32))
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        bilinear(x, y, weight).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 5 * 6 * 7 * 3
+    repeated = _inputs(5, 6, 7, 3, torch.float32, regions=9)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        bilinear(*repeated)
+    assert counter.get_total_flops() == 2 * 5 * 3 * 7 * (6 + 9)
+
+
+def test_autocast():
+    x, y, weight, bias = _inputs(5, 6, 7, 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = bilinear(x, y, weight, bias)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, bilinear(*(value.bfloat16() for value in (x, y, weight, bias))))
+
+
+def test_module_takes_the_place_of_torchs():
+    torch.manual_seed(0)
+    theirs = torch.nn.Bilinear(6, 7, 3)
+    torch.manual_seed(0)
+    ours = Bilinear(6, 7, 3)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value)
+    x, y = torch.randn(2, 4, 6), torch.randn(2, 4, 7)
+    torch.testing.assert_close(ours(x, y), theirs(x, y))
+    assert ours(torch.randn(2, 6), torch.randn(2, 5, 7)).shape == (2, 5, 3)
+    assert Bilinear(6, 7, 3, bias=False).bias is None
+
+
+def test_written_meaning():
+    x, y, weight, bias = (value.double() for value in _inputs(4, 5, 6, 3, torch.float32))
+    torch.testing.assert_close(reference.bilinear(x, y, weight, bias), F.bilinear(x, y, weight, bias))
+
+
+ROW, OTHER, WEIGHT = torch.ones(2, 3), torch.ones(2, 4), torch.ones(5, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], OTHER, WEIGHT), TypeError, "x: "),
+        ((ROW, OTHER.half(), WEIGHT), TypeError, "y: expected dtype torch.float32, given torch.float16"),
+        ((ROW.long(), OTHER, WEIGHT), TypeError, "x: "),
+        ((ROW, OTHER, WEIGHT[0]), ValueError, r"weight: expected \(out, dx, dy\), given \(3, 4\)"),
+        ((OTHER, OTHER, WEIGHT), ValueError, r"x: expected .* dx = 3 as in weight \(5, 3, 4\), given \(2, 4\)"),
+        ((ROW, ROW, WEIGHT), ValueError, "y: expected .* dy = 4"),
+        ((ROW, torch.ones(3, 4), WEIGHT), ValueError, r"y: expected leading dimensions .*\(2, 3\), given \(3, 4\)"),
+        ((ROW, OTHER, WEIGHT, torch.ones(4)), ValueError, r"bias: expected \(out,\) = \(5,\), given \(4,\)"),
+        ((torch.ones(()), OTHER, WEIGHT), ValueError, "x: "),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        bilinear(*arguments)
