@@ -7,12 +7,16 @@
 // gradients and the queries, each into a slot of its own, which is filled again while the other two are in use. Where
 // three tiles of 64 rows do not fit beside them, a block has 32 rows, and two warps share 16 of them: each takes half
 // of the columns of every tile, and their sums are added at the end.
+//
+// Where a side has few rows and the other many, as text and a picture have, several blocks share the tiles of the
+// other, and a second kernel adds their sums.
 
 #include "attention/bidirectional_cuda.h"
 
 #include "attention/cuda_columns.h"
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
+#include "attention/cuda_splits.h"
 #include "device/launch.h"
 
 namespace velm::cuda {
@@ -52,15 +56,19 @@ struct Upstream {
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, 2)
     grad_side_kernel(const Inputs<T> x, const Inputs<T> y, const Upstream<T> up_x, const Upstream<T> up_y,
-                     const Rows<T> grad, int grad_width, float scale, int row_blocks) {
+                     const Rows<T> grad, int grad_width, float scale, int row_blocks, int splits,
+                     const Partials partials) {
   using Of = Shape<sizeof(T), kDim>;
   constexpr int kColumns = Of::kColumns, kOwn = Of::kOwn, kTiles = kOwn / 8;
   auto& shared = dynamic_shared<Storage<T, kDim>>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
   const int warp = thread / 32, warp_row = warp % Of::kRowWarps * 16, warp_column = warp / Of::kRowWarps * kOwn;
-  const int first_row = static_cast<int>(blockIdx.x) % row_blocks * Of::kRows;
-  const int head = static_cast<int>(blockIdx.x) / row_blocks % x.heads;
-  const int index = static_cast<int>(blockIdx.x) / row_blocks / x.heads;
+  const int split = static_cast<int>(blockIdx.x) % splits, block = static_cast<int>(blockIdx.x) / splits;
+  const int first_row = block % row_blocks * Of::kRows;
+  const int head = block / row_blocks % x.heads, index = block / row_blocks / x.heads;
+  const int tiles = (x.keys + kColumns - 1) / kColumns;
+  const int begin = first_of_split(tiles, split, splits) * kColumns;
+  const int end = min(first_of_split(tiles, split + 1, splits) * kColumns, x.keys);
   const int64_t rows_x = (index * int64_t{x.heads} + head) * x.queries,
                 rows_y = (index * int64_t{x.heads} + head) * x.keys;
 
@@ -72,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   copy_block(shared.grad_out, up_x.grad_out, x.value_dim, up_x.width);
   // A group of copies for each slot, empty behind the end.
   const auto fill = [&](Slot slot, int start) {
-    if (start < x.keys) {
+    if (start < end) {
       const auto copy = [&](const Rows<const T>& rows, int dim, int width) {
         copy_tile<T, kDim, kColumns>(shared.ring[slot], rows.at(index, head, start), rows.row, x.keys - start, dim,
                                      width);
@@ -93,8 +101,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     cp_async_commit();
   };
-  fill(kValueSlot, 0);
-  fill(kGradSlot, 0);
+  fill(kValueSlot, begin);
+  fill(kGradSlot, begin);
   // The warp's columns of what is there.
   const auto columns = [&](Slot slot) { return Shared<T>(shared.ring[slot]) + warp_column * kDim; };
 
@@ -112,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   float total[kDim / 8][4] = {};
-  for (int start = 0; start < x.keys; start += kColumns) {
+  for (int start = begin; start < end; start += kColumns) {
     const int first_column = start + warp_column, table = start / kColumns % 2;
     // Bits 2 j + i of the columns of a thread: whether x may attend to them, and whether they attend to anything.
     unsigned open_columns = 0, live_columns = 0;
@@ -222,11 +230,41 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[j][i] *= scale;
+  if (splits > 1) {
+    store_wide_rows<kDim>(total, x.head_dim, [&](int row) {
+      const int query = first_row + warp_row + row;
+      return query < x.queries ? partials.out + (split * partials.rows + rows_x + query) * partials.stride
+                               : Global<float>(nullptr);
+    });
+    return;
+  }
   const Shared<T> stage = shared.query;
   store_rows<T, kDim>(stage + warp_row * kDim, total, x.head_dim, grad_width, [&](int row) {
     const int query = first_row + warp_row + row;
     return query < x.queries ? grad.at(index, head, query) : Global<T>(nullptr);
   });
+}
+
+// One thread for kWide numbers of a row.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    add_splits_kernel(const Partials partials, int splits, const Rows<T> grad, int heads, int queries, int dim) {
+  const int of_row = partials.stride / kWide;
+  const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, at = i / of_row;
+  if (at >= partials.rows) return;
+  const int column = static_cast<int>(i % of_row) * kWide;
+  float total[kWide] = {};
+#pragma unroll 4
+  for (int s = 0; s < splits; ++s) {
+    const auto x = load<kWide>(partials.out + (s * partials.rows + at) * partials.stride + column);
+#pragma unroll
+    for (int k = 0; k < kWide; ++k) total[k] += x[k];
+  }
+  const Global<T> to = grad.at(static_cast<int>(at / queries / heads), static_cast<int>(at / queries % heads),
+                               static_cast<int>(at % queries));
+#pragma unroll
+  for (int k = 0; k < kWide; ++k)
+    if (column + k < dim) to[column + k] = from_float<T>(total[k]);
 }
 
 template <class T>
@@ -235,23 +273,57 @@ Upstream<T> upstream_of(const AttentionBackward& p) {
           global<const float>(p.delta)};
 }
 
+struct Grid {
+  int64_t row_blocks, blocks;
+  int splits;
+};
+
+template <class T, class F>
+void with_grid(const AttentionBackward& x, const AttentionBackward& y, const F& f) {
+  // As in grad_query.cu: three tiles of rows and three of columns do not fit.
+  constexpr int kMost = sizeof(T) == 4 ? 128 : 256;
+  with_dim<kMost>(std::max({x.head_dim, x.value_dim, y.value_dim}), [&](auto dim) {
+    constexpr int kRows = Shape<sizeof(T), decltype(dim)::value>::kRows;
+    const int64_t row_blocks = (x.queries + kRows - 1) / kRows, blocks = x.batch * x.heads * row_blocks;
+    const int splits = split_count(blocks, std::min<int64_t>(x.queries, kRows), x.keys);
+    f(dim, Grid{row_blocks, blocks * splits, splits});
+  });
+}
+
 }  // namespace
 
-void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, Stream stream) {
+int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const AttentionBackward& y) {
+  int64_t count = 0;
+  with_type(x.dtype, [&](auto t) {
+    with_grid<decltype(t)>(x, y, [&](auto, const Grid& grid) {
+      if (grid.splits > 1) count = grid.splits * x.batch * x.heads * x.queries * partial_stride(x.head_dim);
+    });
+  });
+  return count;
+}
+
+void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums,
+                              Stream stream) {
   with_type(x.dtype, [&](auto t) {
     using T = decltype(t);
-    // As in grad_query.cu: three tiles of rows and three of columns do not fit.
-    constexpr int kMost = sizeof(T) == 4 ? 128 : 256;
-    with_dim<kMost>(std::max({x.head_dim, x.value_dim, y.value_dim}), [&](auto dim) {
+    with_grid<T>(x, y, [&](auto dim, const Grid& grid) {
       constexpr int kDim = decltype(dim)::value;
-      const int64_t row_blocks = (x.queries + Shape<sizeof(T), kDim>::kRows - 1) / Shape<sizeof(T), kDim>::kRows;
-      const int64_t blocks = x.batch * x.heads * row_blocks;
-      if (blocks == 0) return;
-      if (blocks > 0x7fffffff) throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 blocks");
-      launch<grad_side_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
-                                        inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y),
-                                        rows_of<T>(x.grad_query), copy_width(x.grad_query, x.dtype),
-                                        static_cast<float>(x.scale), static_cast<int>(row_blocks));
+      if (grid.blocks == 0) return;
+      if (grid.blocks > 0x7fffffff)
+        throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 blocks");
+      const auto grad = rows_of<T>(x.grad_query);
+      Partials partials{};
+      if (grid.splits > 1)
+        partials = {global<float>(partial_sums), x.batch * x.heads * x.queries, partial_stride(x.head_dim)};
+      launch<grad_side_kernel<T, kDim>>(static_cast<unsigned>(grid.blocks), kThreads, sizeof(Storage<T, kDim>), stream,
+                                        inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y), grad,
+                                        copy_width(x.grad_query, x.dtype), static_cast<float>(x.scale),
+                                        static_cast<int>(grid.row_blocks), grid.splits, partials);
+      if (grid.splits == 1) return;
+      const int64_t threads = partials.rows * (partials.stride / kWide);
+      launch<add_splits_kernel<T>>(static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
+                                   partials, grid.splits, grad, static_cast<int>(x.heads), static_cast<int>(x.queries),
+                                   static_cast<int>(x.head_dim));
     });
   });
 }

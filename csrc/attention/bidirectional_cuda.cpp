@@ -14,6 +14,7 @@ namespace {
 
 using namespace device;
 using MaybeTensor = std::optional<Tensor>;
+using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
 Tensor zeros_heads_last(const Tensor& like) {
@@ -118,10 +119,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
     Tensor grad = empty_heads_last(query, query.size(3));
     if (as_queries.is_used) {
       as_queries.problem.grad_query = rows_of(grad);
-      if (as_keys.is_used)
-        bidirectional_grad_query(as_queries.problem, as_keys.problem, stream);
-      else
+      if (as_keys.is_used) {
+        const int64_t count = bidirectional_grad_query_partials(as_queries.problem, as_keys.problem);
+        const Tensor partials = new_empty(query, {count}, ScalarType::Float);
+        bidirectional_grad_query(as_queries.problem, as_keys.problem, span_of(partials), stream);
+      } else {
         attention_grad_query(as_queries.problem, stream);
+      }
     } else {
       as_keys.problem.grad_key = rows_of(grad);
       attention_grad_key(as_keys.problem, stream);

@@ -13,6 +13,7 @@
 
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
+#include "attention/cuda_splits.h"
 #include "device/launch.h"
 #include "device/reduce.h"
 
@@ -66,17 +67,6 @@ struct Grid {
   int64_t blocks(int64_t batch) const { return batch * heads * row_blocks * splits; }
 };
 
-// What splits leave: for each of them `rows` rows of `stride` floats, as many as (batch, heads, queries).
-struct Partials {
-  Global<float> out;
-  int64_t rows;
-  int stride;
-};
-// Floats of one access to them.
-constexpr int kWide = 4;
-// A lane of a warp holds the logsumexp of one split.
-constexpr int kMostSplits = 32;
-
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     forward_kernel(const Inputs<T> a, const Rows<T> out, const Global<float> logsumexp, int out_width, const Grid grid,
@@ -103,8 +93,8 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   int tile = horizon.template next<kKeys>(0), stop = kNoTile;
   if (grid.splits > 1 && tile != kNoTile) {
     const int first = tile, tiles = (horizon.end + kKeys - 1) / kKeys - first;
-    tile = first + static_cast<int>(int64_t{tiles} * split / grid.splits);
-    stop = first + static_cast<int>(int64_t{tiles} * (split + 1) / grid.splits);
+    tile = first + first_of_split(tiles, split, grid.splits);
+    stop = first + first_of_split(tiles, split + 1, grid.splits);
   }
   // The first tile from `from` on that is the block's to do.
   const auto next = [&](int from) {
@@ -242,7 +232,8 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   });
 }
 
-// One warp a row: the mean of what its splits left, weighed by their sums of exponentials.
+// One warp a row: the mean of what its splits left, weighed by their sums of exponentials. A lane holds that of one
+// split.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     merge_splits_kernel(const Partials partials, const ReadOnly<float> partial_logsumexp, int splits, const Rows<T> out,
@@ -299,18 +290,8 @@ Grid grid_of(const AttentionForward& p) {
   const bool shares = group > 1 && p.longest_queries < kRows;
   const int64_t rows = shares ? p.longest_queries * group : p.longest_queries;
   Grid grid{static_cast<int>((rows + kRows - 1) / kRows), static_cast<int>(shares ? p.kv_heads : p.heads), shares, 1};
-  const int64_t blocks = grid.blocks(p.batch);
-  if (blocks == 0) return grid;
-  // A split reads 4 * dim bytes of each of its keys with their values, or more, and leaves 8 * dim for each of its
-  // rows, written and read: at most a quarter of that.
-  const int64_t least_keys = std::max<int64_t>(256, 8 * std::min<int64_t>(rows, kRows));
-  const int64_t splits = std::min({int64_t{kMostSplits}, 256 / blocks, p.longest_keys / least_keys});
-  grid.splits = static_cast<int>(std::max<int64_t>(1, splits));
+  grid.splits = split_count(grid.blocks(p.batch), std::min<int64_t>(rows, kRows), p.longest_keys);
   return grid;
-}
-
-int partial_stride(const AttentionForward& p) {
-  return (static_cast<int>(p.value_dim) + kWide - 1) / kWide * kWide;
 }
 
 // Of packed sequences all tokens are one batch entry.
@@ -322,7 +303,7 @@ int64_t rows_of_all(const AttentionForward& p) {
 
 int64_t attention_forward_partials(const AttentionForward& p) {
   const int splits = grid_of(p).splits;
-  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p) + 1);
+  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p.value_dim) + 1);
 }
 
 void attention_forward(const AttentionForward& p, Stream stream) {
@@ -338,7 +319,7 @@ void attention_forward(const AttentionForward& p, Stream stream) {
     Partials partials{};
     auto split_logsumexp = logsumexp;
     if (grid.splits > 1) {
-      partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p)};
+      partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p.value_dim)};
       split_logsumexp = partials.out + grid.splits * partials.rows * partials.stride;
     }
     with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {

@@ -13,10 +13,9 @@ struct AttentionForward : Attention {
   Span partials;
 };
 
-// Not 0 where the keys of a block of queries are split among several: where there would be less than 256 blocks (one
-// for each 64 queries of a head, or, of less, of all heads that share a key head), in as many parts as make up this
-// number, but at most 32, and of at least 256 keys and 8 for each query. Nothing but shapes decides, so that all
-// devices give the same bits. Each part takes an even share of the tiles that the ranges of its queries leave.
+// Not 0 where there are few blocks of queries (each of 64 queries of a head, or, of less, of all heads that share a key
+// head) and many keys, so that the keys are split (cuda_splits.h). Each part takes an even share of the tiles that the
+// ranges of its queries leave.
 int64_t attention_forward_partials(const AttentionForward& problem);
 
 void attention_forward(const AttentionForward& problem, Stream stream);

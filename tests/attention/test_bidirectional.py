@@ -177,6 +177,9 @@ def test_numbers(backend: Backend, **case: Any) -> None:
         {"dims": (20, 128, 33), "a": 66, "b": 34, "dropout_p": 0.2},
         {"dims": (72, 16, 16), "dtype": torch.bfloat16, "used": (False, False, True, True)},
         {"dims": (64, 24, 64), "dtype": torch.float16, "a": 66, "b": 130, "masked": (False, False), "dropout_p": 0.2},
+        # Columns split among blocks.
+        {"dims": (10, 16, 40), "a": 20, "b": 600, "dropout_p": 0.2},
+        {"dims": (130, 16, 8), "a": 520, "b": 33, "heads": 1, "dtype": torch.bfloat16},
         {"dims": (8, 8, 200), "used": (True, False, False, False), "wide": True},
     ],
     ids=str,

@@ -346,7 +346,8 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
   AttentionBackward of_a = direction(a, b), of_b = direction(b, a);
   of_a.grad_query = rows_of(grad_query);
   device_on_host::take_launches();
-  bidirectional_grad_query(of_a, of_b, nullptr);
+  std::vector<float> partials(static_cast<size_t>(bidirectional_grad_query_partials(of_a, of_b)));
+  bidirectional_grad_query(of_a, of_b, span(partials), nullptr);
   for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
   options().bank_conflicts = false;
 

@@ -207,3 +207,18 @@ def test_bidirectional_attention(dtype: torch.dtype, dim: int, rows_of_block: in
         # Beyond the least: what belongs to a row, for each lane that holds a part of it.
         assert 1 <= ratio <= 1.15, f"{ratio:.3f} times the least possible read"
         assert launch["global_bytes_written"] == count(query)
+
+
+def test_bidirectional_attention_splits() -> None:
+    query_a, value_a = torch.randn(2, 1, 1, 20, 16)
+    query_b, value_b = torch.randn(2, 1, 1, 1024, 16)
+    leaves = [t.requires_grad_() for t in (query_a, query_b)]
+    with velm_kernels.use_backend("device_on_host"):
+        out_a, out_b = velm_kernels.bidirectional_attention(query_a, query_b, value_a, value_b)
+        cuda.launches()
+        torch.autograd.grad(out_a.sum() + out_b.sum(), leaves)
+    of_a, added, of_b = cuda.launches()[2:]
+    partials = 4 * count(query_a)
+    assert of_a["blocks"] == 4 and of_a["global_bytes_written"] == added["global_bytes_read"] == partials
+    assert added["global_bytes_written"] == count(query_a)
+    assert of_b["blocks"] == 1024 // BLOCK_ROWS and of_b["global_bytes_written"] == count(query_b)
