@@ -16,17 +16,34 @@ from velm_kernels.backends import explain, use_backend
 from velm_kernels.fusion import Bilinear, bilinear, dropout_residual
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
-from velm_kernels.pooling import masked_pool, segment_pool
+from velm_kernels.pooling import (
+    AttentionalPooler,
+    AttentionPool,
+    AttentionPool2d,
+    MaskedPool,
+    ProbePool,
+    SegmentPool,
+    attention_pool,
+    masked_pool,
+    segment_pool,
+)
 
 __all__ = [
     "MLP",
+    "AttentionPool",
+    "AttentionPool2d",
+    "AttentionalPooler",
     "BidirectionalAttention",
     "Bilinear",
     "CoAttention",
     "CrossAttention",
     "GatedCrossAttention",
     "Linear",
+    "MaskedPool",
+    "ProbePool",
+    "SegmentPool",
     "__version__",
+    "attention_pool",
     "bidirectional_attention",
     "bilinear",
     "cross_attention",

@@ -94,7 +94,7 @@ void rows_backward(const Rule& rule, const Tensor& grad, const std::optional<Ten
   const bool in_place = to.type == ScalarType::Float;
   const auto row_bytes = static_cast<size_t>(to.inner);
   const auto* stat = static_cast<const float*>(stats.const_data_ptr());
-  const std::vector<Piece> pieces = pieces_of(tokens, dim, true);
+  const std::vector<Piece> pieces = pieces_of(tokens, kLeastElements / dim, true);
   std::vector<int64_t> counts(static_cast<size_t>(tokens.segments));
   for (int64_t s = 0; s < tokens.segments; ++s) counts[static_cast<size_t>(s)] = tokens.count(s);
   struct Worker {

@@ -216,7 +216,7 @@ void pool_rows(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor&
   const bool packed = tokens.bounds;
   const int64_t dim = x.size(x.dim() - 1), padded = (dim + kLanes - 1) / kLanes * kLanes;
   const Lines from(x, packed ? 0 : x.stride(0), x.stride(x.dim() - 2)), to(out, dim, 0);
-  const std::vector<Piece> pieces = pieces_of(tokens, dim, false);
+  const std::vector<Piece> pieces = pieces_of(tokens, kLeastElements / dim, false);
   // The first piece of each segment; a segment of several pieces leaves its states in memory.
   std::vector<int64_t> first(static_cast<size_t>(tokens.segments) + 1, static_cast<int64_t>(pieces.size()));
   for (size_t i = pieces.size(); i-- > 0;) first[static_cast<size_t>(pieces[i].segment)] = static_cast<int64_t>(i);

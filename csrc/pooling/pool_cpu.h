@@ -54,11 +54,11 @@ struct Piece {
   int64_t segment, begin, end;
 };
 
-// Pieces of about the same cost, at least one a segment, in order. They depend on the shape alone.
-inline std::vector<Piece> pieces_of(const Tokens& tokens, int64_t dim, bool whole_segments) {
+// Pieces of at least so many tokens where there are as many, at least one a segment, in order. They depend on the shape
+// alone.
+inline std::vector<Piece> pieces_of(const Tokens& tokens, int64_t least, bool whole_segments) {
   const int64_t all = tokens.bounds ? tokens.tokens : tokens.segments * tokens.tokens;
-  const int64_t most =
-      std::max({(all + kMostPieces - 1) / kMostPieces, kLeastElements / std::max<int64_t>(dim, 1), int64_t{1}});
+  const int64_t most = std::max({(all + kMostPieces - 1) / kMostPieces, least, int64_t{1}});
   std::vector<Piece> pieces;
   for (int64_t s = 0; s < tokens.segments; ++s) {
     // Backward writes all tokens of a padded segment.

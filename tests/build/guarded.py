@@ -92,6 +92,10 @@ def pooling(dtype: torch.dtype, at_end: bool, tokens: int, dim: int) -> None:
             ):
                 torch.autograd.grad(out, x, guarded(torch.ones_like(out), at_end))
                 assert out.isfinite().all()
+    x, rows = (guarded(torch.randn(2, n, dim).to(dtype), at_end).requires_grad_() for n in (tokens, 3))
+    out, _ = torch.ops.velm.attention_pool_forward(x, rows, None, mask, None, "cpu")
+    torch.autograd.grad(out, (x, rows), guarded(torch.ones_like(out), at_end))
+    assert out.isfinite().all()
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion import triton_bilinear, triton_dropout
 from velm_kernels.linear import triton_linear
-from velm_kernels.pooling import triton_pool
+from velm_kernels.pooling import triton_attention_pool, triton_pool
 from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
@@ -94,8 +94,12 @@ STREAMING = (
     *(f"pool_{mode}" for mode in MODES),
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
+    "attention_pool_softmax",
+    "attention_pool_softmax_backward",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
+# Kernels with products whose block sizes are fixed.
+PRODUCTS = ("linear", *BILINEAR, "attention_pool_products", "attention_pool_pooled", "attention_pool_tokens")
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
@@ -176,6 +180,9 @@ def _pooling(dtype: torch.dtype) -> None:
     for mode in range(len(MODES)):
         out, stats = triton_pool.pool_forward(x, lengths, mask, None, False, mode, 2.5)
         triton_pool.pool_backward(out, x, stats, lengths, mask, None, TOKENS, False, mode, 2.5)
+    rows = _empty(BATCH, HEADS, 768, dtype=dtype)
+    pooled, logsumexp = triton_attention_pool.attention_pool_forward(x, rows, lengths, mask, None)
+    triton_attention_pool.attention_pool_backward(pooled, x, rows, lengths, mask, None, pooled, logsumexp, 3)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:
@@ -194,8 +201,7 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
                     has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
                     if has_entry and is_launched(kind, getattr(torch, dtype), dim):
                         yield kind, level, dtype, dim, arch
-            yield "linear", "plain", dtype, WIDEST, arch
-            for kind in BILINEAR:
+            for kind in PRODUCTS:
                 yield kind, "plain", dtype, WIDEST, arch
         if "float16" in dtypes:
             for kind in STREAMING:

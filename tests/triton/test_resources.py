@@ -25,6 +25,7 @@ CHECKED = [
     ("dropout_residual", "plain", "float16", 256, 80),
     ("pool_max", "plain", "float16", 256, 80),
     ("bilinear", "plain", "float16", 256, 90),
+    ("attention_pool_products", "plain", "float16", 256, 80),
 ]
 
 

@@ -271,6 +271,20 @@ def _segment_pool_make(generator: torch.Generator, mode: str) -> Inputs:
     return {"x": _randn(generator, 151, 90), "cu_seqlens": bounds, "mode": mode}
 
 
+def _attention_pool_make(generator: torch.Generator, queries: int) -> Inputs:
+    mask = torch.rand(B, N, generator=generator) > 0.3
+    return {
+        "x": _randn(generator, B, N, 80),
+        "query": _randn(generator, queries, HEADS * 16),
+        "key_weight": _randn(generator, HEADS * 16, 80) * 80**-0.5,
+        "value_weight": _randn(generator, HEADS * 16, 80) * 80**-0.5,
+        "value_bias": _randn(generator, HEADS * 16),
+        "heads": HEADS,
+        "lengths": torch.tensor([N - 13, N]),
+        "mask": mask,
+    }
+
+
 def _pooling_checks() -> list[Check]:
     found = []
     for mode in pooling_reference.MODES:
@@ -281,6 +295,11 @@ def _pooling_checks() -> list[Check]:
         found.append(
             Check("segment_pool", mode, make, velm_kernels.segment_pool, pooling_reference.segment_pool, ("x",))
         )
+    wanted = ("x", "query", "key_weight", "value_weight", "value_bias")
+    for queries, name in ((1, "folded"), (40, "ordinary")):
+        make = functools.partial(_attention_pool_make, queries=queries)
+        attend, plain = velm_kernels.attention_pool, pooling_reference.attention_pool
+        found.append(Check("attention_pool", name, make, attend, plain, wanted, _poison_padding))
     return found
 
 

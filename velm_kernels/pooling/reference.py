@@ -55,3 +55,44 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
     bounds = cu_seqlens.tolist()
     rows = [masked_pool(x[start:stop], mode=mode, p=p) for start, stop in itertools.pairwise(bounds)]
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1]) + x.sum(0)
+
+
+def attention_pool(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    heads: int,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """The ordinary way: ``softmax(scale q k^T) v`` for each head, keys and values projected from ``x``."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        queries = query.expand(len(bounds) - 1, *query.shape[-2:])
+        given = (key_weight, value_weight, key_bias, value_bias)
+        parts = [
+            attention_pool(x[None, start:stop], queries[i], *given, heads=heads, scale=scale)
+            for i, (start, stop) in enumerate(itertools.pairwise(bounds))
+        ]
+        return torch.cat(parts)
+    live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if lengths is not None:
+        live = live & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
+    if mask is not None:
+        live = live & mask
+    x = torch.where(live[..., None], x, 0.0)
+    query = query.expand(x.shape[0], *query.shape[-2:])
+    key = torch.nn.functional.linear(x, key_weight, key_bias)
+    value = torch.nn.functional.linear(x, value_weight, value_bias)
+    q, k, v = (t.unflatten(2, (heads, t.shape[2] // heads)).transpose(1, 2) for t in (query, key, value))
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    scores = torch.where(live[:, None, None], scale * (q @ k.transpose(2, 3)), -1e30)
+    weights = torch.where(live[:, None, None], scores.softmax(-1), 0.0)
+    return (weights @ v).transpose(1, 2).flatten(2)

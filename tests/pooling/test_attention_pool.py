@@ -1,0 +1,293 @@
+"""attention_pool on every backend: numbers, unread tokens, both ways, torch features, bad arguments."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import velm_kernels
+from tests.conftest import Backend, every_backend, every_cpu_backend
+from tests.numbers import assert_accurate
+from velm_kernels.pooling import reference
+from velm_kernels.pooling.attention_pool import _canonical_rows, _folds, attention_pool
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("x", "query", "key_weight", "value_weight", "value_bias")
+
+
+def inputs(
+    generator: torch.Generator, batch: int, tokens: int, queries: int, heads: int, head_dim: int, dim: int, shared: bool
+) -> dict[str, Tensor]:
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    features, values = heads * head_dim, heads * (head_dim + 1)
+    return {
+        "x": randn(batch, tokens, dim),
+        "query": randn(*(() if shared else (batch,)), queries, features),
+        # Scores and values as large as those of a trained layer.
+        "key_weight": 2 * randn(features, dim) * dim**-0.5,
+        "value_weight": randn(values, dim) * dim**-0.5,
+        "value_bias": randn(values),
+    }
+
+
+def run(function: Any, tensors: dict[str, Tensor], upstream: Tensor, **given: Any) -> dict[str, Tensor]:
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out = function(**leaves, **given)
+    grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+    return {"out": out.detach()} | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def compare(
+    backend: Backend, tensors: dict[str, Tensor], live: Tensor, upstream: Tensor, dtype: torch.dtype, **given: Any
+) -> dict[str, Tensor]:
+    rounded = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    exact = run(reference.attention_pool, {n: t.double() for n, t in rounded.items()}, upstream, **given)
+    plain = run(reference.attention_pool, rounded, upstream, **given)
+    # Plain torch may fold by hand as well: what it then rounds in between is another.
+    with velm_kernels.use_backend("reference"):
+        by_hand = run(attention_pool, rounded, upstream, **given)
+    poisoned = rounded | {"x": torch.where(live[..., None], rounded["x"], torch.nan)}
+    with backend.use():
+        got = run(attention_pool, poisoned, upstream, **given)
+    for name in got:
+        floor = 1e-2 * float(upstream.norm()) if name.startswith("grad") else 0.0
+        assert_accurate(name, got[name], [plain[name], by_hand[name]], exact[name], dtype, floor=floor, ulps=8.0)
+    assert not got["grad_x"][~live].any()
+    return got
+
+
+@every_backend
+@settings(max_examples=min(12, settings().max_examples))
+@given(
+    batch=st.integers(0, 3),
+    tokens=st.one_of(st.integers(0, 20), st.integers(60, 150)),
+    queries=st.integers(1, 3),
+    heads=st.integers(1, 5),
+    head_dim=st.integers(3, 16),
+    dim=st.integers(1, 70),
+    shared=st.booleans(),
+    lengths=st.booleans(),
+    masked=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    scale=st.none() | st.just(0.7),
+    seed=st.integers(0, 2**16),
+)
+@example(2, 70, 1, 5, 16, 64, True, True, False, torch.float32, None, 0)
+@example(1, 150, 2, 3, 16, 48, False, False, True, torch.float32, None, 1)
+@example(3, 33, 1, 4, 8, 32, False, True, True, torch.bfloat16, None, 2)
+@example(2, 0, 1, 2, 4, 8, True, False, False, torch.float32, None, 3)
+def test_numbers(
+    backend: Backend,
+    batch: int,
+    tokens: int,
+    queries: int,
+    heads: int,
+    head_dim: int,
+    dim: int,
+    shared: bool,
+    lengths: bool,
+    masked: bool,
+    dtype: torch.dtype,
+    scale: float | None,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = inputs(generator, batch, tokens, queries, heads, head_dim, dim, shared)
+    given: dict[str, Any] = {"heads": heads, "scale": scale}
+    live = torch.ones(batch, tokens, dtype=torch.bool)
+    if lengths:
+        given["lengths"] = torch.randint(0, tokens + 1, (batch,), generator=generator)
+        live &= torch.arange(tokens) < given["lengths"][:, None]
+    if masked:
+        given["mask"] = torch.rand(tokens, generator=generator) > 0.4
+        live &= given["mask"]
+    upstream = torch.randn(batch, queries, heads * (head_dim + 1), generator=generator, dtype=torch.float64)
+    # A row of nothing is 0 here, and the bias alone in an ordinary projection.
+    empty = ~live.any(1)
+    upstream[empty] = 0.0
+    if empty.any():
+        tensors["value_bias"].zero_()
+    got = compare(backend, tensors, live, upstream.to(dtype).double(), dtype, **given)
+    assert not got["out"][empty].any()
+
+
+@every_backend
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("sizes", [(70, 0, 3, 140), ()], ids=str)
+def test_packed_tokens(backend: Backend, shared: bool, sizes: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = inputs(generator, len(sizes), sum(sizes), 2, 3, 16, 40, shared)
+    tensors["x"] = torch.randn(sum(sizes), 40, generator=generator, dtype=torch.float64)
+    upstream = torch.randn(len(sizes), 2, 51, generator=generator, dtype=torch.float64)
+    bounds = torch.tensor([0, *itertools.accumulate(sizes)])
+    if not sizes:
+        with backend.use():
+            float32 = {name: tensor.float() for name, tensor in tensors.items()}
+            assert run(attention_pool, float32, upstream, heads=3, cu_seqlens=bounds)["out"].shape == (0, 2, 51)
+        return
+    tensors["value_bias"].zero_()
+    live = torch.ones(sum(sizes), dtype=torch.bool)
+    got = compare(backend, tensors, live, upstream, torch.float32, heads=3, cu_seqlens=bounds)
+    assert not got["out"][1].any()
+
+
+@every_backend
+def test_no_token_no_bias(backend: Backend) -> None:
+    tensors = {n: t.float() for n, t in inputs(torch.Generator().manual_seed(0), 2, 9, 1, 2, 4, 24, True).items()}
+    bounds, live = torch.tensor([0, 9, 9]), torch.tensor([[True], [False]]).expand(2, 9)
+    packed = tensors | {"x": tensors["x"][0]}
+    with backend.use():
+        outs = [
+            run(attention_pool, tensors, torch.ones(2, 1, 10), heads=2, lengths=torch.tensor([9, 0])),
+            run(attention_pool, tensors, torch.ones(2, 1, 10), heads=2, mask=live),
+            run(attention_pool, packed, torch.ones(2, 1, 10), heads=2, cu_seqlens=bounds),
+        ]
+        nothing = attention_pool(**(tensors | {"x": tensors["x"][:, :0]}), heads=2)
+    for got in outs:
+        assert got["out"][0].any() and not got["out"][1].any()
+        torch.testing.assert_close(got["grad_value_bias"], torch.ones(10))
+    assert not nothing.any()
+
+
+def test_both_ways_are_the_same() -> None:
+    """With many queries keys and values are formed; and the key bias matters in neither."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {n: t.float() for n, t in inputs(generator, 2, 20, 16, 2, 8, 24, False).items()}
+    key_bias = torch.randn(16, requires_grad=True)
+    lengths = torch.tensor([20, 7])
+    assert not _folds(tensors["x"], tensors["query"], tensors["key_weight"], tensors["value_weight"], 2)
+    few = tensors | {"query": tensors["query"][:, :1]}
+    assert _folds(few["x"], few["query"], few["key_weight"], few["value_weight"], 2)
+    upstream = torch.randn(2, 16, 18)
+    poisoned = tensors | {"x": tensors["x"].clone()}
+    poisoned["x"][1, 7:] = torch.nan
+    got = run(attention_pool, poisoned, upstream, heads=2, lengths=lengths, key_bias=key_bias)
+    expected = run(reference.attention_pool, tensors, upstream, heads=2, lengths=lengths, key_bias=key_bias)
+    for name in got:
+        torch.testing.assert_close(got[name], expected[name], rtol=2e-4, atol=2e-5)
+    one = attention_pool(**few, heads=2, lengths=lengths, key_bias=key_bias)
+    torch.testing.assert_close(one, got["out"][:, :1], rtol=2e-4, atol=2e-5)
+    (grad,) = torch.autograd.grad(one.sum(), key_bias)
+    assert torch.equal(grad, torch.zeros(16))
+    packed = torch.cat([tensors["x"][0], tensors["x"][1, :7]])
+    bounds = torch.tensor([0, 20, 27])
+    ragged = attention_pool(**(tensors | {"x": packed}), heads=2, cu_seqlens=bounds)
+    torch.testing.assert_close(ragged, got["out"], rtol=2e-4, atol=2e-5)
+
+
+@every_cpu_backend
+@pytest.mark.parametrize("shared", [True, False])
+def test_same_bits_for_any_number_of_threads(backend: Backend, shared: bool) -> None:
+    tensors = inputs(torch.Generator().manual_seed(0), 2, 900, 1, 5, 8, 70, shared)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        rows = torch.randn(1 if shared else 2, 5, 70, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        x = tensors["x"].clone().requires_grad_()
+        with backend.use():
+            arguments = _canonical_rows(x, rows, None, None, None)
+            out, _ = torch.ops.velm.attention_pool_forward(*arguments.values(), "cpu")
+        results.append([out, *torch.autograd.grad(out.cos().sum(), (x, rows))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@every_backend
+def test_only_wanted_gradients(backend: Backend) -> None:
+    x, rows = torch.randn(2, 40, 20), torch.randn(1, 3, 20)
+    grad = torch.randn(2, 3, 20)
+    with backend.use():
+        out, logsumexp = torch.ops.velm.attention_pool_forward(x, rows, None, None, None, backend.name)
+        both, *others = (
+            torch.ops.velm.attention_pool_backward(
+                grad, x, rows, None, None, None, out, logsumexp, wanted, backend.name
+            )
+            for wanted in (3, 1, 2)
+        )
+    assert others[0][1].shape == others[1][0].shape == (0,)
+    assert torch.equal(others[0][0], both[0]) and torch.equal(others[1][1], both[1])
+
+
+@every_backend
+def test_opcheck_and_compile(backend: Backend) -> None:
+    tensors = {n: t.float() for n, t in inputs(torch.Generator().manual_seed(0), 2, 9, 1, 2, 4, 24, True).items()}
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    lengths = torch.tensor([9, 4])
+
+    def loss(*leaves: Tensor) -> Tensor:
+        return attention_pool(**dict(zip(NAMES, leaves, strict=True)), heads=2, lengths=lengths).square().sum()
+
+    rows = torch.randn(1, 3, 24, requires_grad=True)
+    with backend.use():
+        torch.library.opcheck(
+            torch.ops.velm.attention_pool_forward.default,
+            (
+                *_canonical_rows(leaves[0].detach().requires_grad_(), rows, lengths.int(), None, None).values(),
+                backend.name,
+            ),
+            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+        )
+        eager = torch.autograd.grad(loss(*leaves), leaves)
+        torch._dynamo.reset()
+        compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_float64_and_flops() -> None:
+    tensors = inputs(torch.Generator().manual_seed(0), 2, 5, 1, 2, 3, 12, True)
+    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
+    lengths = torch.tensor([3, 0])
+
+    def call(*leaves: Tensor) -> Tensor:
+        return attention_pool(**dict(zip(NAMES, leaves, strict=True)), heads=2, lengths=lengths)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        call(*leaves)
+    # The query into the key weight, scores and pooled tokens, the value weight.
+    assert counter.get_total_flops() == 2 * 6 * 12 + 4 * 2 * (2 * 5 * 12) + 2 * 2 * 8 * 12
+
+
+GOOD = {name: tensor.float() for name, tensor in inputs(torch.Generator(), 2, 5, 1, 2, 3, 12, True).items()}
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"x": torch.randn(5, 12)}, ValueError, r"x: expected \(batch, tokens, d\), given \(5, 12\)"),
+        ({"x": GOOD["x"].int()}, TypeError, "x: .*torch.int32"),
+        ({"heads": 4}, ValueError, "heads: expected a number that divides the 6 features .* given 4"),
+        ({"heads": 2.0}, TypeError, "heads: expected an integer"),
+        ({"query": torch.randn(1, 5)}, ValueError, r"query: .*features = 6, given \(1, 5\)"),
+        ({"query": torch.randn(3, 1, 6)}, ValueError, r"query: .*batch = 2 .*given \(3, 1, 6\)"),
+        ({"key_weight": torch.randn(6, 11)}, ValueError, r"key_weight: .*\(6, 12\), given \(6, 11\)"),
+        ({"value_weight": GOOD["value_weight"].half()}, TypeError, "value_weight: .*torch.float16"),
+        ({"value_bias": torch.randn(6)}, ValueError, r"value_bias: .*\(8,\), given \(6,\)"),
+        ({"lengths": torch.tensor([1, 6])}, ValueError, "lengths: .*from 0 to 5, given 1 to 6"),
+        ({"mask": torch.ones(2, 4) > 0}, ValueError, r"mask: .*\(2, 5\), given \(2, 4\)"),
+        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"x: expected \(tokens, d\)"),
+        (
+            {"x": torch.randn(5, 12), "cu_seqlens": torch.tensor([0, 4])},
+            ValueError,
+            "cu_seqlens: .*from 0 to 5, .*given 0 to 4",
+        ),
+        (
+            {"x": torch.randn(5, 12), "cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])},
+            ValueError,
+            "cu_seqlens: expected neither lengths nor mask",
+        ),
+    ],
+)
+def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        attention_pool(**({"heads": 2} | GOOD | changed))

@@ -1,0 +1,403 @@
+"""``attention_pool``: attention of a few queries over tokens, whose keys and values are never formed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils.flop_counter
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.attention import cross_attention, cross_attention_varlen
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.linear import linear
+from velm_kernels.pooling.pool import (
+    _live,
+    _padded,
+    _product,
+    check_values,
+    checked_cu_seqlens,
+    checked_integers,
+    checked_mask,
+)
+
+GRAD_X, GRAD_ROWS = 1, 2
+# Heads of so many columns are the widest that cross_attention takes.
+WIDEST_HEAD = 256
+
+
+def attention_pool(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    heads: int,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head attention of ``query`` over the tokens ``x``, with keys ``x key_weight^T + key_bias`` and values
+    ``x value_weight^T + value_bias`` (Vaswani et al., 2017, section 3.2.2), without the projections around it.
+
+    Where there are few queries, neither keys nor values are formed. For each head, ``q (W_k x) = (W_k^T q) x``: the
+    query is folded into the key weight, the softmax over its products with the tokens pools the tokens themselves, and
+    the value weight is applied to what was pooled. The key bias adds the same to all scores of a row, which the softmax
+    does not see; its gradient is 0. Which way is taken is counted: with M queries, H heads and tokens of width d,
+    folding needs ``2 M H d`` operations a token and the ordinary way ``(d + M) (e + v)``, with the widths e and v of
+    keys and values; for e = v = d that is M against the width of a head. The ordinary way is
+    :func:`velm_kernels.linear` and :func:`velm_kernels.cross_attention`.
+
+    Args:
+        x: ``(batch, tokens, d)``, or ``(tokens, d)`` with ``cu_seqlens``.
+        query: ``(queries, e)`` for all rows, or ``(batch, queries, e)``; already projected, not yet scaled.
+        key_weight: ``(e, d)``. value_weight: ``(v, d)``. As of ``torch.nn.Linear``; heads lie one behind the other.
+        key_bias: ``(e,)``. value_bias: ``(v,)``.
+        heads: number of heads; divides e and v.
+        lengths: ``(batch,)`` integers from 0 to tokens: only the first so many tokens count.
+        mask: bool, broadcastable to ``(batch, tokens)``; tokens where it is False do not count and may hold NaN.
+        cu_seqlens: ``(batch + 1,)`` integers: the bounds of each row's tokens in the packed ``x``.
+        scale: of the scores, by default ``(e / heads)^-0.5``.
+
+    All floating point, of one dtype (under autocast, cast to its dtype).
+
+    Returns:
+        ``(batch, queries, v)``. A row without tokens is 0, without the bias, and passes nothing back.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape, a device, ``heads`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
+    """
+    x, query, key_weight, value_weight, key_bias, value_bias = checks.autocast(
+        x, query, key_weight, value_weight, key_bias, value_bias
+    )
+    given = (lengths, mask, cu_seqlens)
+    tokens, scale = _checked(x, query, key_weight, value_weight, key_bias, value_bias, heads, given, scale)
+    if _folds(x, query, key_weight, value_weight, heads):
+        out = _folded(x, query, key_weight, value_weight, value_bias, heads, tokens, scale)
+    else:
+        out = _ordinary(x, query, key_weight, value_weight, value_bias, heads, tokens, scale)
+    if key_bias is not None and key_bias.requires_grad:
+        # It has a gradient, of 0.
+        out = out + 0.0 * key_bias.sum()
+    return out
+
+
+def _checked(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None,
+    value_bias: Tensor | None,
+    heads: int,
+    given: tuple[Tensor | None, Tensor | None, Tensor | None],
+    scale: float | None,
+) -> tuple[Arguments, float]:
+    lengths, mask, cu_seqlens = given
+    packed = cu_seqlens is not None
+    checks.tensor("x", x, dims=2 if packed else 3, layout="(tokens, d)" if packed else "(batch, tokens, d)")
+    checks.dtype_in("x", x, checks.FLOAT_DTYPES)
+    if cu_seqlens is not None:
+        if lengths is not None or mask is not None:
+            raise ValueError("cu_seqlens: expected neither lengths nor mask beside it, given both")
+        cu_seqlens = checked_cu_seqlens(cu_seqlens, x)
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tokens, dim = x.shape[-2:]
+    for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
+        checks.tensor(name, weight, dims=2, layout="(features, d)")
+        checks.shape(name, weight, "(features, d)", (weight.shape[0], dim))
+    if isinstance(heads, bool) or not isinstance(heads, int):
+        raise TypeError(f"heads: expected an integer, given {checks.describe(heads)}")
+    features, values = key_weight.shape[0], value_weight.shape[0]
+    if heads < 1 or features % heads or values % heads:
+        raise ValueError(
+            f"heads: expected a number that divides the {features} features of keys and the {values} of values, "
+            f"given {heads}"
+        )
+    checks.tensor("query", query)
+    layouts = {2: (query.shape[0], features), 3: (batch, query.shape[-2] if query.dim() > 1 else 0, features)}
+    if query.dim() not in layouts or tuple(query.shape) != layouts[query.dim()]:
+        raise ValueError(
+            f"query: expected (queries, features) or (batch, queries, features) with batch = {batch} and features = "
+            f"{features}, given {tuple(query.shape)}"
+        )
+    for name, bias, size in (("key_bias", key_bias, features), ("value_bias", value_bias, values)):
+        if bias is not None:
+            checks.shape(name, checks.tensor(name, bias), "(features,)", (size,))
+    others = {"query": query, "key_weight": key_weight, "value_weight": value_weight}
+    others |= {name: bias for name, bias in (("key_bias", key_bias), ("value_bias", value_bias)) if bias is not None}
+    for name, other in others.items():
+        checks.dtype_in(name, other, (x.dtype,))
+        checks.same_device(name, other, "x", x)
+    if lengths is not None:
+        lengths = checked_integers("lengths", lengths, x, "(batch,)", (batch,))
+    if mask is not None:
+        mask = checked_mask(mask, x, "(batch, tokens)", (batch, tokens), batch, tokens)
+    head_dim = features // heads
+    if scale is None:
+        scale = float(max(head_dim, 1)) ** -0.5
+    scale = checks.number("scale", scale, -1e30, 1e30, described="a finite number")
+    return {"lengths": lengths, "mask": mask, "cu_seqlens": cu_seqlens}, scale
+
+
+def _folds(x: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, heads: int) -> bool:
+    """Whether folding takes fewer operations than the ordinary way."""
+    queries, dim = query.shape[-2], x.shape[-1]
+    both = key_weight.shape[0] + value_weight.shape[0]
+    widest = max(key_weight.shape[0], value_weight.shape[0]) // heads
+    return 2 * queries * heads * dim <= (dim + queries) * both or widest > WIDEST_HEAD
+
+
+def _heads_of(weight: Tensor, heads: int) -> Tensor:
+    return weight.reshape(heads, weight.shape[0] // heads, weight.shape[1])
+
+
+def _folded(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    heads: int,
+    tokens: Arguments,
+    scale: float,
+) -> Tensor:
+    shared, queries, dim = query.shape[:-2], query.shape[-2], x.shape[-1]
+    outer = _product(shared)
+    # One product a head, over the queries of all rows.
+    by_head = (query * scale).reshape(outer * queries, heads, key_weight.shape[0] // heads).transpose(0, 1)
+    folded = torch.bmm(by_head, _heads_of(key_weight, heads)).view(heads, outer, queries, dim)
+    rows = folded.transpose(0, 1).reshape(outer, heads * queries, dim)
+    arguments = _canonical_rows(x, rows, **tokens)
+    pooled, logsumexp = torch.ops.velm.attention_pool_forward(*arguments.values(), forced())
+    batch = pooled.shape[0]
+    pooled = pooled.view(batch, heads, queries, dim).transpose(0, 1).reshape(heads, batch * queries, dim)
+    values = torch.bmm(pooled, _heads_of(value_weight, heads).transpose(1, 2))
+    out = (
+        values.view(heads, batch, queries, values.shape[2])
+        .permute(1, 2, 0, 3)
+        .reshape(batch, queries, len(value_weight))
+    )
+    if value_bias is None:
+        return out
+    # All rows of scores of a segment are empty or none is.
+    return out + torch.where(logsumexp[:, :1, None] == -torch.inf, 0.0, value_bias)
+
+
+def _ordinary(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor | None,
+    heads: int,
+    tokens: Arguments,
+    scale: float,
+) -> Tensor:
+    # Padding may hold NaN, which must not reach the gradients of the weights.
+    live = None
+    if tokens["mask"] is not None or tokens["lengths"] is not None:
+        live = _live(x.shape[0], x.shape[1], tokens["lengths"], tokens["mask"], x.device)
+        x = torch.where(live[..., None], x, 0.0)
+    key, value = linear(x, key_weight), linear(x, value_weight, value_bias)
+    bounds = tokens["cu_seqlens"]
+    if bounds is None:
+        batch = x.shape[0]
+        query = query.expand(batch, *query.shape[-2:])
+        query, key, value = (
+            tensor.unflatten(-1, (heads, tensor.shape[-1] // heads)).transpose(1, 2) for tensor in (query, key, value)
+        )
+        out = cross_attention(query, key, value, key_mask=live, scale=scale)
+        return out.transpose(1, 2).flatten(2)
+    batch, queries = bounds.shape[0] - 1, query.shape[-2]
+    query = query.expand(batch, *query.shape[-2:]).reshape(batch * queries, -1)
+    query, key, value = (tensor.unflatten(-1, (heads, tensor.shape[-1] // heads)) for tensor in (query, key, value))
+    starts = torch.arange(batch + 1, device=x.device, dtype=torch.int32) * queries
+    out = cross_attention_varlen(query, key, value, starts, bounds, max_seqlen_q=queries, scale=scale)
+    return out.flatten(1).view(batch, queries, -1)
+
+
+def _canonical_rows(
+    x: Tensor, rows: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Arguments:
+    return {
+        "x": x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous(),
+        "rows": rows.contiguous(),
+        "lengths": lengths,
+        "mask": mask,
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def canonical(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    heads: int,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Arguments:
+    """The arguments of the operator in the middle of the folded way, for :func:`velm_kernels.explain`."""
+    given = (lengths, mask, cu_seqlens)
+    tokens, _ = _checked(x, query, key_weight, value_weight, key_bias, value_bias, heads, given, scale)
+    return _canonical_rows(x, x.new_empty(_product(query.shape[:-2]), heads * query.shape[-2], x.shape[-1]), **tokens)
+
+
+def _fake_forward(
+    x: Tensor,
+    rows: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    segments = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(segments, *rows.shape[1:]), x.new_empty(segments, rows.shape[1], dtype=wide)
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    grad_mask: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if grad_mask & GRAD_X else (0,)),
+        rows.new_empty(rows.shape if grad_mask & GRAD_ROWS else (0,)),
+    )
+
+
+# x: (segments, tokens, d), or (tokens, d) with cu_seqlens, last stride 1. rows: (segments or 1, M, d) contiguous, x's
+# dtype. lengths, mask, cu_seqlens: as of pool_forward. With p = softmax over the tokens of rows . x:
+# out = p x, (segments, M, d) contiguous; logsumexp of the scores, (segments, M), float32. Without tokens 0 and -inf.
+declare(
+    "attention_pool_forward",
+    "Tensor x, Tensor rows, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens",
+    "(Tensor, Tensor)",
+    fake=_fake_forward,
+    check=lambda arguments: check_values(arguments, arguments["x"].shape[-2]),
+)
+# grad: (segments, M, d) contiguous. grad_x and grad_rows: contiguous, the shapes of x and rows; what grad_mask does not
+# ask for has shape (0,).
+declare(
+    "attention_pool_backward",
+    "Tensor grad, Tensor x, Tensor rows, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor out, "
+    "Tensor logsumexp, int grad_mask",
+    "(Tensor, Tensor)",
+    fake=_fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    wants_x, wants_rows = ctx.needs_input_grad[:2]
+    grad_mask = GRAD_X * wants_x + GRAD_ROWS * wants_rows
+    grad_x, grad_rows = torch.ops.velm.attention_pool_backward(
+        grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend
+    )
+    return grad_x if wants_x else None, grad_rows if wants_rows else None, None, None, None, None
+
+
+register_autograd("attention_pool_forward", _backward, setup_context=_setup_context)
+
+
+def _reference_forward(
+    x: Tensor, rows: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x, live, _ = _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
+    scores = (rows.to(wide) @ x.transpose(1, 2)).masked_fill(~live[:, None], -torch.inf)
+    logsumexp = scores.logsumexp(-1) if x.shape[1] else scores.new_full(scores.shape[:2], -torch.inf)
+    weights = torch.where(live[:, None], (scores - logsumexp[..., None]).exp(), 0.0)
+    return (weights @ x).to(dtype), logsumexp
+
+
+def _rows_of_tokens(
+    x: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    source = None
+    if cu_seqlens is not None:
+        x, source = _padded(x, cu_seqlens)
+        mask = source >= 0
+    live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)
+    return torch.where(live[..., None], x.to(wide), 0.0), live, source
+
+
+def _reference_backward(
+    grad: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    grad_mask: int,
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    given, (x, live, source) = x, _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
+    g, u = grad.to(wide), rows.to(wide)
+    scores = u @ x.transpose(1, 2)
+    weights = torch.where(live[:, None], (scores - logsumexp[..., None]).exp(), 0.0)
+    delta = (g * out.to(wide)).sum(-1, keepdim=True)
+    grad_scores = weights * (g @ x.transpose(1, 2) - delta)
+    grad_x, grad_rows = given.new_empty(0), rows.new_empty(0)
+    if grad_mask & GRAD_X:
+        parts = (weights.transpose(1, 2) @ g + grad_scores.transpose(1, 2) @ u).to(given.dtype)
+        if source is None:
+            grad_x = parts.contiguous()
+        else:
+            grad_x = given.new_empty(given.shape).index_copy_(0, source[source >= 0], parts[source >= 0])
+    if grad_mask & GRAD_ROWS:
+        grad_rows = grad_scores @ x
+        if rows.shape[0] == 1:
+            grad_rows = grad_rows.sum(0, keepdim=True)
+        grad_rows = grad_rows.to(rows.dtype).contiguous()
+    return grad_x, grad_rows
+
+
+def _flops_forward(x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
+    """Two products; packed tokens belong to one segment each."""
+    return int(4 * rows[1] * _product(x))
+
+
+def _flops_backward(grad: Any, x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
+    """Scores and gradients of weights, then two products for x and one for the rows where they are wanted."""
+    grad_mask = kwargs.get("grad_mask", args[5] if len(args) > 5 else 3)
+    products = 2 + 2 * bool(grad_mask & GRAD_X) + bool(grad_mask & GRAD_ROWS)
+    return int(2 * products * rows[1] * _product(x))
+
+
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_pool_forward)(_flops_forward)
+torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_pool_backward)(_flops_backward)
+
+register("attention_pool_forward", "reference", _reference_forward, lambda arguments: [])
+register("attention_pool_backward", "reference", _reference_backward, lambda arguments: [])
+for _name in ("attention_pool_forward", "attention_pool_backward"):
+    cpu.register_cpu(_name)
+    triton.register_triton(_name, "pooling.triton_attention_pool")
+register_public("attention_pool", "attention_pool_forward", canonical)

@@ -1,0 +1,219 @@
+"""Modules built on the pooling operators; those known from other packages load their state_dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from velm_kernels.linear import MLP, linear
+from velm_kernels.pooling.attention_pool import attention_pool
+from velm_kernels.pooling.pool import checked_mode, masked_pool, segment_pool
+
+
+class MaskedPool(nn.Module):
+    """:func:`velm_kernels.masked_pool` as a module without parameters.
+
+    Args:
+        mode, p, channels_first: as there.
+
+    Shape:
+        ``(..., tokens, dim)`` to ``(..., dim)``; ``(batch, dim, *spatial)`` to ``(batch, dim)`` with ``channels_first``.
+    """
+
+    def __init__(self, mode: str = "mean", p: float = 3.0, channels_first: bool = False) -> None:
+        super().__init__()
+        checked_mode(mode, p)
+        self.mode, self.p, self.channels_first = mode, p, channels_first
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        return masked_pool(x, lengths, mask, self.mode, self.p, channels_first=self.channels_first)
+
+    def extra_repr(self) -> str:
+        return f"{self.mode!r}, p={self.p}, channels_first={self.channels_first}"
+
+
+class SegmentPool(nn.Module):
+    """:func:`velm_kernels.segment_pool` as a module without parameters.
+
+    Shape:
+        ``(tokens, dim)`` and ``(segments + 1,)`` to ``(segments, dim)``.
+    """
+
+    def __init__(self, mode: str = "mean", p: float = 3.0) -> None:
+        super().__init__()
+        checked_mode(mode, p)
+        self.mode, self.p = mode, p
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return segment_pool(x, cu_seqlens, self.mode, self.p)
+
+    def extra_repr(self) -> str:
+        return f"{self.mode!r}, p={self.p}"
+
+
+def attend(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, **tokens: Any) -> Tensor:
+    """What ``attention(query, x, x)`` computes, by :func:`velm_kernels.attention_pool`.
+
+    query: ``(queries, d)`` for all rows or ``(batch, queries, d)``; tokens: lengths, mask (True where a token counts),
+    cu_seqlens as there. Without dropout of weights.
+    """
+    if attention.in_proj_weight is not None:
+        query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
+    else:
+        query_weight, key_weight, value_weight = (
+            attention.q_proj_weight,
+            attention.k_proj_weight,
+            attention.v_proj_weight,
+        )
+    biases: Any = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
+    query = linear(query, query_weight, biases[0])
+    out = attention_pool(x, query, key_weight, value_weight, biases[1], biases[2], heads=attention.num_heads, **tokens)
+    return linear(out, attention.out_proj.weight, attention.out_proj.bias)
+
+
+class AttentionPool(nn.Module):
+    """Learned queries attend over the tokens: the pooling by multi-head attention of the Set Transformer (Lee et al.,
+    2019, section 3.2) without its residual block.
+
+    Args:
+        dim: features of the tokens and of the result.
+        heads: number of heads.
+        queries: number of learned queries.
+        bias: whether the projections have biases.
+
+    Shape:
+        ``(batch, tokens, dim)``, or ``(tokens, dim)`` with ``cu_seqlens``, to ``(batch, queries, dim)``. A row without
+        tokens gives the bias of the output projection.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        queries: int = 1,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(queries, dim, device=device, dtype=dtype))
+        nn.init.normal_(self.query, std=dim**-0.5)
+        self.attention = nn.MultiheadAttention(dim, heads, bias=bias, batch_first=True, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        return attend(self.attention, self.query, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+
+
+class AttentionPool2d(nn.Module):
+    """The head of CLIP's residual networks (Radford et al., 2021; ``AttentionPool2d`` of the packages clip and
+    open_clip, whose arguments and state_dict these are): the mean of the pixels attends over them and itself.
+
+    Args:
+        spacial_dim: height and width of the map.
+        embed_dim: channels of the map. num_heads: number of heads. output_dim: features of the result, by default
+            ``embed_dim``.
+
+    Shape:
+        ``(batch, embed_dim, spacial_dim, spacial_dim)`` to ``(batch, output_dim)``.
+    """
+
+    def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
+        super().__init__()
+        self.positional_embedding = nn.Parameter(torch.randn(spacial_dim**2 + 1, embed_dim) / embed_dim**0.5)
+        self.k_proj = nn.Linear(embed_dim, embed_dim)
+        self.q_proj = nn.Linear(embed_dim, embed_dim)
+        self.v_proj = nn.Linear(embed_dim, embed_dim)
+        self.c_proj = nn.Linear(embed_dim, output_dim or embed_dim)
+        self.num_heads = num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = masked_pool(x, channels_first=True)
+        x = torch.cat([mean[:, None], x.flatten(2).transpose(1, 2)], 1) + self.positional_embedding
+        query = linear(x[:, :1], self.q_proj.weight, self.q_proj.bias)
+        keys, values = self.k_proj, self.v_proj
+        out = attention_pool(x, query, keys.weight, values.weight, keys.bias, values.bias, heads=self.num_heads)
+        return linear(out[:, 0], self.c_proj.weight, self.c_proj.bias)
+
+
+class ProbePool(nn.Module):
+    """The pooling head of SigLIP (Zhai et al., 2023) and SigLIP 2: a learned probe attends over the tokens, then a
+    feed-forward block with a residual. The state_dict is that of transformers' ``SiglipMultiheadAttentionPoolingHead``.
+
+    Args:
+        dim: features of the tokens and of the result.
+        heads: number of heads.
+        hidden_dim: features inside the feed-forward block.
+        activation: of the feed-forward block, as in :class:`velm_kernels.Linear`.
+        eps: of the layer norm.
+
+    Shape:
+        ``(batch, tokens, dim)``, or ``(tokens, dim)`` with ``cu_seqlens``, to ``(batch, dim)``.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden_dim: int, activation: str = "gelu_tanh", eps: float = 1e-6) -> None:
+        super().__init__()
+        self.probe = nn.Parameter(torch.randn(1, 1, dim))
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.layernorm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(dim, hidden_dim)
+        self.mlp.fc2 = nn.Linear(hidden_dim, dim)
+        self.activation = activation
+        # Refuses an activation that there is not.
+        MLP(1, 1, activation)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        probe = self.probe.flatten(0, 1)
+        out = attend(self.attention, probe, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)[:, 0]
+        up: Any = self.mlp.fc1
+        down: Any = self.mlp.fc2
+        hidden = linear(self.layernorm(out), up.weight, up.bias, self.activation)
+        return linear(hidden, down.weight, down.bias, residual=out)
+
+
+class AttentionalPooler(nn.Module):
+    """open_clip's ``AttentionalPooler`` (the poolers of CoCa; Yu et al., 2022, section 3.2), with the mask it lacks.
+    Arguments and state_dict are the same.
+
+    Args:
+        d_model: features of the result. context_dim: features of the tokens. n_head: number of heads.
+        n_queries: number of learned queries.
+        norm_layer: makes the layer norms, of ``d_model`` and of ``context_dim``.
+
+    Shape:
+        ``(batch, tokens, context_dim)``, or ``(tokens, context_dim)`` with ``cu_seqlens``, to
+        ``(batch, n_queries, d_model)``.
+    """
+
+    def __init__(
+        self, d_model: int, context_dim: int, n_head: int = 8, n_queries: int = 256, norm_layer: Any = nn.LayerNorm
+    ) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(n_queries, d_model))
+        self.attn = nn.MultiheadAttention(d_model, n_head, kdim=context_dim, vdim=context_dim, batch_first=True)
+        self.ln_q = norm_layer(d_model)
+        self.ln_k = norm_layer(context_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Tensor | None = None,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        query = self.ln_q(self.query)
+        return attend(self.attn, query, self.ln_k(x), lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
