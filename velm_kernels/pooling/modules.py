@@ -19,7 +19,8 @@ class MaskedPool(nn.Module):
         mode, p, channels_first: as there.
 
     Shape:
-        ``(..., tokens, dim)`` to ``(..., dim)``; ``(batch, dim, *spatial)`` to ``(batch, dim)`` with ``channels_first``.
+        ``(..., tokens, dim)`` to ``(..., dim)``, or, with ``channels_first``, ``(batch, dim, *spatial)`` to
+        ``(batch, dim)``.
     """
 
     def __init__(self, mode: str = "mean", p: float = 3.0, channels_first: bool = False) -> None:
