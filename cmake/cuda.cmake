@@ -14,6 +14,7 @@ set(VELM_KERNEL_SOURCES
   attention/grad_bias.cu
   attention/grad_key_value.cu
   attention/grad_query.cu
+  attention/key_mass.cu
   attention/merge.cu
   attention/norm.cu
   fusion/dropout.cu
@@ -117,7 +118,7 @@ if(VELM_TESTING)
   target_compile_definitions(velm_device_on_host PRIVATE
     VELM_NAMESPACE=velm_device_on_host VELM_ISA="device_on_host" VELM_DEVICE_ON_HOST)
   target_include_directories(velm_device_on_host PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
-  target_compile_options(velm_device_on_host PRIVATE -O2 -g1 -Wall -Wextra -Wno-unknown-pragmas)
+  target_compile_options(velm_device_on_host PRIVATE -O1 -g0 -Wall -Wextra -Wno-unknown-pragmas)
   find_package(Threads REQUIRED)
   target_link_libraries(velm_device_on_host PRIVATE torch_stable torch_cpu Threads::Threads)
   target_link_options(velm_device_on_host PRIVATE

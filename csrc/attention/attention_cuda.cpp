@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
     for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);
     const bool is_whole =
         bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.queries && bias->size(3) == p.keys;
-    if (!is_whole || (p.dtype == Dtype::float32 && std::max(p.head_dim, p.value_dim) > 128)) {
+    if (!is_whole) {
       const Tensor partials = new_empty(query, {attention_bias_partials(p)}, ScalarType::Float);
       attention_grad_bias(p, span_of(partials), current.stream());
       p.grad_bias = {};

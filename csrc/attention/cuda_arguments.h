@@ -74,6 +74,17 @@ struct Sequence {
     first_key = min(max(int{a.cu_seqlens_k[index]}, 0), a.keys);
     keys = max(min(int{a.cu_seqlens_k[index + 1]}, a.keys) - first_key, 0);
   }
+
+  // The number of a query among all of its head, and of a row among those of all heads: what is kept for each of them
+  // lies there.
+  template <class T>
+  DEVICE_INLINE int64_t query_number(const Inputs<T>& a, int query) const {
+    return batch * int64_t{a.queries} + first_query + query;
+  }
+  template <class T>
+  DEVICE_INLINE int64_t row_number(const Inputs<T>& a, int head, int query) const {
+    return (batch * int64_t{a.heads} + head) * a.queries + first_query + query;
+  }
 };
 
 template <class T>

@@ -13,23 +13,25 @@ struct ColumnTable {
   SharedArray<int, kColumns> start, stop;
 };
 
-// The keys of a block of rows, and its queries.
-template <class T>
+// The kCount keys of a block as rows, and its queries.
+template <class T, int kCount = kRows>
 struct KeyBlock {
   const Inputs<T>& a;
   const Sequence& s;
   // The batch entry or sequence, the first key of the block, and the number of keys that lengths leave.
   int index, first_key, length;
+  // Whether key_mask shows the two keys of the thread.
+  bool open[2];
 
   DEVICE_INLINE KeyBlock(const Inputs<T>& a, const Sequence& s, int index, int first_key)
-      : a(a), s(s), index(index), first_key(first_key), length(s.keys) {
+      : a(a), s(s), index(index), first_key(first_key), length(s.keys), open{true, true} {
     if (a.lengths) length = min(length, int{a.lengths[index]});
-  }
-
-  // The first number in the arrays of ranges, and of what is kept for each row of a head.
-  DEVICE_INLINE int64_t first_range() const { return a.cu_seqlens_q ? s.first_query : index * int64_t{a.queries}; }
-  DEVICE_INLINE int64_t first_row(int head) const {
-    return a.cu_seqlens_q ? head * int64_t{a.queries} + s.first_query : (index * int64_t{a.heads} + head) * a.queries;
+    if (!a.key_mask) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = first_key + static_cast<int>(threadIdx.x) / 32 * 16 + static_cast<int>(threadIdx.x) % 32 / 4;
+      open[half] = key + 8 * half < length && a.key_mask[index * int64_t{a.keys} + key + 8 * half] != 0;
+    }
   }
   // The keys from lo to hi of a query; none of one past the end.
   DEVICE_INLINE void bounds(int query, int start, int stop, int& lo, int& hi) const {
@@ -40,6 +42,13 @@ struct KeyBlock {
       lo = max(start, 0);
       hi = min(hi, stop);
     }
+  }
+
+  // The first tile of queries of which some query may see a key of the block, or kNoTile. All threads take part.
+  template <int kColumns>
+  DEVICE_INLINE int first(int heads) const {
+    if (a.key_mask && !__syncthreads_or(open[0] || open[1])) return kNoTile;
+    return next<kColumns>(0, heads);
   }
 
   // The first tile of queries, from number `tile` on, of which some query may see a key of the block; or kNoTile. The
@@ -58,8 +67,9 @@ struct KeyBlock {
         const int query = start + i + lane;
         if (i + lane >= kColumns || query >= s.queries) continue;
         int lo, hi;
-        bounds(query, a.range_start[first_range() + query], a.range_stop[first_range() + query], lo, hi);
-        sees |= max(lo, first_key) < min(hi, first_key + kRows);
+        const int64_t at = s.query_number(a, query);
+        bounds(query, a.range_start[at], a.range_stop[at], lo, hi);
+        sees |= max(lo, first_key) < min(hi, first_key + kCount);
       }
       if (__any_sync(kAll, sees)) return tile;
     }
@@ -72,11 +82,11 @@ struct KeyBlock {
                                 const ReadOnly<float>& delta) const {
     const int i = static_cast<int>(threadIdx.x), query = start + i, size = query < s.queries ? 4 : 0;
     if (i >= kColumns) return;
-    const int64_t at = size ? first_row(head) + query : 0;
+    const int64_t at = size ? s.row_number(a, head, query) : 0;
     cp_async<4>(&table.logsumexp[i], logsumexp + at, size);
     if (delta) cp_async<4>(&table.delta[i], delta + at, size);
     if (a.range_start) {
-      const int64_t range = size ? first_range() + query : 0;
+      const int64_t range = size ? s.query_number(a, query) : 0;
       cp_async<4>(&table.start[i], a.range_start + range, size);
       cp_async<4>(&table.stop[i], a.range_stop + range, size);
     }
@@ -98,37 +108,59 @@ struct KeyBlock {
     return __all_sync(kAll, all);
   }
 
+  // Whether something but lengths, ranges and causality hides keys of the warp, or there is a bias.
+  DEVICE_INLINE bool hides() const {
+    return !__all_sync(kAll, open[0] && open[1]) || a.mask.data || a.bias.data || a.wide_bias.data;
+  }
+
   // -inf where a query does not see a key, and the bias added elsewhere. `key` is the first of the warp.
   template <int kTiles>
-  DEVICE_INLINE void mask(float (&s)[kTiles][4], ColumnTable<8 * kTiles>& table, int head, int start, int key,
-                          const bool (&open)[2]) const {
+  DEVICE_INLINE void mask(float (&s)[kTiles][4], ColumnTable<8 * kTiles>& table, int head, int start, int key) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
+    const int query = start + 2 * member, first = key + group;
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = 8 * j + 2 * member + i, query = start + column;
+        const int column = 8 * j + 2 * member + i;
         int lo, hi;
-        bounds(query, a.range_start ? int{table.start[column]} : 0, a.range_start ? int{table.stop[column]} : 0, lo,
-               hi);
+        bounds(start + column, a.range_start ? int{table.start[column]} : 0,
+               a.range_start ? int{table.stop[column]} : 0, lo, hi);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float& x = s[j][2 * half + i];
-          const int n = key + group + 8 * half;
-          if (n < lo || n >= hi || !open[half]) {
-            x = -kInfinity;
-            continue;
-          }
-          if (a.mask.data && !a.mask.data[a.mask.row(index, head, query) + n * a.mask.stride[3]]) x = -kInfinity;
-          if (x == -kInfinity) continue;
-          float bias = 0.0f;
-          if (a.bias.data) bias = to_float(a.bias.data[a.bias.row(index, head, query) + n * a.bias.stride[3]]);
-          if (a.wide_bias.data)
-            bias = a.wide_bias.data[a.wide_bias.row(index, head, query) + n * a.wide_bias.stride[3]];
-          // Selected, as what -inf hides may be NaN.
-          x = bias == -kInfinity ? -kInfinity : x + bias * kLog2E;
+          const int n = first + 8 * half;
+          if (n < lo || n >= hi || !open[half]) s[j][2 * half + i] = -kInfinity;
         }
       }
+    if (a.mask.data)
+      hide<kTiles>(s, a.mask.data + (a.mask.row(index, head, query) + first * a.mask.stride[3]), a.mask.stride);
+    if (a.bias.data)
+      add_bias<kTiles, T>(s, a.bias.data + (a.bias.row(index, head, query) + first * a.bias.stride[3]), a.bias.stride);
+    if (a.wide_bias.data)
+      add_bias<kTiles, float>(s,
+                              a.wide_bias.data + (a.wide_bias.row(index, head, query) + first * a.wide_bias.stride[3]),
+                              a.wide_bias.stride);
+  }
+
+ private:
+  // What `mask` hides, of which `from` is that of the first score of the thread.
+  template <int kTiles>
+  DEVICE_INLINE static void hide(float (&s)[kTiles][4], ReadOnly<unsigned char> from, const int64_t (&stride)[4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j, from = from + 8 * stride[2])
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[j][i];
+        if (!load_if(x != -kInfinity, from + (i % 2 * stride[2] + i / 2 * 8 * stride[3]), kShown)) x = -kInfinity;
+      }
+  }
+  // The same of the bias.
+  template <int kTiles, class B>
+  DEVICE_INLINE static void add_bias(float (&s)[kTiles][4], ReadOnly<B> from, const int64_t (&stride)[4]) {
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j, from = from + 8 * stride[2])
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[j][i] = biased(s[j][i], from + (i % 2 * stride[2] + i / 2 * 8 * stride[3]));
   }
 };
 
@@ -142,7 +174,8 @@ DEVICE_INLINE void kept_columns(unsigned (&kept)[4], const Inputs<T>& a, int ind
   const int mine = group % 4, column = 2 * member + mine / 2, row = group + 8 * (mine % 2);
   const auto seed = static_cast<uint64_t>(a.seed[0]);
   unsigned bits = 0;
-#pragma unroll
+  // Two generators at once hide each other's latency; all of them would be half of the code.
+#pragma unroll 2
   for (int j = 0; j < kTiles; ++j) {
     uint32_t c[4] = {static_cast<uint32_t>(start + 8 * j + column), static_cast<uint32_t>((key + row) / 4),
                      static_cast<uint32_t>(index * a.heads + head), a.direction};

@@ -3,6 +3,7 @@
 
 #include "attention/cuda_arguments.h"
 #include "device/philox.h"
+#include "device/predicated.h"
 
 namespace velm::cuda {
 
@@ -10,23 +11,25 @@ constexpr int kNoTile = 0x7fffffff;
 
 // The rows of a block: queries of one head, or of all heads that share a key head, one head behind the other. They see
 // no keys but those from lo to hi. A row past the end is query -1.
-struct RowTable {
-  SharedArray<int, kRows> query, head, lo, hi;
+template <int kCount>
+struct RowsOfBlock {
+  SharedArray<int, kCount> query, head, lo, hi;
 };
+using RowTable = RowsOfBlock<kRows>;
 
 // Threads of a block take part; a barrier must follow.
-template <class T>
-DEVICE_INLINE void fill_rows(RowTable& rows, const Inputs<T>& a, const Sequence& s, int index, int first_head,
-                             int first_row, int total) {
+template <class T, int kCount>
+DEVICE_INLINE void fill_rows(RowsOfBlock<kCount>& rows, const Inputs<T>& a, const Sequence& s, int index,
+                             int first_head, int first_row, int total) {
   const int i = static_cast<int>(threadIdx.x), row = first_row + i;
-  if (i >= kRows) return;
+  if (i >= kCount) return;
   const bool is_row = row < total;
   const int query = is_row ? row % s.queries : -1;
   int lo = 0, hi = is_row ? s.keys : 0;
   if (a.lengths) hi = min(hi, int{a.lengths[index]});
   if (a.causal) hi = min(hi, query + 1);
   if (a.range_start && is_row) {
-    const int64_t at = a.cu_seqlens_q ? int64_t{s.first_query} + query : index * int64_t{a.queries} + query;
+    const int64_t at = s.query_number(a, query);
     lo = max(int{a.range_start[at]}, 0);
     hi = min(hi, int{a.range_stop[at]});
   }
@@ -38,13 +41,14 @@ DEVICE_INLINE void fill_rows(RowTable& rows, const Inputs<T>& a, const Sequence&
 }
 
 // Which keys any row of a block sees, the same in every lane, and which ones all rows of a warp see.
-class Horizon {
+template <int kCount>
+class HorizonOf {
  public:
-  DEVICE_INLINE explicit Horizon(RowTable& rows) {
+  DEVICE_INLINE explicit HorizonOf(RowsOfBlock<kCount>& rows) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
     int last = 0;
 #pragma unroll
-    for (int i = 0; i < kRows / 32; ++i) {
+    for (int i = 0; i < kCount / 32; ++i) {
       lo_[i] = rows.lo[lane + 32 * i];
       hi_[i] = rows.hi[lane + 32 * i];
       last = max(last, hi_[i]);
@@ -61,7 +65,7 @@ class Horizon {
   DEVICE_INLINE int next(int tile) const {
     int first = kNoTile;
 #pragma unroll
-    for (int i = 0; i < kRows / 32; ++i)
+    for (int i = 0; i < kCount / 32; ++i)
       if (hi_[i] > tile * kKeys) first = min(first, max(tile, lo_[i] / kKeys));
     return __reduce_min_sync(kAll, first);
   }
@@ -72,8 +76,9 @@ class Horizon {
   int end;
 
  private:
-  int lo_[kRows / 32], hi_[kRows / 32], full_lo_, full_hi_;
+  int lo_[kCount / 32], hi_[kCount / 32], full_lo_, full_hi_;
 };
+using Horizon = HorizonOf<kRows>;
 
 // Bits of the keys from `start` on: whether key_mask shows them. All lanes of a warp take part.
 template <int kKeys, class T>
@@ -87,6 +92,35 @@ DEVICE_INLINE uint64_t open_keys(const Inputs<T>& a, int batch, int start, int e
     open |= uint64_t{__ballot_sync(kAll, is_open)} << i;
   }
   return open;
+}
+
+// The first tile of kKeys keys, from number `tile` on, of which some row sees a key that key_mask shows; or kNoTile.
+template <int kKeys, class T, int kCount>
+DEVICE_INLINE int next_tile(const HorizonOf<kCount>& horizon, const Inputs<T>& a, int batch, int tile) {
+  tile = horizon.template next<kKeys>(tile);
+  if (!a.key_mask) return tile;
+  while (tile != kNoTile && open_keys<kKeys>(a, batch, tile * kKeys, horizon.end) == 0)
+    tile = horizon.template next<kKeys>(tile + 1);
+  return tile;
+}
+
+// Of the two rows of a thread, logsumexp in base 2 and delta: infinity and 0 where there is nothing, so that weights
+// are 0. `first_row` is the row of the warp in the table.
+template <class T, int kCount>
+DEVICE_INLINE void read_rows(float (&logsumexp)[2], float (&delta)[2], const Inputs<T>& a, const Sequence& s,
+                             RowsOfBlock<kCount>& rows, int first_row, const ReadOnly<float>& from_logsumexp,
+                             const ReadOnly<float>& from_delta) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    logsumexp[half] = kInfinity;
+    delta[half] = 0.0f;
+    const int row = first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half, query = rows.query[row];
+    if (query < 0) continue;
+    const int64_t at = s.row_number(a, rows.head[row], query);
+    const float of_row = from_logsumexp[at];
+    if (of_row != -kInfinity) logsumexp[half] = of_row * kLog2E;
+    delta[half] = from_delta[at];
+  }
 }
 
 // To a few units in the last place, also near 0, without branches.
@@ -128,25 +162,29 @@ DEVICE_INLINE void cap_scores(float (&s)[kTiles][4], float cap, float (&slopes)[
     }
 }
 
-// Adds the bias of one row to the scores `first` and the next of each tile. What is hidden already is not read.
+constexpr unsigned char kShown = 1;
+
+// A score with its bias. That of what is hidden already is not read.
+template <class B>
+DEVICE_INLINE float biased(float x, const ReadOnly<B>& from) {
+  const float bias = to_float(load_if(x != -kInfinity, from, from_float<B>(0.0f)));
+  // Selected, as what -inf hides may be NaN.
+  return bias == -kInfinity ? -kInfinity : x + bias * kLog2E;
+}
+
+// Adds the bias of one row, from the thread's first key on, to the scores `first` and the next of each tile.
 template <int kTiles, class B>
-DEVICE_INLINE void add_bias(float (&s)[kTiles][4], int first, const ReadOnly<B>& row, int64_t stride, int key) {
+DEVICE_INLINE void add_bias(float (&s)[kTiles][4], int first, ReadOnly<B> from, int64_t stride) {
 #pragma unroll
-  for (int j = 0; j < kTiles; ++j)
+  for (int j = 0; j < kTiles; ++j, from = from + 8 * stride)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float& x = s[j][first + i];
-      if (x == -kInfinity) continue;
-      const float bias = to_float(row[(key + 8 * j + i) * stride]);
-      // Selected, as what -inf hides may be NaN.
-      x = bias == -kInfinity ? -kInfinity : x + bias * kLog2E;
-    }
+    for (int i = 0; i < 2; ++i) s[j][first + i] = biased(s[j][first + i], from + i * stride);
 }
 
 // -inf where a row does not see a key, and the bias added elsewhere. `first_row` is the row of the warp in the table.
-template <int kTiles, class T>
-DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowTable& rows, int index, int first_row,
-                               int start, uint64_t open) {
+template <int kTiles, class T, int kCount>
+DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOfBlock<kCount>& rows, int index,
+                               int first_row, int start, uint64_t open) {
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
   const int key = start + 2 * member;
   open >>= 2 * member;
@@ -163,20 +201,22 @@ DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowTab
       }
     const int query = rows.query[row], head = rows.head[row];
     if (a.mask.data) {
-      const auto mask = a.mask.data + a.mask.row(index, head, query);
+      ReadOnly<unsigned char> from = a.mask.data + (a.mask.row(index, head, query) + key * a.mask.stride[3]);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
+      for (int j = 0; j < kTiles; ++j, from = from + 8 * a.mask.stride[3])
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[j][2 * half + i];
-          if (x != -kInfinity && !mask[(key + 8 * j + i) * a.mask.stride[3]]) x = -kInfinity;
+          if (!load_if(x != -kInfinity, from + i * a.mask.stride[3], kShown)) x = -kInfinity;
         }
     }
     if (a.bias.data)
-      add_bias<kTiles, T>(s, 2 * half, a.bias.data + a.bias.row(index, head, query), a.bias.stride[3], key);
+      add_bias<kTiles, T>(s, 2 * half, a.bias.data + (a.bias.row(index, head, query) + key * a.bias.stride[3]),
+                          a.bias.stride[3]);
     if (a.wide_bias.data)
-      add_bias<kTiles, float>(s, 2 * half, a.wide_bias.data + a.wide_bias.row(index, head, query),
-                              a.wide_bias.stride[3], key);
+      add_bias<kTiles, float>(s, 2 * half,
+                              a.wide_bias.data + (a.wide_bias.row(index, head, query) + key * a.wide_bias.stride[3]),
+                              a.wide_bias.stride[3]);
   }
 }
 
@@ -208,7 +248,8 @@ DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, int ind
   const auto counter = static_cast<uint32_t>(index * a.heads + head);
   const auto seed = static_cast<uint64_t>(a.seed[0]);
   unsigned bits = 0;
-#pragma unroll
+  // Two generators at once hide each other's latency; all of them would be half of the code.
+#pragma unroll 2
   for (int j = 0; j < kTiles; ++j) {
     uint32_t c[4] = {static_cast<uint32_t>(query), static_cast<uint32_t>(start / 4 + 2 * j + member / 2), counter,
                      a.direction};
@@ -221,9 +262,9 @@ DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, int ind
   kept[1] = (mine ? bits : other) >> (2 * mine);
 }
 
-template <int kTiles, class T>
-DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowTable& rows, int index, int first_row,
-                                int start) {
+template <int kTiles, class T, int kCount>
+DEVICE_INLINE void kept_weights(unsigned (&kept)[2], const Inputs<T>& a, RowsOfBlock<kCount>& rows, int index,
+                                int first_row, int start) {
   const int row = first_row + drawn_row();
   kept_weights<kTiles>(kept, a, index, int{rows.head[row]}, int{rows.query[row]}, start);
 }

@@ -104,11 +104,12 @@ DEVICE_INLINE void multiply(float (&d)[kDim / 8][4], const float (&a)[kTiles][4]
         if (granule * kGranule<T> >= dim) break;
 #pragma unroll
         for (int j = granule * kGranuleTiles; j < (granule + 1) * kGranuleTiles; ++j) {
-          const int column = 8 * j + group;
+          // Apart what chunks are exchanged within and what is the same for all lanes: few addresses, many offsets.
+          const int column = j % 4 * 8 + group, rest = j / 4 * 32;
           Split<2> sb;
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const float x = b[(row + i) * kDim + (column ^ (swap_of(row + i) * kChunk<T>))];
+            const float x = b[(row + i) * kDim + (column ^ (swap_of(row + i) * kChunk<T>)) + rest];
             sb.set(i, !kGuarded || (seen >> (2 * k + i) & 1) ? x : 0.0f);
           }
           multiply_split(d[j], sa, sb);
@@ -135,7 +136,8 @@ DEVICE_INLINE void multiply(float (&d)[kDim / 8][4], const float (&a)[kTiles][4]
 #pragma unroll
         for (int k = 0; k < kTiles; k += 2) {
           uint32_t fb[4];
-          ldmatrix_transposed<4>(fb, pb + (8 * k * kDim + ((j + lane / 16) ^ swap_of(row)) * kChunk<T>));
+          ldmatrix_transposed<4>(
+              fb, pb + (8 * k * kDim + ((j % 8 + lane / 16) ^ swap_of(row)) * kChunk<T> + j / 8 * 8 * kChunk<T>));
           if constexpr (kGuarded) {
             fb[0] &= keep[k];
             fb[1] &= keep[k + 1];

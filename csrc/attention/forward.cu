@@ -90,18 +90,20 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   __syncthreads();
   const Horizon horizon(shared.rows);
 
-  int tile = horizon.template next<kKeys>(0), stop = kNoTile;
-  if (grid.splits > 1 && tile != kNoTile) {
-    const int first = tile, tiles = (horizon.end + kKeys - 1) / kKeys - first;
-    tile = first + first_of_split(tiles, split, grid.splits);
-    stop = first + first_of_split(tiles, split + 1, grid.splits);
+  int first = 0, stop = kNoTile;
+  if (grid.splits > 1) {
+    const int lowest = horizon.template next<kKeys>(0), tiles = (horizon.end + kKeys - 1) / kKeys - lowest;
+    if (lowest != kNoTile) {
+      first = lowest + first_of_split(tiles, split, grid.splits);
+      stop = lowest + first_of_split(tiles, split + 1, grid.splits);
+    }
   }
   // The first tile from `from` on that is the block's to do.
   const auto next = [&](int from) {
-    const int found = horizon.template next<kKeys>(from);
+    const int found = next_tile<kKeys>(horizon, a, index, from);
     return found < stop ? found : kNoTile;
   };
-  if (stop != kNoTile) tile = next(tile);
+  int tile = next(first);
   const bool is_idle = tile == kNoTile;
   if (tile != kNoTile)
     copy_rows<T, kDim, kRows>(shared.query, a.head_dim, a.query_width, [&](int row) {
@@ -109,33 +111,27 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
       return query < 0 ? Global<const T>(nullptr) : a.query.at(s.batch, of_head, s.first_query + query);
     });
 
-  // The ring is filled kSlots - 1 tiles ahead, with keys and values in turn.
-  int ahead = tile, ahead_slot = 0, slot = 0;
-  const auto fill = [&](bool with_value) {
-    if (ahead != kNoTile) {
-      const int start = ahead * kKeys;
-      const Rows<const T>& rows = with_value ? a.value : a.key;
-      copy_tile<T, kDim, kKeys>(shared.ring[ahead_slot], rows.at(s.batch, kv_head, s.first_key + start), rows.row,
-                                horizon.end - start, with_value ? a.value_dim : a.head_dim,
-                                with_value ? a.value_width : a.key_width);
-      if (with_value) ahead = next(ahead + 1);
-    }
-    // An empty group where there is nothing left, so that the waits count the same.
-    cp_async_commit();
-    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
+  // Keys and values in turn.
+  Ring<kSlots> ring;
+  int ahead = tile;
+  const auto copy = [&](int slot, bool is_value) {
+    if (ahead == kNoTile) return;
+    const int start = ahead * kKeys;
+    const Rows<const T>& rows = is_value ? a.value : a.key;
+    copy_tile<T, kDim, kKeys>(shared.ring[slot], rows.at(s.batch, kv_head, s.first_key + start), rows.row,
+                              horizon.end - start, is_value ? a.value_dim : a.head_dim,
+                              is_value ? a.value_width : a.key_width);
+    if (is_value) ahead = next(ahead + 1);
   };
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) fill(i % 2);
+  for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
 
   float sums[2] = {}, highest[2] = {-kInfinity, -kInfinity}, total_out[kDim / 8][4] = {};
   while (tile != kNoTile) {
-    const int start = tile * kKeys;
-    cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    fill(kSlots % 2 == 0);
+    const int start = tile * kKeys, following = ahead;
+    const Shared<T> keys = shared.ring[ring.next(copy, kSlots % 2 == 0)];
     float p[kTiles][4] = {};
-    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, shared.ring[slot], a.head_dim);
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
 
     scale_scores(p, a.product, a.cap);
     unsigned seen = kAll;
@@ -180,23 +176,19 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
       drop_weights(p, kept);
     }
 
-    cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    fill(kSlots % 2 != 0);
+    const Shared<T> values = shared.ring[ring.next(copy, kSlots % 2 != 0)];
     constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
     if (__all_sync(kAll, (seen & kEverything) == kEverything))
-      multiply<T, kDim, kTiles, false>(total_out, p, shared.ring[slot], a.value_dim, seen);
+      multiply<T, kDim, kTiles, false>(total_out, p, values, a.value_dim, seen);
     else
-      multiply<T, kDim, kTiles, true>(total_out, p, shared.ring[slot], a.value_dim, seen);
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    tile = next(tile + 1);
+      multiply<T, kDim, kTiles, true>(total_out, p, values, a.value_dim, seen);
+    // With two slots the copies have reached the next tile only now.
+    tile = kSlots == 2 ? ahead : following;
   }
 
   // Where a row is kept among those of all heads, in the part of the split.
   const auto number_of = [&](int row) {
-    const int query = shared.rows.query[row], of_head = shared.rows.head[row];
-    return split * partials.rows + (a.cu_seqlens_q ? of_head * int64_t{a.queries} + s.first_query + query
-                                                   : (index * int64_t{a.heads} + of_head) * a.queries + query);
+    return split * partials.rows + s.row_number(a, shared.rows.head[row], shared.rows.query[row]);
   };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -79,6 +79,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     __syncthreads();
     const Horizon horizon(shared.table);
     if (horizon.template next<kKeys>(tile) != tile) continue;
+    uint64_t open = ~uint64_t{0};
+    if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
+    if (open == 0) continue;
 
     const auto fill = [&](bool second) {
       const int stage = second ? Of::kStages - 1 : 0;
@@ -93,7 +96,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     };
     // dp - delta, and then the scores.
     float e[kTiles][4] = {}, p[kTiles][4] = {};
-    float logsumexp[2] = {kInfinity, kInfinity};
 #pragma unroll 1
     for (int half = 0; half < Of::kStages; ++half) fill(half != 0);
     cp_async_wait<Of::kStages - 1>();
@@ -104,21 +106,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       kept_weights<kTiles>(kept, a, shared.table, index, warp_row, start);
       drop_weights(e, kept);
     }
+    float logsumexp[2], delta[2];
+    read_rows(logsumexp, delta, a, s, shared.table, warp_row, g.logsumexp, g.delta);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int query = shared.table.query[warp_row + group + 8 * half];
-      float delta = 0.0f;
-      if (query >= 0) {
-        const int64_t at = (index * int64_t{a.heads} + head) * a.queries + query;
-        const float of_row = g.logsumexp[at];
-        if (of_row != -kInfinity) logsumexp[half] = of_row * kLog2E;
-        delta = g.delta[at];
-      }
+    for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) e[j][i] = fmaf(e[j][i], a.keep_scale, -delta);
-    }
+      for (int i = 0; i < 4; ++i) e[j][i] = fmaf(e[j][i], a.keep_scale, -delta[i / 2]);
     if constexpr (Of::kStages == 1) {
       __syncthreads();
       fill(true);
@@ -128,8 +121,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     multiply_transposed<T, kDim, kTiles>(p, shared.rows[Of::kStages - 1], warp_row, shared.keys[Of::kStages - 1],
                                          a.head_dim);
     scale_scores(p, a.product, a.cap);
-    uint64_t open = ~uint64_t{0};
-    if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
     mask_scores(p, a, shared.table, index, warp_row, start, open);
     // What is hidden may be NaN in e.
 #pragma unroll
@@ -179,12 +170,11 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (member == 0) to[row + 8 * half] = sums[0][half];
       continue;
     }
+    const Global<float> of_row = to + ((row + 8 * half) * int64_t{a.keys} + column);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        if (column + 8 * j + i < a.keys)
-          to[(row + 8 * half) * int64_t{a.keys} + column + 8 * j + i] = sums[j][2 * half + i];
+      for (int i = 0; i < 2; ++i) store_if(column + 8 * j + i < a.keys, of_row + (8 * j + i), sums[j][2 * half + i]);
   }
 }
 

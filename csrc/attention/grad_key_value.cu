@@ -1,5 +1,4 @@
-// What is summed over queries: the gradients of key and of value, and the attention that each key received. A block for
-// each tile of keys of one key head (or, of what is not a gradient, one query head), over the tiles of queries of all
+// The gradients of key and of value: a block for each tile of keys of one key head, over the tiles of queries of all
 // heads that share it. Their sums are in one order whatever runs beside them, so that the results have the same bits
 // every time.
 
@@ -11,14 +10,16 @@
 namespace velm::cuda {
 namespace {
 
-// What a kernel computes. The gradient of key takes grad_out before query, so that of dp and the scores the one can be
-// finished before the other is begun; the gradient of value query before grad_out.
-enum Kind { kKeyGradient, kValueGradient, kKeyMass };
+// The gradient of key takes grad_out before query, so that of dp and the scores the one can be finished before the
+// other is begun; the gradient of value query before grad_out.
+enum Kind { kKeyGradient, kValueGradient };
 
-// As in forward.cu, with tiles of queries in the ring.
+// As in forward.cu and grad_query.cu, with tiles of queries in the ring.
 template <int kElement, int kDim, int kKind>
 struct Shape {
   static constexpr bool kFew = kDim == 256 && (kElement == 4 || kKind == kKeyGradient);
+  static constexpr int kBlockRows = kElement == 4 && kDim == 256 && kKind == kKeyGradient ? 32 : kRows;
+  static constexpr int kBlockThreads = 2 * kBlockRows;
   static constexpr int kQueries = kFew ? 16 : kElement == 4 || kDim == 256 ? 32 : 64, kSlots = 2;
   // A tile whose second half is in use, and the next.
   static constexpr int kTables = 2;
@@ -27,8 +28,8 @@ struct Shape {
 template <class T, int kDim, int kKind>
 struct Storage {
   using Of = Shape<sizeof(T), kDim, kKind>;
-  SharedArray<T, kRows * kDim> key;
-  SharedArray<T, kKind == kKeyGradient ? kRows * kDim : 8> value;
+  SharedArray<T, Of::kBlockRows * kDim> key;
+  SharedArray<T, kKind == kKeyGradient ? Of::kBlockRows * kDim : 8> value;
   SharedArray<T, Of::kSlots, Of::kQueries * kDim> ring;
   ColumnTable<Of::kQueries> tables[Of::kTables];
 };
@@ -38,87 +39,71 @@ struct Gradients {
   Rows<const T> grad_out;
   int grad_out_width;
   ReadOnly<float> logsumexp, delta;
-  // One of the three.
+  // One of the two.
   Rows<T> to;
   Rows<float> wide_to;
-  Global<float> key_mass;
   int to_width;
   float scale;
 };
 
 template <class T, int kDim, int kKind>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 2)
     grad_key_value_kernel(const Inputs<T> a, const Gradients<T> g, int key_blocks) {
   using Of = Shape<sizeof(T), kDim, kKind>;
   constexpr int kQueries = Of::kQueries, kTiles = kQueries / 8, kSlots = Of::kSlots;
+  constexpr int kBlockRows = Of::kBlockRows, kBlockThreads = Of::kBlockThreads;
   constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
   auto& shared = dynamic_shared<Storage<T, kDim, kKind>>();
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
-  const int warp_row = thread / 32 * 16;
+  const int thread = static_cast<int>(threadIdx.x), member = thread % 4, warp_row = thread / 32 * 16;
 
-  const int heads = kKind == kKeyMass ? 1 : a.group, blocks_of_heads = a.heads / heads;
-  const int key_block = static_cast<int>(blockIdx.x) % key_blocks;
-  const int first_head = static_cast<int>(blockIdx.x) / key_blocks % blocks_of_heads * heads;
-  const int kv_head = first_head / a.group;
-  const int index = static_cast<int>(blockIdx.x) / key_blocks / blocks_of_heads;
+  const int key_block = static_cast<int>(blockIdx.x) % key_blocks, kv_heads = a.heads / a.group;
+  const int kv_head = static_cast<int>(blockIdx.x) / key_blocks % kv_heads, first_head = kv_head * a.group;
+  const int index = static_cast<int>(blockIdx.x) / key_blocks / kv_heads;
   const Sequence s(a, index);
-  const int first_key = key_block * kRows, warp_key = first_key + warp_row;
+  const int first_key = key_block * kBlockRows, warp_key = first_key + warp_row;
   if (first_key >= s.keys) return;
-  const KeyBlock<T> keys(a, s, index, first_key);
+  const KeyBlock<T, kBlockRows> keys(a, s, index, first_key);
   const int tiles_of_head = (s.queries + kQueries - 1) / kQueries;
 
-  int tile = keys.template next<kQueries>(0, heads);
+  int tile = keys.template first<kQueries>(a.group);
   if (tile != kNoTile) {
     const int rows = keys.length - first_key;
-    copy_tile<T, kDim, kRows>(shared.key, a.key.at(s.batch, kv_head, s.first_key + first_key), a.key.row, rows,
-                              a.head_dim, a.key_width);
+    copy_tile<T, kDim, kBlockRows, kBlockThreads>(shared.key, a.key.at(s.batch, kv_head, s.first_key + first_key),
+                                                  a.key.row, rows, a.head_dim, a.key_width);
     if constexpr (kKind == kKeyGradient)
-      copy_tile<T, kDim, kRows>(shared.value, a.value.at(s.batch, kv_head, s.first_key + first_key), a.value.row, rows,
-                                a.value_dim, a.value_width);
+      copy_tile<T, kDim, kBlockRows, kBlockThreads>(shared.value, a.value.at(s.batch, kv_head, s.first_key + first_key),
+                                                    a.value.row, rows, a.value_dim, a.value_width);
   }
-  int ahead = tile, ahead_slot = 0, ahead_table = 0, slot = 0, table = 0;
-  // The first or the second half of a step over a tile of queries.
-  const auto fill = [&](bool second) {
-    if (ahead != kNoTile) {
-      const int head = first_head + ahead / tiles_of_head, start = ahead % tiles_of_head * kQueries;
-      const bool is_query = second == (kKind == kKeyGradient);
-      const Rows<const T>& rows = is_query ? a.query : g.grad_out;
-      copy_tile<T, kDim, kQueries>(shared.ring[ahead_slot], rows.at(s.batch, head, s.first_query + start), rows.row,
-                                   s.queries - start, is_query ? a.head_dim : a.value_dim,
-                                   is_query ? a.query_width : g.grad_out_width);
-      if (!second) {
-        keys.template copy_table<kQueries>(shared.tables[ahead_table], head, start, g.logsumexp, g.delta);
-        ahead_table = ahead_table + 1 == Of::kTables ? 0 : ahead_table + 1;
-      }
-      if (second || kKind == kKeyMass) ahead = keys.template next<kQueries>(ahead + 1, heads);
+  // Queries and the gradients of their outputs in turn, and with the first of them the table.
+  Ring<kSlots> ring;
+  int ahead = tile, ahead_table = 0, table = 0;
+  const auto copy = [&](int slot, bool second) {
+    if (ahead == kNoTile) return;
+    const int head = first_head + ahead / tiles_of_head, start = ahead % tiles_of_head * kQueries;
+    const bool is_query = second == (kKind == kKeyGradient);
+    const Rows<const T>& rows = is_query ? a.query : g.grad_out;
+    copy_tile<T, kDim, kQueries, kBlockThreads>(shared.ring[slot], rows.at(s.batch, head, s.first_query + start),
+                                                rows.row, s.queries - start, is_query ? a.head_dim : a.value_dim,
+                                                is_query ? a.query_width : g.grad_out_width);
+    if (second) {
+      ahead = keys.template next<kQueries>(ahead + 1, a.group);
+    } else {
+      keys.template copy_table<kQueries>(shared.tables[ahead_table], head, start, g.logsumexp, g.delta);
+      ahead_table = ahead_table + 1 == Of::kTables ? 0 : ahead_table + 1;
     }
-    cp_async_commit();
-    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
   };
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) fill(kKind != kKeyMass && i % 2);
+  for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
+  const bool hides = keys.hides();
 
-  // What key_mask shows of the two keys of a thread.
-  bool open[2] = {true, true};
-  if (a.key_mask) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int key = warp_key + group + 8 * half;
-      open[half] = key < keys.length && a.key_mask[index * int64_t{a.keys} + key] != 0;
-    }
-  }
-  const bool hides = !__all_sync(kAll, open[0] && open[1]) || a.mask.data || a.bias.data || a.wide_bias.data;
-
-  float total[kKind == kKeyMass ? 1 : kDim / 8][4] = {};
+  float total[kDim / 8][4] = {};
   while (tile != kNoTile) {
-    const int head = first_head + tile / tiles_of_head, start = tile % tiles_of_head * kQueries;
+    const int head = first_head + tile / tiles_of_head, start = tile % tiles_of_head * kQueries, following = ahead;
     auto& columns = shared.tables[table];
     table = table + 1 == Of::kTables ? 0 : table + 1;
-    cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    fill(kKind != kKeyMass && kSlots % 2 == 0);
+    int slot = ring.next(copy, kSlots % 2 == 0);
     [[maybe_unused]] unsigned kept[4] = {};
-    if (kKind != kKeyMass && a.seed) kept_columns<kTiles>(kept, a, index, head, start, warp_key);
+    if (a.seed) kept_columns<kTiles>(kept, a, index, head, start, warp_key);
 
     // dp - delta
     [[maybe_unused]] float e[kTiles][4] = {};
@@ -136,10 +121,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             x = fmaf(x, a.keep_scale, -delta);
           }
         }
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
-      cp_async_wait<kSlots - 2>();
-      __syncthreads();
-      fill(kSlots % 2 != 0);
+      slot = ring.next(copy, kSlots % 2 != 0);
     }
 
     float p[kTiles][4] = {};
@@ -148,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (a.cap != 0.0f) cap_scores(p, a.cap, e, kKind == kKeyGradient);
     unsigned seen = kAll;
     if (hides || !keys.template all_see<kQueries>(columns, start, warp_key)) {
-      keys.template mask<kTiles>(p, columns, head, start, warp_key, open);
+      keys.template mask<kTiles>(p, columns, head, start, warp_key);
       seen = seen_keys(p);
     }
 #pragma unroll
@@ -163,73 +145,48 @@ __global__ void __launch_bounds__(kThreads, 2)
           x = x == -kInfinity ? 0.0f : exp2_approximate(x - logsumexp);
           if constexpr (kKind == kKeyGradient)
             x = x == 0.0f ? 0.0f : x * e[j][2 * half + i];
-          else if constexpr (kKind == kKeyMass)
-            total[0][half] += x;
           else if (a.seed && !(kept[2 * i + half] >> 4 * j & 1))
             x = 0.0f;
         }
       }
 
-    if constexpr (kKind == kValueGradient) {
-      slot = slot + 1 == kSlots ? 0 : slot + 1;
-      cp_async_wait<kSlots - 2>();
-      __syncthreads();
-      fill(kSlots % 2 != 0);
-    }
-    if constexpr (kKind != kKeyMass) {
-      const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
-      if (__all_sync(kAll, (seen & kEverything) == kEverything))
-        multiply<T, kDim, kTiles, false>(total, p, shared.ring[slot], dim, seen);
-      else
-        multiply<T, kDim, kTiles, true>(total, p, shared.ring[slot], dim, seen);
-    }
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    tile = keys.template next<kQueries>(tile + 1, heads);
+    if constexpr (kKind == kValueGradient) slot = ring.next(copy, kSlots % 2 != 0);
+    const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
+    if (__all_sync(kAll, (seen & kEverything) == kEverything))
+      multiply<T, kDim, kTiles, false>(total, p, shared.ring[slot], dim, seen);
+    else
+      multiply<T, kDim, kTiles, true>(total, p, shared.ring[slot], dim, seen);
+    tile = kSlots == 2 ? ahead : following;
   }
 
-  if constexpr (kKind == kKeyMass) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = total[0][half];
-      sum += __shfl_xor_sync(kAll, sum, 1);
-      sum += __shfl_xor_sync(kAll, sum, 2);
-      const int key = warp_key + group + 8 * half;
-      if (member == 0 && key < s.keys) {
-        const int64_t row = a.cu_seqlens_q ? first_head : index * int64_t{a.heads} + first_head;
-        g.key_mass[row * a.keys + s.first_key + key] = sum;
-      }
-    }
+  for (int j = 0; j < kDim / 8; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[j][i] *= g.scale;
+  const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
+  if (g.wide_to.data) {
+    store_wide_rows<kDim>(total, dim, [&](int row) {
+      const int key = warp_key + row;
+      return key < s.keys ? g.wide_to.at(s.batch, kv_head, s.first_key + key) : Global<float>(nullptr);
+    });
   } else {
-#pragma unroll
-    for (int j = 0; j < kDim / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) total[j][i] *= g.scale;
-    const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
-    if (g.wide_to.data) {
-      store_wide_rows<kDim>(total, dim, [&](int row) {
-        const int key = warp_key + row;
-        return key < s.keys ? g.wide_to.at(s.batch, kv_head, s.first_key + key) : Global<float>(nullptr);
-      });
-    } else {
-      const Shared<T> stage = shared.key;
-      store_rows<T, kDim>(stage + warp_row * kDim, total, dim, g.to_width, [&](int row) {
-        const int key = warp_key + row;
-        return key < s.keys ? g.to.at(s.batch, kv_head, s.first_key + key) : Global<T>(nullptr);
-      });
-    }
+    const Shared<T> stage = shared.key;
+    store_rows<T, kDim>(stage + warp_row * kDim, total, dim, g.to_width, [&](int row) {
+      const int key = warp_key + row;
+      return key < s.keys ? g.to.at(s.batch, kv_head, s.first_key + key) : Global<T>(nullptr);
+    });
   }
 }
 
 template <int kKind, class T>
-void run(const Attention& p, const Gradients<T>& g, Stream stream) {
-  const int64_t key_blocks = (p.longest_keys + kRows - 1) / kRows;
-  const int64_t blocks = p.batch * (kKind == kKeyMass ? p.heads : p.kv_heads) * key_blocks;
-  if (blocks == 0) return;
-  // Two tiles of 64 rows of 256 floats are more shared memory than a block may have.
-  constexpr int kMost = sizeof(T) == 4 && kKind == kKeyGradient ? 128 : 256;
-  with_dim<kMost>(kKind == kKeyMass ? p.head_dim : std::max(p.head_dim, p.value_dim), [&](auto dim) {
+void run(const AttentionBackward& p, const Gradients<T>& g, Stream stream) {
+  with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    launch<grad_key_value_kernel<T, kDim, kKind>>(static_cast<unsigned>(blocks), kThreads,
+    using Of = Shape<sizeof(T), kDim, kKind>;
+    const int64_t key_blocks = (p.longest_keys + Of::kBlockRows - 1) / Of::kBlockRows;
+    const int64_t blocks = p.batch * p.kv_heads * key_blocks;
+    if (blocks == 0) return;
+    launch<grad_key_value_kernel<T, kDim, kKind>>(static_cast<unsigned>(blocks), Of::kBlockThreads,
                                                   sizeof(Storage<T, kDim, kKind>), stream, inputs_of<T>(p), g,
                                                   static_cast<int>(key_blocks));
   });
@@ -270,16 +227,6 @@ void attention_grad_value(const AttentionBackward& p, Stream stream) {
     g.to = rows_of<T>(p.grad_value);
     g.to_width = copy_width(p.grad_value, p.dtype);
     run<kValueGradient>(p, g, stream);
-  });
-}
-
-void attention_key_mass(const Attention& p, const Span& logsumexp, const Span& key_mass, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    Gradients<T> g{};
-    g.logsumexp = global<const float>(logsumexp);
-    g.key_mass = global<float>(key_mass);
-    run<kKeyMass>(p, g, stream);
   });
 }
 

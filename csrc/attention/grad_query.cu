@@ -11,18 +11,20 @@
 namespace velm::cuda {
 namespace {
 
-// As in forward.cu.
+// As in forward.cu. Of 256 floats only half as many rows fit in shared memory, and two warps to a block.
 template <int kElement, int kDim>
 struct Shape {
-  static constexpr int kKeys = kElement == 4 ? 32 : kDim == 256 ? 32 : 64, kSlots = 2;
+  static constexpr bool kFew = kElement == 4 && kDim == 256;
+  static constexpr int kBlockRows = kFew ? 32 : kRows, kBlockThreads = 2 * kBlockRows;
+  static constexpr int kKeys = kFew ? 16 : kElement == 4 || kDim == 256 ? 32 : 64, kSlots = 2;
 };
 
 template <class T, int kDim>
 struct Storage {
   using Of = Shape<sizeof(T), kDim>;
-  SharedArray<T, kRows * kDim> query, grad_out;
+  SharedArray<T, Of::kBlockRows * kDim> query, grad_out;
   SharedArray<T, Of::kSlots, Of::kKeys * kDim> ring;
-  RowTable rows;
+  RowsOfBlock<Of::kBlockRows> rows;
 };
 
 template <class T>
@@ -42,10 +44,11 @@ struct Gradients {
 };
 
 template <class T, int kDim>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
     grad_query_kernel(const Inputs<T> a, const Gradients<T> g, int row_blocks) {
   using Of = Shape<sizeof(T), kDim>;
   constexpr int kKeys = Of::kKeys, kTiles = kKeys / 8, kSlots = Of::kSlots;
+  constexpr int kBlockRows = Of::kBlockRows, kBlockThreads = Of::kBlockThreads;
   auto& shared = dynamic_shared<Storage<T, kDim>>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
   const int warp_row = thread / 32 * 16;
@@ -55,59 +58,45 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int head = static_cast<int>(blockIdx.x) / row_blocks % a.heads, kv_head = head / a.group;
   const int index = static_cast<int>(blockIdx.x) / row_blocks / a.heads;
   const Sequence s(a, index);
-  const int first_row = row_block * kRows;
+  const int first_row = row_block * kBlockRows;
   if (first_row >= s.queries) return;
   fill_rows(shared.rows, a, s, index, head, first_row, s.queries);
   __syncthreads();
-  const Horizon horizon(shared.rows);
+  const HorizonOf<kBlockRows> horizon(shared.rows);
 
-  int tile = horizon.template next<kKeys>(0);
+  int tile = next_tile<kKeys>(horizon, a, index, 0);
   if (tile != kNoTile) {
     const int rows = s.queries - first_row;
-    copy_tile<T, kDim, kRows>(shared.query, a.query.at(s.batch, head, s.first_query + first_row), a.query.row, rows,
-                              a.head_dim, a.query_width);
-    copy_tile<T, kDim, kRows>(shared.grad_out, g.grad_out.at(s.batch, head, s.first_query + first_row), g.grad_out.row,
-                              rows, a.value_dim, g.grad_out_width);
+    copy_tile<T, kDim, kBlockRows, kBlockThreads>(shared.query, a.query.at(s.batch, head, s.first_query + first_row),
+                                                  a.query.row, rows, a.head_dim, a.query_width);
+    copy_tile<T, kDim, kBlockRows, kBlockThreads>(shared.grad_out,
+                                                  g.grad_out.at(s.batch, head, s.first_query + first_row),
+                                                  g.grad_out.row, rows, a.value_dim, g.grad_out_width);
   }
-  int ahead = tile, ahead_slot = 0, slot = 0;
-  const auto fill = [&](bool with_key) {
-    if (ahead != kNoTile) {
-      const int start = ahead * kKeys;
-      const Rows<const T>& rows = with_key ? a.key : a.value;
-      copy_tile<T, kDim, kKeys>(shared.ring[ahead_slot], rows.at(s.batch, kv_head, s.first_key + start), rows.row,
-                                horizon.end - start, with_key ? a.head_dim : a.value_dim,
-                                with_key ? a.key_width : a.value_width);
-      if (with_key) ahead = horizon.template next<kKeys>(ahead + 1);
-    }
-    cp_async_commit();
-    ahead_slot = ahead_slot + 1 == kSlots ? 0 : ahead_slot + 1;
+  // Values and keys in turn.
+  Ring<kSlots> ring;
+  int ahead = tile;
+  const auto copy = [&](int slot, bool is_key) {
+    if (ahead == kNoTile) return;
+    const int start = ahead * kKeys;
+    const Rows<const T>& rows = is_key ? a.key : a.value;
+    copy_tile<T, kDim, kKeys, kBlockThreads>(shared.ring[slot], rows.at(s.batch, kv_head, s.first_key + start),
+                                             rows.row, horizon.end - start, is_key ? a.head_dim : a.value_dim,
+                                             is_key ? a.key_width : a.value_width);
+    if (is_key) ahead = next_tile<kKeys>(horizon, a, index, ahead + 1);
   };
 #pragma unroll 1
-  for (int i = 0; i < kSlots - 1; ++i) fill(i % 2);
-
-  // A row that sees nothing, or is past the end: every exp2(s - inf) is 0.
-  float logsumexp[2] = {kInfinity, kInfinity}, delta[2] = {};
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int query = shared.rows.query[warp_row + group + 8 * half];
-    if (query < 0) continue;
-    const int64_t at = a.cu_seqlens_q ? head * int64_t{a.queries} + s.first_query + query
-                                      : (index * int64_t{a.heads} + head) * a.queries + query;
-    const float of_row = g.logsumexp[at];
-    if (of_row != -kInfinity) logsumexp[half] = of_row * kLog2E;
-    delta[half] = g.delta[at];
-  }
+  for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
+  float logsumexp[2], delta[2];
+  read_rows(logsumexp, delta, a, s, shared.rows, warp_row, g.logsumexp, g.delta);
 
   float grad[kDim / 8][4] = {};
   while (tile != kNoTile) {
-    const int start = tile * kKeys;
-    cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    fill(kSlots % 2 == 0);
+    const int start = tile * kKeys, following = ahead;
     // dp - delta
     float e[kTiles][4] = {};
-    multiply_transposed<T, kDim, kTiles>(e, shared.grad_out, warp_row, shared.ring[slot], a.value_dim);
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    const Shared<T> values = shared.ring[ring.next(copy, kSlots % 2 == 0)];
+    multiply_transposed<T, kDim, kTiles>(e, shared.grad_out, warp_row, values, a.value_dim);
     if (a.seed) {
       unsigned kept[2];
       kept_weights<kTiles>(kept, a, shared.rows, index, warp_row, start);
@@ -118,11 +107,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) e[j][i] = fmaf(e[j][i], a.keep_scale, -delta[i / 2]);
 
-    cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    fill(kSlots % 2 != 0);
+    const Shared<T> keys = shared.ring[ring.next(copy, kSlots % 2 != 0)];
     float p[kTiles][4] = {};
-    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, shared.ring[slot], a.head_dim);
+    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
     scale_scores(p, a.product, 0.0f);
     if (a.cap != 0.0f) cap_scores(p, a.cap, e, g.wants_query);
     unsigned seen = kAll;
@@ -138,35 +125,28 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         p[j][i] = p[j][i] == -kInfinity ? 0.0f : exp2_approximate(p[j][i] - logsumexp[i / 2]) * e[j][i];
-    if (g.bias || g.wide_bias) {
+    const auto store_bias = [&](const auto& bias, auto convert) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int query = shared.rows.query[warp_row + group + 8 * half];
-        if (query < 0) continue;
-        const int64_t row =
-            s.batch * g.bias_stride[0] + head * g.bias_stride[1] + query * g.bias_stride[2] + start + 2 * member;
+        const int query = shared.rows.query[warp_row + group + 8 * half], key = start + 2 * member;
+        const auto to = bias + (s.batch * g.bias_stride[0] + head * g.bias_stride[1] + query * g.bias_stride[2] + key);
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (start + 2 * member + 8 * j + i >= s.keys) continue;
-            const int64_t at = row + 8 * j + i;
-            if (g.bias)
-              g.bias[at] = from_float<T>(p[j][2 * half + i]);
-            else
-              g.wide_bias[at] = p[j][2 * half + i];
-          }
+          for (int i = 0; i < 2; ++i)
+            store_if(query >= 0 && key + 8 * j + i < s.keys, to + (8 * j + i), convert(p[j][2 * half + i]));
       }
-    }
+    };
+    if (g.bias) store_bias(g.bias, from_float<T>);
+    if (g.wide_bias) store_bias(g.wide_bias, from_float<float>);
     if (g.wants_query) {
       constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
       if (__all_sync(kAll, (seen & kEverything) == kEverything))
-        multiply<T, kDim, kTiles, false>(grad, p, shared.ring[slot], a.head_dim, seen);
+        multiply<T, kDim, kTiles, false>(grad, p, keys, a.head_dim, seen);
       else
-        multiply<T, kDim, kTiles, true>(grad, p, shared.ring[slot], a.head_dim, seen);
+        multiply<T, kDim, kTiles, true>(grad, p, keys, a.head_dim, seen);
     }
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
-    tile = horizon.template next<kKeys>(tile + 1);
+    tile = kSlots == 2 ? ahead : following;
   }
   if (!g.wants_query) return;
 #pragma unroll
@@ -226,12 +206,14 @@ void attention_delta(const AttentionBackward& p, Stream stream) {
 }
 
 void attention_grad_query(const AttentionBackward& p, Stream stream) {
-  const int64_t row_blocks = (p.longest_queries + kRows - 1) / kRows, blocks = p.batch * p.heads * row_blocks;
-  if (blocks == 0) return;
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, bool wants_query, bool wants_bias) {
       constexpr int kDim = decltype(dim)::value;
+      using Of = Shape<sizeof(T), kDim>;
+      const int64_t row_blocks = (p.longest_queries + Of::kBlockRows - 1) / Of::kBlockRows;
+      const int64_t blocks = p.batch * p.heads * row_blocks;
+      if (blocks == 0) return;
       Gradients<T> g{};
       g.grad_out = rows_of<const T>(p.grad_out);
       g.grad_out_width = copy_width(p.grad_out, p.dtype);
@@ -253,10 +235,10 @@ void attention_grad_query(const AttentionBackward& p, Stream stream) {
           g.wide_bias = global<float>(p.grad_bias.data);
         std::copy(p.grad_bias.stride, p.grad_bias.stride + 4, g.bias_stride);
       }
-      launch<grad_query_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
-                                         inputs_of<T>(p), g, static_cast<int>(row_blocks));
+      launch<grad_query_kernel<T, kDim>>(static_cast<unsigned>(blocks), Of::kBlockThreads, sizeof(Storage<T, kDim>),
+                                         stream, inputs_of<T>(p), g, static_cast<int>(row_blocks));
     };
-    with_dim<sizeof(T) == 4 ? 128 : 256>(std::max(p.head_dim, p.value_dim), [&](auto dim) {
+    with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
       const bool wants_query = bool(p.grad_query.data), wants_bias = bool(p.grad_bias.data);
       // The softcap stands between the two gradients.
       if (wants_query && wants_bias && p.softcap > 0) {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 import velm_kernels
 from tests.conftest import DEVICE_ON_HOST
-from tests.cuda.resources import dynamic_shared
+from tests.cuda.resources import ROOT, block_threads, dynamic_shared
 from velm_kernels.backends import cuda
 
 pytestmark = list(DEVICE_ON_HOST.marks)
@@ -88,10 +91,15 @@ HEADS, QUERIES, KEYS = 2, 130, 300
 BLOCK_ROWS = 64
 
 
+def name_of(kernel: str | int) -> str:
+    return re.sub(r".*?(\w+)<.*", r"\1", str(kernel))
+
+
 def check_shared_bytes(launch: dict[str, str | int]) -> None:
     """That the table of resources knows what a launch asks for."""
     kernel = re.sub(r"\(velm::cuda::\w+::Kind\)|velm::cuda::", "", str(launch["kernel"]))
     assert launch["shared_bytes"] == dynamic_shared(kernel), kernel
+    assert launch["threads"] == block_threads(kernel), kernel
 
 
 @pytest.mark.parametrize(
@@ -222,3 +230,79 @@ def test_bidirectional_attention_splits() -> None:
     assert of_a["blocks"] == 4 and of_a["global_bytes_written"] == added["global_bytes_read"] == partials
     assert added["global_bytes_written"] == count(query_a)
     assert of_b["blocks"] == 1024 // BLOCK_ROWS and of_b["global_bytes_written"] == count(query_b)
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.float32, 256)], ids=str)
+def test_tiles_hidden_by_key_mask(dtype: torch.dtype, dim: int) -> None:
+    """They cost nothing but the look at their mask, and the results are those without them, to the bit."""
+    heads, queries, tile = 1, 40, 64
+    shown = torch.tensor([True, False, True, False, False]).repeat_interleave(tile)
+    query, grad = torch.randn(2, 1, heads, queries, dim).to(dtype)
+    # Of what no row attends to, nothing is read.
+    key, value = torch.where(shown[:, None], torch.randn(2, 1, 1, len(shown), dim), torch.nan).to(dtype)
+    bias = torch.randn(1, 1, 1, len(shown))
+    some = shown.clone()
+    some[5:40] = False
+
+    def run(
+        keys: Tensor, mask: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], dict[str, dict[str, str | int]]]:
+        leaves = [t.detach().requires_grad_() for t in (query, key[:, :, keys], value[:, :, keys], bias[..., keys])]
+        cuda.launches()
+        with velm_kernels.use_backend("device_on_host"):
+            out, mass = velm_kernels.cross_attention(
+                *leaves[:3], bias=leaves[3], key_mask=mask[None, keys], return_key_mass=True
+            )
+            grads = torch.autograd.grad(out, leaves, grad)
+        # Numbered, as the gradients of key and value have kernels of one name.
+        return (out, mass), grads, {f"{name_of(one['kernel'])} {i}": one for i, one in enumerate(cuda.launches())}
+
+    outputs, grads, launches = run(torch.ones_like(shown), some)
+    expected, expected_grads, without = run(shown, some)
+    assert torch.equal(outputs[0], expected[0]) and torch.equal(grads[0], expected_grads[0])
+    for whole, part in zip((outputs[1], *grads[1:]), (expected[1], *expected_grads[1:]), strict=True):
+        along = whole.shape.index(len(shown))
+        assert torch.equal(whole.index_select(along, shown.nonzero()[:, 0]), part)
+        assert not whole.index_select(along, (~shown).nonzero()[:, 0]).any()
+    assert list(launches) == list(without)
+    # A byte for each hidden key, row block and warp. The parts of the gradient of the bias are as many as its keys.
+    hidden = int((~shown).sum())
+    for name, launch in launches.items():
+        if name.startswith("sum_partials"):
+            continue
+        threads = int(launch["threads"])
+        blocks = -(-queries // (threads // 2)) * heads
+        more = int(launch["global_bytes_read"]) - int(without[name]["global_bytes_read"])
+        assert 0 <= more <= hidden * blocks * threads // 32, name
+        assert launch["matrix_instructions"] == without[name]["matrix_instructions"], name
+        assert name.startswith("delta") or launch["matrix_instructions"]
+
+
+CONFLICTS = """
+import torch, velm_kernels
+from velm_kernels.backends import cuda
+for dtype, dims in ((torch.float16, (64, 128, 256)), (torch.float32, (64, 256))):
+    for dim in dims:
+        leaves = [torch.randn(1, 1, rows, dim).to(dtype).requires_grad_() for rows in (33, 40, 40)]
+        leaves.append(torch.randn(1, 1, 1, 40, requires_grad=True))
+        mask = torch.arange(40)[None] != 3
+        with velm_kernels.use_backend("device_on_host"):
+            out, mass = velm_kernels.cross_attention(*leaves[:3], bias=leaves[3], key_mask=mask, return_key_mass=True)
+            torch.autograd.grad(out, leaves, torch.randn_like(out))
+for one in cuda.launches():
+    print(one["kernel"], one["bank_conflicts"], one["matrix_instructions"], sep="\\t")
+"""
+
+
+def test_no_kernel_of_attention_has_bank_conflicts() -> None:
+    """Of every head_dim; that conflicts are seen, test_memory.cpp and test_matrix.cpp show."""
+    environment = {**os.environ, "DEVICE_ON_HOST_BANK_CONFLICTS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", CONFLICTS], env=environment, capture_output=True, text=True, check=True
+    )
+    launches = [line.split("\t") for line in done.stdout.splitlines()]
+    products = {name_of(kernel) for kernel, _, instructions in launches if int(instructions)}
+    assert products == {
+        "forward_kernel", "key_mass_kernel", "grad_query_kernel", "grad_key_value_kernel", "grad_bias_kernel"
+    }  # fmt: skip
+    assert [kernel for kernel, conflicts, _ in launches if int(conflicts)] == []

@@ -10,7 +10,7 @@ import torch
 
 from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend
-from velm_kernels.attention.schema import DIFFERENTIABLE, TENSOR_NAMES
+from velm_kernels.attention.schema import TENSOR_NAMES
 from velm_kernels.backends import Arguments, cpu, cuda, triton
 
 MAX_HEAD_DIM = 256
@@ -413,18 +413,6 @@ def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Calla
     return lambda *args: op(operator)(*unit_last_stride(args, _LARGE[operator]))
 
 
-def _not_in_cuda(arguments: Arguments) -> list[str]:
-    """What the CUDA kernels do not do yet."""
-    if "grad_mask" not in arguments:
-        return []
-    query, value = arguments["query"], arguments["value"]
-    wants = {name for bit, name in enumerate(DIFFERENTIABLE) if arguments["grad_mask"] >> bit & 1}
-    # Two tiles of 64 rows of so many floats are more shared memory than a block may have.
-    if query.dtype == torch.float32 and max(query.shape[-1], value.shape[-1]) > 128 and wants - {"value", "bias"}:
-        return ["gradients of query and key in float32 have a CUDA kernel up to 128 dimensions only"]
-    return []
-
-
 def _always(arguments: Arguments) -> list[str]:
     return []
 
@@ -434,6 +422,6 @@ backends.register("attention_backward", "reference", reference_backend.attention
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.triton_attention")
-    cuda.register_cuda(_operator, _not_in_cuda, partial(unit_last_stride, large=_LARGE[_operator]))
+    cuda.register_cuda(_operator, prepare=partial(unit_last_stride, large=_LARGE[_operator]))
 backends.register_public("cross_attention", "attention_forward", _canonical)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)
