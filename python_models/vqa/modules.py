@@ -67,6 +67,20 @@ class Concatenation(nn.Module):
         return self.layers(torch.cat(tuple(inputs), -1))
 
 
+class Bilinear(nn.Module):
+    """Every element of one times every element of the other, weighed for each output."""
+
+    def __init__(self, sizes: Sequence[int], fused: int) -> None:
+        super().__init__()
+        # Products of many pairs: smaller sides keep the weight from being most of the model.
+        self.projections = nn.ModuleList(nn.Linear(size, size // 2) for size in sizes)
+        self.join = velm_kernels.Bilinear(sizes[0] // 2, sizes[1] // 2, fused)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        picture, question = (project(x) for project, x in zip(self.projections, inputs, strict=True))
+        return self.join(picture, question)
+
+
 class QuestionAlone(nn.Module):
     """What the words alone give away: the picture is not looked at."""
 
@@ -88,6 +102,7 @@ POOLINGS: dict[str, Callable[[int, int], nn.Module]] = {
 
 # Called with the sizes of picture and question and that of the result; the module takes both as a list.
 FUSIONS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
+    "bilinear": Bilinear,
     "concatenation": Concatenation,
     "product": Product,
     "question alone": QuestionAlone,

@@ -75,10 +75,10 @@ def test_encoders_give_the_sizes_they_say() -> None:
     assert near @ same > 0.7 > near @ far
 
 
-def learnt(config: Config, puzzle: data.Dataset) -> float:
+def learnt(config: Config, puzzle: data.Dataset, epochs: int = 10) -> float:
     """The validation accuracy after a few epochs, fewer if it is high already."""
     trainer = training.Trainer(config, puzzle)
-    for _ in range(10):
+    for _ in range(epochs):
         trainer.epoch()
         if trainer.progress.accuracies[-1] > 0.9:
             break
@@ -87,8 +87,10 @@ def learnt(config: Config, puzzle: data.Dataset) -> float:
 
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion_learns_what_the_words_alone_cannot(puzzle: data.Dataset, fusion: str) -> None:
-    right = learnt(replace(SMALL, fusion=fusion), puzzle)
-    assert right < 0.75 if fusion == "question alone" else right > 0.9
+    if fusion == "question alone":
+        assert learnt(replace(SMALL, fusion=fusion), puzzle, 3) < 0.75
+    else:
+        assert learnt(replace(SMALL, fusion=fusion), puzzle) > 0.9
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
