@@ -9,7 +9,9 @@
 // of the columns of every tile, and their sums are added at the end.
 //
 // Where a side has few rows and the other many, as text and a picture have, several blocks share the tiles of the
-// other, and a second kernel adds their sums.
+// other, and a second kernel adds their sums. So it does with the gradients of the two directions, each by the kernel
+// of ordinary attention, in float32 of more than 128 dimensions, where three tiles of rows and three of columns do not
+// fit.
 
 #include "attention/bidirectional_cuda.h"
 
@@ -280,7 +282,6 @@ struct Grid {
 
 template <class T, class F>
 void with_grid(const AttentionBackward& x, const AttentionBackward& y, const F& f) {
-  // As in grad_query.cu: three tiles of rows and three of columns do not fit.
   constexpr int kMost = sizeof(T) == 4 ? 128 : 256;
   with_dim<kMost>(std::max({x.head_dim, x.value_dim, y.value_dim}), [&](auto dim) {
     constexpr int kRows = Shape<sizeof(T), decltype(dim)::value>::kRows;
@@ -290,13 +291,44 @@ void with_grid(const AttentionBackward& x, const AttentionBackward& y, const F& 
   });
 }
 
+bool has_no_room(const AttentionBackward& x, const AttentionBackward& y) {
+  return x.dtype == Dtype::float32 && std::max({x.head_dim, x.value_dim, y.value_dim}) > 128;
+}
+
+// Floats of one part of the partial sums.
+int64_t part_size(const AttentionBackward& x) {
+  return x.batch * x.heads * x.queries * partial_stride(x.head_dim);
+}
+
+template <class T>
+void add_parts(const AttentionBackward& x, const Span& partial_sums, int count, Stream stream) {
+  const Partials partials{global<float>(partial_sums), x.batch * x.heads * x.queries, partial_stride(x.head_dim)};
+  const int64_t threads = partials.rows * (partials.stride / kWide);
+  if (threads == 0) return;
+  launch<add_splits_kernel<T>>(static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
+                               partials, count, rows_of<T>(x.grad_query), static_cast<int>(x.heads),
+                               static_cast<int>(x.queries), static_cast<int>(x.head_dim));
+}
+
+void add_directions(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums, Stream stream) {
+  const int64_t row = partial_stride(x.head_dim), head = x.queries * row;
+  const auto bytes = static_cast<std::size_t>(part_size(x)) * sizeof(float);
+  AttentionBackward as_queries = x, as_keys = y;
+  as_queries.grad_query = {{partial_sums.data, bytes}, x.heads * head, head, row};
+  as_keys.grad_key = {{static_cast<char*>(partial_sums.data) + bytes, bytes}, x.heads * head, head, row};
+  attention_grad_query(as_queries, stream);
+  attention_grad_key(as_keys, stream);
+  add_parts<float>(x, partial_sums, 2, stream);
+}
+
 }  // namespace
 
 int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const AttentionBackward& y) {
+  if (has_no_room(x, y)) return 2 * part_size(x);
   int64_t count = 0;
   with_type(x.dtype, [&](auto t) {
     with_grid<decltype(t)>(x, y, [&](auto, const Grid& grid) {
-      if (grid.splits > 1) count = grid.splits * x.batch * x.heads * x.queries * partial_stride(x.head_dim);
+      if (grid.splits > 1) count = grid.splits * part_size(x);
     });
   });
   return count;
@@ -304,6 +336,7 @@ int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const Atte
 
 void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums,
                               Stream stream) {
+  if (has_no_room(x, y)) return add_directions(x, y, partial_sums, stream);
   with_type(x.dtype, [&](auto t) {
     using T = decltype(t);
     with_grid<T>(x, y, [&](auto dim, const Grid& grid) {
@@ -311,19 +344,15 @@ void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackwar
       if (grid.blocks == 0) return;
       if (grid.blocks > 0x7fffffff)
         throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 blocks");
-      const auto grad = rows_of<T>(x.grad_query);
       Partials partials{};
       if (grid.splits > 1)
         partials = {global<float>(partial_sums), x.batch * x.heads * x.queries, partial_stride(x.head_dim)};
       launch<grad_side_kernel<T, kDim>>(static_cast<unsigned>(grid.blocks), kThreads, sizeof(Storage<T, kDim>), stream,
-                                        inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y), grad,
-                                        copy_width(x.grad_query, x.dtype), static_cast<float>(x.scale),
-                                        static_cast<int>(grid.row_blocks), grid.splits, partials);
-      if (grid.splits == 1) return;
-      const int64_t threads = partials.rows * (partials.stride / kWide);
-      launch<add_splits_kernel<T>>(static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
-                                   partials, grid.splits, grad, static_cast<int>(x.heads), static_cast<int>(x.queries),
-                                   static_cast<int>(x.head_dim));
+                                        inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y),
+                                        rows_of<T>(x.grad_query), copy_width(x.grad_query, x.dtype),
+                                        static_cast<float>(x.scale), static_cast<int>(grid.row_blocks), grid.splits,
+                                        partials);
+      if (grid.splits > 1) add_parts<T>(x, partial_sums, grid.splits, stream);
     });
   });
 }

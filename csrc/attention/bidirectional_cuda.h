@@ -8,7 +8,8 @@ namespace velm::cuda {
 
 // The gradient of the queries of a side, which are queries in one direction and keys in the other: `as_queries` is the
 // problem of the first, `as_keys` of the second, both with delta. It goes to as_queries.grad_query. `partials` has as
-// many floats as bidirectional_grad_query_partials says: not 0 where the keys are split (cuda_splits.h).
+// many floats as bidirectional_grad_query_partials says: not 0 where the keys are split (cuda_splits.h), or the
+// directions.
 void bidirectional_grad_query(const AttentionBackward& as_queries, const AttentionBackward& as_keys,
                               const Span& partials, Stream stream);
 int64_t bidirectional_grad_query_partials(const AttentionBackward& as_queries, const AttentionBackward& as_keys);

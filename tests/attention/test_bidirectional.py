@@ -180,17 +180,20 @@ def test_numbers(backend: Backend, **case: Any) -> None:
         # Columns split among blocks.
         {"dims": (10, 16, 40), "a": 20, "b": 600, "dropout_p": 0.2},
         {"dims": (130, 16, 8), "a": 520, "b": 33, "heads": 1, "dtype": torch.bfloat16},
-        {"dims": (8, 8, 200), "used": (True, False, False, False), "wide": True},
+        # The directions one by one.
+        {"dims": (140, 8, 200), "dropout_p": 0.2},
     ],
     ids=str,
 )
 def test_cuda_tiles(backend: Backend, case: dict[str, Any]) -> None:
-    case = ORDINARY | {"a": 35, "b": 67, "heads": 2, "seed": 2} | case
-    if case.pop("wide", False):
-        with pytest.raises(velm_kernels.backends.NoBackendError, match="up to 128 dimensions"):
-            check(backend, **case)
-    else:
-        check(backend, **case)
+    check(backend, **ORDINARY | {"a": 35, "b": 67, "heads": 2, "seed": 2} | case)
+
+
+@pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+def test_cuda_refuses_what_is_too_wide(backend: Backend) -> None:
+    tensors = [torch.randn(1, 1, 3, dim) for dim in (8, 8, 257, 8)]
+    with backend.use(), pytest.raises(velm_kernels.backends.NoBackendError, match="257"):
+        velm_kernels.bidirectional_attention(*tensors)
 
 
 @every_cpu_backend

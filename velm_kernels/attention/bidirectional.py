@@ -358,21 +358,12 @@ def _triton_reasons(arguments: Arguments) -> list[str]:
     return triton.common_reasons(arguments) + _too_wide(arguments)
 
 
-def _not_in_cuda(arguments: Arguments) -> list[str]:
-    reasons = _too_wide(arguments)
-    widest = max(arguments[name].shape[3] for name in ("query_a", "value_a", "value_b"))
-    wants_queries = arguments.get("grad_mask", 0) & (GRAD_QUERY_A | GRAD_QUERY_B)
-    if wants_queries and arguments["query_a"].dtype == torch.float32 and widest > 128:
-        reasons.append("gradients of the queries in float32 have a CUDA kernel up to 128 dimensions only")
-    return reasons
-
-
 register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
 register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
 triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional", _triton_reasons)
 triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional", _triton_reasons)
 cpu.register_cpu("bidirectional_attention_forward")
 cpu.register_cpu("bidirectional_attention_backward")
-cuda.register_cuda("bidirectional_attention_forward", _not_in_cuda)
-cuda.register_cuda("bidirectional_attention_backward", _not_in_cuda)
+cuda.register_cuda("bidirectional_attention_forward", _too_wide)
+cuda.register_cuda("bidirectional_attention_backward", _too_wide)
 register_public("bidirectional_attention", "bidirectional_attention_forward", canonical)
