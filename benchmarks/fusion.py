@@ -50,8 +50,46 @@ def _bilinear(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 
     )
 
 
+def _factorized(name: str, rows: int, factor: int, dim: int, layout: str, normalized: bool) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        # Sums that do not cancel: their roots would be inexact in any arithmetic.
+        return {
+            name: torch.randn((rows, factor * dim), generator=generator, dtype=torch.float64).abs() + 0.1
+            for name in ("a", "b")
+        }
+
+    def eager(a: Tensor, b: Tensor) -> Tensor:
+        product = a * b
+        z = product.view(rows, dim, factor).sum(2) if layout == "inner" else product.view(rows, factor, dim).sum(1)
+        if normalized:
+            z = torch.sqrt(F.relu(z)) - torch.sqrt(F.relu(-z))
+            z = F.normalize(z, p=2)
+        return z
+
+    def velm(a: Tensor, b: Tensor) -> Tensor:
+        return velm_kernels.factorized_pool(a, b, factor, layout, normalized, normalized)
+
+    size = float(rows * factor * dim)
+    return Case(
+        operator="factorized_pool",
+        name=name,
+        shape=f"{rows} rows, {factor} x {dim}, {layout}{', root and norm' * normalized}",
+        make=make,
+        wanted=("a", "b"),
+        ways={"eager": eager, "velm": velm},
+        flops=2 * size,
+        traffic=2 * size + rows * dim,
+        backward_flops=4 * size,
+        backward_traffic=4 * size + rows * dim,
+        work=size,
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _factorized("mfb-tail", 1024, 5, 1000, "inner", True),
+        _factorized("mutan-tail", 1024, 10, 360, "outer", False),
+        _factorized("mlb-tail", 2048, 1, 1200, "inner", True),
         _bilinear("bilinear", 64, 512, 512, 256),
         _bilinear("bilinear-small", 256, 33, 129, 128),
         _bilinear("bilinear-regions", 16, 256, 256, 128, regions=36),

@@ -18,6 +18,7 @@ set(VELM_KERNEL_SOURCES
   attention/merge.cu
   attention/norm.cu
   fusion/dropout.cu
+  fusion/factorized.cu
   pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
@@ -25,6 +26,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
+  csrc/fusion/factorized_cuda.cpp
   csrc/pooling/pool_cuda.cpp
 )
 

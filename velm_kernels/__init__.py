@@ -13,7 +13,7 @@ from velm_kernels.attention import (
     merge_attention,
 )
 from velm_kernels.backends import explain, use_backend
-from velm_kernels.fusion import Bilinear, bilinear, dropout_residual
+from velm_kernels.fusion import Bilinear, bilinear, dropout_residual, factorized_pool
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
 from velm_kernels.pooling import (
@@ -50,6 +50,7 @@ __all__ = [
     "cross_attention_varlen",
     "dropout_residual",
     "explain",
+    "factorized_pool",
     "gated_residual",
     "linear",
     "masked_pool",

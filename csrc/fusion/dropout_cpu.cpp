@@ -1,72 +1,26 @@
 // residual + dropout(x) and its gradient, one pass each; the random numbers are drawn again in backward.
 
 #include <algorithm>
-#include <type_traits>
 
-#include "attention/cpu_philox.h"
-#include "attention/small_ops.h"
+#include "fusion/dropout_draw.h"
 #include "simd/parallel.h"
 
 namespace velm {
 namespace {
 
-using namespace simd;
-
-// Columns that share a block of counters: element c of a row takes word (c % 64) / 16 of counter (c / 64) * 16 + c %
-// 16, so that a vector of one word covers neighbouring columns whatever its width, up to 16.
-constexpr int64_t kBlock = 64, kCounters = 16;
-static_assert(kCounters % kLanes == 0);
+using namespace fusion;
 
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 8192;
 
-struct Draw {
-  uint64_t seed;
-  uint32_t threshold;
-  float scale;
-
-  Draw(const Tensor& seed_tensor, double p)
-      : seed(static_cast<uint64_t>(*const_data<int64_t>(seed_tensor))),
-        threshold(static_cast<uint32_t>(p * 4294967296.0)),
-        scale(static_cast<float>(1.0 / (1.0 - p))) {}
-};
-
-template <class T>
-VELM_INLINE Vec load_some(const T* p, int64_t left) {
-  return left >= kLanes ? load(p) : load_first(p, static_cast<int>(left));
-}
-template <class T>
-VELM_INLINE void store_some(T* p, Vec x, int64_t left) {
-  if (left >= kLanes)
-    store(p, x);
-  else
-    store_first(p, x, static_cast<int>(left));
-}
-
 // out = dropout(x) [+ residual] for one row.
 template <class T>
 void drop_row(const Draw& draw, int64_t row, int64_t dim, const T* x, const T* residual, T* out) {
-  for (int64_t block = 0; block < dim; block += kBlock) {
-    for (int64_t half = 0; half < kCounters; half += kLanes) {
-      if (block + half >= dim) break;
-      const auto first = static_cast<uint32_t>(block / kBlock * kCounters + half);
-      VecUint words[4] = {
-          stdx::static_simd_cast<VecUint>(lane_index()) + first,
-          VecUint(static_cast<uint32_t>(row)),
-          VecUint(static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32)),
-          VecUint(0u),
-      };
-      attention::philox(words, draw.seed);
-      unroll<4>([&](auto k) VELM_INLINE_LAMBDA {
-        const int64_t c = block + k * kCounters + half, left = dim - c;
-        if (left <= 0) return;
-        const VecMask keep = attention::at_least(words[k], draw.threshold);
-        Vec y = select(keep, load_some(x + c, left) * draw.scale, zero());
-        if (residual) y += load_some(residual + c, left);
-        store_some(out + c, y, left);
-      });
-    }
-  }
+  for_kept(draw, row, dim, [&](int64_t c, int64_t left, VecMask keep) VELM_INLINE_LAMBDA {
+    Vec y = select(keep, load_some(x + c, left) * draw.scale, zero());
+    if (residual) y += load_some(residual + c, left);
+    store_some(out + c, y, left);
+  });
 }
 
 Tensor run(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& seed, double p) {

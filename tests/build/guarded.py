@@ -98,6 +98,19 @@ def pooling(dtype: torch.dtype, at_end: bool, tokens: int, dim: int) -> None:
     assert out.isfinite().all()
 
 
+def fusion(dtype: torch.dtype, at_end: bool, rows: int, dx: int, dy: int, out_features: int) -> None:
+    shapes = ((rows, dx), (rows, dy), (out_features, dx, dy), (out_features,))
+    leaves = [guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes]
+    out = velm_kernels.bilinear(*leaves)
+    torch.autograd.grad(out, leaves, guarded(torch.ones_like(out), at_end))
+    assert out.isfinite().all()
+    for layout in ("inner", "outer"):
+        a, b = (guarded(torch.randn(rows, 3 * dx).to(dtype), at_end).requires_grad_() for _ in range(2))
+        out = velm_kernels.factorized_pool(a, b, 3, layout, True, True, 0.1)
+        torch.autograd.grad(out, (a, b), guarded(torch.ones_like(out), at_end))
+        assert out.isfinite().all()
+
+
 def main() -> None:
     isa = sys.argv[1]
     torch.manual_seed(0)
@@ -114,6 +127,8 @@ def main() -> None:
                     linear(dtype, at_end, *sizes)
                 for sizes in ((1, 1), (19, 33), (33, 50)):
                     pooling(dtype, at_end, *sizes)
+                for sizes in ((1, 1, 1, 1), (3, 17, 5, 2), (33, 14, 40, 19)):
+                    fusion(dtype, at_end, *sizes)
     print("done")
 
 

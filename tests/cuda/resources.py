@@ -35,7 +35,7 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(dropout|gated_residual|merge|norm|pool) .*|.* (add_splits|delta|merge_splits|sum_partials)_kernel<.*"
+    r"(dropout|factorized|gated_residual|merge|norm|pool) .*|.* (add_splits|delta|merge_splits|sum_partials)_kernel<.*"
 )
 
 

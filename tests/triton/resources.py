@@ -33,7 +33,7 @@ from velm_kernels.attention import triton_attention, triton_bidirectional, trito
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import triton_bilinear, triton_dropout
+from velm_kernels.fusion import triton_bilinear, triton_dropout, triton_factorized
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_attention_pool, triton_pool
 from velm_kernels.pooling.reference import MODES
@@ -91,6 +91,8 @@ STREAMING = (
     "sum_partials",
     "pack_bits",
     "dropout_residual",
+    "factorized_pool",
+    "factorized_pool_backward",
     *(f"pool_{mode}" for mode in MODES),
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
@@ -167,6 +169,9 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_small.gated_residual_backward(x, x, row, mask, 3)
         triton_dropout.dropout_residual_forward(x, x, seed, 0.1)
         y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
+        pair, options = x[None], (seed, 6, True, True, True, 0.1)
+        pooled = triton_factorized.factorized_pool_forward(pair, pair, *options)
+        triton_factorized.factorized_pool_backward(pooled, pair, pair, *options, 3)
         few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)

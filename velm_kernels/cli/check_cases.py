@@ -318,8 +318,27 @@ def _bilinear_check(name: str, regions: tuple[int, ...]) -> Check:
     return Check("bilinear", name, make, velm_kernels.bilinear, meaning, ("x", "y", "weight", "bias"))
 
 
+def _factorized_check(layout: str, **options: Any) -> Check:
+    def make(generator: torch.Generator) -> Inputs:
+        # The root of a sum that cancels would be as inexact as the sum.
+        a, b = (_randn(generator, B, M, 90).abs() + 0.1 for _ in range(2))
+        return {"a": a, "b": b, "factor": 5, "layout": layout, **options}
+
+    def meaning(seed: int | None = None, **inputs: Any) -> Tensor:
+        return fusion_reference.factorized_pool(seed=_seed(seed), **inputs)
+
+    name = ", ".join((layout, *options))
+    return Check("factorized_pool", name, make, velm_kernels.factorized_pool, meaning, ("a", "b"))
+
+
 def _fusion_checks() -> list[Check]:
-    return [_bilinear_check("pairs of rows", ()), _bilinear_check("one row for every region", (5,))]
+    return [
+        _bilinear_check("pairs of rows", ()),
+        _bilinear_check("one row for every region", (5,)),
+        _factorized_check("outer"),
+        _factorized_check("inner", power_norm=True, l2_norm=True),
+        _factorized_check("inner", l2_norm=True, dropout_p=0.25, seed=7),
+    ]
 
 
 def checks() -> list[Check]:

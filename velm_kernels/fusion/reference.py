@@ -8,6 +8,8 @@ from torch import Tensor
 from velm_kernels.attention.philox import philox4x32
 
 BLOCK, COUNTERS = 64, 16
+# Least norm that is divided by.
+EPS = 1e-12
 
 
 def kept(seed: Tensor, rows: int, dim: int, dropout_p: float) -> Tensor:
@@ -37,3 +39,67 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """``z[..., k] = sum_ij x[..., i] weight[k, i, j] y[..., j] + bias[k]``."""
     out = torch.einsum("...i,kij,...j->...k", x, weight, y)
     return out if bias is None else out + bias
+
+
+def factorized_sums(
+    a: Tensor, b: Tensor, factor: int, layout: str, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The sums over the factor of ``a * b``, and which products dropout keeps, if there is any."""
+    product, keep = a * b, None
+    if seed is not None:
+        keep = kept(seed, product[..., 0].numel(), product.shape[-1], dropout_p).view(product.shape)
+        product = torch.where(keep, product / (1 - dropout_p), product.new_zeros(()))
+    if layout == "inner":
+        return product.unflatten(-1, (product.shape[-1] // factor, factor)).sum(-1), keep
+    return product.unflatten(-1, (factor, product.shape[-1] // factor)).sum(-2), keep
+
+
+def factorized_pool(
+    a: Tensor,
+    b: Tensor,
+    factor: int = 1,
+    layout: str = "inner",
+    power_norm: bool = False,
+    l2_norm: bool = False,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """``normalize(signed_sqrt(sum over the factor of dropout(a * b)))``, the last two where asked for."""
+    z, _ = factorized_sums(a, b, factor, layout, dropout_p, seed)
+    if power_norm:
+        z = z.sign() * z.abs().sqrt()
+    return torch.nn.functional.normalize(z, dim=-1, eps=EPS) if l2_norm else z
+
+
+def factorized_pool_gradient(
+    grad: Tensor,
+    a: Tensor,
+    b: Tensor,
+    factor: int,
+    layout: str,
+    power_norm: bool,
+    l2_norm: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of a and b, finite where those of the formula above are not: the gradient of a sum is 0 where the
+    sum is 0 under the root or its row under the norm, and no more than the largest number elsewhere."""
+    z, keep = factorized_sums(a, b, factor, layout, dropout_p, seed)
+    root = z.sign() * z.abs().sqrt() if power_norm else z
+    if l2_norm:
+        norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
+        u = root / norm.clamp_min(EPS)
+        projected = torch.where(norm > EPS, u * (u * grad).sum(-1, keepdim=True), 0.0)
+        grad = torch.where(norm > 0, (grad - projected) / norm.clamp_min(EPS), 0.0)
+    if power_norm:
+        grad = torch.where(z == 0, 0.0, grad / (2 * root.abs()))
+    largest = torch.finfo(grad.dtype).max
+    grad = grad.clamp(-largest, largest)
+    if layout == "inner":
+        grad = grad.repeat_interleave(factor, -1)
+    else:
+        grad = grad.repeat(*([1] * (grad.dim() - 1)), factor)
+    grad_a, grad_b = grad * b, grad * a
+    if keep is None:
+        return grad_a, grad_b
+    return torch.where(keep, grad_a / (1 - dropout_p), 0.0), torch.where(keep, grad_b / (1 - dropout_p), 0.0)
