@@ -1,6 +1,7 @@
 # make setup   the environment (.venv with pinned packages) and the build; the commands below begin with it
 # make test    format, lint and type checks, then every test
 # make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
+# make results trains the models of python_models with these kernels and in plain PyTorch
 # make bench   the benchmarks
 # make lib     the operator libraries alone, for the interpreter named by PYTHON
 
@@ -14,6 +15,7 @@ export VELM_CUDA_ARCHS ?= 80
 BUILD ?= build
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+RESULTS_ARGS ?=
 BENCH_ARGS ?=
 
 # Named every time, because what was configured last stays in force.
@@ -28,7 +30,7 @@ STAMP := $(VENV)/.installed
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test lint format demo bench lib clean
+.PHONY: setup test lint format demo results bench lib clean
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -64,6 +66,13 @@ demo: CUDA := 0
 demo: TESTING := OFF
 demo: setup
 	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
+
+# Trains every fusion and pooling of the visual question answering model, twice.
+results: ISAS := native
+results: CUDA := 0
+results: TESTING := OFF
+results: setup
+	$(RUN) -m python_models vqa results $(RESULTS_ARGS)
 
 bench: setup
 	$(RUN) -m benchmarks $(BENCH_ARGS)

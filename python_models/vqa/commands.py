@@ -1,8 +1,9 @@
-"""python -m python_models vqa train | evaluate | predict."""
+"""python -m python_models vqa train | evaluate | predict | results."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from python_models.vqa import data, evaluation, plots, training
+import velm_kernels
+from python_models.vqa import data, evaluation, plots, results, training
 from python_models.vqa.config import Config
 from python_models.vqa.model import VisualQuestionAnswering
 from python_models.vqa.modules import FUSIONS, POOLINGS
@@ -53,7 +55,8 @@ def train(args: argparse.Namespace) -> int:
     dataset = load(console, args.features)
     trainer = training.Trainer(config, dataset, folder)
     trainer.resume()
-    with bars(console) as progress:
+    backend = velm_kernels.use_backend(args.backend) if args.backend else contextlib.nullcontext()
+    with bars(console) as progress, backend:
         task = progress.add_task("training", total=None, state="")
         while not trainer.progress.is_finished(config):
             number = trainer.progress.epochs + 1
@@ -71,6 +74,28 @@ def train(args: argparse.Namespace) -> int:
         f"best after epoch {best + 1}: {trainer.progress.accuracies[best]:.2%} of the validation questions; "
         f"{trainer.progress.seconds:.0f} seconds of training; kept in {folder}"
     )
+    trainer.model.load_state_dict(trainer.best_weights())
+    results.Summary.of(trainer, evaluation.accuracy(trainer.model, dataset)).save(folder)
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    console = Console()
+    load(console, args.features)
+    shared = ["--features", str(args.features), "--epochs", str(args.epochs), "--threads", str(args.threads)]
+    rows = []
+    with bars(console) as progress:
+        task = progress.add_task("training", total=2 * len(results.models()), state="")
+        for config in results.models():
+            pair = []
+            for backend in results.BACKENDS:
+                name = f"{config.fusion}, {config.pooling} pooling, {backend or 'velm_kernels'}"
+                progress.update(task, description=name)
+                pair.append(results.run(config, backend, args.folder, shared))
+                progress.advance(task)
+            rows.append(results.Row(config, *pair))
+    results.write(args.folder, rows, data.baselines(data.load(args.features)))
+    console.print((args.folder / results.TABLE).read_text())
     return 0
 
 
@@ -120,6 +145,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         one.add_argument(name, default=field.default, help=f"default {field.default}", **options)
     one.add_argument("--folder", type=Path, help="where the run is kept (default out/vqa/FUSION-POOLING)")
+    one.add_argument("--backend", help="of velm_kernels, e.g. reference for plain PyTorch (default: the best here)")
     one.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
     one.add_argument("--features", type=Path, default=FEATURES, help=f"cached features (default {FEATURES})")
 
@@ -133,6 +159,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     three.add_argument("picture", type=Path)
     three.add_argument("question")
     three.add_argument("--map", type=Path, help="a PNG to draw the regions that counted into")
+
+    four = command("results", compare, "train every module with these kernels and in plain PyTorch, and compare them")
+    four.add_argument("--folder", type=Path, default=Path("out/vqa/results"), help="where runs and the table go")
+    four.add_argument("--epochs", type=int, default=8, help="of each run (default 8)")
+    four.add_argument("--features", type=Path, default=FEATURES, help=f"cached features (default {FEATURES})")
 
 
 def _run(args: argparse.Namespace) -> int:

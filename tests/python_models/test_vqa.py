@@ -14,12 +14,12 @@ pytest.importorskip("transformers")
 from PIL import Image
 
 from python_models.__main__ import main
-from python_models.vqa import data, encoders, evaluation, training
+from python_models.vqa import data, encoders, evaluation, results, training
 from python_models.vqa.config import Config
 from python_models.vqa.model import VisualQuestionAnswering
 from python_models.vqa.modules import FUSIONS, POOLINGS
 
-SMALL = Config(dim=16, fused=12, heads=2, batch=30, epochs=3, learning_rate=1e-2)
+SMALL = Config(dim=16, fused=12, heads=2, batch=60, epochs=3, learning_rate=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +156,19 @@ def test_command_line(puzzle: data.Dataset, tmp_path: Path, monkeypatch: pytest.
     assert drawn.stat().st_size > 1000
     assert main(["vqa", "evaluate", str(tmp_path)]) == 2
     assert "holds no trained model" in capsys.readouterr().err
+
+
+def test_results_compare_pairs_of_runs(tmp_path: Path) -> None:
+    ours = results.Summary(0.99, 1000, 10.0, 200_000_000, [1.0, 0.5])
+    plain = results.Summary(0.98, 1000, 25.0, 300_000_000, [1.0, 0.51])
+    row = results.Row(Config(), ours, plain)
+    assert row.loss_difference == pytest.approx(0.01 / 0.51)
+    results.write(tmp_path, [row], {"question only": 0.5})
+    written = (tmp_path / results.TABLE).read_text()
+    assert "| product | attention | 99.00% | 1000 | 10 | 25 | 2.50x | 200 | 300 | 2.0e-02 |" in written
+    assert "question only: 50.00%" in written
+
+
+def test_every_module_is_compared_once() -> None:
+    models = results.models()
+    assert len(models) == len(FUSIONS) + len(POOLINGS) - 1 == len(set(models))
