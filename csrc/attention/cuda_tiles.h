@@ -130,17 +130,18 @@ DEVICE_INLINE void store_rows(const Shared<T>& stage, const float (&values)[kDim
   if (width == 16 && dim % kChunk<T> == 0) {
     for (int i = lane; i < 16 * kChunks; i += 32) {
       const int row = i / kChunks, column = i % kChunks * kChunk<T>;
+      const auto chunk = load<kChunk<T>>(stage + (row * kDim + (column ^ (swap_of(row) * kChunk<T>))));
       const Global<T> to = pointer_to(row);
-      if (column < dim && to)
-        store(to + column, load<kChunk<T>>(stage + (row * kDim + (column ^ (swap_of(row) * kChunk<T>)))));
+      if (column < dim && to) store(to + column, chunk);
     }
     return;
   }
 #pragma unroll 1
   for (int i = lane; i < 16 * kDim; i += 32) {
     const int row = i / kDim, column = i % kDim;
+    const T x = stage[row * kDim + (column ^ (swap_of(row) * kChunk<T>))];
     const Global<T> to = pointer_to(row);
-    if (column < dim && to) to[column] = stage[row * kDim + (column ^ (swap_of(row) * kChunk<T>))];
+    if (column < dim && to) to[column] = x;
   }
 }
 
