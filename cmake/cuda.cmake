@@ -19,6 +19,7 @@ set(VELM_KERNEL_SOURCES
   attention/norm.cu
   fusion/dropout.cu
   fusion/factorized.cu
+  pooling/attention_pool.cu
   pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
@@ -27,6 +28,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/small_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
   csrc/fusion/factorized_cuda.cpp
+  csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
 )
 

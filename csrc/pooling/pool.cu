@@ -8,6 +8,7 @@
 #include "device/launch.h"
 #include "device/memory.h"
 #include "device/numbers.h"
+#include "pooling/cuda_tokens.h"
 
 namespace velm::cuda {
 namespace {
@@ -19,25 +20,6 @@ constexpr int kMostWidth = 8;
 // Tokens that a thread goes through in backward.
 constexpr int kTokensBackward = 4;
 constexpr float kEps = 1e-6f, kLargest = 3.402823466e38f;
-
-// The tokens of a segment; in packed tensors their numbers run through all of them.
-struct Tokens {
-  ReadOnly<int32_t> bounds, lengths;
-  ReadOnly<unsigned char> mask;
-  int64_t segments, tokens;
-
-  DEVICE_INLINE int64_t begin(int64_t segment) const { return bounds ? clamped(bounds[segment], 0) : 0; }
-  DEVICE_INLINE int64_t end(int64_t segment) const {
-    if (bounds) return clamped(bounds[segment + 1], begin(segment));
-    return lengths ? clamped(lengths[segment], 0) : tokens;
-  }
-  DEVICE_INLINE bool masks(int64_t segment, int64_t token) const { return mask && !mask[segment * tokens + token]; }
-
- private:
-  DEVICE_INLINE int64_t clamped(int64_t value, int64_t low) const {
-    return value < low ? low : value > tokens ? tokens : value;
-  }
-};
 
 // What some tokens of a column amount to: a sum in `a`; the largest in `a` and its token, -1 for none; the largest and
 // the sum of exp(x - a) in `b`.
@@ -278,15 +260,6 @@ __global__ void __launch_bounds__(kThreads)
     }
     grad_x[number * tokens.tokens + n] = from_float<T>(value);
   }
-}
-
-Tokens tokens_of(const Pool& p) {
-  return {global<const int32_t>(p.bounds), global<const int32_t>(p.lengths), global<const unsigned char>(p.mask),
-          p.segments, p.tokens};
-}
-
-unsigned divide_up(int64_t a, int64_t b) {
-  return static_cast<unsigned>((a + b - 1) / b);
 }
 
 // Calls run with the widest access that the tensors allow.

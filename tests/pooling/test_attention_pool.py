@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.pooling import reference
 from velm_kernels.pooling.attention_pool import _canonical_rows, _folds, attention_pool
@@ -64,7 +64,7 @@ def compare(
     return got
 
 
-@every_backend
+@every_backend_with_cuda
 @settings(max_examples=min(12, settings().max_examples))
 @given(
     batch=st.integers(0, 3),
@@ -119,7 +119,7 @@ def test_numbers(
     assert not got["out"][empty].any()
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("sizes", [(70, 0, 3, 140), ()], ids=str)
 def test_packed_tokens(backend: Backend, shared: bool, sizes: tuple[int, ...]) -> None:
@@ -139,7 +139,7 @@ def test_packed_tokens(backend: Backend, shared: bool, sizes: tuple[int, ...]) -
     assert not got["out"][1].any()
 
 
-@every_backend
+@every_backend_with_cuda
 def test_no_token_no_bias(backend: Backend) -> None:
     tensors = {n: t.float() for n, t in inputs(torch.Generator().manual_seed(0), 2, 9, 1, 2, 4, 24, True).items()}
     bounds, live = torch.tensor([0, 9, 9]), torch.tensor([[True], [False]]).expand(2, 9)
@@ -201,7 +201,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, shared: bool) -> 
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@every_backend
+@every_backend_with_cuda
 def test_only_wanted_gradients(backend: Backend) -> None:
     x, rows = torch.randn(2, 40, 20), torch.randn(1, 3, 20)
     grad = torch.randn(2, 3, 20)
@@ -217,7 +217,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
     assert torch.equal(others[0][0], both[0]) and torch.equal(others[1][1], both[1])
 
 
-@every_backend
+@every_backend_with_cuda
 def test_opcheck_and_compile(backend: Backend) -> None:
     tensors = {n: t.float() for n, t in inputs(torch.Generator().manual_seed(0), 2, 9, 1, 2, 4, 24, True).items()}
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.linear import linear
 from velm_kernels.pooling.pool import (
@@ -399,5 +399,6 @@ register("attention_pool_forward", "reference", _reference_forward, lambda argum
 register("attention_pool_backward", "reference", _reference_backward, lambda arguments: [])
 for _name in ("attention_pool_forward", "attention_pool_backward"):
     cpu.register_cpu(_name)
+    cuda.register_cuda(_name)
     triton.register_triton(_name, "pooling.triton_attention_pool")
 register_public("attention_pool", "attention_pool_forward", canonical)

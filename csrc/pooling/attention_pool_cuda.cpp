@@ -1,0 +1,90 @@
+// attention_pool's middle as torch operators on CUDA kernels.
+
+#include "pooling/attention_pool_cuda.h"
+
+#include <tuple>
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+constexpr int64_t kGradX = 1, kGradRows = 2;
+
+struct Call {
+  AttentionPool p{};
+  Tensor weights;
+
+  Call(const Tensor& x, const Tensor& rows, const std::optional<Tensor>& lengths, const std::optional<Tensor>& mask,
+       const std::optional<Tensor>& cu_seqlens)
+      : weights(x) {
+    const int64_t last = x.dim() - 1;
+    p.segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0);
+    p.tokens = x.size(last - 1);
+    p.rows = rows.size(1);
+    p.dim = x.size(last);
+    p.dtype = dtype_of(x);
+    p.bounds = span_of(cu_seqlens);
+    p.lengths = span_of(lengths);
+    p.mask = span_of(mask);
+    p.x = span_of(x);
+    p.segment_stride = cu_seqlens ? 0 : x.stride(0);
+    p.token_stride = x.stride(last - 1);
+    p.queries = span_of(rows);
+    p.is_shared = rows.size(0) == 1;
+    weights = new_weights(x);
+    p.weights = span_of(weights);
+  }
+  Tensor new_weights(const Tensor& x) const {
+    const int64_t rows = p.bounds ? p.rows : p.segments * p.rows;
+    return torch::stable::new_empty(x, {rows, p.tokens}, ScalarType::Float);
+  }
+};
+
+std::tuple<Tensor, Tensor> attention_pool_forward_op(Tensor x, Tensor rows, std::optional<Tensor> lengths,
+                                                     std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens) {
+  const Current current(x);
+  Call call(x, rows, lengths, mask, cu_seqlens);
+  AttentionPool& p = call.p;
+  Tensor out = torch::stable::new_empty(x, {p.segments, p.rows, p.dim});
+  Tensor logsumexp = torch::stable::new_empty(x, {p.segments, p.rows}, ScalarType::Float);
+  p.out = span_of(out);
+  p.logsumexp = span_of(logsumexp);
+  attention_pool_forward(p, current.stream());
+  return {out, logsumexp};
+}
+
+std::tuple<Tensor, Tensor> attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optional<Tensor> lengths,
+                                                      std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                                                      Tensor out, Tensor logsumexp, int64_t grad_mask) {
+  const Current current(x);
+  Call call(x, rows, lengths, mask, cu_seqlens);
+  AttentionPool& p = call.p;
+  Tensor grad_weights = call.new_weights(x);
+  Tensor grad_x = !(grad_mask & kGradX) ? nothing(x)
+                  : cu_seqlens          ? torch::stable::new_empty(x, {p.tokens, p.dim})
+                                        : torch::stable::new_empty(x, {p.segments, p.tokens, p.dim});
+  Tensor grad_rows =
+      grad_mask & kGradRows ? torch::stable::new_empty(rows, {rows.size(0), p.rows, p.dim}) : nothing(rows);
+  Tensor partials = torch::stable::new_empty(
+      x, {p.is_shared && grad_mask & kGradRows ? p.segments * p.rows * p.dim : 0}, ScalarType::Float);
+  p.grad = span_of(grad);
+  p.out = span_of(out);
+  p.logsumexp = span_of(logsumexp);
+  p.grad_weights = span_of(grad_weights);
+  p.grad_x = span_of(grad_x);
+  p.grad_queries = span_of(grad_rows);
+  p.partials = span_of(partials);
+  attention_pool_backward(p, current.stream());
+  return {grad_x, grad_rows};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward_op));
+  m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward_op));
+}
+
+}  // namespace
+}  // namespace velm::cuda
