@@ -11,11 +11,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, harness, linear, models, static
+from benchmarks import attention, fusion, harness, linear, models, pooling, static
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-OPERATORS = {"attention": attention.cases, "fusion": fusion.cases, "linear": linear.cases}
+OPERATORS = {
+    "attention": attention.cases,
+    "fusion": fusion.cases,
+    "linear": linear.cases,
+    "pooling": pooling.cases,
+}
 FAMILIES = (*OPERATORS, "models")
 
 

@@ -149,7 +149,7 @@ struct PooledStorage {
 
 // out = weights x: a thread has one column of a tile of rows of a segment.
 template <class T, class O>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     pooled_kernel(ReadOnly<float> weights, ReadOnly<T> x, Global<O> out, Tokens tokens, int64_t segment_stride,
                   int64_t token_stride, int64_t rows, int64_t dim, unsigned row_blocks, unsigned column_blocks) {
   auto& shared = static_shared<PooledStorage>();

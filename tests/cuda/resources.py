@@ -33,9 +33,10 @@ BLOCKS = {"80": 32, "90a": 32, "100": 32, "120": 24}
 REGISTERS = 65536
 # The system keeps this much shared memory of every block.
 RESERVED = 1024
-# Kernels that multiply no matrices; all others do, and by matrix instructions.
+# Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(dropout|factorized|gated_residual|merge|norm|pool) .*|.* (add_splits|delta|merge_splits|sum_partials)_kernel<.*"
+    r"(attention_pool|dropout|factorized|gated_residual|merge|norm|pool) .*|"
+    r".* (add_splits|delta|merge_splits|sum_partials)_kernel<.*"
 )
 
 
