@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,8 +87,47 @@ def _factorized(name: str, rows: int, factor: int, dim: int, layout: str, normal
     )
 
 
+def _tensor_fusion(name: str, batch: int, dims: tuple[int, ...], out: int) -> Case:
+    names = [f"x{m}" for m in range(len(dims))]
+    features = math.prod(1 + dim for dim in dims)
+
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        inputs: Inputs = {name: randn(batch, dim) for name, dim in zip(names, dims, strict=True)}
+        return inputs | {"weight": randn(out, features) * features**-0.5, "bias": randn(out)}
+
+    def eager(weight: Tensor, bias: Tensor, **inputs: Tensor) -> Tensor:
+        first, *others = (F.pad(inputs[name], (1, 0), value=1.0) for name in names)
+        for other in others:
+            first = (first[:, :, None] * other[:, None, :]).flatten(1)
+        return F.linear(first, weight, bias)
+
+    def velm(weight: Tensor, bias: Tensor, **inputs: Tensor) -> Tensor:
+        return velm_kernels.tensor_fusion([inputs[name] for name in names], weight, bias)
+
+    product = 2.0 * batch * features * out
+    traffic = float(out * features + batch * (sum(dims) + out))
+    return Case(
+        operator="tensor_fusion",
+        name=name,
+        shape=f"{batch} rows, {' x '.join(str(1 + dim) for dim in dims)} -> {out}",
+        make=make,
+        wanted=(*names, "weight", "bias"),
+        ways={"eager": eager, "velm": velm},
+        flops=product,
+        traffic=traffic,
+        backward_flops=2 * product,
+        backward_traffic=2 * traffic,
+        work=float(batch * features),
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _tensor_fusion("tensor-fusion-2", 256, (256, 64), 128),
+        _tensor_fusion("tensor-fusion-3", 256, (32, 32, 128), 128),
         _factorized("mfb-tail", 1024, 5, 1000, "inner", True),
         _factorized("mutan-tail", 1024, 10, 360, "outer", False),
         _factorized("mlb-tail", 2048, 1, 1200, "inner", True),

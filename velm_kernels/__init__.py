@@ -13,7 +13,14 @@ from velm_kernels.attention import (
     merge_attention,
 )
 from velm_kernels.backends import explain, use_backend
-from velm_kernels.fusion import Bilinear, bilinear, dropout_residual, factorized_pool
+from velm_kernels.fusion import (
+    Bilinear,
+    TensorFusion,
+    bilinear,
+    dropout_residual,
+    factorized_pool,
+    tensor_fusion,
+)
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
 from velm_kernels.pooling import (
@@ -42,6 +49,7 @@ __all__ = [
     "MaskedPool",
     "ProbePool",
     "SegmentPool",
+    "TensorFusion",
     "__version__",
     "attention_pool",
     "bidirectional_attention",
@@ -57,6 +65,7 @@ __all__ = [
     "merge_attention",
     "patch",
     "segment_pool",
+    "tensor_fusion",
     "unpatch",
     "use_backend",
 ]

@@ -331,10 +331,26 @@ def _factorized_check(layout: str, **options: Any) -> Check:
     return Check("factorized_pool", name, make, velm_kernels.factorized_pool, meaning, ("a", "b"))
 
 
+def _tensor_fusion_check() -> Check:
+    dims = (9, 14, 30)
+
+    def make(generator: torch.Generator) -> Inputs:
+        inputs: Inputs = {f"x{m}": _randn(generator, M, dim) for m, dim in enumerate(dims)}
+        return inputs | {"weight": _randn(generator, 20, 10 * 15 * 31), "bias": 10 * _randn(generator, 20)}
+
+    def apply(function: Callable[..., Tensor], x0: Tensor, x1: Tensor, x2: Tensor, **others: Tensor) -> Tensor:
+        return function([x0, x1, x2], **others)
+
+    ours = functools.partial(apply, velm_kernels.tensor_fusion)
+    written = functools.partial(apply, fusion_reference.tensor_fusion)
+    return Check("tensor_fusion", "three inputs", make, ours, written, ("x0", "x1", "x2", "weight", "bias"))
+
+
 def _fusion_checks() -> list[Check]:
     return [
         _bilinear_check("pairs of rows", ()),
         _bilinear_check("one row for every region", (5,)),
+        _tensor_fusion_check(),
         _factorized_check("outer"),
         _factorized_check("inner", power_norm=True, l2_norm=True),
         _factorized_check("inner", l2_norm=True, dropout_p=0.25, seed=7),

@@ -3,6 +3,14 @@
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
-from velm_kernels.fusion.modules import Bilinear
+from velm_kernels.fusion.modules import Bilinear, TensorFusion
+from velm_kernels.fusion.tensor_fusion import tensor_fusion
 
-__all__ = ["Bilinear", "bilinear", "dropout_residual", "factorized_pool"]
+__all__ = [
+    "Bilinear",
+    "TensorFusion",
+    "bilinear",
+    "dropout_residual",
+    "factorized_pool",
+    "tensor_fusion",
+]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, tensor_fusion
 
 
 class Bilinear(nn.Bilinear):
@@ -18,3 +23,53 @@ class Bilinear(nn.Bilinear):
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         return bilinear(input1, input2, self.weight, self.bias)
+
+
+def _checked_dims(input_dims: Sequence[int]) -> list[int]:
+    dims = list(input_dims)
+    if not 2 <= len(dims) <= MOST_INPUTS or any(dim < 0 for dim in dims):
+        raise ValueError(f"input_dims: expected 2 to {MOST_INPUTS} sizes, given {dims}")
+    return dims
+
+
+class TensorFusion(nn.Module):
+    """A linear layer on the outer product of ``[1; x]`` over modalities: :func:`velm_kernels.tensor_fusion`.
+
+    Args:
+        input_dims: features of each of 2 to 4 modalities.
+        out_features: features of the result.
+        bias: whether there is one.
+        device, dtype: of the parameters.
+
+    Parameters are ``weight (out_features, prod(1 + d))`` and ``bias (out_features,)``, initialised as those of
+    ``torch.nn.Linear``.
+
+    Shape:
+        one ``(..., d)`` a modality to ``(..., out_features)``.
+    """
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dims = _checked_dims(input_dims)
+        features = math.prod(1 + dim for dim in self.input_dims)
+        self.weight = nn.Parameter(torch.empty(out_features, features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return tensor_fusion(inputs, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dims}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -103,3 +105,16 @@ def factorized_pool_gradient(
     if keep is None:
         return grad_a, grad_b
     return torch.where(keep, grad_a / (1 - dropout_p), 0.0), torch.where(keep, grad_b / (1 - dropout_p), 0.0)
+
+
+def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``weight ([1; x_1] (x) [1; x_2] (x) ...) + bias``, the outer product formed."""
+    outer = with_one(inputs[0])
+    for x in inputs[1:]:
+        outer = (outer[..., :, None] * with_one(x)[..., None, :]).flatten(-2)
+    return torch.nn.functional.linear(outer, weight, bias)
+
+
+def with_one(x: Tensor) -> Tensor:
+    """``[1; x]`` along the last dimension."""
+    return torch.cat([x.new_ones((*x.shape[:-1], 1)), x], -1)

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.conftest import INTERPRETED, every_backend
+from tests.numbers import assert_accurate
+from velm_kernels.fusion import TensorFusion, reference, tensor_fusion
+
+
+def _randn(generator, *shape):
+    return torch.randn(shape, generator=generator)
+
+
+def _tensors(leading, dims, out, dtype):
+    """The inputs, then weight and bias."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [_randn(generator, *leading, dim) for dim in dims]
+    weight = _randn(generator, out, math.prod(1 + dim for dim in dims))
+    return [value.to(dtype) for value in (*inputs, weight, 5 * _randn(generator, out))]
+
+
+def _all_results(function, tensors, dtype=None):
+    leaves = [value.detach().to(dtype or value.dtype).requires_grad_() for value in tensors]
+    out = function(leaves[:-2], *leaves[-2:])
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+@every_backend
+@given(data=st.data())
+def test_equals_the_materialised_product(backend, data):
+    leading = data.draw(st.sampled_from([(), (5,), (2, 3)]), label="leading")
+    dims = data.draw(st.lists(st.integers(0, 4 if INTERPRETED else 9), min_size=2, max_size=4), label="dims")
+    out = data.draw(st.integers(1, 8), label="out")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    tensors = _tensors(leading, dims, out, dtype)
+    with backend.use():
+        got = _all_results(tensor_fusion, tensors)
+    plain = _all_results(reference.tensor_fusion, tensors)
+    exact = _all_results(reference.tensor_fusion, tensors, torch.float64)
+    # A gradient of few elements is as inexact as the sums that cancel in it, and a lucky one is not the measure.
+    for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        assert_accurate(f"result {i}", a, b, c, dtype, ulps=8, floor=float(c.numel()) ** 0.5)
+
+
+def test_two_modalities_form_no_outer_product():
+    """Backward keeps what is of the size of the inputs, and not their product."""
+    tensors = [value.requires_grad_() for value in _tensors((64,), (40, 30), 4, torch.float32)]
+    kept = []
+
+    def keep(tensor):
+        if not any(tensor.data_ptr() == value.data_ptr() for value in tensors):
+            kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        tensor_fusion(tensors[:2], *tensors[2:])
+    assert sum(kept) <= 64 * (41 + 31)
+
+
+def test_inputs_broadcast():
+    *inputs, weight, bias = _tensors((2, 3), (4, 5, 6), 7, torch.float64)
+    for first in (inputs[0][:1, :1], inputs[0][0]):
+        # With fewer dimensions than the others, too: they stand for the last ones, as torch broadcasts.
+        mixed = [first, inputs[1][:, :1], inputs[2]]
+        expected = reference.tensor_fusion(mixed, weight, bias)
+        torch.testing.assert_close(tensor_fusion(mixed, weight, bias), expected)
+
+
+def test_module():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, dim) for dim in (4, 5, 6)]
+    module = TensorFusion([4, 5, 6], 7)
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    assert shapes == {"weight": (7, 210), "bias": (7,)}
+    assert all(parameter.std() > 0 for parameter in module.parameters())
+    torch.testing.assert_close(module(*inputs), reference.tensor_fusion(inputs, module.weight, module.bias))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), module(*inputs))
+    assert TensorFusion([4, 5], 7, bias=False).bias is None
+    with pytest.raises(ValueError, match="input_dims: "):
+        TensorFusion([4], 7)
+
+
+A, B = torch.ones(2, 3), torch.ones(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: tensor_fusion([A], torch.ones(5, 4)), ValueError, "inputs: expected 2 to 4 tensors, given 1"),
+        (lambda: tensor_fusion(A, torch.ones(5, 4)), ValueError, "inputs: "),
+        (lambda: tensor_fusion([A, B], torch.ones(5, 12)), ValueError, r"weight: expected \(out, 4 \* 5\)"),
+        (lambda: tensor_fusion([A, B.half()], torch.ones(5, 20)), TypeError, r"inputs\[1\]: expected dtype"),
+        (lambda: tensor_fusion([A, B[:1].expand(3, 4)], torch.ones(5, 20)), ValueError, "inputs: .* broadcast"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -1,0 +1,88 @@
+"""The fusion of several modalities through their outer product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.fusion.bilinear import bilinear
+
+MOST_INPUTS = 4
+
+
+def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``weight ([1; x_1] (x) [1; x_2] (x) ...) + bias``: the Tensor Fusion Network of Zadeh et al., 2017.
+
+    Args:
+        inputs: 2 to 4 tensors ``(..., d_m)``, float32, bfloat16, float16, or float64 (computed by the reference
+            backend); their leading dimensions broadcast.
+        weight: ``(out, (1 + d_1) * (1 + d_2) * ...)``, dtype of the inputs; the first modality varies slowest.
+        bias: ``(out,)``, dtype of the inputs.
+
+    Under autocast all are cast to its dtype.
+
+    Returns:
+        ``(..., out)`` over the broadcast leading dimensions, contiguous, in the dtype of the inputs.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together.
+
+    The outer product is cut in two, after the modality that makes the two sides smallest together, and the product of
+    the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
+    to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
+    """
+    inputs, weight, bias = _checked(inputs, weight, bias)
+    sizes = [1 + x.shape[-1] for x in inputs]
+    if weight.dim() != 2 or weight.shape[1] != math.prod(sizes):
+        raise ValueError(
+            f"weight: expected (out, {' * '.join(map(str, sizes))}) = (out, {math.prod(sizes)}), "
+            f"given {tuple(weight.shape)}"
+        )
+    cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+    left, right = _outer(inputs[:cut]), _outer(inputs[cut:])
+    leading = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+    # As many dimensions on both sides: a matrix beside three dimensions would be one row for several regions.
+    left, right = (side.reshape(*[1] * (1 + len(leading) - side.dim()), *side.shape) for side in (left, right))
+    return bilinear(left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias)
+
+
+def _checked(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    if isinstance(inputs, Tensor) or not 2 <= len(inputs) <= MOST_INPUTS:
+        given = checks.describe(inputs) if isinstance(inputs, Tensor) else f"{len(inputs)}"
+        raise ValueError(f"inputs: expected 2 to {MOST_INPUTS} tensors, given {given}")
+    for m, x in enumerate(inputs):
+        checks.tensor(f"inputs[{m}]", x)
+    checks.tensor("weight", weight)
+    *inputs, weight, bias = checks.autocast(*inputs, weight, bias)
+    for m, x in enumerate(inputs):
+        checks.dtype_in(f"inputs[{m}]", x, (inputs[0].dtype,) if m else checks.FLOAT_DTYPES)
+        checks.same_device(f"inputs[{m}]", x, "inputs[0]", inputs[0])
+        if x.dim() == 0:
+            raise ValueError(f"inputs[{m}]: expected (..., d), given ()")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None:
+            checks.dtype_in(name, value, (inputs[0].dtype,))
+            checks.same_device(name, value, "inputs[0]", inputs[0])
+    try:
+        torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+    except RuntimeError:
+        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
+        raise ValueError(f"inputs: expected leading dimensions that broadcast, given {shapes}") from None
+    return list(inputs), weight, bias
+
+
+def _outer(inputs: Sequence[Tensor]) -> Tensor:
+    """The outer product of ``[1; x]`` over a few modalities, ``(..., product of 1 + d)``."""
+    result: Tensor | None = None
+    for x in inputs:
+        with_one = torch.cat([x.new_ones((*x.shape[:-1], 1)), x], -1)
+        result = with_one if result is None else (result[..., :, None] * with_one[..., None, :]).flatten(-2)
+    assert result is not None
+    return result
