@@ -1,0 +1,137 @@
+// The kernels of pooling on small shapes, for the sanitizers; their numbers are tested through the operators.
+
+#include <cmath>
+
+#include "device/numbers.h"
+#include "pooling/attention_pool_cuda.h"
+#include "pooling/pool_cuda.h"
+#include "tests/device_on_host/testing.h"
+
+using namespace velm::cuda;
+using namespace velm::device;
+using namespace testing;
+
+namespace {
+
+template <class T>
+std::vector<T> random_values(int64_t count) {
+  std::vector<T> values(static_cast<size_t>(count));
+  for (T& x : values) x = from_float<T>(random_number());
+  return values;
+}
+
+bool close(double a, double b) {
+  return std::abs(a - b) <= 1e-2 * (1 + std::abs(b));
+}
+
+// The mean of the tokens that a mask leaves, and its gradient; then every mode, forward and backward.
+template <class T>
+void check_pool(Dtype dtype, int64_t tokens, int64_t dim, bool tokens_contiguous) {
+  const int64_t segments = 2;
+  auto x = random_values<T>(segments * tokens * dim), grad = random_values<T>(segments * dim);
+  std::vector<unsigned char> mask(static_cast<size_t>(segments * tokens), 1);
+  for (size_t i = 1; i < mask.size(); i += 3) mask[i] = 0;
+  std::vector<T> out(grad.size()), grad_x(x.size());
+  std::vector<float> stats(grad.size());
+  std::vector<int32_t> counts(static_cast<size_t>(segments));
+  Pool p{};
+  p.segments = segments;
+  p.tokens = tokens;
+  p.dim = dim;
+  p.p = 3.0f;
+  p.dtype = dtype;
+  p.mask = span(mask);
+  p.x = span(x);
+  p.segment_stride = tokens * dim;
+  p.token_stride = tokens_contiguous ? 1 : dim;
+  p.dim_stride = tokens_contiguous ? tokens : 1;
+  p.tokens_contiguous = tokens_contiguous;
+  p.stats = span(stats);
+  p.out = span(out);
+  p.grad = span(grad);
+  p.grad_x = span(grad_x);
+  p.counts = span(counts);
+  for (const PoolMode mode : {kPoolMax, kPoolLogSumExp, kPoolGem, kPoolMean}) {
+    p.mode = mode;
+    pool_forward(p, nullptr);
+    pool_backward(p, nullptr);
+  }
+  for (int64_t s = 0; s < segments; ++s)
+    for (int64_t c = 0; c < dim; ++c) {
+      double sum = 0, count = 0;
+      for (int64_t n = 0; n < tokens; ++n) {
+        const bool live = mask[static_cast<size_t>(s * tokens + n)];
+        const auto at = static_cast<size_t>(s * p.segment_stride + n * p.token_stride + c * p.dim_stride);
+        if (live) sum += to_float(x[at]);
+        count += live;
+      }
+      CHECK(close(to_float(out[static_cast<size_t>(s * dim + c)]), sum / count));
+      for (int64_t n = 0; n < tokens; ++n) {
+        const bool live = mask[static_cast<size_t>(s * tokens + n)];
+        const auto at = static_cast<size_t>(s * p.segment_stride + n * p.token_stride + c * p.dim_stride);
+        CHECK(close(to_float(grad_x[at]), live ? to_float(grad[static_cast<size_t>(s * dim + c)]) / count : 0));
+      }
+    }
+}
+
+// Equal scores weigh the tokens alike.
+template <class T>
+void check_attention_pool(Dtype dtype, int64_t rows, int64_t tokens, int64_t dim, bool is_shared) {
+  const int64_t segments = 2;
+  auto x = random_values<T>(segments * tokens * dim), grad = random_values<T>(segments * rows * dim);
+  std::vector<T> queries(static_cast<size_t>((is_shared ? 1 : segments) * rows * dim)), grad_queries(queries.size());
+  std::vector<T> out(grad.size()), grad_x(x.size());
+  std::vector<int32_t> lengths{static_cast<int32_t>(tokens), static_cast<int32_t>(tokens - 1)};
+  std::vector<float> weights(static_cast<size_t>(segments * rows * tokens)), grad_weights(weights.size());
+  std::vector<float> logsumexp(static_cast<size_t>(segments * rows)), partials(is_shared ? grad.size() : 0);
+  for (T& value : queries) value = from_float<T>(0.0f);
+  AttentionPool p{};
+  p.segments = segments;
+  p.tokens = tokens;
+  p.rows = rows;
+  p.dim = dim;
+  p.dtype = dtype;
+  p.lengths = span(lengths);
+  p.x = span(x);
+  p.segment_stride = tokens * dim;
+  p.token_stride = dim;
+  p.queries = span(queries);
+  p.is_shared = is_shared;
+  p.out = span(out);
+  p.logsumexp = span(logsumexp);
+  p.weights = span(weights);
+  attention_pool_forward(p, nullptr);
+  p.grad_weights = span(grad_weights);
+  p.grad = span(grad);
+  p.grad_x = span(grad_x);
+  p.grad_queries = span(grad_queries);
+  if (is_shared) p.partials = span(partials);
+  attention_pool_backward(p, nullptr);
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t count = lengths[static_cast<size_t>(s)];
+    for (int64_t c = 0; c < dim; ++c) {
+      double mean = 0, total = 0;
+      for (int64_t n = 0; n < count; ++n) mean += to_float(x[static_cast<size_t>((s * tokens + n) * dim + c)]) / count;
+      for (int64_t i = 0; i < rows; ++i) {
+        const auto at = static_cast<size_t>((s * rows + i) * dim + c);
+        CHECK(close(to_float(out[at]), mean));
+        total += to_float(grad[at]) / count;
+      }
+      for (int64_t n = 0; n < tokens; ++n)
+        CHECK(close(to_float(grad_x[static_cast<size_t>((s * tokens + n) * dim + c)]), n < count ? total : 0));
+    }
+  }
+}
+
+}  // namespace
+
+TEST(kernels_pool) {
+  check_pool<float>(Dtype::float32, 9, 132, false);
+  check_pool<__half>(Dtype::float16, 11, 7, false);
+  check_pool<__nv_bfloat16>(Dtype::bfloat16, 40, 5, true);
+}
+
+TEST(kernels_attention_pool) {
+  check_attention_pool<float>(Dtype::float32, 3, 40, 40, true);
+  check_attention_pool<__half>(Dtype::float16, 17, 5, 130, false);
+}
