@@ -32,6 +32,7 @@ from velm_kernels.pooling import (
     SegmentPool,
     attention_pool,
     masked_pool,
+    pixel_shuffle_tokens,
     segment_pool,
 )
 
@@ -64,6 +65,7 @@ __all__ = [
     "masked_pool",
     "merge_attention",
     "patch",
+    "pixel_shuffle_tokens",
     "segment_pool",
     "tensor_fusion",
     "unpatch",

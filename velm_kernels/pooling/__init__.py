@@ -10,6 +10,7 @@ from velm_kernels.pooling.modules import (
     SegmentPool,
 )
 from velm_kernels.pooling.pool import masked_pool, segment_pool
+from velm_kernels.pooling.tokens import pixel_shuffle_tokens
 
 __all__ = [
     "AttentionPool",
@@ -20,5 +21,6 @@ __all__ = [
     "SegmentPool",
     "attention_pool",
     "masked_pool",
+    "pixel_shuffle_tokens",
     "segment_pool",
 ]
