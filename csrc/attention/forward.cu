@@ -89,6 +89,9 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   fill_rows(shared.rows, a, s, index, grid.shares ? head * a.group : head, row_block * kRows, total);
   __syncthreads();
   const Horizon horizon(shared.rows);
+  // What rows of this warp see is from here to there, and nothing if it has no rows.
+  const int lo = shared.rows.lo[warp_row + lane % 16], hi = shared.rows.hi[warp_row + lane % 16];
+  const int warp_lo = __reduce_min_sync(kAll, lo < hi ? lo : kNoTile), warp_hi = __reduce_max_sync(kAll, hi);
 
   int first = 0, stop = kNoTile;
   if (grid.splits > 1) {
@@ -131,56 +134,59 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     const int start = tile * kKeys, following = ahead;
     const Shared<T> keys = shared.ring[ring.next(copy, kSlots % 2 == 0)];
     float p[kTiles][4] = {};
-    multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
-
-    scale_scores(p, a.product, a.cap);
-    unsigned seen = kAll;
-    if (a.hides_within_rows() || !horizon.all_see(start, kKeys)) {
-      uint64_t open = ~uint64_t{0};
-      if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
-      mask_scores(p, a, shared.rows, index, warp_row, start, open);
-      seen = seen_keys(p);
-    }
-    float decay[2];
+    unsigned seen = 0;
+    const bool sees = start < warp_hi && start + kKeys > warp_lo;
+    if (sees) {
+      multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
+      scale_scores(p, a.product, a.cap);
+      seen = kAll;
+      if (a.hides_within_rows() || !horizon.all_see(start, kKeys)) {
+        uint64_t open = ~uint64_t{0};
+        if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
+        mask_scores(p, a, shared.rows, index, warp_row, start, open);
+        seen = seen_keys(p);
+      }
+      float decay[2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float most = highest[half];
+      for (int half = 0; half < 2; ++half) {
+        float most = highest[half];
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
-      most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-      // A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf).
-      const float shift = most == -kInfinity ? 0.0f : most;
-      decay[half] = exp2_approximate(highest[half] - shift);
-      highest[half] = most;
-      float sum = 0.0f;
+        for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
+        most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
+        // A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf).
+        const float shift = most == -kInfinity ? 0.0f : most;
+        decay[half] = exp2_approximate(highest[half] - shift);
+        highest[half] = most;
+        float sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j)
+        for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          p[j][i] = exp2_approximate(p[j][i] - shift);
-          sum += p[j][i];
-        }
-      sums[half] = sums[half] * decay[half] + sum;
-    }
-    // Rare after the first tiles.
-    if (__any_sync(kAll, decay[0] != 1.0f || decay[1] != 1.0f)) {
+          for (int i = 2 * half; i < 2 * half + 2; ++i) {
+            p[j][i] = exp2_approximate(p[j][i] - shift);
+            sum += p[j][i];
+          }
+        sums[half] = sums[half] * decay[half] + sum;
+      }
+      // Rare after the first tiles.
+      if (__any_sync(kAll, decay[0] != 1.0f || decay[1] != 1.0f)) {
 #pragma unroll
-      for (int j = 0; j < kDim / 8; ++j)
+        for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total_out[j][i] *= decay[i / 2];
-    }
-    if (a.seed) {
-      unsigned kept[2];
-      kept_weights<kTiles>(kept, a, shared.rows, index, warp_row, start);
-      drop_weights(p, kept);
+          for (int i = 0; i < 4; ++i) total_out[j][i] *= decay[i / 2];
+      }
+      if (a.seed) {
+        unsigned kept[2];
+        kept_weights<kTiles>(kept, a, shared.rows, index, warp_row, start);
+        drop_weights(p, kept);
+      }
     }
 
     const Shared<T> values = shared.ring[ring.next(copy, kSlots % 2 != 0)];
     constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
     if (__all_sync(kAll, (seen & kEverything) == kEverything))
       multiply<T, kDim, kTiles, false>(total_out, p, values, a.value_dim, seen);
-    else
+    else if (sees)
       multiply<T, kDim, kTiles, true>(total_out, p, values, a.value_dim, seen);
     // With two slots the copies have reached the next tile only now.
     tile = kSlots == 2 ? ahead : following;

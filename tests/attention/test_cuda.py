@@ -160,6 +160,8 @@ def test_keys_are_split_by_shapes_alone() -> None:
     assert first["blocks"] == 2 * 4 and merged["blocks"] == 1
     whole = launched(1, 2, 1, 300)[0]
     assert whole["matrix_instructions"] == first["matrix_instructions"]
+    # Warps without rows multiply nothing.
+    assert 4 * whole["matrix_instructions"] == launched(1, 2, 64, 300)[0]["matrix_instructions"]
 
 
 def test_expanded_inputs() -> None:
