@@ -14,6 +14,8 @@ from velm_kernels.attention import (
 )
 from velm_kernels.backends import explain, use_backend
 from velm_kernels.fusion import (
+    MFB,
+    MLB,
     Bilinear,
     TensorFusion,
     bilinear,
@@ -37,6 +39,8 @@ from velm_kernels.pooling import (
 )
 
 __all__ = [
+    "MFB",
+    "MLB",
     "MLP",
     "AttentionPool",
     "AttentionPool2d",

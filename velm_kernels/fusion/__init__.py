@@ -3,10 +3,13 @@
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
+from velm_kernels.fusion.factorized_modules import MFB, MLB
 from velm_kernels.fusion.modules import Bilinear, TensorFusion
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
 
 __all__ = [
+    "MFB",
+    "MLB",
     "Bilinear",
     "TensorFusion",
     "bilinear",
