@@ -260,6 +260,10 @@ def test_tiles_hidden_by_key_mask(dtype: torch.dtype, dim: int) -> None:
     outputs, grads, launches = run(torch.ones_like(shown), some)
     expected, expected_grads, without = run(shown, some)
     assert torch.equal(outputs[0], expected[0]) and torch.equal(grads[0], expected_grads[0])
+    with velm_kernels.use_backend("reference"):
+        plain = velm_kernels.cross_attention(query, key[:, :, shown], value[:, :, shown], bias=bias[..., shown],
+                                             key_mask=some[None, shown])  # fmt: skip
+    torch.testing.assert_close(outputs[0], plain, atol=0.02, rtol=0.02)
     for whole, part in zip((outputs[1], *grads[1:]), (expected[1], *expected_grads[1:]), strict=True):
         along = whole.shape.index(len(shown))
         assert torch.equal(whole.index_select(along, shown.nonzero()[:, 0]), part)
