@@ -22,13 +22,14 @@ from velm_kernels.backends import cuda
 TABLES = Path(__file__).parents[1] / "tests"
 # Rows of a block of the attention kernel: each block reads the keys and values that its rows see once.
 BLOCK_ROWS = 64
-# (case of benchmarks.attention, query heads of a key head, queries, keys, head_dim, images). Bytes are the same for
-# every key head and batch entry: one of them is run.
+# (case of benchmarks.attention, key heads of all batch entries, query heads of a key head, queries, keys, head_dim,
+# images). Bytes are the same for every key head and batch entry: one of them has keys, the others are there because
+# their number decides whether keys are split among blocks.
 SHAPES = (
-    ("q-former", 1, 32, 257, 64, 1),
-    ("llama-3.2-vision", 4, 256, 1601, 128, 1),
-    ("idefics-4-images", 1, 512, 1028, 64, 4),
-    ("decode", 4, 1, 6404, 128, 1),
+    ("q-former", 96, 1, 32, 257, 64, 1),
+    ("llama-3.2-vision", 32, 4, 256, 1601, 128, 1),
+    ("idefics-4-images", 32, 1, 512, 1028, 64, 4),
+    ("decode", 32, 4, 1, 6404, 128, 1),
 )
 
 
@@ -58,18 +59,30 @@ def _bytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def count(case: str, group: int, queries: int, keys: int, dim: int, images: int, dtype: torch.dtype) -> Traffic:
-    """Runs one key head of a case on threads of the host."""
+def count(
+    case: str, kv_heads: int, group: int, queries: int, keys: int, dim: int, images: int, dtype: torch.dtype
+) -> Traffic:
+    """Runs one key head of a case on threads of the host, beside others without keys."""
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(1, group, queries, dim, generator=generator).to(dtype)
     key, value = (torch.randn(1, 1, keys, dim, generator=generator).to(dtype) for _ in range(2))
     start = (torch.arange(queries) * images // queries * (keys // images))[None]
     stop = start + keys // images
     ranges = (start, stop) if images > 1 else None
-    cuda.launches()
-    with velm_kernels.use_backend("device_on_host"), torch.no_grad():
-        out, lse = velm_kernels.cross_attention(query, key, value, key_ranges=ranges, return_logsumexp=True)
-    launches = cuda.launches()
+    everything: dict[str, Any] = {"return_logsumexp": True}
+    if ranges is not None:
+        everything["key_ranges"] = tuple(x.expand(kv_heads, -1) for x in ranges)
+
+    def run(with_keys: int) -> tuple[list[dict[str, Any]], Tensor, Tensor]:
+        lengths = torch.tensor([keys] * with_keys + [0] * (kv_heads - with_keys), dtype=torch.int32)
+        cuda.launches()
+        with velm_kernels.use_backend("device_on_host"), torch.no_grad():
+            heads = (x.expand(kv_heads, -1, -1, -1) for x in (query, key, value))
+            out, lse = velm_kernels.cross_attention(*heads, key_lengths=lengths, **everything)
+        return cuda.launches(), out[:1], lse[:1]
+
+    idle, _, _ = run(0)
+    launches, out, lse = run(1)
     # Heads that share a key head share blocks where one alone would not fill one.
     rows = [(0, keys)] * queries if ranges is None else list(zip(start[0].tolist(), stop[0].tolist(), strict=True))
     lines = [rows * group] if queries < BLOCK_ROWS else [rows] * group
@@ -83,7 +96,9 @@ def count(case: str, group: int, queries: int, keys: int, dim: int, images: int,
         least += 8 * queries * group
 
     def total(name: str) -> int:
-        return sum(int(launch[name]) for launch in launches)
+        """Of the head with keys alone."""
+        of_idle = sum(int(launch[name]) for launch in idle) * (kv_heads - 1) // kv_heads
+        return sum(int(launch[name]) for launch in launches) - of_idle
 
     return Traffic(
         case,

@@ -64,7 +64,8 @@ struct Words32 {
 // count as zero.
 VELM_INLINE Vec dot_words(Vec acc, VecUint a, VecUint b) {
 #if defined(VELM_EMULATE_BF16_DOT)
-  // One statement to the compiler, like the instruction in its place: as intrinsics it takes half as long again to compile.
+  // One statement to the compiler, like the instruction in its place: as intrinsics it takes half as long again to
+  // compile.
   static constexpr uint32_t kHigh = 0xffff0000u;
   __m512 sum = static_cast<__m512>(acc);
   __m512i of_a, of_b;

@@ -97,7 +97,7 @@ built_for_the_host = pytest.mark.skipif(
 
 
 @built_for_the_host
-@pytest.mark.parametrize("case", ["q-former", "idefics-4-images"])
+@pytest.mark.parametrize("case", ["q-former", "idefics-4-images", "decode"])
 def test_bytes_of_the_benchmark_shapes(case: str) -> None:
     shape = next(shape for shape in static.SHAPES if shape[0] == case)
     counted = static.count(*shape, torch.bfloat16)
@@ -113,7 +113,7 @@ import torch
 from benchmarks import static
 for dim in (64, 128, 256):
     for dtype in (torch.bfloat16, torch.float32):
-        counted = static.count("small", 1, 64, 80, dim, 1, dtype)
+        counted = static.count("small", 1, 1, 64, 80, dim, 1, dtype)
         assert counted.matrix_instructions > 0
         print(dim, dtype, counted.bank_conflicts)
 """

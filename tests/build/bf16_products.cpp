@@ -9,8 +9,11 @@ constexpr auto kPairs = &product<2, RowUnit, S, uint32_t>;
 
 extern const decltype(kPairs<false, Start::zero>) bf16_products[];
 const decltype(kPairs<false, Start::zero>) bf16_products[] = {
-    kPairs<false, Start::zero_scale_product>, kPairs<false, Start::zero>, kPairs<true, Start::scale>,
-    kPairs<true, Start::add>,                 kPairs<false, Start::add>,
+    kPairs<false, Start::zero_scale_product>,
+    kPairs<false, Start::zero>,
+    kPairs<true, Start::scale>,
+    kPairs<true, Start::add>,
+    kPairs<false, Start::add>,
 };
 
 }  // namespace velm::simd

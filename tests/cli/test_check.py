@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 
+import velm_kernels
 from velm_kernels import backends
 from velm_kernels.cli import check_cases, main
 
@@ -68,4 +69,5 @@ def test_unknown_operator_is_named(capsys):
 
 def test_every_public_operator_has_a_check():
     covered = {check.operator for check in check_cases.checks()}
-    assert covered == set(backends._public_functions)
+    # Others are made of these.
+    assert set(backends._public_functions) <= covered <= set(velm_kernels.__all__)
