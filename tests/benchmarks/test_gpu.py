@@ -97,15 +97,6 @@ built_for_the_host = pytest.mark.skipif(
 
 
 @built_for_the_host
-@pytest.mark.parametrize("case", ["q-former", "idefics-4-images", "decode"])
-def test_bytes_of_the_benchmark_shapes(case: str) -> None:
-    shape = next(shape for shape in static.SHAPES if shape[0] == case)
-    counted = static.count(*shape, torch.bfloat16)
-    assert 1.0 <= counted.ratio <= 1.15
-    assert counted.matrix_instructions > 0
-
-
-@built_for_the_host
 def test_attention_has_no_bank_conflicts() -> None:
     """In a process of its own, because what is counted is settled when the first kernel runs."""
     program = """

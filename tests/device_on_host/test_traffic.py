@@ -293,6 +293,11 @@ for dtype, dims in ((torch.float16, (40, 128, 256)), (torch.float32, (20, 256)))
         with velm_kernels.use_backend("device_on_host"):
             out, mass = velm_kernels.cross_attention(*leaves[:3], bias=leaves[3], key_mask=mask, return_key_mass=True)
             torch.autograd.grad(out, leaves, torch.randn_like(out))
+        if dtype == torch.float16 or dim <= 128:
+            sides = [torch.randn(1, 1, rows, dim).to(dtype).requires_grad_() for rows in (33, 40, 33, 40)]
+            with velm_kernels.use_backend("device_on_host"):
+                outs = velm_kernels.bidirectional_attention(*sides)
+                torch.autograd.grad(outs, sides, [torch.randn_like(out) for out in outs])
 for one in cuda.launches():
     print(one["kernel"], one["bank_conflicts"], one["matrix_instructions"], sep="\\t")
 """
@@ -307,6 +312,7 @@ def test_no_kernel_of_attention_has_bank_conflicts() -> None:
     launches = [line.split("\t") for line in done.stdout.splitlines()]
     products = {name_of(kernel) for kernel, _, instructions in launches if int(instructions)}
     assert products == {
-        "forward_kernel", "key_mass_kernel", "grad_query_kernel", "grad_key_value_kernel", "grad_bias_kernel"
+        "forward_kernel", "key_mass_kernel", "grad_query_kernel", "grad_key_value_kernel", "grad_bias_kernel",
+        "grad_side_kernel",
     }  # fmt: skip
     assert [kernel for kernel, conflicts, _ in launches if int(conflicts)] == []
