@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     defaults = {"together": 6, "steps": 6, "batch": 8, "rounds": 1}
     if not args.short:
-        defaults = {"together": 25, "steps": 240, "batch": 16, "rounds": 2}
+        defaults = {"together": 20, "steps": 240, "batch": 16, "rounds": 2}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -99,7 +99,7 @@ def evaluate(
     console: Console, args: argparse.Namespace, fast: training.Trained, splits: tuple[data.Split, data.Split]
 ) -> dict[str, Any]:
     rows = torch.randperm(len(splits[1]), generator=torch.Generator().manual_seed(0))
-    rows = rows[: 100 if args.short else 1500]
+    rows = rows[: 100 if args.short else 1000]
     reached = training.accuracy(fast.model, splits[1], rows)
     references = data.baselines(*splits)
     table = Table(title=f"accuracy on {len(rows)} held-out questions about pictures never trained on")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 # The pictures have 64 x 64 pixels and are enlarged, as models for larger pictures do.
-IMAGE_SIZE = 96
+IMAGE_SIZE = 80
 # Of all training pictures: mostly a bright background.
 MEAN, DEVIATION = 230.0, 50.0
 

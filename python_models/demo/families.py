@@ -12,7 +12,7 @@ import velm_kernels
 from velm_kernels import measure
 from velm_kernels.integrations import zoo
 
-FAMILIES = {"vilt": 2, "visual_bert": 2, "lxmert": 4, "blip_2_qformer": 4, "flava": 1}
+FAMILIES = {"vilt": 2, "visual_bert": 2, "lxmert": 4, "blip_2_qformer": 4}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from python_models.demo import data
 
-# Width, heads and depth between those of ViT-Tiny and a toy; 96 x 96 pixels in patches of 4 give 576 image tokens, as
-# a ViT-L/14 has at 336 x 336. Dropout is 0, the default of ViLT.
+# Width, heads and depth between those of ViT-Tiny and a toy; 80 x 80 pixels in patches of 4 give 400 image tokens, as
+# a ViT-B/16 has at 320 x 320. Dropout is 0, the default of ViLT.
 WIDTH, HEADS, LAYERS, PATCH = 128, 4, 2, 4
 LEARNING_RATE, WARM_UP, WEIGHT_DECAY = 1e-3, 40, 0.05
 
