@@ -156,6 +156,7 @@ def test_only_wanted_gradients(backend: Backend) -> None:
 )
 @example(lengths=[], is_causal=False, ranges=False, dtype=torch.float32)
 @example(lengths=[(3, 0), (0, 5), (1, 200)], is_causal=False, ranges=False, dtype=torch.float32)
+@example(lengths=[(1, 1)], is_causal=False, ranges=False, dtype=torch.float32)
 def test_varlen_is_each_sequence_alone(
     backend: Backend, lengths: list[tuple[int, int]], is_causal: bool, ranges: bool, dtype: torch.dtype
 ) -> None:
@@ -206,8 +207,10 @@ def test_varlen_is_each_sequence_alone(
             **({"key_ranges": (start, stop)} if ranges else {}),
         )
     names = ("out", "logsumexp", "key_mass", "grad_query", "grad_key", "grad_value")
+    # The gradient of scores over one key is 0: its terms, which cancel, are as large as upstream gradients.
+    floors = dict.fromkeys(("grad_query", "grad_key"), 0.5 * float(torch.linalg.vector_norm(upstream)))
     for name, ours, theirs, truth in zip(names, got, plain, exact, strict=True):
-        assert_accurate(name, ours, theirs, truth, dtype)
+        assert_accurate(name, ours, theirs, truth, dtype, floor=floors.get(name, 0.0))
 
 
 @every_backend_with_cuda
