@@ -234,7 +234,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, mode: str) -> Non
         assert all(torch.equal(results[0][name], other[name]) for name in other)
     # Several pieces of one segment: their results are joined.
     exact = reference.masked_pool(x.double(), mode=mode)
-    torch.testing.assert_close(results[0]["out"].double(), exact, rtol=1e-5, atol=1e-5)
+    assert_accurate("out", results[0]["out"], reference.masked_pool(x, mode=mode), exact)
 
 
 @every_backend_once
