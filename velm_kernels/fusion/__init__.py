@@ -1,17 +1,26 @@
 """What joins modalities, and elementwise work of a layer in one pass over memory."""
 
 from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
-from velm_kernels.fusion.factorized_modules import MFB, MLB
+from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
 from velm_kernels.fusion.modules import Bilinear, TensorFusion
+from velm_kernels.fusion.sum_modules import ConcatMLP, LinearSum
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
 
 __all__ = [
     "MFB",
+    "MFH",
     "MLB",
     "Bilinear",
+    "Block",
+    "BlockTucker",
+    "ConcatMLP",
+    "LinearSum",
+    "Mutan",
     "TensorFusion",
+    "Tucker",
     "bilinear",
     "dropout_residual",
     "factorized_pool",

@@ -1,27 +1,17 @@
-"""Fusions of two modalities by a product of their projections."""
+"""Fusions of two modalities by a product of their projections, summed over a factor."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
-from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
-from velm_kernels.linear import linear
-from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.fusion.pair import PairFusion, checked_dropout, checked_pair, project
 
 
-def _project(layer: nn.Linear, x: Tensor, activation: str) -> Tensor:
-    """The layer with an activation of ``torch.nn.functional``, in one pass where it is one of ours."""
-    if activation and activation not in ACTIVATIONS:
-        out: Tensor = getattr(F, activation)(linear(x, layer.weight, layer.bias))
-        return out
-    return linear(x, layer.weight, layer.bias, activation or None)
-
-
-class MFB(nn.Module):
+class MFB(PairFusion):
     """Multi-modal factorised bilinear pooling (Yu et al., 2017): projections of two modalities are multiplied, summed
     over ``factor`` neighbours, normalised where asked for, and projected. The tail is
     :func:`velm_kernels.factorized_pool`.
@@ -45,8 +35,6 @@ class MFB(nn.Module):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
-    dropout_pre_lin = 0.0
-
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -60,35 +48,14 @@ class MFB(nn.Module):
         dropout_pre_norm: float = 0.0,
         dropout_output: float = 0.0,
     ) -> None:
-        super().__init__()
-        if len(input_dims) != 2:
-            raise ValueError(f"input_dims: expected 2 sizes, given {list(input_dims)}")
-        self.input_dims, self.output_dim = list(input_dims), output_dim
-        self.mm_dim, self.factor = mm_dim, factor
-        self.activ_input, self.activ_output = activ_input or "", activ_output or ""
-        self.normalize = normalize
-        self.dropout_input, self.dropout_pre_norm, self.dropout_output = dropout_input, dropout_pre_norm, dropout_output
-        self.linear0 = nn.Linear(input_dims[0], mm_dim * factor)
-        self.linear1 = nn.Linear(input_dims[1], mm_dim * factor)
-        self.linear_out = nn.Linear(mm_dim, output_dim)
+        super().__init__(input_dims, output_dim, mm_dim, activ_input, activ_output, dropout_input, 0.0, dropout_output)
+        self.factor, self.normalize = factor, normalize
+        self.dropout_pre_norm = checked_dropout("dropout_pre_norm", dropout_pre_norm)
+        self.make_linears(mm_dim * factor, mm_dim)
 
-    def forward(self, x: Sequence[Tensor]) -> Tensor:
-        if len(x) != 2:
-            raise ValueError(f"x: expected a pair of tensors, given {len(x)}")
-        layers = (self.linear0, self.linear1)
-        a, b = (
-            self._dropped(_project(layer, value, self.activ_input), self.dropout_input)
-            for layer, value in zip(layers, x, strict=True)
-        )
-        if {a.dim(), b.dim()} == {2, 3}:
-            a, b = (value[:, None] if value.dim() == 2 else value for value in (a, b))
+    def fuse(self, a: Tensor, b: Tensor) -> Tensor:
         dropout_p = self.dropout_pre_norm if self.training else 0.0
-        z = factorized_pool(a, b, self.factor, "inner", self.normalize, self.normalize, dropout_p)
-        z = self._dropped(z, self.dropout_pre_lin)
-        return self._dropped(_project(self.linear_out, z, self.activ_output), self.dropout_output)
-
-    def _dropped(self, x: Tensor, p: float) -> Tensor:
-        return dropout_residual(x, dropout_p=p) if p > 0 and self.training else x
+        return factorized_pool(a, b, self.factor, "inner", self.normalize, self.normalize, dropout_p)
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}, normalize={self.normalize}"
@@ -122,4 +89,128 @@ class MLB(MFB):
         super().__init__(
             input_dims, output_dim, mm_dim, 1, activ_input, activ_output, normalize, dropout_input, 0.0, dropout_output
         )
-        self.dropout_pre_lin = dropout_pre_lin
+        self.dropout_pre_lin = checked_dropout("dropout_pre_lin", dropout_pre_lin)
+
+
+class MFH(PairFusion):
+    """Multi-modal factorised high-order pooling (Yu et al., 2018): two blocks of :class:`MFB`, the second on the
+    products of the first, their sums side by side.
+
+    Constructor and state_dict (``linear0_0``, ``linear1_0``, ``linear0_1``, ``linear1_1``, ``linear_out``) are those
+    of ``MFH`` in block-bootstrap-pytorch 0.1.6, and so is the result.
+
+    Args:
+        dropout_pre_lin: probability of dropout of the products of either block, in training.
+        others: as in :class:`MFB`.
+
+    Shape:
+        as in :class:`MFB`.
+    """
+
+    linear0_0: nn.Linear
+    linear1_0: nn.Linear
+    linear0_1: nn.Linear
+    linear1_1: nn.Linear
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        output_dim: int,
+        mm_dim: int = 1200,
+        factor: int = 2,
+        activ_input: str | None = "relu",
+        activ_output: str | None = "relu",
+        normalize: bool = False,
+        dropout_input: float = 0.0,
+        dropout_pre_lin: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_dims,
+            output_dim,
+            mm_dim,
+            activ_input,
+            activ_output,
+            dropout_input,
+            dropout_pre_lin,
+            dropout_output,
+        )
+        self.factor, self.normalize = factor, normalize
+        for block in (0, 1):
+            for side, dim in enumerate(self.input_dims):
+                setattr(self, f"linear{side}_{block}", nn.Linear(dim, mm_dim * factor))
+        self.linear_out = nn.Linear(2 * mm_dim, output_dim)
+
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        a, b = checked_pair(x, self.input_dims)
+        first = self.projected(self.linear0_0, a) * self.projected(self.linear1_0, b)
+        first = self.dropped(first, self.dropout_pre_lin)
+        second = self.projected(self.linear0_1, a) * first
+        dropout_p = self.dropout_pre_lin if self.training else 0.0
+        sums = [
+            self._sums(first, first.new_ones(first.shape[-1]), 0.0),
+            self._sums(second, self.projected(self.linear1_1, b), dropout_p),
+        ]
+        return self.result(torch.cat(sums, -1))
+
+    def _sums(self, a: Tensor, b: Tensor, dropout_p: float) -> Tensor:
+        return factorized_pool(a, b, self.factor, "inner", self.normalize, self.normalize, dropout_p)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}, normalize={self.normalize}"
+
+
+class Mutan(PairFusion):
+    """Multimodal Tucker fusion (Ben-younes et al., 2017): a bilinear form whose core is a sum of ``rank`` products,
+    ``z = sum_r (M_r a) * (N_r b)`` on projections a and b.
+
+    Constructor and state_dict (``linear0``, ``linear1``, ``merge_linear0``, ``merge_linear1``, ``linear_out``) are
+    those of ``Mutan`` in block-bootstrap-pytorch 0.1.6, and so is the result; unlike there, inputs with regions come
+    back with them instead of as flattened rows.
+
+    Args:
+        input_dims: features of the two modalities.
+        output_dim: features of the result.
+        mm_dim: features of the projections and after the sum.
+        rank: products in a sum.
+        shared: both modalities, of equal size then, have the same projections.
+        normalize: signed square root and L2 norm before the output projection.
+        dropout_input, dropout_pre_lin, dropout_output: probabilities, after the input projections, before and after
+            the output projection, in training.
+
+    Shape:
+        a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
+        ``(batch, d)`` goes with ``(batch, regions, d)``.
+    """
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        output_dim: int,
+        mm_dim: int = 1600,
+        rank: int = 15,
+        shared: bool = False,
+        normalize: bool = False,
+        dropout_input: float = 0.0,
+        dropout_pre_lin: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_dims,
+            output_dim,
+            mm_dim,
+            dropout_input=dropout_input,
+            dropout_pre_lin=dropout_pre_lin,
+            dropout_output=dropout_output,
+        )
+        self.rank, self.shared, self.normalize = rank, shared, normalize
+        self.make_linears(mm_dim, mm_dim, shared)
+        self.merge_linear0 = nn.Linear(mm_dim, mm_dim * rank)
+        self.merge_linear1 = self.merge_linear0 if shared else nn.Linear(mm_dim, mm_dim * rank)
+
+    def fuse(self, a: Tensor, b: Tensor) -> Tensor:
+        a, b = project(self.merge_linear0, a), project(self.merge_linear1, b)
+        return factorized_pool(a, b, self.rank, "outer", self.normalize, self.normalize)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, shared={self.shared}, normalize={self.normalize}"
