@@ -17,6 +17,7 @@ set(VELM_KERNEL_SOURCES
   attention/key_mass.cu
   attention/merge.cu
   attention/norm.cu
+  fusion/bilinear.cu
   fusion/dropout.cu
   fusion/factorized.cu
   pooling/attention_pool.cu
@@ -26,6 +27,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
+  csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
   csrc/fusion/factorized_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp

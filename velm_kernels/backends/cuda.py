@@ -69,13 +69,11 @@ def has(backend: str, operator: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACES[backend]}::{operator}", key)
 
 
-def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
-    """Why the kernel cannot take ``arguments``: library, devices, dtypes."""
+def common_reasons(backend: str, arguments: Arguments) -> list[str]:
+    """Why nothing on the devices of ``backend`` can take ``arguments``: library, devices, dtypes."""
     reason = why_not(backend)
     if reason is not None:
         return [reason]
-    if not has(backend, operator):
-        return [f"has no {operator}"]
     device = "cuda" if backend == "cuda" else "cpu"
     found = []
     for name, value in arguments.items():
@@ -87,6 +85,13 @@ def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
             if tensor.is_floating_point() and tensor.dtype not in DTYPES:
                 found.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
     return list(dict.fromkeys(found))
+
+
+def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
+    """Why the kernel cannot take ``arguments``: library, devices, dtypes."""
+    if why_not(backend) is None and not has(backend, operator):
+        return [f"has no {operator}"]
+    return common_reasons(backend, arguments)
 
 
 def register_cuda(

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
 
@@ -203,12 +204,19 @@ register("bilinear_forward", "reference", folded.reference_forward, lambda argum
 register("bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
 cpu.register_cpu("bilinear_forward")
 cpu.register_cpu("bilinear_backward")
+cuda.register_cuda("bilinear_forward")
+cuda.register_cuda("bilinear_backward")
 triton.register_triton("bilinear_forward", "fusion.triton_bilinear")
 triton.register_triton("bilinear_backward", "fusion.triton_bilinear")
 # Nothing but products of matrices: torch's, on every device.
-for _backend, _reasons in (("triton", triton.common_reasons), ("cpu", cpu.common_reasons)):
-    register("folded_bilinear_forward", _backend, folded.forward, _reasons)
-    register("folded_bilinear_backward", _backend, folded.backward, _reasons)
+_reasons: dict[str, Callable[[Arguments], list[str]]] = {
+    **{name: functools.partial(cuda.common_reasons, name) for name in cuda.NAMESPACES},
+    "triton": triton.common_reasons,
+    "cpu": cpu.common_reasons,
+}
+for _backend in _reasons:
+    register("folded_bilinear_forward", _backend, folded.forward, _reasons[_backend])
+    register("folded_bilinear_backward", _backend, folded.backward, _reasons[_backend])
 register("folded_bilinear_forward", "reference", folded.reference_forward, lambda arguments: [])
 register("folded_bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
 register_public("bilinear", "bilinear_forward", canonical)

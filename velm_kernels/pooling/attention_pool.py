@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.utils.flop_counter
 from torch import Tensor
 
@@ -51,7 +52,7 @@ def attention_pool(
     does not see; its gradient is 0. Which way is taken is counted: with M queries, H heads and tokens of width d,
     folding needs ``2 M H d`` operations a token and the ordinary way ``(d + M) (e + v)``, with the widths e and v of
     keys and values; for e = v = d that is M against the width of a head. The ordinary way is
-    :func:`velm_kernels.linear` and :func:`velm_kernels.cross_attention`.
+    :func:`velm_kernels.linear` (with backend ``cuda`` torch's) and :func:`velm_kernels.cross_attention`.
 
     Args:
         x: ``(batch, tokens, d)``, or ``(tokens, d)`` with ``cu_seqlens``.
@@ -205,7 +206,9 @@ def _ordinary(
     if tokens["mask"] is not None or tokens["lengths"] is not None:
         live = _live(x.shape[0], x.shape[1], tokens["lengths"], tokens["mask"], x.device)
         x = torch.where(live[..., None], x, 0.0)
-    key, value = linear(x, key_weight), linear(x, value_weight, value_bias)
+    # Of matrix products alone there is no CUDA kernel here: torch's is taken where nothing but CUDA kernels may be.
+    project = F.linear if forced() in cuda.NAMESPACES else linear
+    key, value = project(x, key_weight), project(x, value_weight, value_bias)
     bounds = tokens["cu_seqlens"]
     if bounds is None:
         batch = x.shape[0]

@@ -1,0 +1,682 @@
+// z[b, k] = sum_ij x[b, i] W[k, i, j] y[b, j] + bias[k] and its gradients. Nothing of the size of the outer product is
+// written to memory.
+//
+// Forward: for each i, t = y W_i^T by matrix instructions, W_i being the rows i of all W_k, and z += x[:, i] t in
+// registers. The other order, one product whose left operand x[b, i] y[b, j] is generated, takes as many operations:
+// each has 2 rows out dx dy in matrix instructions, and beside them either order has 32 multiplications a lane for 64
+// (float32: 32) columns j of a warp's 32 x 32 results: of t by x, or of fragments of y by x, two elements at a time but
+// for float32, which would have to be split anew for its three products besides. They read the same: W once for each
+// tile of 64 rows (those that run side by side find it in the L2 cache), and y and x for each tile of outputs. The
+// order taken keeps t in float32, where a generated operand would be rounded to 16 bits, and in float16 overflow.
+// Fragments of y stay in registers while i runs over 16 rows of W, so that for a product of 32 x 32 x 16 only 32 x 16
+// of W come from shared memory.
+//
+// Gradients of x and y: for each i, G = grad W_i in the same way (a tile of W is now used by rows and not by columns),
+// from which grad_y += x[:, i] G and grad_x[:, i] = sum_j y G are taken while it is in registers.
+//
+// Gradient of W: for each i, (grad x[:, i])^T y, with the left operand generated: four i at a time, so that tiles of
+// grad and y come from shared memory once for four products. A generated operand is rounded to the type of the tensors,
+// as the outer product of plain PyTorch is; grad x and not x y, which is the larger in float16.
+//
+// At 64 rows, 512 x 512 -> 256, the first two read 134 MB of W in 16 bits and the last writes as much, while 64 x 2
+// operations for two of these bytes are a third of what an H100 does in the time that it takes to move them: memory is
+// what they wait for. There are 4 tiles of z there, or 8 of grad_y, so i is shared out among blocks until there are 256
+// of them; their sums are added by a second kernel in a fixed order.
+
+#include "fusion/bilinear_cuda.h"
+
+#include <algorithm>
+
+#include "attention/cuda_products.h"
+#include "device/launch.h"
+
+namespace velm::cuda {
+namespace {
+
+// Rows and columns of the results of a block, and of a warp.
+constexpr int kTile = 64, kWarpTile = 32;
+// Rows i of the weight for which fragments are kept.
+constexpr int kSteps = 16;
+constexpr int kSlots = 4;
+// What is summed over at a time: 128 bytes of a row.
+template <class T>
+constexpr int kDepth = 128 / static_cast<int>(sizeof(T));
+// The same of a matrix instruction.
+template <class T>
+constexpr int kProduct = sizeof(T) == 4 ? 8 : 16;
+// i of the gradient of the weight for which tiles are read once.
+constexpr int kPlanes = 4;
+// Blocks that a launch should have.
+constexpr int64_t kBlocks = 256;
+
+// Sums in float32 that others are to be added to, or results.
+template <class T>
+struct Sink {
+  Global<float> partials;
+  Global<T> results;
+
+  DEVICE_INLINE explicit operator bool() const { return partials || results; }
+  DEVICE_INLINE void put(int64_t at, float value) const {
+    if (partials)
+      partials[at] = value;
+    else
+      results[at] = from_float<T>(value);
+  }
+};
+
+// Forward: `a` is y, and the columns of the results are outputs. Backward: `a` is grad, the columns are those of y.
+template <class T>
+struct Contraction {
+  ReadOnly<T> x, a, y, weight, bias;
+  int64_t x_stride, a_stride, y_stride, out_stride, row_stride;
+  int x_width, a_width, weight_width;
+  int64_t rows;
+  int dx, depth, columns;
+  // i of a block.
+  int steps;
+  unsigned row_blocks, column_blocks;
+  // (parts, rows, columns) and (column_blocks, rows, dx)
+  Sink<T> to, grad_x;
+};
+
+template <class T, bool kBackward>
+struct Storage {
+  SharedArray<T, kSlots, kTile * kDepth<T>> ring;
+  // By i, so that neither eight rows nor sixteen i of two rows meet in a bank.
+  SharedArray<float, kSteps, kTile + 2> x;
+  // Of each half of the columns.
+  SharedArray<float, 2, kBackward ? kSteps : 1, kTile + 2> grad_x;
+};
+
+// 32 rows of `a`, as matrix instructions take them.
+template <class T>
+struct Fragments {
+  static constexpr int kCount = kDepth<T> / kProduct<T>;
+  uint32_t bits[sizeof(T) == 4 ? 1 : kCount][2][4];
+  Split<4> split[sizeof(T) == 4 ? kCount : 1][2];
+
+  DEVICE_INLINE void load(const Shared<T>& tile, int first_row) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      const int row = first_row + 16 * m + lane % 16;
+      const auto p = pointer_cast<__half>(tile + row * kDepth<T>);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        uint32_t raw[4];
+        ldmatrix<4>(raw, p + ((2 * k + lane / 16) ^ swap_of(row)) * 8);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if constexpr (sizeof(T) == 4)
+            split[k][m].set(i, __uint_as_float(raw[i]));
+          else
+            bits[k][m][i] = raw[i];
+      }
+    }
+  }
+};
+
+// t = a W of one i for 16 columns from `column` on. A tile of W has the columns of the results below each other,
+// kBackward: side by side.
+template <class T, bool kBackward>
+DEVICE_INLINE void multiply_columns(float (&t)[2][2][4], const Fragments<T>& a, const Shared<T>& tile, int column,
+                                    int products) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll
+  for (int k = 0; k < Fragments<T>::kCount; ++k) {
+    if (k >= products) break;
+    uint32_t b[4];
+    if constexpr (!kBackward) {
+      const int row = column + lane % 8 + lane / 16 * 8;
+      ldmatrix<4>(b, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 8 % 2) ^ swap_of(row)) * 8);
+    } else if constexpr (sizeof(T) == 2) {
+      const int row = 16 * k + lane % 16;
+      ldmatrix_transposed<4>(b, tile + (row * kTile + ((column / 8 + lane / 16) ^ swap_of(row)) * kChunk<T>));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = 8 * k + lane % 4 + 4 * (i % 2);
+        const float value = tile[row * kTile + ((column + i / 2 * 8 + lane / 4) ^ (swap_of(row) * kChunk<T>))];
+        b[i] = __float_as_uint(value);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if constexpr (sizeof(T) == 4) {
+        Split<2> sb;
+        sb.set(0, __uint_as_float(b[2 * n]));
+        sb.set(1, __uint_as_float(b[2 * n + 1]));
+#pragma unroll
+        for (int m = 0; m < 2; ++m) multiply_split(t[m][n], a.split[k][m], sb);
+      } else {
+        const uint32_t one[2] = {b[2 * n], b[2 * n + 1]};
+#pragma unroll
+        for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(t[m][n], a.bits[k][m], one);
+      }
+    }
+  }
+}
+
+// The sum of value[q] over four neighbouring lanes, in the lane with number q among them.
+DEVICE_INLINE float sum_of_quad(const float (&value)[4]) {
+  const int member = static_cast<int>(threadIdx.x) % 4;
+  float kept[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float given = member & 2 ? value[i] : value[2 + i];
+    kept[i] = (member & 2 ? value[2 + i] : value[i]) + __shfl_xor_sync(kAll, given, 2);
+  }
+  const float given = member & 1 ? kept[0] : kept[1];
+  return (member & 1 ? kept[1] : kept[0]) + __shfl_xor_sync(kAll, given, 1);
+}
+
+template <class T, bool kBackward>
+__global__ void __launch_bounds__(kThreads, 2) contraction_kernel(const Contraction<T> p) {
+  auto& shared = static_shared<Storage<T, kBackward>>();
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
+  const int warp_row = thread / 64 * kWarpTile, warp_half = thread / 32 % 2, warp_column = warp_half * kWarpTile;
+  const int64_t first_row = int64_t{blockIdx.x % p.row_blocks} * kTile, rows = min(p.rows - first_row, int64_t{kTile});
+  const auto column_block = static_cast<int>(blockIdx.x / p.row_blocks % p.column_blocks);
+  const auto part = static_cast<int>(blockIdx.x / p.row_blocks / p.column_blocks);
+  const int first_column = column_block * kTile, columns = min(p.columns - first_column, kTile);
+  const int begin = part * p.steps, end = min(begin + p.steps, p.dx);
+
+  // For kSteps i their columns of x; then for every piece of the depth a tile of a and one of the weight for each i.
+  enum { kOfX = -2, kOfA = -1 };
+  struct {
+    int first, depth, item;
+  } ahead = {begin, 0, kOfX};
+  const auto copy = [&](int slot) {
+    if (ahead.first >= end) return;
+    const int count = min(kSteps, end - ahead.first), depth = p.depth - ahead.depth;
+    const int64_t row_of_weight = (ahead.first + ahead.item) * p.row_stride;
+    if (kBackward && ahead.item >= 0) {
+      copy_tile<T, kTile, kDepth<T>>(shared.ring[slot],
+                                     p.weight + (ahead.depth * p.out_stride + row_of_weight + first_column),
+                                     p.out_stride, depth, columns, p.weight_width);
+    } else {
+      const bool of_x = ahead.item == kOfX, of_a = ahead.item == kOfA;
+      const Global<const T> from = of_x   ? p.x + (first_row * p.x_stride + ahead.first)
+                                   : of_a ? p.a + (first_row * p.a_stride + ahead.depth)
+                                          : p.weight + (first_column * p.out_stride + row_of_weight + ahead.depth);
+      copy_tile<T, kDepth<T>, kTile>(shared.ring[slot], from,
+                                     of_x   ? p.x_stride
+                                     : of_a ? p.a_stride
+                                            : p.out_stride,
+                                     of_x || of_a ? static_cast<int>(rows) : columns, of_x ? count : depth,
+                                     of_x   ? p.x_width
+                                     : of_a ? p.a_width
+                                            : p.weight_width);
+    }
+    if (++ahead.item < count) return;
+    ahead.item = kOfA;
+    ahead.depth += kDepth<T>;
+    if (ahead.depth < p.depth) return;
+    ahead = {ahead.first + kSteps, 0, kOfX};
+  };
+  Ring<kSlots> ring;
+#pragma unroll 1
+  for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy);
+
+  [[maybe_unused]] float y[2][4][4] = {};
+  if constexpr (kBackward) {
+    if (p.grad_x) {
+#pragma unroll
+      for (int m = 0; m < 2; ++m)
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int row = warp_row + 16 * m + e / 2 * 8 + group, column = warp_column + 8 * n + 2 * member + e % 2;
+            y[m][n][e] =
+                to_float(load_if(row < rows && column < columns,
+                                 p.y + ((first_row + row) * p.y_stride + first_column + column), from_float<T>(0.0f)));
+          }
+    }
+  }
+
+  float sum[2][4][4] = {};
+  for (int first = begin; first < end; first += kSteps) {
+    const int count = min(kSteps, end - first);
+    int slot = ring.next(copy);
+    {
+      const Shared<T> tile = shared.ring[slot];
+      for (int at = thread; at < kSteps * kTile; at += kThreads) {
+        const int row = at / kSteps, i = at % kSteps;
+        const T value = tile[row * kDepth<T> + (i ^ (swap_of(row) * kChunk<T>))];
+        shared.x[i][row] = to_float(value);
+      }
+    }
+    for (int depth = 0; depth == 0 || depth < p.depth; depth += kDepth<T>) {
+      slot = ring.next(copy);
+      Fragments<T> a;
+      a.load(shared.ring[slot], warp_row);
+      // Zeros follow up to a whole number of granules.
+      const int products = (min(p.depth - depth, kDepth<T>) + kGranule<T> - 1) / kGranule<T> * 2;
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) {
+        slot = ring.next(copy);
+        if (warp_row >= rows) continue;
+        float x[4];
+#pragma unroll
+        for (int q = 0; q < 4; ++q) x[q] = shared.x[i][warp_row + 8 * q + group];
+        [[maybe_unused]] float of_x[4] = {};
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) {
+          if (warp_column + 16 * pair >= columns) break;
+          float t[2][2][4] = {};
+          multiply_columns<T, kBackward>(t, a, shared.ring[slot], warp_column + 16 * pair, products);
+#pragma unroll
+          for (int m = 0; m < 2; ++m)
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) {
+                sum[m][2 * pair + n][e] = fmaf(x[2 * m + e / 2], t[m][n][e], sum[m][2 * pair + n][e]);
+                if constexpr (kBackward)
+                  of_x[2 * m + e / 2] = fmaf(y[m][2 * pair + n][e], t[m][n][e], of_x[2 * m + e / 2]);
+              }
+        }
+        if constexpr (kBackward) {
+          if (p.grad_x) {
+            // Always the same lane's.
+            const float whole = sum_of_quad(of_x);
+            const int row = warp_row + 8 * member + group;
+            shared.grad_x[warp_half][i][row] = depth == 0 ? whole : shared.grad_x[warp_half][i][row] + whole;
+          }
+        }
+      }
+    }
+    if constexpr (kBackward) {
+      if (p.grad_x) {
+        __syncthreads();
+        for (int at = thread; at < kSteps * kTile; at += kThreads) {
+          const int row = at / kSteps, i = at % kSteps;
+          if (row >= rows || i >= count) continue;
+          const float value = shared.grad_x[0][i][row] + shared.grad_x[1][i][row];
+          p.grad_x.put((column_block * p.rows + first_row + row) * p.dx + first + i, value);
+        }
+      }
+    }
+  }
+
+  if (kBackward && !p.to) return;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = warp_row + 16 * m + e / 2 * 8 + group, column = warp_column + 8 * n + 2 * member + e % 2;
+        if (row >= rows || column >= columns) continue;
+        float value = sum[m][n][e];
+        if (!kBackward && p.bias) value += to_float(p.bias[first_column + column]);
+        p.to.put((part * p.rows + first_row + row) * p.columns + first_column + column, value);
+      }
+}
+
+template <class T>
+struct WeightGradient {
+  ReadOnly<T> grad, x, y;
+  Global<T> to;
+  int64_t grad_stride, x_stride, y_stride;
+  int grad_width, y_width, to_width;
+  int64_t rows;
+  int out, dx, dy;
+  // i of a block, a multiple of kPlanes.
+  int steps;
+  unsigned out_blocks, column_blocks;
+};
+
+template <class T>
+struct WeightStorage {
+  SharedArray<T, 2, kDepth<T> * kTile> grad, y;
+  // Of 16 bits two rows beside each other for each i.
+  SharedArray<T, 2, kDepth<T> * kPlanes> x;
+  SharedArray<T, kWarps, 16 * kDepth<T>> stage;
+};
+
+template <class T>
+DEVICE_INLINE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  union {
+    uint32_t word;
+    Pair pair;
+  } u{a}, v{b};
+  u.pair = __hmul2(u.pair, v.pair);
+  return u.word;
+#else
+  union {
+    uint32_t word;
+    T pair[2];
+  } u{a}, v{b};
+  for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
+  return u.word;
+#endif
+}
+
+// What the rows of x are for kPlanes i, behind each other so that one access has all of them.
+template <class T>
+struct Planes {
+  static constexpr int kEach = kDepth<T> * kPlanes / kThreads;
+  T values[kEach];
+
+  DEVICE_INLINE void fetch(const WeightGradient<T>& p, int64_t first_row, int first) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int at = static_cast<int>(threadIdx.x) + j * kThreads, i = first + at % kPlanes;
+      const int64_t row = first_row + at / kPlanes;
+      values[j] = load_if(row < p.rows && i < p.dx, p.x + (row * p.x_stride + i), from_float<T>(0.0f));
+    }
+  }
+  DEVICE_INLINE void put(const Shared<T>& to) const {
+    constexpr int kBeside = 4 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) {
+      const int at = static_cast<int>(threadIdx.x) + j * kThreads, row = at / kPlanes, i = at % kPlanes;
+      to[(row / kBeside * kPlanes + i) * kBeside + row % kBeside] = values[j];
+    }
+  }
+};
+
+// A warp has 16 outputs and 64 columns of kPlanes i.
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) weight_kernel(const WeightGradient<T> p) {
+  auto& shared = static_shared<WeightStorage<T>>();
+  constexpr int kStages = kTile / kDepth<T>, kColumns = kDepth<T> / 8;
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int group = lane / 4, member = lane % 4;
+  const auto first_out = static_cast<int>(blockIdx.x % p.out_blocks) * kTile;
+  const auto first_column = static_cast<int>(blockIdx.x / p.out_blocks % p.column_blocks) * kTile;
+  const auto begin = static_cast<int>(blockIdx.x / p.out_blocks / p.column_blocks) * p.steps;
+  const int end = min(begin + p.steps, p.dx);
+  const auto chunks = static_cast<int>((p.rows + kDepth<T> - 1) / kDepth<T>);
+
+  // Pieces of the rows come in turn, for every kPlanes i anew; if there are no more than slots, they stay.
+  Planes<T> planes;
+  int ahead = begin, chunk_ahead = 0;
+  const auto copy = [&](int slot) {
+    if (ahead < end && chunk_ahead < chunks) {
+      const int64_t row = int64_t{chunk_ahead} * kDepth<T>;
+      const auto rows = static_cast<int>(min(p.rows - row, int64_t{kDepth<T>}));
+      planes.fetch(p, row, ahead);
+      if (ahead == begin || chunks > 2) {
+        copy_tile<T, kTile, kDepth<T>>(shared.grad[slot], p.grad + (row * p.grad_stride + first_out), p.grad_stride,
+                                       rows, p.out - first_out, p.grad_width);
+        copy_tile<T, kTile, kDepth<T>>(shared.y[slot], p.y + (row * p.y_stride + first_column), p.y_stride, rows,
+                                       p.dy - first_column, p.y_width);
+      }
+      if (++chunk_ahead == chunks) {
+        chunk_ahead = 0;
+        ahead += kPlanes;
+      }
+    }
+    cp_async_commit();
+  };
+  copy(0);
+
+  int turn = 0;
+  for (int first = begin; first < end; first += kPlanes) {
+    float sum[kPlanes][kStages][kColumns][4] = {};
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const int slot = chunks == 1 ? 0 : turn;
+      planes.put(shared.x[turn]);
+      cp_async_wait<0>();
+      __syncthreads();
+      const Shared<T> x = shared.x[turn], grad = shared.grad[slot], y = shared.y[slot];
+      turn ^= 1;
+      copy(chunks == 1 ? 0 : turn);
+
+      const auto rows = static_cast<int>(min(p.rows - int64_t{chunk} * kDepth<T>, int64_t{kDepth<T>}));
+#pragma unroll 1
+      for (int row = 0; row < rows; row += kProduct<T>) {
+        if constexpr (sizeof(T) == 2) {
+          uint32_t whole[4], scaled[kPlanes][4];
+          const int row_a = row + lane % 8 + lane / 16 * 8, row_b = row + lane % 16;
+          ldmatrix_transposed<4>(whole,
+                                 grad + (row_a * kTile + ((2 * warp + lane / 8 % 2) ^ swap_of(row_a)) * kChunk<T>));
+          const auto pairs = pointer_cast<uint32_t>(x) + (row / 2 + member) * kPlanes;
+          const auto low = load<kPlanes>(pairs), high = load<kPlanes>(pairs + 4 * kPlanes);
+#pragma unroll
+          for (int i = 0; i < kPlanes; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) scaled[i][j] = multiply_pairs<T>(whole[j], j < 2 ? low[i] : high[i]);
+#pragma unroll
+          for (int n = 0; n < kColumns; n += 2) {
+            if (first_column + 8 * n >= p.dy) break;
+            uint32_t b[4];
+            ldmatrix_transposed<4>(b, y + (row_b * kTile + ((n + lane / 16) ^ swap_of(row_b)) * kChunk<T>));
+            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
+#pragma unroll
+            for (int i = 0; i < kPlanes; ++i) {
+              mma_m16n8k16<T>(sum[i][0][n], scaled[i], left);
+              mma_m16n8k16<T>(sum[i][0][n + 1], scaled[i], right);
+            }
+          }
+        } else {
+          Split<4> scaled[kPlanes];
+          const auto low = load<kPlanes>(x + (row + member) * kPlanes);
+          const auto high = load<kPlanes>(x + (row + member + 4) * kPlanes);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const int of = row + member + j / 2 * 4;
+            const float whole = grad[of * kTile + ((16 * warp + j % 2 * 8 + group) ^ (swap_of(of) * kChunk<T>))];
+#pragma unroll
+            for (int i = 0; i < kPlanes; ++i) scaled[i].set(j, whole * (j < 2 ? low[i] : high[i]));
+          }
+#pragma unroll
+          for (int n = 0; n < kTile / 8; ++n) {
+            if (first_column + 8 * n >= p.dy) break;
+            Split<2> b;
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const int of = row + member + 4 * j;
+              const float value = y[of * kTile + ((8 * n + group) ^ (swap_of(of) * kChunk<T>))];
+              b.set(j, value);
+            }
+#pragma unroll
+            for (int i = 0; i < kPlanes; ++i) multiply_split(sum[i][n / kColumns][n % kColumns], scaled[i], b);
+          }
+        }
+      }
+    }
+    const Shared<T> stage = shared.stage[warp];
+#pragma unroll
+    for (int i = 0; i < kPlanes; ++i)
+#pragma unroll
+      for (int half = 0; half < kStages; ++half) {
+        if (first + i >= end) break;
+        const int column = first_column + half * kDepth<T>;
+        store_rows<T, kDepth<T>>(stage, sum[i][half], p.dy - column, p.to_width, [&](int row) {
+          const int out = first_out + 16 * warp + row;
+          return out < p.out ? p.to + ((int64_t{out} * p.dx + first + i) * p.dy + column) : Global<T>(nullptr);
+        });
+      }
+  }
+}
+
+constexpr int kAcross = 32, kDown = kThreads / kAcross;
+struct SumStorage {
+  SharedArray<float, kDown, kAcross> sums;
+};
+
+// The sum of `count` rows, and of the bias that every `period` elements have.
+template <class From, class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(ReadOnly<From> partials, ReadOnly<T> bias, Global<T> to, int64_t count, int64_t stride,
+                        int64_t elements, int period) {
+  auto& shared = static_shared<SumStorage>();
+  const int64_t at = int64_t{blockIdx.x} * kAcross + threadIdx.x;
+  float sum = 0.0f;
+  if (at < elements)
+    for (int64_t part = threadIdx.y; part < count; part += kDown) sum += to_float(partials[part * stride + at]);
+  shared.sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || at >= elements) return;
+  for (int i = 1; i < kDown; ++i) {
+    const float more = shared.sums[i][threadIdx.x];
+    sum += more;
+  }
+  if (bias) sum += to_float(bias[at % period]);
+  to[at] = from_float<T>(sum);
+}
+
+template <class From, class T>
+void add(const Global<const From>& partials, const Span& bias, const Span& to, int64_t count, int64_t stride,
+         int64_t elements, int64_t period, Stream stream) {
+  if (elements == 0) return;
+  launch<sum_partials_kernel<From, T>>(static_cast<unsigned>((elements + kAcross - 1) / kAcross), dim3(kAcross, kDown),
+                                       0, stream, partials, global<const T>(bias), global<T>(to), count, stride,
+                                       elements, static_cast<int>(period));
+}
+
+int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// How the results of a contraction are shared out. Nothing but shapes decides, so that all devices give the same bits.
+struct Plan {
+  int64_t row_blocks, column_blocks, steps, parts;
+
+  Plan(const Bilinear& p, int64_t depth, int64_t columns)
+      : row_blocks(divide_up(p.rows, kTile)), column_blocks(std::max<int64_t>(1, divide_up(columns, kTile))) {
+    // A part leaves 8 bytes, written and read, for each result, and reads at least 2 * depth for each i: at most an
+    // eighth of that, and never less than a copy of 16 bytes from each row of x.
+    const int64_t least = std::max<int64_t>(8, 2048 / std::max<int64_t>(1, depth));
+    const int64_t most_parts = std::max<int64_t>(1, kBlocks / std::max<int64_t>(1, row_blocks * column_blocks));
+    steps = divide_up(std::max(least, divide_up(p.dx, most_parts)), 8) * 8;
+    parts = std::max<int64_t>(1, divide_up(p.dx, steps));
+  }
+  int64_t blocks() const { return row_blocks * column_blocks * parts; }
+};
+
+Plan forward_plan(const Bilinear& p) {
+  return Plan(p, p.dy, p.out);
+}
+Plan backward_plan(const Bilinear& p) {
+  return Plan(p, p.out, p.dy);
+}
+int64_t count_of(int64_t parts, int64_t rows, int64_t columns) {
+  return parts > 1 ? parts * rows * columns : 0;
+}
+
+// The widest copies, in bytes, of rows with these strides.
+int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other = 0) {
+  return copy_width(RowSpan{span, other, 0, stride}, dtype);
+}
+
+template <class T>
+Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
+  Contraction<T> c{};
+  c.x = global<const T>(p.x);
+  c.weight = global<const T>(p.weight);
+  c.x_stride = p.x_stride;
+  c.out_stride = p.out_stride;
+  c.row_stride = p.row_stride;
+  c.x_width = width_of(p.x, p.dtype, p.x_stride);
+  c.weight_width = width_of(p.weight, p.dtype, p.row_stride, p.out_stride);
+  c.rows = p.rows;
+  c.dx = static_cast<int>(p.dx);
+  c.steps = static_cast<int>(plan.steps);
+  c.row_blocks = static_cast<unsigned>(plan.row_blocks);
+  c.column_blocks = static_cast<unsigned>(plan.column_blocks);
+  return c;
+}
+
+template <class T>
+void weight_gradient(const Bilinear& p, Stream stream) {
+  WeightGradient<T> w{};
+  w.grad = global<const T>(p.grad);
+  w.x = global<const T>(p.x);
+  w.y = global<const T>(p.y);
+  w.to = global<T>(p.grad_weight);
+  w.grad_stride = p.grad_stride;
+  w.x_stride = p.x_stride;
+  w.y_stride = p.y_stride;
+  w.grad_width = width_of(p.grad, p.dtype, p.grad_stride);
+  w.y_width = width_of(p.y, p.dtype, p.y_stride);
+  w.to_width = width_of(p.grad_weight, p.dtype, p.dy);
+  w.rows = p.rows;
+  w.out = static_cast<int>(p.out);
+  w.dx = static_cast<int>(p.dx);
+  w.dy = static_cast<int>(p.dy);
+  w.out_blocks = static_cast<unsigned>(divide_up(p.out, kTile));
+  w.column_blocks = static_cast<unsigned>(divide_up(p.dy, kTile));
+  const int64_t tiles = int64_t{w.out_blocks} * w.column_blocks;
+  // Four times as many, as they are short.
+  const int64_t steps = divide_up(divide_up(p.dx, std::max<int64_t>(1, 4 * kBlocks / tiles)), kPlanes) * kPlanes;
+  w.steps = static_cast<int>(steps);
+  launch<weight_kernel<T>>(static_cast<unsigned>(tiles * divide_up(p.dx, steps)), kThreads, 0, stream, w);
+}
+
+}  // namespace
+
+int64_t bilinear_forward_partials(const Bilinear& p) {
+  return count_of(forward_plan(p).parts, p.rows, p.out);
+}
+
+int64_t bilinear_backward_partials(const Bilinear& p, bool wants_x, bool wants_y) {
+  const Plan plan = backward_plan(p);
+  return (wants_x ? count_of(plan.column_blocks, p.rows, p.dx) : 0) +
+         (wants_y ? count_of(plan.parts, p.rows, p.dy) : 0);
+}
+
+void bilinear_forward(const Bilinear& p, Stream stream) {
+  if (p.rows == 0 || p.out == 0) return;
+  const Plan plan = forward_plan(p);
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    Contraction<T> c = contraction_of<T>(p, plan);
+    c.a = global<const T>(p.y);
+    c.a_stride = p.y_stride;
+    c.a_width = width_of(p.y, p.dtype, p.y_stride);
+    c.depth = static_cast<int>(p.dy);
+    c.columns = static_cast<int>(p.out);
+    if (plan.parts > 1) {
+      c.to.partials = global<float>(p.partials);
+    } else {
+      c.to.results = global<T>(p.z);
+      c.bias = global<const T>(p.bias);
+    }
+    launch<contraction_kernel<T, false>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
+    const int64_t elements = p.rows * p.out;
+    if (plan.parts > 1)
+      add<float, T>(global<const float>(p.partials), p.bias, p.z, plan.parts, elements, elements, p.out, stream);
+  });
+}
+
+void bilinear_backward(const Bilinear& p, Stream stream) {
+  const Plan plan = backward_plan(p);
+  with_type(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (p.grad_x || p.grad_y) {
+      const int64_t of_x = p.grad_x ? count_of(plan.column_blocks, p.rows, p.dx) : 0;
+      const Global<float> partials = global<float>(p.partials);
+      Contraction<T> c = contraction_of<T>(p, plan);
+      c.a = global<const T>(p.grad);
+      c.y = global<const T>(p.y);
+      c.a_stride = p.grad_stride;
+      c.y_stride = p.y_stride;
+      c.a_width = width_of(p.grad, p.dtype, p.grad_stride);
+      c.depth = static_cast<int>(p.out);
+      c.columns = static_cast<int>(p.dy);
+      if (of_x)
+        c.grad_x.partials = partials;
+      else
+        c.grad_x.results = global<T>(p.grad_x);
+      if (p.grad_y && plan.parts > 1)
+        c.to.partials = partials + of_x;
+      else
+        c.to.results = global<T>(p.grad_y);
+      launch<contraction_kernel<T, true>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
+      if (of_x) add<float, T>(partials, {}, p.grad_x, plan.column_blocks, p.rows * p.dx, p.rows * p.dx, 1, stream);
+      if (p.grad_y && plan.parts > 1)
+        add<float, T>(partials + of_x, {}, p.grad_y, plan.parts, p.rows * p.dy, p.rows * p.dy, 1, stream);
+    }
+    if (p.grad_weight) weight_gradient<T>(p, stream);
+    if (p.grad_bias) add<T, T>(global<const T>(p.grad), {}, p.grad_bias, p.rows, p.grad_stride, p.out, 1, stream);
+  });
+}
+
+}  // namespace velm::cuda

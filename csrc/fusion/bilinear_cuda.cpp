@@ -1,0 +1,75 @@
+// bilinear as torch operators on CUDA kernels.
+
+#include "fusion/bilinear_cuda.h"
+
+#include <limits>
+#include <tuple>
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+constexpr int64_t kGradX = 1, kGradY = 2, kGradWeight = 4, kGradBias = 8;
+
+Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
+  Bilinear p{};
+  p.rows = x.size(0);
+  p.dx = x.size(1);
+  p.dy = y.size(1);
+  p.out = weight.size(0);
+  for (const int64_t size : {p.dx, p.dy, p.out})
+    if (size > std::numeric_limits<int32_t>::max() / 2) throw std::runtime_error("velm: more than 2^30 features");
+  p.dtype = dtype_of(x);
+  p.x = span_of(x);
+  p.y = span_of(y);
+  p.weight = span_of(weight);
+  p.x_stride = x.stride(0);
+  p.y_stride = y.stride(0);
+  p.out_stride = weight.stride(0);
+  p.row_stride = weight.stride(1);
+  return p;
+}
+
+Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias) {
+  const Current current(x);
+  Bilinear p = problem_of(x, y, weight);
+  p.bias = span_of(bias);
+  Tensor z = torch::stable::new_empty(x, {p.rows, p.out});
+  Tensor partials = torch::stable::new_empty(x, {bilinear_forward_partials(p)}, ScalarType::Float);
+  p.z = span_of(z);
+  p.partials = span_of(partials);
+  cuda::bilinear_forward(p, current.stream());
+  return z;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight,
+                                                             int64_t grad_mask) {
+  const Current current(x);
+  Bilinear p = problem_of(x, y, weight);
+  p.grad = span_of(grad);
+  p.grad_stride = grad.stride(0);
+  const bool wants_x = grad_mask & kGradX, wants_y = grad_mask & kGradY;
+  Tensor grad_x = wants_x ? torch::stable::new_empty(x, {p.rows, p.dx}) : nothing(x);
+  Tensor grad_y = wants_y ? torch::stable::new_empty(x, {p.rows, p.dy}) : nothing(x);
+  Tensor grad_weight = grad_mask & kGradWeight ? torch::stable::new_empty(x, {p.out, p.dx, p.dy}) : nothing(x);
+  Tensor grad_bias = grad_mask & kGradBias ? torch::stable::new_empty(x, {p.out}) : nothing(x);
+  Tensor partials = torch::stable::new_empty(x, {bilinear_backward_partials(p, wants_x, wants_y)}, ScalarType::Float);
+  p.grad_x = span_of(grad_x);
+  p.grad_y = span_of(grad_y);
+  p.grad_weight = span_of(grad_weight);
+  p.grad_bias = span_of(grad_bias);
+  p.partials = span_of(partials);
+  cuda::bilinear_backward(p, current.stream());
+  return {grad_x, grad_y, grad_weight, grad_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("bilinear_forward", TORCH_BOX(&bilinear_forward));
+  m.impl("bilinear_backward", TORCH_BOX(&bilinear_backward));
+}
+
+}  // namespace
+}  // namespace velm::cuda
