@@ -313,6 +313,91 @@ def idefics3(attention: str = "sdpa") -> tuple[nn.Module, dict]:
     return model, _idefics_inputs()
 
 
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+def _siglip_text() -> dict:
+    return {**TOWER, "vocab_size": 60, "max_position_embeddings": 8, "projection_size": 32}
+
+
+def siglip(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    vision = {**TOWER, "image_size": 28, "patch_size": 7}
+    config = transformers.SiglipConfig(text_config=_siglip_text(), vision_config=vision)
+    model = randomise(transformers.SiglipModel(_config(config, attention)))
+    inputs = {"input_ids": _ids(2, 7), "attention_mask": _padding([7, 4], 7), "pixel_values": _rand(2, 3, 28, 28)}
+    return model, inputs
+
+
+def siglip2(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    """Pictures of 3 x 4, 2 x 2 and 1 x 1 patches, padded to 13."""
+    config = transformers.Siglip2Config(
+        text_config=_siglip_text(), vision_config={**TOWER, "patch_size": 4, "num_patches": 16}
+    )
+    model = randomise(transformers.Siglip2Model(_config(config, attention)))
+    inputs = {
+        "input_ids": _ids(3, 7),
+        "attention_mask": _padding([7, 4, 5], 7),
+        "pixel_values": _rand(3, 13, 48),
+        "pixel_attention_mask": _padding([12, 4, 1], 13),
+        "spatial_shapes": torch.tensor([[3, 4], [2, 2], [1, 1]]),
+    }
+    return model, inputs
+
+
+def smolvlm(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    config = transformers.SmolVLMConfig(
+        vision_config={**PICTURES_OF_IDEFICS, "num_hidden_layers": 1},
+        text_config={"model_type": "llama", **TEXT_OF_IDEFICS, "num_hidden_layers": 1},
+        scale_factor=2,
+        image_token_id=59,
+    )
+    model = randomise(transformers.SmolVLMForConditionalGeneration(_config(config, attention)))
+    return model, _idefics_inputs()
+
+
+def internvl(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    config = transformers.InternVLConfig(
+        vision_config={**TOWER, "image_size": [28, 28], "patch_size": [7, 7]},
+        text_config={"model_type": "qwen2", **TEXT_OF_IDEFICS, "num_hidden_layers": 1},
+        image_token_id=59,
+    )
+    model = randomise(transformers.InternVLForConditionalGeneration(_config(config, attention)))
+    ids = _ids(2, 9)
+    ids[:, 1:5] = 59
+    return model, {"input_ids": ids, "attention_mask": _padding([9, 7], 9), "pixel_values": _rand(2, 3, 28, 28)}
+
+
+def aria(attention: str = "sdpa") -> tuple[nn.Module, dict]:
+    """Two pictures of 16 patches, of which the second shows 8 only, pooled by 3 queries each."""
+    config = transformers.AriaConfig(
+        vision_config={"model_type": "idefics3_vision", **PICTURES_OF_IDEFICS, "num_hidden_layers": 1},
+        text_config={
+            **TEXT_OF_IDEFICS,
+            "model_type": "aria_text",
+            "num_hidden_layers": 1,
+            "moe_num_experts": 2,
+            "moe_topk": 2,
+            "moe_num_shared_experts": 1,
+        },
+        projector_patch_to_query_dict={16: 3},
+        image_token_index=59,
+    )
+    # The grouped product of the experts does not take float64.
+    config._experts_implementation = "eager"
+    model = randomise(transformers.AriaForConditionalGeneration(_config(config, attention)))
+    ids = _ids(2, 9)
+    ids[:, 1:4] = 59
+    pixels = torch.ones(2, 28, 28, dtype=torch.bool)
+    pixels[1, 14:] = False
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": _padding([9, 7], 9),
+        "pixel_values": _rand(2, 3, 28, 28),
+        "pixel_mask": pixels,
+    }
+    return model, inputs
+
+
 def _grounding_dino(attention: str, prefix: str) -> tuple[nn.Module, dict]:
     backbone = transformers.SwinConfig(
         image_size=32,
@@ -383,6 +468,11 @@ BUILDERS: dict[str, Callable[..., tuple[nn.Module, dict]]] = {
     "idefics": idefics,
     "idefics2": idefics2,
     "idefics3": idefics3,
+    "siglip": siglip,
+    "siglip2": siglip2,
+    "smolvlm": smolvlm,
+    "internvl": internvl,
+    "aria": aria,
     "grounding_dino": grounding_dino,
     "mm_grounding_dino": mm_grounding_dino,
 }

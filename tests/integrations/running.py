@@ -18,6 +18,17 @@ class Run(NamedTuple):
     gradients: dict[str, Tensor]
 
 
+class Named(nn.Module):
+    """A module whose arguments have names, as `run` gives them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs: Any) -> dict[str, Tensor]:
+        return {"out": self.module(**inputs)}
+
+
 def run(model: nn.Module, inputs: dict[str, Any], backward: bool = True) -> Run:
     """The floating-point outputs of `model`, and the gradients of a random sum of them."""
     inputs = {

@@ -13,7 +13,7 @@ import velm_kernels
 from velm_kernels.integrations.patching import Replacement
 
 from . import image_text_models as models
-from .running import assert_equal, assert_near, assert_same, exact_run, run
+from .running import Named, assert_equal, assert_near, assert_same, exact_run, run
 
 _CASES = [
     pytest.param(name, attention, id=f"{name}-{attention}")
@@ -47,7 +47,7 @@ def test_same_outputs_and_gradients_and_unpatch_restores(name: str, attention: s
     report = velm_kernels.patch(model, strict=True)
     patched = run(model, inputs)
     assert_same(patched, plain, exact)
-    assert len(report.replaced) == sum(isinstance(module, Replacement) for module in model.modules()) > 1
+    assert len(report.replaced) == sum(isinstance(module, Replacement) for module in model.modules()) > 0
     assert not report.fallbacks, report
     assert list(model.state_dict()) == keys
     assert all(isinstance(module, cls) for module, cls in zip(model.modules(), classes, strict=True))
@@ -59,8 +59,8 @@ def test_same_outputs_and_gradients_and_unpatch_restores(name: str, attention: s
 
 @pytest.mark.parametrize(("name", "attention"), _DEFAULT)
 def test_bfloat16(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Grounding DINO takes the proposals with the best scores, and rounding would choose others.
-    monkeypatch.setattr(torch, "topk", lambda x, k, dim: (None, torch.arange(k).expand(x.shape[0], k)))
+    # Grounding DINO takes the proposals with the best scores, Aria such experts, and rounding would choose others.
+    monkeypatch.setattr(torch, "topk", lambda x, k, dim: (x.narrow(dim, 0, k), torch.arange(k).expand(x.shape[0], k)))
     model, inputs = models.BUILDERS[name](attention)
     exact = exact_run(model, inputs, backward=False)
     model = model.bfloat16()
@@ -330,21 +330,12 @@ def test_compiles_without_graph_breaks(name: str) -> None:
         model = full.model.connector
         inputs = {"image_hidden_states": torch.randn(2, 16, 32), "attention_mask": torch.ones(2, 16, dtype=torch.bool)}
     velm_kernels.patch(model)
-    wrapped = model if name != "idefics2_perceiver" else _Named(model)
+    wrapped = model if name != "idefics2_perceiver" else Named(model)
     plain = run(wrapped, inputs)
     torch.compiler.reset()
     compiled = torch.compile(wrapped, fullgraph=True, backend="aot_eager")
     again = run(compiled, inputs)
     assert_near(type(again)(again.outputs, _stripped(again.gradients)), plain)
-
-
-class _Named(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return {"out": self.module(**inputs)}
 
 
 def _stripped(gradients: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from . import masks
 from .calls import added_mask, weights_wanted
 
 # Implementations whose meaning the replacements reproduce. Others bring their own masks (lengths, block masks).
-_SERVED = ("eager", "sdpa", "velm")
+SERVED = ("eager", "sdpa", "velm")
 # Arguments that change what an attention function computes, as far as these models let them through.
 _CHANGING = ("cache", "is_causal", "position_bias", "s_aux", "sliding_window", "softcap")
 _RMS_NORMS = frozenset(
@@ -43,7 +43,7 @@ def why_original(
         norms: queries and keys are normed by the operator.
     """
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
-    if implementation not in _SERVED:
+    if implementation not in SERVED:
         return f"attn_implementation={implementation!r}"
     if weights_wanted(module, kwargs):
         return "output_attentions=True"

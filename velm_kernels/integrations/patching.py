@@ -21,7 +21,8 @@ them. Every module in that package is imported on the first `patch`; none of the
 - The replaced instance keeps its parameters, buffers, hooks and attributes; only its `__class__` changes, to a subclass
   of its own class whose methods come first from the `Replacement`. `__init__` never runs.
 - `forward` must take the parameters of the original (same names, same order). This is compared when `patch` runs, so
-  that another version of the library with another signature is left alone instead of called wrongly.
+  that another version of the library with another signature is left alone instead of called wrongly. A replacement
+  that keeps the original's `forward` and replaces other methods names them in `velm_methods`.
 - `plain_linears` names a layer class inside which every exact `torch.nn.Linear` may be replaced too.
 - Projections are called as modules (`self.query(x)`), never through their `.weight`: what stands there may be a LoRA
   layer, a quantised layer or carry hooks.
@@ -59,6 +60,8 @@ class Replacement(nn.Module):
     """What a replaced module's class inherits from before its original class."""
 
     velm_original_class: type[nn.Module]
+    # The methods that take the place of the original's.
+    velm_methods: tuple[str, ...] = ("forward",)
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
@@ -67,12 +70,16 @@ class Replacement(nn.Module):
 
     def velm_original(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Run the original forward, and record `reason` in the report that `patch` returned."""
+        return self.velm_original_method("forward", reason, *args, **kwargs)
+
+    def velm_original_method(self, method: str, reason: str, *args: Any, **kwargs: Any) -> Any:
+        """The same for a method of `velm_methods`."""
         if not torch.compiler.is_compiling():
             found = _RECORDED_IN.get(self)
             report = found[0]() if found else None
             if found and report is not None:
                 report.record_fallback(found[1], self.velm_original_class.__name__, reason)
-        return self.velm_original_class.forward(self, *args, **kwargs)
+        return getattr(self.velm_original_class, method)(self, *args, **kwargs)
 
     def _get_name(self) -> str:
         return f"Velm{self.velm_original_class.__name__}"
@@ -218,12 +225,15 @@ def _selected(model: nn.Module, only: str | Iterable[str] | None) -> list[tuple[
 
 
 def _why_not(module: nn.Module, key: Key) -> str | None:
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance (for example by offloading hooks)"
     replacement = _REPLACEMENTS[key]
-    expected, found = _parameters(replacement.forward), _parameters(type(module).forward)
-    if expected != found:
-        return f"its forward takes ({', '.join(found)}), the replacement is written for ({', '.join(expected)})"
+    for method in replacement.velm_methods:
+        if method in vars(module):
+            return f"its {method} was replaced on the instance (for example by offloading hooks)"
+        if not hasattr(module, method):
+            return f"it has no method {method}"
+        expected, found = (_parameters(getattr(cls, method)) for cls in (replacement, type(module)))
+        if expected != found:
+            return f"its {method} takes ({', '.join(found)}), the replacement is written for ({', '.join(expected)})"
     return replacement.why_not(module)
 
 

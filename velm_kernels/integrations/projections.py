@@ -68,7 +68,7 @@ def project(
     name = "" if activation is None else _activation(activation)
     drops = dropout is not None and not _does_nothing(dropout)
     fused = None
-    if (name or (name is not None and residual is not None and not drops)) and _is_plain(projection):
+    if (name or (name is not None and residual is not None and not drops)) and is_plain(projection):
         weight: Tensor = projection.weight  # type: ignore[assignment]
         own = _on_cpu(x, weight) and _kernel_product(x, weight)
         if own and not drops:
@@ -91,7 +91,7 @@ def project(
 
 def _drop_and_add(x: Tensor, residual: Tensor | None, dropout: nn.Module) -> Tensor:
     """Return `dropout(x) + residual`; the kernel draws its own random numbers, from a seed of torch's generator."""
-    plain = type(dropout) is nn.Dropout and not _heard(dropout) and not dropout.inplace and 0.0 < dropout.p < 1.0
+    plain = type(dropout) is nn.Dropout and not heard(dropout) and not dropout.inplace and 0.0 < dropout.p < 1.0
     same_dtype = residual is None or residual.dtype is x.dtype
     if plain and same_dtype and x.device.type == "cpu" and x.dtype in cpu.DTYPES and _cpu_library():
         return dropout_residual(x, residual, dropout.p)  # type: ignore[arg-type]
@@ -100,7 +100,7 @@ def _drop_and_add(x: Tensor, residual: Tensor | None, dropout: nn.Module) -> Ten
 
 
 def _does_nothing(dropout: nn.Module) -> bool:
-    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0.0) and not _heard(dropout)
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0.0) and not heard(dropout)
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -140,12 +140,12 @@ def _activation_gains(x: Tensor, weight: Tensor) -> bool:
     return x.numel() // max(x.shape[-1], 1) * weight.shape[0] >= _FUSED_ELEMENTS
 
 
-def _is_plain(projection: nn.Module) -> bool:
+def is_plain(projection: nn.Module) -> bool:
     cls = getattr(type(projection), "velm_original_class", type(projection))
-    return cls is nn.Linear and not _heard(projection)
+    return cls is nn.Linear and not heard(projection)
 
 
-def _heard(module: nn.Module) -> bool:
+def heard(module: nn.Module) -> bool:
     """Say whether calling `module` does more than its class's forward."""
     return bool(
         module._forward_hooks
@@ -161,7 +161,7 @@ def _activation(activation: Any) -> str | None:
     """Return the name of the activation for `linear`, or None where it is not one that `linear` knows."""
     function = activation
     if isinstance(activation, nn.Module):
-        if _heard(activation):
+        if heard(activation):
             return None
         cls = type(activation)
         name = _ACTIVATIONS.get((cls.__module__, cls.__qualname__))

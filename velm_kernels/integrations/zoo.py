@@ -134,6 +134,52 @@ def _cut_idefics(config: Any) -> None:
     config.cross_layer_interval = min(config.cross_layer_interval, config.num_hidden_layers)
 
 
+def _siglip(config: Any, batch: int) -> Inputs:
+    # Its text is padded to one length and has no mask.
+    return _two_towers(config, batch) | {"attention_mask": torch.ones(batch, 40, dtype=torch.long)}
+
+
+def _siglip2(config: Any, batch: int) -> Inputs:
+    """Pictures of different shapes, padded to the number of patches of the largest."""
+    vision = config.vision_config
+    text = _text(config.text_config, batch, 40) | {"attention_mask": torch.ones(batch, 40, dtype=torch.long)}
+    shapes = torch.tensor([((16, 16), (12, 20), (20, 10), (14, 14))[row % 4] for row in range(batch)])
+    patches = vision.num_patches
+    return text | {
+        "pixel_values": torch.randn(batch, patches, vision.num_channels * vision.patch_size**2),
+        "pixel_attention_mask": (torch.arange(patches) < shapes.prod(1)[:, None]).long(),
+        "spatial_shapes": shapes,
+    }
+
+
+def _behind_picture(config: Any, batch: int, image_tokens: int, size: tuple[int, int]) -> Inputs:
+    """A picture for each example, its tokens before 64 of text."""
+    text = _text(config.text_config, batch, 64)
+    image = torch.full((batch, image_tokens), config.image_token_id)
+    return {
+        "input_ids": torch.cat([image, text["input_ids"].clamp(max=config.image_token_id - 1)], 1),
+        "attention_mask": torch.cat([torch.ones_like(image), text["attention_mask"]], 1),
+        "pixel_values": torch.randn(batch, 3, *size),
+    }
+
+
+def _smolvlm(config: Any, batch: int) -> Inputs:
+    vision = config.vision_config
+    tokens = (vision.image_size // vision.patch_size // config.scale_factor) ** 2
+    inputs = _behind_picture(config, batch, tokens, (vision.image_size, vision.image_size))
+    return inputs | {"pixel_values": inputs["pixel_values"][:, None]}
+
+
+def _internvl(config: Any, batch: int) -> Inputs:
+    return _behind_picture(config, batch, config.image_seq_length, tuple(config.vision_config.image_size))
+
+
+def _aria(config: Any, batch: int) -> Inputs:
+    vision = config.vision_config
+    tokens = config.projector_patch_to_query_dict[(vision.image_size // vision.patch_size) ** 2]
+    return _behind_picture(config, batch, tokens, (vision.image_size, vision.image_size))
+
+
 def _grounding_dino(config: Any, batch: int) -> Inputs:
     # 101 and 102 open and close the prompt, 1012 is the full stop between its phrases
     prompt = torch.tensor([101, *(token for word in range(2000, 2020) for token in (word, word + 50, 1012)), 102])
@@ -233,6 +279,97 @@ MODELS: dict[str, Model] = {
         _idefics,
         "256 text + 4 x 257 image tokens, width 4096",
         _cut_idefics,
+    ),
+    "siglip": Model(
+        "SiglipModel",
+        "SiglipConfig",
+        {},
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _siglip,
+        "40 text + 196 image tokens, width 768",
+    ),
+    "siglip2": Model(
+        "Siglip2Model",
+        "Siglip2Config",
+        {},
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _siglip2,
+        "40 text + 196 to 256 image tokens, width 768",
+    ),
+    "smolvlm": Model(
+        "SmolVLMModel",
+        "SmolVLMConfig",
+        # SmolVLM-500M
+        {
+            "vision_config": {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_attention_heads": 12,
+                "image_size": 512,
+                "patch_size": 16,
+            },
+            "text_config": {
+                "model_type": "llama",
+                "hidden_size": 960,
+                "intermediate_size": 2560,
+                "num_hidden_layers": 32,
+                "num_attention_heads": 15,
+                "num_key_value_heads": 5,
+                "vocab_size": 49280,
+            },
+            "scale_factor": 4,
+            "image_token_id": 49190,
+        },
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _smolvlm,
+        "1024 image tokens made 64, 64 text tokens, width 768 and 960",
+    ),
+    "internvl": Model(
+        "InternVLModel",
+        "InternVLConfig",
+        # InternVL3-1B
+        {
+            "text_config": {
+                "model_type": "qwen2",
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "vocab_size": 151674,
+            },
+        },
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _internvl,
+        "1025 image tokens made 256, 64 text tokens, width 1024 and 896",
+    ),
+    "aria": Model(
+        "AriaModel",
+        "AriaConfig",
+        {
+            "vision_config": {
+                "model_type": "idefics3_vision",
+                "hidden_size": 1152,
+                "intermediate_size": 4304,
+                "num_hidden_layers": 27,
+                "num_attention_heads": 16,
+                "image_size": 490,
+                "patch_size": 14,
+            },
+            "text_config": {
+                "model_type": "aria_text",
+                "vocab_size": 100352,
+                "hidden_size": 2560,
+                "intermediate_size": 1664,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 20,
+                "moe_num_experts": 64,
+                "moe_topk": 6,
+            },
+        },
+        ("vision_config.num_hidden_layers", "text_config.num_hidden_layers"),
+        _aria,
+        "1225 image tokens pooled to 128, 64 text tokens, width 1152 and 2560",
     ),
     "grounding-dino": Model(
         "GroundingDinoModel",

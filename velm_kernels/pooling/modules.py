@@ -54,11 +54,14 @@ class SegmentPool(nn.Module):
         return f"{self.mode!r}, p={self.p}"
 
 
-def attend(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, **tokens: Any) -> Tensor:
+def attend(
+    attention: nn.MultiheadAttention, query: Tensor, x: Tensor, *, even: Tensor | None = None, **tokens: Any
+) -> Tensor:
     """What ``attention(query, x, x)`` computes, by :func:`velm_kernels.attention_pool`.
 
-    query: ``(queries, d)`` for all rows or ``(batch, queries, d)``; tokens: lengths, mask (True where a token counts),
-    cu_seqlens as there. Without dropout of weights.
+    query: ``(queries, d)`` for all rows or ``(batch, queries, d)``; even: bool, ``(batch, 1, 1)``, True for rows whose
+    tokens all have the same weight; tokens: lengths, mask (True where a token counts), cu_seqlens as there. Without
+    dropout of weights.
     """
     if attention.in_proj_weight is not None:
         query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
@@ -70,6 +73,8 @@ def attend(attention: nn.MultiheadAttention, query: Tensor, x: Tensor, **tokens:
         )
     biases: Any = (None,) * 3 if attention.in_proj_bias is None else attention.in_proj_bias.chunk(3)
     query = linear(query, query_weight, biases[0])
+    if even is not None:
+        query = query.expand(even.shape[0], *query.shape[-2:]).masked_fill(even, 0.0)
     out = attention_pool(x, query, key_weight, value_weight, biases[1], biases[2], heads=attention.num_heads, **tokens)
     return linear(out, attention.out_proj.weight, attention.out_proj.bias)
 
@@ -137,7 +142,7 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = masked_pool(x, channels_first=True)
-        x = torch.cat([mean[:, None], x.flatten(2).transpose(1, 2)], 1) + self.positional_embedding
+        x = torch.cat([mean[:, None], x.flatten(2).transpose(1, 2)], 1) + self.positional_embedding.to(x.dtype)
         query = linear(x[:, :1], self.q_proj.weight, self.q_proj.bias)
         keys, values = self.k_proj, self.v_proj
         out = attention_pool(x, query, keys.weight, values.weight, keys.bias, values.bias, heads=self.num_heads)

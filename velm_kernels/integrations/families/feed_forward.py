@@ -67,6 +67,11 @@ _CLASSES: list[tuple[str, str, str, type[Replacement]]] = [
     ("bridgetower", "bridgetower.modeling_bridgetower", "BridgeTowerSelfOutput", PostNormOutput),
     ("bridgetower", "bridgetower.modeling_bridgetower", "BridgeTowerOutput", PostNormOutput),
     ("clip", "clip.modeling_clip", "CLIPMLP", MLP),
+    ("siglip", "siglip.modeling_siglip", "SiglipMLP", MLP),
+    ("siglip2", "siglip2.modeling_siglip2", "Siglip2MLP", MLP),
+    ("idefics2", "idefics2.modeling_idefics2", "Idefics2VisionMLP", MLP),
+    ("idefics3", "idefics3.modeling_idefics3", "Idefics3VisionMLP", MLP),
+    ("smolvlm", "smolvlm.modeling_smolvlm", "SmolVLMVisionMLP", MLP),
 ]
 
 for _family, _module, _name, _replacement in _CLASSES:

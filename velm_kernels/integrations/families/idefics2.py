@@ -1,4 +1,5 @@
-"""Idefics2: the perceiver that resamples pictures, and the attention of the vision encoders of IDEFICS 1 to 3."""
+"""Idefics2: the perceiver that resamples pictures, and the attention of the vision encoders of IDEFICS 1 to 3, SmolVLM,
+SigLIP and SigLIP 2, which all have the same."""
 
 from __future__ import annotations
 
@@ -14,6 +15,9 @@ from ..patching import Replacement, plain_linears, replaces
 _IDEFICS_VISION = "transformers.models.idefics.vision"
 _IDEFICS2 = "transformers.models.idefics2.modeling_idefics2"
 _IDEFICS3 = "transformers.models.idefics3.modeling_idefics3"
+_SMOLVLM = "transformers.models.smolvlm.modeling_smolvlm"
+_SIGLIP = "transformers.models.siglip.modeling_siglip"
+_SIGLIP2 = "transformers.models.siglip2.modeling_siglip2"
 
 
 @replaces(_IDEFICS2, "Idefics2PerceiverAttention", family="idefics2", by="cross_attention")
@@ -52,6 +56,9 @@ class PerceiverAttention(Replacement):
 @replaces(_IDEFICS_VISION, "IdeficsVisionAttention", family="idefics", by="cross_attention")
 @replaces(_IDEFICS2, "Idefics2VisionAttention", family="idefics2", by="cross_attention")
 @replaces(_IDEFICS3, "Idefics3VisionAttention", family="idefics3", by="cross_attention")
+@replaces(_SMOLVLM, "SmolVLMVisionAttention", family="smolvlm", by="cross_attention")
+@replaces(_SIGLIP, "SiglipAttention", family="siglip", by="cross_attention")
+@replaces(_SIGLIP2, "Siglip2Attention", family="siglip2", by="cross_attention")
 class VisionAttention(Replacement):
     q_proj: nn.Module
     k_proj: nn.Module
@@ -76,3 +83,4 @@ class VisionAttention(Replacement):
 plain_linears(_IDEFICS2, "Idefics2EncoderLayer", family="idefics2")
 plain_linears(_IDEFICS2, "Idefics2PerceiverLayer", family="idefics2")
 plain_linears(_IDEFICS3, "Idefics3EncoderLayer", family="idefics3")
+plain_linears(_SMOLVLM, "SmolVLMEncoderLayer", family="smolvlm")
