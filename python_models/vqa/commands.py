@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-import velm_kernels
 from python_models.vqa import data, evaluation, plots, results, training
 from python_models.vqa.config import Config
+from python_models.vqa.fusions import FUSIONS, Forms
 from python_models.vqa.model import VisualQuestionAnswering
-from python_models.vqa.modules import FUSIONS, POOLINGS
+from python_models.vqa.poolings import POOLINGS
 
 FEATURES = Path("out/vqa/features.pt")
-CHOICES = {"fusion": sorted(FUSIONS), "pooling": sorted(POOLINGS)}
+CHOICES = {"fusion": sorted(FUSIONS), "pooling": sorted(POOLINGS), "form": list(Forms._fields)}
 
 
 def bars(console: Console) -> Progress:
@@ -55,15 +54,15 @@ def train(args: argparse.Namespace) -> int:
     dataset = load(console, args.features)
     trainer = training.Trainer(config, dataset, folder)
     trainer.resume()
-    backend = velm_kernels.use_backend(args.backend) if args.backend else contextlib.nullcontext()
-    with bars(console) as progress, backend:
+    with bars(console) as progress:
         task = progress.add_task("training", total=None, state="")
         while not trainer.progress.is_finished(config):
             number = trainer.progress.epochs + 1
 
-            def report(done: int, steps: int, loss: float, number: int = number) -> None:
+            def report(step: training.Step, number: int = number) -> None:
+                state = f"loss {step.loss:.3f}"
                 progress.update(
-                    task, description=f"epoch {number}", completed=done, total=steps, state=f"loss {loss:.3f}"
+                    task, description=f"epoch {number}", completed=step.number, total=step.steps, state=state
                 )
 
             trainer.epoch(report)
@@ -74,27 +73,21 @@ def train(args: argparse.Namespace) -> int:
         f"best after epoch {best + 1}: {trainer.progress.accuracies[best]:.2%} of the validation questions; "
         f"{trainer.progress.seconds:.0f} seconds of training; kept in {folder}"
     )
-    trainer.model.load_state_dict(trainer.best_weights())
-    results.Summary.of(trainer, evaluation.accuracy(trainer.model, dataset)).save(folder)
     return 0
 
 
 def compare(args: argparse.Namespace) -> int:
     console = Console()
-    load(console, args.features)
-    shared = ["--features", str(args.features), "--epochs", str(args.epochs), "--threads", str(args.threads)]
+    dataset = load(console, args.features)
+    configs = [replace(config, epochs=args.epochs) for config in results.models()]
     rows = []
     with bars(console) as progress:
-        task = progress.add_task("training", total=2 * len(results.models()), state="")
-        for config in results.models():
-            pair = []
-            for backend in results.BACKENDS:
-                name = f"{config.fusion}, {config.pooling} pooling, {backend or 'velm_kernels'}"
-                progress.update(task, description=name)
-                pair.append(results.run(config, backend, args.folder, shared))
-                progress.advance(task)
-            rows.append(results.Row(config, *pair))
-    results.write(args.folder, rows, data.baselines(data.load(args.features)))
+        task = progress.add_task("models", total=len(configs), state="")
+        for config in configs:
+            progress.update(task, description=f"{config.fusion}, {config.pooling} pooling")
+            rows.append(results.run(config, dataset, args.folder, lambda state: progress.update(task, state=state)))
+            progress.advance(task)
+    results.write(args.folder, rows, data.baselines(dataset))
     console.print((args.folder / results.TABLE).read_text())
     return 0
 
@@ -145,7 +138,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         name = "--" + field.name.replace("_", "-")
         one.add_argument(name, default=field.default, help=f"default {field.default}", **options)
     one.add_argument("--folder", type=Path, help="where the run is kept (default out/vqa/FUSION-POOLING)")
-    one.add_argument("--backend", help="of velm_kernels, e.g. reference for plain PyTorch (default: the best here)")
     one.add_argument("--resume", action="store_true", help="go on with the run that the folder holds")
     one.add_argument("--features", type=Path, default=FEATURES, help=f"cached features (default {FEATURES})")
 
@@ -160,9 +152,9 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     three.add_argument("question")
     three.add_argument("--map", type=Path, help="a PNG to draw the regions that counted into")
 
-    four = command("results", compare, "train every module with these kernels and in plain PyTorch, and compare them")
+    four = command("results", compare, "train with every module, and compare each with its form in plain PyTorch")
     four.add_argument("--folder", type=Path, default=Path("out/vqa/results"), help="where runs and the table go")
-    four.add_argument("--epochs", type=int, default=8, help="of each run (default 8)")
+    four.add_argument("--epochs", type=int, default=4, help="of each model (default 4)")
     four.add_argument("--features", type=Path, default=FEATURES, help=f"cached features (default {FEATURES})")
 
 

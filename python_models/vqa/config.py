@@ -12,8 +12,9 @@ class Config:
     """Everything that a run can be repeated from.
 
     Attributes:
-        fusion: name of a module that joins question and picture, of `modules.FUSIONS`.
-        pooling: name of a module that makes one vector of a picture's regions, of `modules.POOLINGS`.
+        fusion: name of a module that joins question and picture, of `fusions.FUSIONS`.
+        pooling: name of a module that makes one vector of a picture's regions, of `poolings.POOLINGS`.
+        form: of these two: "velm", this library's, or "plain", the same in plain PyTorch.
         dim: size of regions and questions as they meet.
         fused: size of what the fusion returns.
         heads: of question-guided attention.
@@ -25,8 +26,9 @@ class Config:
         seed: of weights, order of questions and dropout.
     """
 
-    fusion: str = "product"
+    fusion: str = "mlb"
     pooling: str = "attention"
+    form: str = "velm"
     dim: int = 128
     fused: int = 128
     heads: int = 4

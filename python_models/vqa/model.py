@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from python_models.vqa import encoders
 from python_models.vqa.config import Config
-from python_models.vqa.modules import FUSIONS, POOLINGS
+from python_models.vqa.fusions import FUSIONS, Forms
+from python_models.vqa.poolings import POOLINGS
 
 
 class Answers(NamedTuple):
@@ -19,10 +21,13 @@ class Answers(NamedTuple):
     weights: Tensor | None
 
 
-def _named(table: dict, setting: str, name: str):
+def _named(table: dict[str, Forms], setting: str, config: Config) -> Callable[..., nn.Module]:
+    name = getattr(config, setting)
     if name not in table:
         raise ValueError(f"{setting}: expected one of {', '.join(sorted(table))}, given {name!r}")
-    return table[name]
+    if config.form not in Forms._fields:
+        raise ValueError(f"form: expected one of {', '.join(Forms._fields)}, given {config.form!r}")
+    return getattr(table[name], config.form)
 
 
 class VisualQuestionAnswering(nn.Module):
@@ -39,7 +44,7 @@ class VisualQuestionAnswering(nn.Module):
 
     def __init__(self, config: Config, answers: int, regions: int = encoders.GRID**2) -> None:
         super().__init__()
-        pool, fuse = _named(POOLINGS, "pooling", config.pooling), _named(FUSIONS, "fusion", config.fusion)
+        pool, fuse = _named(POOLINGS, "pooling", config), _named(FUSIONS, "fusion", config)
         self.regions = nn.Sequential(
             nn.LayerNorm(encoders.REGION_DIM), nn.Linear(encoders.REGION_DIM, config.dim), nn.GELU()
         )

@@ -1,67 +1,81 @@
-"""Every fusion and every pooling, trained with these kernels and in plain PyTorch: one table."""
+"""Every fusion and every pooling, trained with these kernels and beside its form in plain PyTorch: one table."""
 
 from __future__ import annotations
 
 import csv
 import json
-import resource
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
+import torch
+
+from python_models.vqa import evaluation
 from python_models.vqa.config import Config
-from python_models.vqa.evaluation import Accuracy
-from python_models.vqa.modules import FUSIONS, POOLINGS
-from python_models.vqa.training import Trainer
+from python_models.vqa.data import Dataset
+from python_models.vqa.fusions import FUSIONS, Forms
+from python_models.vqa.poolings import POOLINGS
+from python_models.vqa.training import BEST, Trainer
+from velm_kernels import measure
 
 SUMMARY, TABLE, CSV = "summary.json", "results.md", "results.csv"
-# What velm_kernels chooses by itself, and the written meaning of every operator in plain PyTorch.
-BACKENDS = (None, "reference")
+# Steps that both forms take in turns, the first of which are not timed.
+COMPARED, WARM_UP = 40, 4
 
 
 @dataclass(frozen=True)
-class Summary:
-    """What a run came to.
+class Comparison:
+    """The two forms of a model, from the same weights on the same questions in turns.
 
     Attributes:
-        accuracy: share of right answers to the test questions.
-        parameters: trained ones.
-        seconds: of training.
-        peak_bytes: of memory of the whole process.
-        losses: of every epoch.
+        seconds: the median of a step, of this library's form and of the plain one.
+        peak_bytes: that a step allocates at once, of either.
+        loss_difference: the largest relative difference of the losses of a step.
     """
 
-    accuracy: float
-    parameters: int
-    seconds: float
-    peak_bytes: int
-    losses: list[float]
+    seconds: tuple[float, float]
+    peak_bytes: tuple[int, int]
+    loss_difference: float
 
     @classmethod
-    def of(cls, trainer: Trainer, accuracy: Accuracy) -> Summary:
-        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return cls(accuracy.overall, parameters, trainer.progress.seconds, peak, trainer.progress.losses)
+    def of(cls, config: Config, dataset: Dataset, steps: int = COMPARED) -> Comparison:
+        trainers = [Trainer(replace(config, form=form), dataset) for form in Forms._fields]
+        taken = list(islice(zip(*(trainer.steps() for trainer in trainers), strict=True), steps))
+        ours, plain = zip(*taken, strict=True)
+        timed = slice(min(WARM_UP, steps - 1), None)
+        return cls(
+            tuple(statistics.median(step.seconds for step in form[timed]) for form in (ours, plain)),
+            tuple(_peak(trainer) for trainer in trainers),
+            max(abs(a.loss - b.loss) / b.loss for a, b in taken),
+        )
 
-    def save(self, folder: Path) -> None:
-        (folder / SUMMARY).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+def _peak(trainer: Trainer) -> int:
+    part = trainer.dataset.parts["train"]
+    rows = torch.arange(min(trainer.config.batch, len(part)))
+    return measure.peak_memory(lambda: trainer.loss(part, rows).backward())
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration with these kernels and in plain PyTorch."""
+    """What a configuration came to.
 
-    config: Config
-    ours: Summary
-    plain: Summary
+    Attributes:
+        fusion, pooling: the modules.
+        accuracy: share of right answers to the test questions.
+        parameters: trained ones.
+        seconds: of training, all epochs.
+        comparison: with the plain form.
+    """
 
-    @property
-    def loss_difference(self) -> float:
-        """The largest relative difference of the losses of an epoch."""
-        pairs = zip(self.ours.losses, self.plain.losses, strict=False)
-        return max(abs(ours - plain) / plain for ours, plain in pairs)
+    fusion: str
+    pooling: str
+    accuracy: float
+    parameters: int
+    seconds: float
+    comparison: Comparison
 
 
 def models() -> list[Config]:
@@ -70,43 +84,48 @@ def models() -> list[Config]:
     return fusions + [Config(pooling=name) for name in POOLINGS if name != Config.pooling]
 
 
-def run(config: Config, backend: str | None, folder: Path, options: Sequence[str]) -> Summary:
-    """Train in a process of its own, whose peak memory is that of this run alone.
-
-    Raises:
-        RuntimeError: training failed, with what it printed.
-    """
-    name = f"{config.fusion}-{config.pooling}-{backend or 'velm'}".replace(" ", "-")
-    command = [sys.executable, "-m", "python_models", "vqa", "train", "--resume", "--folder", str(folder / name)]
-    command += ["--fusion", config.fusion, "--pooling", config.pooling, *options]
-    # All epochs, so that times compare.
-    command += ["--patience", "1000", *(["--backend", backend] if backend else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}")
-    return Summary(**json.loads((folder / name / SUMMARY).read_text()))
+def run(config: Config, dataset: Dataset, folder: Path, report: Callable[[str], None] = lambda state: None) -> Row:
+    """Train for all epochs and compare the forms; what an earlier call has done in the folder is not done again."""
+    folder = folder / f"{config.fusion}-{config.pooling}"
+    if (folder / SUMMARY).exists():
+        kept = json.loads((folder / SUMMARY).read_text())
+        if kept.pop("config") == asdict(config):
+            return Row(**kept | {"comparison": Comparison(**kept["comparison"])})
+    report("in turns with plain PyTorch")
+    comparison = Comparison.of(config, dataset)
+    trainer = Trainer(config, dataset, folder)
+    trainer.resume()
+    while trainer.progress.epochs < config.epochs:
+        trainer.epoch(lambda step: report(f"epoch {trainer.progress.epochs + 1}, {step.number} of {step.steps}"))
+    trainer.model.load_state_dict(torch.load(folder / BEST, weights_only=True))
+    accuracy = evaluation.accuracy(trainer.model, dataset).overall
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    row = Row(config.fusion, config.pooling, accuracy, parameters, trainer.progress.seconds, comparison)
+    (folder / SUMMARY).write_text(json.dumps(asdict(row) | {"config": asdict(config)}, indent=2) + "\n")
+    return row
 
 
 def write(folder: Path, rows: Sequence[Row], baselines: dict[str, float]) -> None:
     """The table as Markdown and as CSV."""
     folder.mkdir(parents=True, exist_ok=True)
-    titles = ("fusion", "pooling", "test accuracy", "parameters", "seconds", "plain seconds", "speed-up")
-    titles += ("peak MB", "plain peak MB", "largest loss difference")
+    titles = ("fusion", "pooling", "test accuracy", "parameters", "seconds of training", "ms a step", "plain ms")
+    titles += ("speed-up", "peak MB", "plain peak MB", "largest loss difference")
     lines = []
     for row in rows:
-        ours, plain = row.ours, row.plain
+        (ours, plain), (peak, plain_peak) = row.comparison.seconds, row.comparison.peak_bytes
         lines.append(
             [
-                row.config.fusion,
-                row.config.pooling,
-                f"{ours.accuracy:.2%}",
-                f"{ours.parameters}",
-                f"{ours.seconds:.0f}",
-                f"{plain.seconds:.0f}",
-                f"{plain.seconds / ours.seconds:.2f}x",
-                f"{ours.peak_bytes / 1e6:.0f}",
-                f"{plain.peak_bytes / 1e6:.0f}",
-                f"{row.loss_difference:.1e}",
+                row.fusion,
+                row.pooling,
+                f"{row.accuracy:.2%}",
+                f"{row.parameters}",
+                f"{row.seconds:.0f}",
+                f"{1e3 * ours:.1f}",
+                f"{1e3 * plain:.1f}",
+                f"{plain / ours:.2f}x",
+                f"{peak / 1e6:.0f}",
+                f"{plain_peak / 1e6:.0f}",
+                f"{row.comparison.loss_difference:.1e}",
             ]
         )
     with (folder / CSV).open("w", newline="") as file:

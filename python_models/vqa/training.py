@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,16 @@ class Progress:
         if self.epochs >= config.epochs:
             return True
         return bool(self.epochs) and self.epochs - 1 - self.best >= config.patience
+
+
+class Step(NamedTuple):
+    """A step of training: its number from 1, of how many, on how many questions, their mean loss, and its time."""
+
+    number: int
+    steps: int
+    questions: int
+    loss: float
+    seconds: float
 
 
 def features(dataset: Dataset, part: Part, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,37 +130,40 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         return True
 
-    def epoch(self, report: Callable[[int, int, float], None] = lambda done, steps, loss: None) -> None:
-        """Train on every question once, then answer the validation questions.
-
-        Args:
-            report: called after each step with its number, the number of steps and the loss.
-        """
+    def steps(self) -> Iterator[Step]:
+        """Train on every question once. The random numbers are this trainer's own: others may take steps in between."""
         part = self.dataset.parts["train"]
         torch.set_rng_state(self.random)
-        self.model.train()
-        steps = torch.randperm(len(part)).split(self.config.batch)
-        total, begin = 0.0, time.perf_counter()
-        for number, rows in enumerate(steps):
-            logits = self.model(*features(self.dataset, part, rows)).logits
-            loss = nn.functional.cross_entropy(logits, part.answer[rows])
+        batches = torch.randperm(len(part)).split(self.config.batch)
+        self.random = torch.get_rng_state()
+        for number, rows in enumerate(batches):
+            begin = time.perf_counter()
+            torch.set_rng_state(self.random)
+            self.model.train()
+            loss = self.loss(part, rows)
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             value = float(loss.detach())
-            total += value * len(rows)
-            report(number + 1, len(steps), value)
-        self.progress.seconds += time.perf_counter() - begin
-        self.random = torch.get_rng_state()
+            self.random = torch.get_rng_state()
+            yield Step(number + 1, len(batches), len(rows), value, time.perf_counter() - begin)
+
+    def loss(self, part: Part, rows: Tensor) -> Tensor:
+        """The cross-entropy of the answers to some questions."""
+        logits = self.model(*features(self.dataset, part, rows)).logits
+        return nn.functional.cross_entropy(logits, part.answer[rows])
+
+    def epoch(self, report: Callable[[Step], None] = lambda step: None) -> None:
+        """Train on every question once, calling ``report`` after each step, then answer the validation questions."""
+        total, questions = 0.0, 0
+        for step in self.steps():
+            total += step.loss * step.questions
+            questions += step.questions
+            self.progress.seconds += step.seconds
+            report(step)
         held = self.dataset.parts["validation"]
         right = predictions(self.model, self.dataset, held) == held.answer
-        self.progress.losses.append(total / len(part))
+        self.progress.losses.append(total / questions)
         self.progress.accuracies.append(float(right.float().mean()))
         self.save()
-
-    def best_weights(self) -> dict[str, Tensor]:
-        """Those of the epoch that answered the validation questions best; of a run without a folder, the last ones."""
-        if self.folder is None:
-            return self.model.state_dict()
-        return torch.load(self.folder / BEST, weights_only=True)

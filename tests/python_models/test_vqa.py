@@ -16,8 +16,9 @@ from PIL import Image
 from python_models.__main__ import main
 from python_models.vqa import data, encoders, evaluation, results, training
 from python_models.vqa.config import Config
+from python_models.vqa.fusions import FUSIONS
 from python_models.vqa.model import VisualQuestionAnswering
-from python_models.vqa.modules import FUSIONS, POOLINGS
+from python_models.vqa.poolings import POOLINGS
 
 SMALL = Config(dim=16, fused=12, heads=2, batch=60, epochs=3, learning_rate=1e-2)
 
@@ -85,21 +86,36 @@ def learnt(config: Config, puzzle: data.Dataset, epochs: int = 10) -> float:
     return trainer.progress.accuracies[-1]
 
 
+def compare_forms(config: Config, puzzle: data.Dataset) -> None:
+    """The same loss at first, and nearly so after a few steps: an optimizer makes much of what is little."""
+    assert results.Comparison.of(config, puzzle, 1).loss_difference < 1e-5
+    found = results.Comparison.of(config, puzzle, 3)
+    assert found.loss_difference < 5e-3 and all(found.seconds) and all(found.peak_bytes)
+
+
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_fusion_learns_what_the_words_alone_cannot(puzzle: data.Dataset, fusion: str) -> None:
-    if fusion == "question alone":
-        assert learnt(replace(SMALL, fusion=fusion), puzzle, 3) < 0.75
+    config = replace(SMALL, fusion=fusion)
+    compare_forms(config, puzzle)
+    if fusion == "question-alone":
+        assert learnt(config, puzzle, 3) < 0.75
     else:
-        assert learnt(replace(SMALL, fusion=fusion), puzzle) > 0.9
+        assert learnt(config, puzzle) > 0.9
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_every_pooling_learns(puzzle: data.Dataset, pooling: str) -> None:
-    config = replace(SMALL, pooling=pooling, fusion="concatenation")
+    config = replace(SMALL, pooling=pooling, fusion="concat-mlp")
+    compare_forms(config, puzzle)
     assert learnt(config, puzzle) > 0.9
     _, weights = VisualQuestionAnswering(config, 2)(*training.features(puzzle, puzzle.parts["test"], torch.arange(5)))
     if weights is not None:
         torch.testing.assert_close(weights.sum(1), torch.ones(5))
+
+
+def test_a_plain_form_that_differs_is_told(puzzle: data.Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSIONS, "mlb", FUSIONS["mlb"]._replace(plain=FUSIONS["linear-sum"].plain))
+    assert results.Comparison.of(SMALL, puzzle, 1).loss_difference > 1e-2
 
 
 def test_resumed_training_is_the_same_as_uninterrupted(puzzle: data.Dataset, tmp_path: Path) -> None:
@@ -158,14 +174,17 @@ def test_command_line(puzzle: data.Dataset, tmp_path: Path, monkeypatch: pytest.
     assert "holds no trained model" in capsys.readouterr().err
 
 
-def test_results_compare_pairs_of_runs(tmp_path: Path) -> None:
-    ours = results.Summary(0.99, 1000, 10.0, 200_000_000, [1.0, 0.5])
-    plain = results.Summary(0.98, 1000, 25.0, 300_000_000, [1.0, 0.51])
-    row = results.Row(Config(), ours, plain)
-    assert row.loss_difference == pytest.approx(0.01 / 0.51)
-    results.write(tmp_path, [row], {"question only": 0.5})
+def test_results_are_kept_and_written(puzzle: data.Dataset, tmp_path: Path) -> None:
+    config = replace(SMALL, epochs=1)
+    row = results.run(config, puzzle, tmp_path)
+    states: list[str] = []
+    again = results.run(config, puzzle, tmp_path, states.append)
+    assert not states and (again.accuracy, again.seconds) == (row.accuracy, row.seconds)
+    assert results.run(replace(config, epochs=2), puzzle, tmp_path).seconds > row.seconds
+    comparison = results.Comparison((0.010, 0.025), (200_000_000, 300_000_000), 2e-6)
+    results.write(tmp_path, [results.Row("mlb", "attention", 0.99, 1000, 10.0, comparison)], {"question only": 0.5})
     written = (tmp_path / results.TABLE).read_text()
-    assert "| product | attention | 99.00% | 1000 | 10 | 25 | 2.50x | 200 | 300 | 2.0e-02 |" in written
+    assert "| mlb | attention | 99.00% | 1000 | 10 | 10.0 | 25.0 | 2.50x | 200 | 300 | 2.0e-06 |" in written
     assert "question only: 50.00%" in written
 
 

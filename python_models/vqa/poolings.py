@@ -1,0 +1,79 @@
+"""What a configuration's ``pooling`` names: modules that make one vector of the regions of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+import velm_kernels
+from python_models.vqa import plain
+from python_models.vqa.fusions import Forms
+
+
+class GuidedAttention(nn.Module):
+    """The question is the one query that attends over the regions."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
+        query = self._split(self.query(question)[:, None])
+        key, value = self._split(self.key(regions)), self._split(self.value(regions))
+        pooled, weights = self.attend(query, key, value)
+        return self.out(pooled.transpose(1, 2).flatten(1)), weights.mean(1)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return velm_kernels.cross_attention(query, key, value, return_key_mass=True)
+
+
+class PlainGuidedAttention(GuidedAttention):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
+        return weights @ value, weights.sum(2)
+
+
+class Unguided(nn.Module):
+    """Pools all regions, whatever the question."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, None]:
+        return self.pool(regions), None
+
+
+class LearnedQuery(Unguided):
+    """A learned query attends over the regions, whatever the question."""
+
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, None]:
+        return self.pool(regions)[:, 0], None
+
+
+def _mode(mode: str) -> Forms:
+    def ours(dim: int, heads: int) -> nn.Module:
+        return Unguided(velm_kernels.MaskedPool(mode))
+
+    def theirs(dim: int, heads: int) -> nn.Module:
+        return Unguided(getattr(plain, mode))
+
+    return Forms(ours, theirs)
+
+
+# Called with the size of regions and questions and the number of heads; the module takes regions
+# (batch, regions, dim) and questions (batch, dim) and returns (batch, dim) and, if it weighs them, the weights of the
+# regions (batch, regions), which sum to 1.
+POOLINGS: dict[str, Forms] = {
+    "attention": Forms(GuidedAttention, PlainGuidedAttention),
+    "learned-query": Forms(
+        lambda dim, heads: LearnedQuery(velm_kernels.AttentionPool(dim, heads)),
+        lambda dim, heads: LearnedQuery(plain.AttentionPool(dim, heads)),
+    ),
+    **{mode: _mode(mode) for mode in ("mean", "max", "logsumexp", "gem")},
+}
