@@ -124,8 +124,57 @@ def _tensor_fusion(name: str, batch: int, dims: tuple[int, ...], out: int) -> Ca
     )
 
 
+def _low_rank(name: str, batch: int, dims: tuple[int, ...], out: int, rank: int) -> Case:
+    names = [f"x{m}" for m in range(len(dims))]
+    factors = [f"factor{m}" for m in range(len(dims))]
+
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        inputs: Inputs = {name: randn(batch, dim) for name, dim in zip(names, dims, strict=True)}
+        for factor, dim in zip(factors, dims, strict=True):
+            inputs[factor] = randn(rank, 1 + dim, out) * (1 + dim) ** -0.5
+        return inputs | {"weight": randn(rank), "bias": randn(out)}
+
+    def published(weight: Tensor, bias: Tensor, **inputs: Tensor) -> Tensor:
+        product: Tensor | None = None
+        for name, factor in zip(names, factors, strict=True):
+            x = inputs[name]
+            # (rank, batch, out)
+            projected = torch.matmul(torch.cat([x.new_ones(batch, 1), x], 1), inputs[factor])
+            product = projected if product is None else product * projected
+        assert product is not None
+        return torch.matmul(weight[None], product.permute(1, 0, 2)).squeeze(1) + bias
+
+    def velm(weight: Tensor, bias: Tensor, **inputs: Tensor) -> Tensor:
+        return velm_kernels.low_rank_fusion(
+            [inputs[name] for name in names], [inputs[factor] for factor in factors], weight, bias
+        )
+
+    features = float(sum(1 + dim for dim in dims))
+    product = 2.0 * batch * features * rank * out
+    traffic = rank * features * out + batch * (features + out)
+    return Case(
+        operator="low_rank_fusion",
+        name=name,
+        shape=f"{batch} rows, {' x '.join(map(str, dims))} -> {out}, rank {rank}",
+        make=make,
+        wanted=(*names, *factors, "weight", "bias"),
+        ways={"eager": published, "velm": velm},
+        flops=product,
+        traffic=traffic,
+        backward_flops=2 * product,
+        backward_traffic=2 * traffic,
+        work=float(batch * rank * out * len(dims)),
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _low_rank("low-rank-mosi", 128, (32, 32, 64), 64, 4),
+        _low_rank("low-rank-768", 64, (768, 768), 512, 16),
+        _low_rank("low-rank-768-wide", 1024, (768, 768), 512, 16),
         _tensor_fusion("tensor-fusion-2", 256, (256, 64), 128),
         _tensor_fusion("tensor-fusion-3", 256, (32, 32, 128), 128),
         _factorized("mfb-tail", 1024, 5, 1000, "inner", True),

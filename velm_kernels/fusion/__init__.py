@@ -5,7 +5,8 @@ from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
 from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
-from velm_kernels.fusion.modules import Bilinear, TensorFusion
+from velm_kernels.fusion.low_rank import low_rank_fusion
+from velm_kernels.fusion.modules import Bilinear, LowRankFusion, TensorFusion
 from velm_kernels.fusion.sum_modules import ConcatMLP, LinearSum
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
 
@@ -18,11 +19,13 @@ __all__ = [
     "BlockTucker",
     "ConcatMLP",
     "LinearSum",
+    "LowRankFusion",
     "Mutan",
     "TensorFusion",
     "Tucker",
     "bilinear",
     "dropout_residual",
     "factorized_pool",
+    "low_rank_fusion",
     "tensor_fusion",
 ]

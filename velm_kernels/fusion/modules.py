@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels.fusion.low_rank import low_rank_fusion
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, tensor_fusion
 
 
@@ -73,3 +74,53 @@ class TensorFusion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.input_dims}, out_features={self.weight.shape[0]}, bias={self.bias is not None}"
+
+
+class LowRankFusion(nn.Module):
+    """:class:`TensorFusion` with a weight of low rank: :func:`velm_kernels.low_rank_fusion`.
+
+    Args:
+        input_dims: features of each of 2 to 4 modalities.
+        out_features: features of the result.
+        rank: how many products of projections are summed.
+        bias: whether there is one.
+        device, dtype: of the parameters.
+
+    Parameters are ``factors.m (rank, 1 + d_m, out_features)``, ``weight (rank,)`` and ``bias (out_features,)``;
+    initialised as by the authors: the factors and the weight by Xavier's normal distribution, the bias 0.
+
+    Shape:
+        one ``(..., d)`` a modality to ``(..., out_features)``.
+    """
+
+    def __init__(
+        self,
+        input_dims: Sequence[int],
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_dims = _checked_dims(input_dims)
+        if rank < 1:
+            raise ValueError(f"rank: expected a positive number, given {rank}")
+        shapes = [(rank, 1 + dim, out_features) for dim in self.input_dims]
+        self.factors = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
+        self.weight = nn.Parameter(torch.empty(rank, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for factor in self.factors:
+            nn.init.xavier_normal_(factor)
+        nn.init.xavier_normal_(self.weight[None])
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return low_rank_fusion(inputs, list(self.factors), self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.input_dims}, out_features={self.factors[0].shape[2]}, rank={self.weight.shape[0]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
     to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
     """
-    inputs, weight, bias = _checked(inputs, weight, bias)
+    inputs, weight, bias, _ = checked_inputs(inputs, weight, bias, _leading)
     sizes = [1 + x.shape[-1] for x in inputs]
     if weight.dim() != 2 or weight.shape[1] != math.prod(sizes):
         raise ValueError(
@@ -51,9 +51,18 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     return bilinear(left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias)
 
 
-def _checked(
-    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
+def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*(x.shape[:-1] for x in inputs)))
+
+
+def checked_inputs(
+    inputs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    leading: Callable[[Sequence[Tensor]], tuple[int, ...]],
+) -> tuple[list[Tensor], Tensor, Tensor | None, tuple[int, ...]]:
+    """The arguments in the dtype of autocast, checked but for the shapes of weight and bias, and the leading
+    dimensions of the result, which ``leading`` finds or raises RuntimeError."""
     if isinstance(inputs, Tensor) or not 2 <= len(inputs) <= MOST_INPUTS:
         given = checks.describe(inputs) if isinstance(inputs, Tensor) else f"{len(inputs)}"
         raise ValueError(f"inputs: expected 2 to {MOST_INPUTS} tensors, given {given}")
@@ -71,11 +80,11 @@ def _checked(
             checks.dtype_in(name, value, (inputs[0].dtype,))
             checks.same_device(name, value, "inputs[0]", inputs[0])
     try:
-        torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        found = leading(inputs)
     except RuntimeError:
         shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
         raise ValueError(f"inputs: expected leading dimensions that broadcast, given {shapes}") from None
-    return list(inputs), weight, bias
+    return list(inputs), weight, bias, found
 
 
 def _outer(inputs: Sequence[Tensor]) -> Tensor:

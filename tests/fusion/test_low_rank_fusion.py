@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import every_backend, every_cpu_backend
+from tests.numbers import assert_accurate
+from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_cpu, low_rank_fusion, reference
+
+
+def _tensors(shapes, rank, out, dtype, seed=0):
+    """The inputs, their factors, weight and bias."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    inputs = [randn(*shape) for shape in shapes]
+    factors = [randn(rank, 1 + shape[-1], out) * (1 + shape[-1]) ** -0.5 for shape in shapes]
+    return [*inputs, *factors, randn(rank), 3 * randn(out)]
+
+
+def _call(function, tensors):
+    count = len(tensors) // 2 - 1
+    return function(tensors[:count], tensors[count : 2 * count], *tensors[2 * count :])
+
+
+def _all_results(function, tensors, wanted=None, dtype=None):
+    wanted = wanted or [True] * len(tensors)
+    leaves = [
+        value.detach().to(dtype or value.dtype).requires_grad_(want)
+        for value, want in zip(tensors, wanted, strict=True)
+    ]
+    out = _call(function, leaves)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype).to(out.dtype)
+    chosen = [leaf for leaf in leaves if leaf.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, chosen, grad)]
+
+
+def _beside_regions(inputs, *others):
+    """The meaning for (batch, d) beside (batch, regions, d)."""
+    most = max(x.dim() for x in inputs)
+    return reference.low_rank_fusion([x[:, None] if x.dim() == 2 < most else x for x in inputs], *others)
+
+
+def _check(backend, tensors, wanted=None):
+    with backend.use():
+        got = _all_results(low_rank_fusion, tensors, wanted)
+    plain = _all_results(_beside_regions, tensors, wanted)
+    exact = _all_results(_beside_regions, tensors, wanted, torch.float64)
+    # A gradient of few elements is as inexact as the sums that cancel in it, and a lucky one is not the measure.
+    for i, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        assert a.is_contiguous() and a.dtype == tensors[0].dtype
+        assert_accurate(f"result {i}", a, b, c, a.dtype, ulps=8, floor=float(c.numel()) ** 0.5)
+
+
+@every_backend
+@given(data=st.data())
+@settings(max_examples=15)
+def test_any_shape(backend, data):
+    count = data.draw(st.integers(2, 4), label="modalities")
+    dims = data.draw(st.lists(st.integers(0, 20), min_size=count, max_size=count), label="dims")
+    leading = data.draw(st.sampled_from([[()] * 4, [(5,)] * 4, [(3, 4)] * 4, [(3,), (3, 4), (3, 1), (1, 4)]]))
+    rank, out = data.draw(st.integers(1, 4), label="rank"), data.draw(st.integers(1, 40), label="out")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    kept = data.draw(st.booleans(), label="kept")
+    wanted = data.draw(st.sampled_from([None, "inputs", "factors", "scalars"]))
+    names = ["inputs"] * count + ["factors"] * count + ["scalars"] * 2
+    tensors = _tensors([(*lead, dim) for lead, dim in zip(leading, dims, strict=False)], rank, out, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "MOST_KEPT", low_rank.MOST_KEPT if kept else 0)
+        _check(backend, tensors, wanted and [name == wanted for name in names])
+
+
+@every_cpu_backend
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
+    monkeypatch.setattr(low_rank_cpu, "WORKSPACE", 2 * 30 * 150)
+    monkeypatch.setattr(low_rank_cpu, "TOGETHER", 0)
+    monkeypatch.setattr(low_rank, "MOST_KEPT", 1 << 20 if kept else 0)
+    _check(backend, _tensors([(5, 6, 9), (5, 17)], 5, 150, torch.float32))
+
+
+@every_backend
+def test_an_input_of_one_row_is_the_same_as_a_repeated_one(backend):
+    question, *others = _tensors([(3, 6), (3, 4, 5)], 2, 7, torch.float32)
+    with backend.use():
+        one = _call(low_rank_fusion, [question, *others])
+        repeated = _call(low_rank_fusion, [question[:, None].expand(3, 4, 6), *others])
+        nothing = _call(low_rank_fusion, [question[:0], others[0][:0], *others[1:]])
+    torch.testing.assert_close(one, repeated)
+    assert nothing.shape == (0, 4, 7)
+
+
+def test_what_backward_keeps(monkeypatch):
+    """The projections up to a limit, and beyond it the arguments alone; its gradients are asked for twice."""
+    tensors = [value.requires_grad_() for value in _tensors([(8, 6), (8, 5)], 2, 7, torch.float32)]
+    for limit, expected in ((2 * 16 * 7, 2 * 16 * 7), (2 * 16 * 7 - 1, 0)):
+        monkeypatch.setattr(low_rank, "MOST_KEPT", limit)
+        kept = []
+
+        def keep(tensor, kept=kept):
+            if not any(tensor.data_ptr() == value.data_ptr() for value in tensors):
+                kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = _call(low_rank_fusion, tensors)
+        assert sum(kept) == expected
+        first = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+        for a, b in zip(first, torch.autograd.grad(out.sum(), tensors), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_operator_checks_and_compile():
+    tensors = [value.requires_grad_() for value in _tensors([(3, 6), (3, 4, 5), (3, 1, 2)], 2, 7, torch.float32)]
+    inputs, factors, weight, bias = tensors[:3], tensors[3:6], *tensors[6:]
+    arguments = list(low_rank.canonical(inputs, factors, weight, bias).values())
+    torch.library.opcheck(torch.ops.velm.low_rank_fusion_forward.default, (*arguments, ""))
+    *values, _, rows, _ = (value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
+    for kept, grad_mask in ((torch.randn(2 * (3 + 12 + 3) * 7), 1023), (torch.empty(0), 1 + 32 + 256)):
+        backward = (torch.randn(rows, 7), *values, kept, rows, grad_mask, "")
+        operator = torch.ops.velm.low_rank_fusion_backward.default
+        torch.library.opcheck(operator, backward, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(low_rank_fusion, fullgraph=True, backend="aot_eager")
+    expected = low_rank_fusion(inputs, factors, weight, bias)
+    assert torch.equal(compiled(inputs, factors, weight, bias), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low_rank_fusion(inputs, factors, weight, bias).dtype == torch.bfloat16
+
+
+def test_flops():
+    tensors = [value.requires_grad_() for value in _tensors([(3, 6), (12, 5)], 2, 7, torch.float32)]
+    tensors[1] = tensors[1].detach().view(3, 4, 5)
+    products = 2 * 2 * 7 * (3 * 7 + 12 * 6)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        out = _call(low_rank_fusion, tensors)
+        assert counter.get_total_flops() == products
+        out.sum().backward()
+    # Of the second input no gradient is wanted.
+    assert counter.get_total_flops() == 2 * products + 2 * 2 * 7 * 3 * 7
+
+
+def test_module():
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 3, dim) for dim in (4, 5, 6)]
+    module = LowRankFusion([4, 5, 6], 7, rank=3)
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    factors = {f"factors.{m}": (3, 1 + dim, 7) for m, dim in enumerate((4, 5, 6))}
+    assert shapes == {"weight": (3,), "bias": (7,), **factors}
+    assert all(parameter.std() > 0 for name, parameter in module.named_parameters() if name != "bias")
+    expected = reference.low_rank_fusion(inputs, list(module.factors), module.weight, module.bias)
+    torch.testing.assert_close(module(*inputs), expected)
+    assert LowRankFusion([4, 5], 7, 2, bias=False).bias is None
+    for arguments, name in ((([4], 7, 2), "input_dims"), (([4, 5], 7, 0), "rank")):
+        with pytest.raises(ValueError, match=f"{name}: "):
+            LowRankFusion(*arguments)
+
+
+A, B, F, W = torch.ones(2, 3), torch.ones(2, 4), [torch.ones(6, 4, 5), torch.ones(6, 5, 5)], torch.ones(6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([A], F[:1], W), ValueError, "inputs: expected 2 to 4 tensors, given 1"),
+        (([A, B], F[:1], W), ValueError, "factors: expected one for each of 2 inputs, given 1"),
+        (([A, B], F[0], W), ValueError, "factors: expected one"),
+        (([A, B], [F[0], F[0]], W), ValueError, r"factors\[1\]: expected .* \(6, 5, 5\), given \(6, 4, 5\)"),
+        (([A, B], [F[0], F[1][0]], W), ValueError, r"factors\[1\]: expected \(rank, 1 \+ d, out\)"),
+        (([A, B], [F[0], F[1].half()], W), TypeError, r"factors\[1\]: expected dtype"),
+        (([A, B], F, W[:5]), ValueError, r"factors\[0\]: .*\(5, 4, 5\), given \(6, 4, 5\)"),
+        (([A, B], F, W[None]), ValueError, r"weight: expected \(rank,\), given \(1, 6\)"),
+        (([A, B], F, W, W), ValueError, r"bias: expected \(out,\) = \(5,\), given \(6,\)"),
+        (([A, B.expand(4, 2, 4)[:, :1].expand(4, 5, 4)], F, W), ValueError, r"inputs: .* broadcast, given \(2, 3\)"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        low_rank_fusion(*arguments)
