@@ -346,11 +346,32 @@ def _tensor_fusion_check() -> Check:
     return Check("tensor_fusion", "three inputs", make, ours, written, ("x0", "x1", "x2", "weight", "bias"))
 
 
+def _low_rank_check() -> Check:
+    dims, rank, out = (9, 30), 3, 20
+    names = ("x0", "x1", "factor0", "factor1", "weight", "bias")
+
+    def make(generator: torch.Generator) -> Inputs:
+        inputs: Inputs = {"x0": _randn(generator, B, M, dims[0]), "x1": _randn(generator, B, 1, dims[1])}
+        for m, dim in enumerate(dims):
+            inputs[f"factor{m}"] = _randn(generator, rank, 1 + dim, out) * (1 + dim) ** -0.5
+        return inputs | {"weight": _randn(generator, rank), "bias": 3 * _randn(generator, out)}
+
+    def apply(
+        function: Callable[..., Tensor], x0: Tensor, x1: Tensor, factor0: Tensor, factor1: Tensor, **others: Tensor
+    ) -> Tensor:
+        return function([x0, x1], [factor0, factor1], **others)
+
+    ours = functools.partial(apply, velm_kernels.low_rank_fusion)
+    written = functools.partial(apply, fusion_reference.low_rank_fusion)
+    return Check("low_rank_fusion", "one row for every region", make, ours, written, names)
+
+
 def _fusion_checks() -> list[Check]:
     return [
         _bilinear_check("pairs of rows", ()),
         _bilinear_check("one row for every region", (5,)),
         _tensor_fusion_check(),
+        _low_rank_check(),
         _factorized_check("outer"),
         _factorized_check("inner", power_norm=True, l2_norm=True),
         _factorized_check("inner", l2_norm=True, dropout_p=0.25, seed=7),
