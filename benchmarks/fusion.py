@@ -170,8 +170,81 @@ def _low_rank(name: str, batch: int, dims: tuple[int, ...], out: int, rank: int)
     )
 
 
+def _film(name: str, batch: int, regions: int, dim: int, channels_first: bool) -> Case:
+    shape = (batch, dim, regions) if channels_first else (batch, regions, dim)
+
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        return {"x": randn(*shape), "gamma": randn(batch, dim), "beta": randn(batch, dim)}
+
+    def eager(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        along = 2 if channels_first else 1
+        return gamma.unsqueeze(along) * x + beta.unsqueeze(along)
+
+    def velm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return velm_kernels.film(x, gamma, beta, channels_first=channels_first)
+
+    size = float(batch * regions * dim)
+    return Case(
+        operator="film",
+        name=name,
+        shape=f"{batch} x {regions} regions, {dim} features{', channels first' * channels_first}",
+        make=make,
+        wanted=("x", "gamma", "beta"),
+        ways={"eager": eager, "velm": velm},
+        flops=2 * size,
+        traffic=2 * size + 2 * batch * dim,
+        backward_flops=4 * size,
+        backward_traffic=3 * size + 4 * batch * dim,
+        work=size,
+    )
+
+
+def _weighted_sum(name: str, batch: int, regions: int, dim: int, count: int) -> Case:
+    """Features of several layers or modalities, the last one the same for all regions."""
+    names = [f"x{i}" for i in range(count)]
+
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        inputs: Inputs = {name: randn(batch, regions, dim) for name in names[:-1]}
+        return inputs | {names[-1]: randn(batch, dim), "weights": randn(batch, count)}
+
+    def eager(weights: Tensor, **inputs: Tensor) -> Tensor:
+        features = [inputs[name] for name in names[:-1]] + [inputs[names[-1]][:, None]]
+        out = weights[:, 0, None, None] * features[0]
+        for i, value in enumerate(features[1:], 1):
+            out = out + weights[:, i, None, None] * value
+        return out
+
+    def velm(weights: Tensor, **inputs: Tensor) -> Tensor:
+        return velm_kernels.weighted_sum([inputs[name] for name in names], weights)
+
+    size = float(batch * regions * dim)
+    return Case(
+        operator="weighted_sum",
+        name=name,
+        shape=f"{count} features, {batch} x {regions} regions of {dim}",
+        make=make,
+        wanted=(*names, "weights"),
+        ways={"eager": eager, "velm": velm},
+        flops=2 * count * size,
+        traffic=count * size,
+        backward_flops=3 * count * size,
+        backward_traffic=(2 * count - 1) * size,
+        work=size,
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _film("film", 32, 196, 768, False),
+        _film("film-pixels", 32, 196, 768, True),
+        _weighted_sum("gated-fusion", 32, 196, 768, 3),
+        _weighted_sum("layer-mix", 16, 128, 768, 13),
         _low_rank("low-rank-mosi", 128, (32, 32, 64), 64, 4),
         _low_rank("low-rank-768", 64, (768, 768), 512, 16),
         _low_rank("low-rank-768-wide", 1024, (768, 768), 512, 16),

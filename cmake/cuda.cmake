@@ -20,6 +20,7 @@ set(VELM_KERNEL_SOURCES
   fusion/bilinear.cu
   fusion/dropout.cu
   fusion/factorized.cu
+  fusion/modulation.cu
   pooling/attention_pool.cu
   pooling/pool.cu
 )
@@ -30,6 +31,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
   csrc/fusion/factorized_cuda.cpp
+  csrc/fusion/modulation_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
 )

@@ -21,6 +21,7 @@ from velm_kernels.fusion import (
     Block,
     BlockTucker,
     ConcatMLP,
+    FiLM,
     LinearSum,
     LowRankFusion,
     Mutan,
@@ -29,8 +30,10 @@ from velm_kernels.fusion import (
     bilinear,
     dropout_residual,
     factorized_pool,
+    film,
     low_rank_fusion,
     tensor_fusion,
+    weighted_sum,
 )
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
@@ -62,6 +65,7 @@ __all__ = [
     "CoAttention",
     "ConcatMLP",
     "CrossAttention",
+    "FiLM",
     "GatedCrossAttention",
     "Linear",
     "LinearSum",
@@ -81,6 +85,7 @@ __all__ = [
     "dropout_residual",
     "explain",
     "factorized_pool",
+    "film",
     "gated_residual",
     "linear",
     "low_rank_fusion",
@@ -92,4 +97,5 @@ __all__ = [
     "tensor_fusion",
     "unpatch",
     "use_backend",
+    "weighted_sum",
 ]

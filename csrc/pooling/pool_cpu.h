@@ -9,11 +9,15 @@
 #include <vector>
 
 #include "attention/small_ops.h"
+#include "simd/lines.h"
 #include "simd/math.h"
 
 namespace velm::pooling {
 
+using simd::as_floats;
+using simd::from_floats;
 using simd::kLanes;
+using simd::Lines;
 using simd::Vec;
 
 enum Mode : int64_t { kMean, kSum, kMax, kLogSumExp, kGem };
@@ -98,31 +102,5 @@ inline std::vector<Piece> pieces_of(const Tokens& tokens, int64_t least, bool wh
 VELM_INLINE Vec power_or_cube(Vec x, float p, float cube) {
   return p == cube ? x * x * x : power(x, p);
 }
-
-// Rows of any element type as float32: where they lie if they are that, else converted into `memory`. Functions of
-// their own, so that what computes is compiled once and not for every type.
-[[gnu::noinline]] inline const float* as_floats(ScalarType type, const void* row, int64_t n, float* memory) {
-  if (type == ScalarType::Float) return static_cast<const float*>(row);
-  with_type(type, [&](auto t) { simd::convert(memory, static_cast<const decltype(t)*>(row), n); });
-  return memory;
-}
-[[gnu::noinline]] inline void from_floats(ScalarType type, void* row, const float* values, int64_t n) {
-  with_type(type, [&](auto t) { simd::convert(static_cast<decltype(t)*>(row), values, n); });
-}
-
-// Where the rows of a tensor lie, in bytes.
-struct Lines {
-  char* data = nullptr;
-  int64_t outer = 0, inner = 0;
-  ScalarType type = ScalarType::Float;
-
-  Lines() = default;
-  Lines(const Tensor& t, int64_t outer, int64_t inner)
-      : data(const_cast<char*>(static_cast<const char*>(t.const_data_ptr()))),
-        outer(outer * static_cast<int64_t>(t.element_size())),
-        inner(inner * static_cast<int64_t>(t.element_size())),
-        type(t.scalar_type()) {}
-  char* at(int64_t i, int64_t j) const { return data + i * outer + j * inner; }
-};
 
 }  // namespace velm::pooling

@@ -109,6 +109,15 @@ def fusion(dtype: torch.dtype, at_end: bool, rows: int, dx: int, dy: int, out_fe
         out = velm_kernels.factorized_pool(a, b, 3, layout, True, True, 0.1)
         torch.autograd.grad(out, (a, b), guarded(torch.ones_like(out), at_end))
         assert out.isfinite().all()
+    for first in (False, True):
+        x = guarded(torch.randn((2, dx, dy) if first else (2, dy, dx)).to(dtype), at_end).requires_grad_()
+        gamma, beta = (guarded(torch.randn(2, dx).to(dtype), at_end).requires_grad_() for _ in range(2))
+        out = velm_kernels.film(x, gamma, beta, channels_first=first)
+        torch.autograd.grad(out, (x, gamma, beta), guarded(torch.ones_like(out), at_end))
+    weights = guarded(torch.randn(2, 2), at_end).requires_grad_()
+    out = velm_kernels.weighted_sum([x.transpose(1, 2), gamma], weights)
+    torch.autograd.grad(out, (x, gamma, weights), guarded(torch.ones_like(out), at_end))
+    assert out.isfinite().all()
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from velm_kernels.attention import triton_attention, triton_bidirectional, trito
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import triton_bilinear, triton_dropout, triton_factorized
+from velm_kernels.fusion import triton_bilinear, triton_dropout, triton_factorized, triton_modulation
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_attention_pool, triton_pool
 from velm_kernels.pooling.reference import MODES
@@ -93,6 +93,11 @@ STREAMING = (
     "dropout_residual",
     "factorized_pool",
     "factorized_pool_backward",
+    "film",
+    "film_backward",
+    "film_along_backward",
+    "weighted_sum",
+    "weighted_sum_backward",
     *(f"pool_{mode}" for mode in MODES),
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
@@ -176,8 +181,21 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
+        _modulation(dtype)
         _pooling(dtype)
     return {launch.kind: launch for launch in launches}
+
+
+def _modulation(dtype: torch.dtype) -> None:
+    x, row = _empty(BATCH, TOKENS, 768, dtype=dtype), _empty(BATCH, 768, dtype=dtype)
+    weights = _empty(BATCH, triton_modulation.AT_ONCE, dtype=torch.float32)
+    for along in (False, True):
+        triton_modulation.film_forward(x, row, row, along, 0.0)
+        triton_modulation.film_backward(x, x, row, along, 0.0, 7)
+    features = [x] * triton_modulation.AT_ONCE
+    triton_modulation.weighted_sum_forward(features, weights)
+    # The second of two launches would be that of the features with one region.
+    triton_modulation.weighted_sum_backward(x, features, weights, 0, (4 << len(features)) - 1)
 
 
 def _pooling(dtype: torch.dtype) -> None:

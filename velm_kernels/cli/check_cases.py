@@ -366,8 +366,39 @@ def _low_rank_check() -> Check:
     return Check("low_rank_fusion", "one row for every region", make, ours, written, names)
 
 
+def _film_check(channels_first: bool) -> Check:
+    def make(generator: torch.Generator) -> Inputs:
+        x = _randn(generator, B, 90, N) if channels_first else _randn(generator, B, N, 90)
+        inputs: Inputs = {"x": x, "gamma": _randn(generator, B, 90), "beta": 3 * _randn(generator, B, 90)}
+        return inputs | {"channels_first": channels_first}
+
+    def meaning(x: Tensor, gamma: Tensor, beta: Tensor, channels_first: bool) -> Tensor:
+        along = 2 if channels_first else 1
+        return fusion_reference.film(x, gamma.unsqueeze(along), beta.unsqueeze(along))
+
+    name = "pixels" if channels_first else "regions"
+    return Check("film", name, make, velm_kernels.film, meaning, ("x", "gamma", "beta"))
+
+
+def _weighted_sum_check() -> Check:
+    def make(generator: torch.Generator) -> Inputs:
+        values = {"x0": _randn(generator, B, N, 90), "x1": _randn(generator, B, 90), "x2": _randn(generator, B, N, 90)}
+        return values | {"weights": 3 * _randn(generator, B, 3)}
+
+    def ours(x0: Tensor, x1: Tensor, x2: Tensor, weights: Tensor) -> Tensor:
+        return velm_kernels.weighted_sum([x0, x1, x2], weights)
+
+    def meaning(x0: Tensor, x1: Tensor, x2: Tensor, weights: Tensor) -> Tensor:
+        return fusion_reference.weighted_sum([x0, x1[:, None], x2], weights[:, None])
+
+    return Check("weighted_sum", "regions and rows", make, ours, meaning, ("x0", "x1", "x2", "weights"))
+
+
 def _fusion_checks() -> list[Check]:
     return [
+        _film_check(False),
+        _film_check(True),
+        _weighted_sum_check(),
         _bilinear_check("pairs of rows", ()),
         _bilinear_check("one row for every region", (5,)),
         _tensor_fusion_check(),

@@ -5,10 +5,12 @@ from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
 from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
+from velm_kernels.fusion.film import FiLM, film
 from velm_kernels.fusion.low_rank import low_rank_fusion
 from velm_kernels.fusion.modules import Bilinear, LowRankFusion, TensorFusion
 from velm_kernels.fusion.sum_modules import ConcatMLP, LinearSum
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
+from velm_kernels.fusion.weighted_sum import weighted_sum
 
 __all__ = [
     "MFB",
@@ -18,6 +20,7 @@ __all__ = [
     "Block",
     "BlockTucker",
     "ConcatMLP",
+    "FiLM",
     "LinearSum",
     "LowRankFusion",
     "Mutan",
@@ -26,6 +29,8 @@ __all__ = [
     "bilinear",
     "dropout_residual",
     "factorized_pool",
+    "film",
     "low_rank_fusion",
     "tensor_fusion",
+    "weighted_sum",
 ]

@@ -132,3 +132,16 @@ def low_rank_fusion(
 def with_one(x: Tensor) -> Tensor:
     """``[1; x]`` along the last dimension."""
     return torch.cat([x.new_ones((*x.shape[:-1], 1)), x], -1)
+
+
+def film(x: Tensor, gamma: Tensor, beta: Tensor, gamma_offset: float = 0.0) -> Tensor:
+    """``(gamma_offset + gamma) * x + beta``, gamma and beta with a dimension of 1 where x has regions or pixels."""
+    return (gamma_offset + gamma) * x + beta
+
+
+def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """``sum_i weights[..., i] * features[i]`` for features that broadcast and weights ``(batch, 1, ..., n)``."""
+    out = weights[..., 0:1] * features[0]
+    for i, value in enumerate(features[1:], 1):
+        out = out + weights[..., i : i + 1] * value
+    return out
