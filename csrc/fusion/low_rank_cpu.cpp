@@ -1,12 +1,20 @@
-// What surrounds the matrix products of low_rank_fusion: the sum over ranks of products over modalities, and the
-// gradients of the factors of these products.
+// sum_r w_r prod_m ([1; x_m] F_m[r]) + b and its gradients.
+//
+// The products of matrices are torch's, for a few ranks at a time; between them, one pass over memory makes the sum
+// over ranks of products over modalities, or the gradients d_m of the factors of these products. The gradients of x_m
+// and F_m are d_m F_m^T and [1; x_m]^T d_m.
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
+#include <array>
+#include <tuple>
 #include <vector>
 
 #include "attention/small_ops.h"
 #include "simd/layout.h"
 #include "simd/parallel.h"
+#include "simd/scratch.h"
 
 namespace velm {
 namespace {
@@ -14,6 +22,8 @@ namespace {
 using namespace simd;
 
 constexpr int kMost = 4;
+// Numbers of the products of one modality that exist at a time, unless one rank has more: a second-level cache or two.
+constexpr int64_t kProducts = 1 << 19;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 // Columns of one task of the gradients.
@@ -21,19 +31,117 @@ constexpr int64_t kColumns = 8 * kLanes;
 
 using Optional = std::optional<Tensor>;
 
-// The products of all modalities with some ranks of their factors: (ranks, rows of m, out) each, fp32, where a row of a
-// modality serves `repeat` neighbouring rows of the result.
+Tensor view(float* data, std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides) {
+  using Array = torch::headeronly::IntHeaderOnlyArrayRef;
+  return torch::stable::from_blob(data, Array(sizes), Array(strides),
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
+}
+
+// c = a b for every matrix of a stack.
+void multiply(const Tensor& a, const Tensor& b, const Tensor& c) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_bmm_out(c.get(), a.get(), b.get()));
+}
+
+// One modality: x (rows, dim), its factor (rank, 1 + dim, out), and memory for some ranks of what is made of them. A
+// row of x serves `repeat` neighbouring rows of the result.
+struct Modality {
+  Tensor factor;
+  int64_t rows, depth, out, repeat;
+  float* with_one;  // (rows, 1 + dim)
+  float* wide;      // for some ranks of a factor that is not fp32
+  float* room;      // (some ranks, rows, out)
+  float* kept;      // (rank, rows, out) or nothing
+
+  Modality(const Tensor& x, const Tensor& factor, int64_t result_rows, int64_t ranks, Scratch& memory)
+      : factor(factor),
+        rows(x.size(0)),
+        depth(factor.size(1)),
+        out(factor.size(2)),
+        repeat(result_rows / std::max<int64_t>(1, rows)),
+        with_one(memory.take(rows * depth)),
+        wide(factor.scalar_type() == ScalarType::Float ? nullptr : memory.take(ranks * depth * out)),
+        room(memory.take(ranks * rows * out)),
+        kept(nullptr) {
+    with_type(x.scalar_type(), [&](auto t) {
+      const auto* from = const_data<decltype(t)>(x);
+      parallel_ranges(rows, kGrain / depth, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          with_one[row * depth] = 1.0f;
+          convert(with_one + row * depth + 1, from + row * x.stride(0), depth - 1);
+        }
+      });
+    });
+  }
+
+  int64_t size() const { return rows * factor.size(0) * out; }
+
+  // The factor of some ranks.
+  float* ranks(int64_t first, int64_t count) const {
+    const int64_t size = depth * out;
+    if (!wide) return mutable_data<float>(factor) + first * size;
+    with_type(factor.scalar_type(), [&](auto t) {
+      const auto* from = const_data<decltype(t)>(factor) + first * size;
+      parallel_ranges(count * size, kGrain,
+                      [&](int64_t begin, int64_t end) { convert(wide + begin, from + begin, end - begin); });
+    });
+    return wide;
+  }
+
+  float* products(int64_t first, int64_t count, bool compute) const {
+    float* to = kept ? kept + first * rows * out : room;
+    if (compute)
+      multiply(view(with_one, {count, rows, depth}, {0, depth, 1}),
+               view(ranks(first, count), {count, depth, out}, {depth * out, out, 1}),
+               view(to, {count, rows, out}, {rows * out, out, 1}));
+    return to;
+  }
+};
+
+struct Problem {
+  Scratch memory;
+  std::vector<Modality> inputs;
+  std::vector<float> weight;
+  int64_t rows, rank, out;
+  int64_t step;  // ranks at a time
+
+  Problem(const Tensor& x0, const Tensor& x1, const Optional& x2, const Optional& x3, const Tensor& factor0,
+          const Tensor& factor1, const Optional& factor2, const Optional& factor3, const Tensor& weights, int64_t rows)
+      : weight(static_cast<size_t>(weights.size(0))),
+        rows(rows),
+        rank(weights.size(0)),
+        out(factor0.size(2)),
+        step(std::clamp<int64_t>(kProducts / std::max<int64_t>(1, rows * out), 1, std::max<int64_t>(1, rank))) {
+    with_type(weights.scalar_type(), [&](auto t) { convert(weight.data(), const_data<decltype(t)>(weights), rank); });
+    inputs.emplace_back(x0, factor0, rows, step, memory);
+    inputs.emplace_back(x1, factor1, rows, step, memory);
+    if (x2) inputs.emplace_back(*x2, *factor2, rows, step, memory);
+    if (x3) inputs.emplace_back(*x3, *factor3, rows, step, memory);
+  }
+
+  bool empty() const { return rows == 0 || out == 0 || rank == 0; }
+  void keep(const Tensor& kept) {
+    if (kept.numel() == 0) return;
+    float* to = mutable_data<float>(kept);
+    for (Modality& m : inputs) {
+      m.kept = to;
+      to += m.size();
+    }
+  }
+};
+
+// The products of all modalities with some ranks of their factors: (ranks, rows of m, out) each.
 struct Products {
   int count = 0;
+  int64_t ranks;
   float* data[kMost] = {};
   int64_t rows[kMost] = {}, repeat[kMost] = {};
 
-  void add(const Optional& t, int64_t result_rows) {
-    if (!t) return;
-    data[count] = const_cast<float*>(const_data<float>(*t));
-    rows[count] = t->size(1);
-    repeat[count] = result_rows / std::max<int64_t>(1, t->size(1));
-    ++count;
+  Products(const Problem& p, int64_t first, int64_t ranks, bool compute) : ranks(ranks) {
+    for (const Modality& m : p.inputs) {
+      data[count] = m.products(first, ranks, compute);
+      rows[count] = m.rows;
+      repeat[count++] = m.repeat;
+    }
   }
 };
 
@@ -66,24 +174,19 @@ VELM_INLINE void store_some(float* p, Vec x, N n) {
 }
 
 // sums (rows, out) += the sum over ranks of weight[r] times the product over modalities, in the order of the ranks.
-void low_rank_sum(Tensor p0, Tensor p1, Optional p2, Optional p3, Tensor weight, Tensor sums) {
-  const int64_t ranks = p0.size(0), out = p0.size(2), rows = sums.size(0);
-  Products p;
-  for (const Optional& t : {Optional(p0), Optional(p1), p2, p3}) p.add(t, rows);
-  const float* scale = const_data<float>(weight);
-  float* to = mutable_data<float>(sums);
+void add_products(const Products& p, int64_t rows, int64_t out, const float* weight, float* sums) {
   with_count(p.count, [&](auto modalities) {
     constexpr int kCount = decltype(modalities)::value;
-    parallel_ranges(rows, kGrain / std::max<int64_t>(1, ranks * out), [&](int64_t begin, int64_t end) {
+    parallel_ranges(rows, kGrain / (p.ranks * out), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
-        for (int64_t r = 0; r < ranks; ++r) {
+        for (int64_t r = 0; r < p.ranks; ++r) {
           const float* of[kCount];
           for (int m = 0; m < kCount; ++m) of[m] = p.data[m] + (r * p.rows[m] + row / p.repeat[m]) * out;
-          const Vec factor(scale[r]);
+          const Vec factor(weight[r]);
           for_vectors(0, out, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
             Vec product = factor;
             unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA { product *= load_some(of[m] + o, lanes); });
-            store_some(to + row * out + o, load_some(to + row * out + o, lanes) + product, lanes);
+            store_some(sums + row * out + o, load_some(sums + row * out + o, lanes) + product, lanes);
           });
         }
       }
@@ -92,27 +195,22 @@ void low_rank_sum(Tensor p0, Tensor p1, Optional p2, Optional p3, Tensor weight,
 }
 
 // d_m = grad weight[r] times the products of the other modalities, summed over the rows of the result that a row of m
-// serves; d_m may be p_m. Returns sum over rows and columns of grad times the product of all, for every rank.
-Tensor low_rank_gradients(Tensor grad, Tensor p0, Tensor p1, Optional p2, Optional p3, Tensor weight, Tensor d0,
-                          Tensor d1, Optional d2, Optional d3) {
-  const int64_t ranks = p0.size(0), out = p0.size(2), rows = grad.size(0);
-  Tensor grad_weight = torch::stable::new_empty(weight, {ranks});
-  Products p, d;
-  for (const Optional& t : {Optional(p0), Optional(p1), p2, p3}) p.add(t, rows);
-  for (const Optional& t : {Optional(d0), Optional(d1), d2, d3}) d.add(t, rows);
-  const float* g = const_data<float>(grad);
-  const float* scales = const_data<float>(weight);
+// serves; to[m] may be the product of m. grad_weight gets, for every rank, the sum over rows and columns of grad times
+// the product of all.
+void gradients_of_products(const Products& p, int64_t rows, int64_t out, const float* grad, const float* weight,
+                           const std::array<float*, kMost>& gradients, float* grad_weight) {
+  const int64_t ranks = p.ranks;
   // Rows of the result that belong together, because one row of some modality serves them.
   const int64_t unit = *std::max_element(p.repeat, p.repeat + p.count);
-  const int64_t chunks = divide_up(out, kColumns), tasks = rows / std::max<int64_t>(1, unit) * ranks * chunks;
+  const int64_t chunks = divide_up(out, kColumns), tasks = rows / unit * ranks * chunks;
   std::vector<float> sums(static_cast<size_t>(tasks));
   with_count(p.count, [&](auto modalities) {
     constexpr int kCount = decltype(modalities)::value;
-    parallel_ranges(tasks, kGrain / std::max<int64_t>(1, unit * kColumns), [&](int64_t begin, int64_t end) {
+    parallel_ranges(tasks, kGrain / (unit * kColumns), [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t entry = task / (ranks * chunks), r = task / chunks % ranks;
         const int64_t first = task % chunks * kColumns, last = std::min(first + kColumns, out);
-        const Vec scale(scales[r]);
+        const Vec scale(weight[r]);
         const float* from[kCount];
         float* to[kCount];
         int64_t step[kCount];  // from a row of the result to the next
@@ -120,7 +218,7 @@ Tensor low_rank_gradients(Tensor grad, Tensor p0, Tensor p1, Optional p2, Option
           step[m] = p.repeat[m] > 1 ? 0 : out;
           const int64_t at = (r * p.rows[m] + (step[m] ? entry * unit : entry)) * out;
           from[m] = p.data[m] + at;
-          to[m] = d.data[m] + at;
+          to[m] = gradients[m] + at;
         }
         Vec sum = zero();
         for_vectors(first, last, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
@@ -128,7 +226,7 @@ Tensor low_rank_gradients(Tensor grad, Tensor p0, Tensor p1, Optional p2, Option
           unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA { held[m] = zero(); });
           for (int64_t t = 0; t < unit; ++t) {
             Vec product[kCount], others[kCount];
-            Vec before = load_some(g + (entry * unit + t) * out + o, lanes);
+            Vec before = load_some(grad + (entry * unit + t) * out + o, lanes);
             unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA {
               product[m] = load_some(from[m] + t * step[m] + o, lanes);
               others[m] = before;
@@ -157,13 +255,137 @@ Tensor low_rank_gradients(Tensor grad, Tensor p0, Tensor p1, Optional p2, Option
   std::vector<double> totals(static_cast<size_t>(ranks));
   for (int64_t task = 0; task < tasks; ++task)
     totals[static_cast<size_t>(task / chunks % ranks)] += sums[static_cast<size_t>(task)];
-  std::copy(totals.begin(), totals.end(), mutable_data<float>(grad_weight));
-  return grad_weight;
+  std::copy(totals.begin(), totals.end(), grad_weight);
+}
+
+std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
+                                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight,
+                                                   Optional bias, int64_t rows, bool save) {
+  Problem p(x0, x1, x2, x3, factor0, factor1, factor2, factor3, weight, rows);
+  Tensor z = torch::stable::new_empty(x0, {rows, p.out});
+  int64_t numbers = 0;
+  for (const Modality& m : p.inputs) numbers += save ? m.size() : 0;
+  Tensor kept = torch::stable::new_empty(x0, {numbers}, ScalarType::Float);
+  p.keep(kept);
+  with_type(x0.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    std::vector<float> start(static_cast<size_t>(p.out));
+    if (bias) convert(start.data(), const_data<T>(*bias), p.out);
+    T* to = mutable_data<T>(z);
+    float* sums = std::is_same_v<T, float> ? reinterpret_cast<float*>(to) : p.memory.take(rows * p.out);
+    for (int64_t row = 0; row < rows; ++row) std::copy(start.begin(), start.end(), sums + row * p.out);
+    for (int64_t r = 0; r < p.rank && !p.empty(); r += p.step)
+      add_products(Products(p, r, std::min(p.step, p.rank - r), true), rows, p.out, p.weight.data() + r, sums);
+    if constexpr (!std::is_same_v<T, float>) convert(to, sums, rows * p.out);
+  });
+  return {z, kept};
+}
+
+// The gradient of a matrix in fp32: its own memory if that is fp32, else some apart, to be rounded at the end.
+float* start_of(const Tensor& gradient, Scratch& memory) {
+  return gradient.scalar_type() == ScalarType::Float ? mutable_data<float>(gradient) : memory.take(gradient.numel());
+}
+void round_to(const Tensor& gradient, const float* from) {
+  if (gradient.scalar_type() == ScalarType::Float) return;
+  with_type(gradient.scalar_type(), [&](auto t) {
+    auto* to = mutable_data<decltype(t)>(gradient);
+    parallel_ranges(gradient.numel(), kGrain,
+                    [&](int64_t begin, int64_t end) { convert(to + begin, from + begin, end - begin); });
+  });
+}
+
+// (rows, dim) = or += d_m F_m^T over some ranks.
+void gradient_of_x(const Modality& m, const float* d, int64_t first, int64_t count, float* to) {
+  const int64_t dim = m.depth - 1;
+  if (dim == 0) return;
+  float* factor = m.ranks(first, count);
+  const Tensor sum = view(to, {m.rows, dim}, {dim, 1});
+  for (int64_t r = 0; r < count; ++r)
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
+        sum.get(), sum.get(), view(const_cast<float*>(d) + r * m.rows * m.out, {m.rows, m.out}, {m.out, 1}).get(),
+        view(factor + (r * m.depth + 1) * m.out, {m.out, dim}, {1, m.out}).get(), first + r == 0 ? 0.0 : 1.0, 1.0));
+}
+
+// (some ranks, 1 + dim, out) = [1; x_m]^T d_m.
+void gradient_of_factor(const Modality& m, float* d, int64_t count, float* to) {
+  multiply(view(m.with_one, {count, m.depth, m.rows}, {0, 1, m.depth}),
+           view(d, {count, m.rows, m.out}, {m.rows * m.out, m.out, 1}),
+           view(to, {count, m.depth, m.out}, {m.depth * m.out, m.out, 1}));
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// grad is contiguous.
+Gradients low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
+                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight, Tensor kept,
+                                   int64_t rows, int64_t grad_mask) {
+  Problem p(x0, x1, x2, x3, factor0, factor1, factor2, factor3, weight, rows);
+  p.keep(kept);
+  const auto wants = [&](size_t bit) { return (grad_mask >> bit & 1) != 0; };
+  const auto result = [&](size_t bit, std::initializer_list<int64_t> shape) {
+    return wants(bit) ? torch::stable::new_empty(grad, torch::headeronly::IntHeaderOnlyArrayRef(shape)) : nothing(grad);
+  };
+  std::vector<Tensor> of_x, of_factor;
+  std::array<float*, kMost> to_x{}, to_factor{}, gradients{};
+  for (size_t m = 0; m < kMost; ++m) {
+    const bool is_there = m < p.inputs.size();
+    of_x.push_back(is_there ? result(m, {p.inputs[m].rows, p.inputs[m].depth - 1}) : nothing(grad));
+    of_factor.push_back(is_there ? result(kMost + m, {p.rank, p.inputs[m].depth, p.out}) : nothing(grad));
+    to_x[m] = start_of(of_x[m], p.memory);
+    to_factor[m] = start_of(of_factor[m], p.memory);
+    if (is_there) gradients[m] = p.inputs[m].room;
+  }
+  Tensor of_weight = result(2 * kMost, {p.rank}), of_bias = result(2 * kMost + 1, {p.out});
+  const bool wants_products = (grad_mask & ((1 << (2 * kMost + 1)) - 1)) != 0;
+  float* g = nullptr;
+  with_type(grad.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* from = const_data<T>(grad);
+    if constexpr (std::is_same_v<T, float>) {
+      g = const_cast<float*>(from);
+    } else {
+      g = p.memory.take(rows * p.out);
+      convert(g, from, rows * p.out);
+    }
+  });
+  std::vector<float> of_ranks(static_cast<size_t>(p.rank));
+  if (p.empty()) {
+    for (size_t m = 0; m < kMost; ++m) {
+      std::fill_n(to_x[m], of_x[m].numel(), 0.0f);
+      std::fill_n(to_factor[m], of_factor[m].numel(), 0.0f);
+    }
+  }
+  for (int64_t r = 0; r < p.rank && wants_products && !p.empty(); r += p.step) {
+    const int64_t count = std::min(p.step, p.rank - r);
+    gradients_of_products(Products(p, r, count, kept.numel() == 0), rows, p.out, g, p.weight.data() + r, gradients,
+                          of_ranks.data() + r);
+    for (size_t m = 0; m < p.inputs.size(); ++m) {
+      const Modality& input = p.inputs[m];
+      if (wants(m)) gradient_of_x(input, gradients[m], r, count, to_x[m]);
+      if (wants(kMost + m)) gradient_of_factor(input, gradients[m], count, to_factor[m] + r * input.depth * p.out);
+    }
+  }
+  for (size_t m = 0; m < kMost; ++m) {
+    round_to(of_x[m], to_x[m]);
+    round_to(of_factor[m], to_factor[m]);
+  }
+  with_type(grad.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    if (wants(2 * kMost)) convert(mutable_data<T>(of_weight), of_ranks.data(), p.rank);
+    if (!wants(2 * kMost + 1)) return;
+    std::vector<double> sums(static_cast<size_t>(p.out));
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t o = 0; o < p.out; ++o) sums[static_cast<size_t>(o)] += g[row * p.out + o];
+    const std::vector<float> rounded(sums.begin(), sums.end());
+    convert(mutable_data<T>(of_bias), rounded.data(), p.out);
+  });
+  return {of_x[0],      of_x[1],      of_x[2],      of_x[3],   of_factor[0],
+          of_factor[1], of_factor[2], of_factor[3], of_weight, of_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("low_rank_sum", TORCH_BOX(&low_rank_sum));
-  m.impl("low_rank_gradients", TORCH_BOX(&low_rank_gradients));
+  m.impl("low_rank_fusion_forward", TORCH_BOX(&low_rank_fusion_forward));
+  m.impl("low_rank_fusion_backward", TORCH_BOX(&low_rank_fusion_backward));
 }
 
 }  // namespace

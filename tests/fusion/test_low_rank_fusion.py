@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import every_backend, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_cpu, low_rank_fusion, reference
+from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, reference
 
 
 def _tensors(shapes, rank, out, dtype, seed=0):
@@ -77,10 +77,8 @@ def test_any_shape(backend, data):
 @every_cpu_backend
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
-    monkeypatch.setattr(low_rank_cpu, "WORKSPACE", 2 * 30 * 150)
-    monkeypatch.setattr(low_rank_cpu, "TOGETHER", 0)
     monkeypatch.setattr(low_rank, "MOST_KEPT", 1 << 20 if kept else 0)
-    _check(backend, _tensors([(5, 6, 9), (5, 17)], 5, 150, torch.float32))
+    _check(backend, _tensors([(50, 12, 9), (50, 17)], 5, 300, torch.float32))
 
 
 @every_backend

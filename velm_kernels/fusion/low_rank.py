@@ -12,7 +12,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
-from velm_kernels.fusion import low_rank_cpu, reference
+from velm_kernels.fusion import reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs
 
 # Bits of grad_mask: the inputs, their factors, weight, bias.
@@ -53,7 +53,7 @@ def low_rank_fusion(
     """
     arguments, leading = _prepared(inputs, factors, weight, bias)
     out, _ = torch.ops.velm.low_rank_fusion_forward(*arguments.values(), forced())
-    return out.view(*leading, out.shape[1])
+    return out if len(leading) == 1 else out.view(*leading, out.shape[1])
 
 
 def _beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
@@ -82,10 +82,11 @@ def _prepared(
     if isinstance(factors, Tensor) or len(factors) != len(inputs):
         given = checks.describe(factors) if isinstance(factors, Tensor) else f"{len(factors)}"
         raise ValueError(f"factors: expected one for each of {len(inputs)} inputs, given {given}")
+    for m, factor in enumerate(factors):
+        checks.tensor(f"factors[{m}]", factor, dims=3, layout="(rank, 1 + d, out)")
     checks.tensor("weight", weight, dims=1, layout="(rank,)")
     cast: list[Tensor] = []
-    for m, (x, factor) in enumerate(zip(inputs, factors, strict=True)):
-        (factor,) = checks.autocast(checks.tensor(f"factors[{m}]", factor, dims=3, layout="(rank, 1 + d, out)"))
+    for m, (x, factor) in enumerate(zip(inputs, checks.autocast(*factors), strict=True)):
         checks.dtype_in(f"factors[{m}]", factor, (x.dtype,))
         checks.same_device(f"factors[{m}]", factor, "inputs[0]", inputs[0])
         expected = (weight.shape[0], 1 + x.shape[-1], cast[0].shape[2] if cast else factor.shape[2])
@@ -117,6 +118,8 @@ def _numbers(rows: Sequence[Tensor | None], factor0: Tensor) -> int:
 
 def _rows(x: Tensor, own: tuple[int, ...], leading: tuple[int, ...]) -> Tensor:
     """``(rows, d)``: a row for each of the result, or one for all regions where the last leading dimension is 1."""
+    if x.dim() == 2 and own == leading:
+        return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
     own = (1,) * (len(leading) - len(own)) + own
     if leading and leading[-1] > 1 and own[-1] == 1:
         own, leading = own[:-1], leading[:-1]
@@ -237,15 +240,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _cpu_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *others, save = arguments
-    count = _numbers(others[:MOST_INPUTS], others[MOST_INPUTS]) if save else 0
-    kept = others[0].new_empty((count,), dtype=torch.float32)
-    return low_rank_cpu.forward(*others, kept=kept), kept
-
-
-register("low_rank_fusion_forward", "reference", _reference_forward, lambda arguments: [])
-register("low_rank_fusion_backward", "reference", _reference_backward, lambda arguments: [])
-register("low_rank_fusion_forward", "cpu", _cpu_forward, cpu.common_reasons)
-register("low_rank_fusion_backward", "cpu", low_rank_cpu.backward, cpu.common_reasons)
+for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
+    register(f"low_rank_fusion_{_name}", "reference", _function, lambda arguments: [])
+    cpu.register_cpu(f"low_rank_fusion_{_name}")
 register_public("low_rank_fusion", "low_rank_fusion_forward", canonical)
