@@ -239,8 +239,39 @@ def _weighted_sum(name: str, batch: int, regions: int, dim: int, count: int) -> 
     )
 
 
+def _outer_product(name: str, batch: int, regions: int, dx: int, dy: int) -> Case:
+    rows = (batch, regions) if regions else (batch,)
+
+    def make(generator: torch.Generator) -> Inputs:
+        return {
+            key: torch.randn((*rows, dim), generator=generator, dtype=torch.float64)
+            for key, dim in (("x", dx), ("y", dy))
+        }
+
+    def eager(x: Tensor, y: Tensor) -> Tensor:
+        return torch.einsum("...i,...j->...ij", x, y) if not regions else torch.einsum("bri,brj->bij", x, y)
+
+    size = float(batch * dx * dy)
+    inputs = float(batch * max(1, regions) * (dx + dy))
+    return Case(
+        operator="outer_product_fusion",
+        name=name,
+        shape=f"{batch}{f' x {regions}' if regions else ''} rows, {dx} x {dy}",
+        make=make,
+        wanted=("x", "y"),
+        ways={"eager": eager, "velm": velm_kernels.outer_product_fusion},
+        flops=2 * size * max(1, regions),
+        traffic=size + inputs,
+        backward_flops=4 * size * max(1, regions),
+        backward_traffic=size + 2 * inputs,
+        work=size,
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _outer_product("outer-product", 64, 0, 256, 256),
+        _outer_product("bilinear-pooling", 8, 196, 512, 512),
         _film("film", 32, 196, 768, False),
         _film("film-pixels", 32, 196, 768, True),
         _weighted_sum("gated-fusion", 32, 196, 768, 3),

@@ -32,6 +32,7 @@ from velm_kernels.fusion import (
     factorized_pool,
     film,
     low_rank_fusion,
+    outer_product_fusion,
     tensor_fusion,
     weighted_sum,
 )
@@ -91,6 +92,7 @@ __all__ = [
     "low_rank_fusion",
     "masked_pool",
     "merge_attention",
+    "outer_product_fusion",
     "patch",
     "pixel_shuffle_tokens",
     "segment_pool",

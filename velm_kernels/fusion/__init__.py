@@ -8,6 +8,7 @@ from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
 from velm_kernels.fusion.film import FiLM, film
 from velm_kernels.fusion.low_rank import low_rank_fusion
 from velm_kernels.fusion.modules import Bilinear, LowRankFusion, TensorFusion
+from velm_kernels.fusion.outer_product import outer_product_fusion
 from velm_kernels.fusion.sum_modules import ConcatMLP, LinearSum
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
 from velm_kernels.fusion.weighted_sum import weighted_sum
@@ -31,6 +32,7 @@ __all__ = [
     "factorized_pool",
     "film",
     "low_rank_fusion",
+    "outer_product_fusion",
     "tensor_fusion",
     "weighted_sum",
 ]

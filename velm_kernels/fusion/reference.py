@@ -145,3 +145,11 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     for i, value in enumerate(features[1:], 1):
         out = out + weights[..., i : i + 1] * value
     return out
+
+
+def outer_product_fusion(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``x y^T``, summed over the regions of ``(batch, regions, d)`` that the mask leaves."""
+    if x.dim() == 2:
+        return x[:, :, None] * y[:, None, :]
+    products = x[:, :, :, None] * y[:, :, None, :]
+    return (products if mask is None else products.masked_fill(~mask[:, :, None, None], 0.0)).sum(1)

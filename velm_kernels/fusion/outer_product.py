@@ -1,0 +1,82 @@
+"""The outer product of two modalities, or its sum over regions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+
+
+def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The outer product ``x y^T`` of each pair of rows, or its sum over regions: bilinear pooling (Lin et al., 2015).
+
+    Args:
+        x: ``(batch, dx)`` or ``(batch, regions, dx)``, float32, bfloat16, float16 or float64.
+        y: ``(batch, dy)`` or ``(batch, regions, dy)``, with as many regions as x; dtype of x.
+        lengths: ``(batch,)``, integers from 0 to regions: only the first so many regions count.
+        mask: bool, broadcastable to ``(batch, regions)``; regions where it is False do not count. They may hold NaN and
+            get gradient 0.
+
+    Under autocast x and y are cast to its dtype.
+
+    Returns:
+        ``(batch, dx, dy)`` in x's dtype, contiguous; summed in float32 (float64 for float64). 0 for an entry without
+        regions that count.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together, or (on the CPU, or with VELM_CHECK=1) a length does not.
+
+    This is torch's batched matrix product, forward and backward, and has no kernel of its own. The sum over regions is
+    a product of matrices, whose limit is that of ``torch.bmm``, and the product of a single region is never formed;
+    without regions the time is that of writing the result. On the CPU bfloat16 and float16 are multiplied in float32,
+    where torch is faster and rounds once; on a GPU torch accumulates them in float32, as
+    ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like allow. Backward keeps x and y.
+    """
+    if isinstance(x, Tensor):
+        x, y = checks.autocast(x, y)
+    _check(x, y)
+    if x.dim() == 2:
+        if lengths is not None or mask is not None:
+            name = "mask" if lengths is None else "lengths"
+            raise ValueError(f"{name}: expected None for x without regions, given one")
+        x, y = x[:, None], y[:, None]
+    live = _live(x, lengths, mask)
+    if live is not None:
+        x, y = (torch.where(live, value, 0.0) for value in (x, y))
+    dtype = x.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+            x, y = x.float(), y.float()
+        return torch.bmm(x.transpose(1, 2), y).to(dtype)
+
+
+def _check(x: Tensor, y: Tensor) -> None:
+    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    checks.dtype_in("y", checks.tensor("y", y), (x.dtype,))
+    checks.same_device("y", y, "x", x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x: expected (batch, dx) or (batch, regions, dx), given {tuple(x.shape)}")
+    if y.dim() != x.dim() or y.shape[:-1] != x.shape[:-1]:
+        sizes = ", ".join(map(str, x.shape[:-1]))
+        raise ValueError(f"y: expected ({sizes}, dy) for x {tuple(x.shape)}, given {tuple(y.shape)}")
+
+
+def _live(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """Bool ``(batch, regions, 1)``: which regions count; None if all do."""
+    batch, regions, _ = x.shape
+    live = None
+    if mask is not None:
+        checks.dtype_in("mask", checks.tensor("mask", mask), (torch.bool,))
+        checks.same_device("mask", mask, "x", x)
+        live = checks.broadcastable("mask", mask, "(batch, regions)", (batch, regions)).expand(batch, regions)
+    if lengths is not None:
+        checks.dtype_in("lengths", checks.tensor("lengths", lengths), checks.INTEGER_DTYPES)
+        checks.shape("lengths", lengths, "(batch,)", (batch,))
+        checks.same_device("lengths", lengths, "x", x)
+        if not torch.compiler.is_compiling():
+            checks.values_between("lengths", lengths, 0, regions)
+        within = torch.arange(regions, device=x.device) < lengths[:, None]
+        live = within if live is None else live & within
+    return None if live is None else live[..., None]
