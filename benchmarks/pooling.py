@@ -131,12 +131,103 @@ def _attention(name: str, batch: int, tokens: int, dim: int, heads: int, shared:
     )
 
 
+def _select(batch: int, tokens: int, dim: int, k: int) -> Case:
+    def eager(x: Tensor, scores: Tensor) -> Tensor:
+        index = scores.topk(k).indices.sort().values
+        return x.gather(1, index[..., None].expand(-1, -1, dim))
+
+    def indexed(x: Tensor, scores: Tensor) -> Tensor:
+        index = scores.topk(k).indices.sort().values
+        return x[torch.arange(batch, device=x.device)[:, None], index]
+
+    kept = float(batch * k * dim)
+    return Case(
+        operator="select_tokens",
+        name="select",
+        shape=f"{k} of {batch} x {tokens} x {dim}",
+        # Scores that stay different in every dtype.
+        make=lambda generator: {
+            "x": _randn(generator, batch, tokens, dim),
+            "scores": torch.rand(batch, tokens, generator=generator).argsort(1).double(),
+        },
+        wanted=("x",),
+        ways={
+            "eager": lambda x, scores: eager(x, scores.float()),
+            "indexed": lambda x, scores: indexed(x, scores.float()),
+            "velm": lambda x, scores: velm_kernels.select_tokens(x, scores.float(), k).tokens,
+        },
+        flops=kept,
+        traffic=2 * kept,
+        backward_flops=kept,
+        backward_traffic=kept + batch * tokens * dim,
+        work=kept,
+        dtypes=(torch.float32, torch.bfloat16),
+    )
+
+
+def published_merge(x: Tensor, metric: Tensor, r: int, size: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
+    """ToMe's matching and merge as published, in plain torch; what is left of the first set stays in its order."""
+    metric = metric / metric.norm(dim=-1, keepdim=True)
+    a, b = metric[..., ::2, :], metric[..., 1::2, :]
+    scores = a @ b.transpose(-1, -2)
+    if class_token:
+        scores[..., 0, :] = -torch.inf
+    largest, match = scores.max(dim=-1)
+    order = largest.argsort(dim=-1, descending=True)[..., None]
+    left, merged = order[..., r:, :].sort(dim=1).values, order[..., :r, :]
+    target = match[..., None].gather(dim=-2, index=merged)
+
+    def merge(x: Tensor) -> Tensor:
+        source, to = x[..., ::2, :], x[..., 1::2, :]
+        rows, half, features = source.shape
+        kept = source.gather(dim=-2, index=left.expand(rows, half - r, features))
+        source = source.gather(dim=-2, index=merged.expand(rows, r, features))
+        to = to.scatter_reduce(-2, target.expand(rows, r, features), source, reduce="sum")
+        return torch.cat([kept, to], dim=1)
+
+    total = merge(size[..., None])
+    return merge(x * size[..., None]) / total, total[..., 0]
+
+
+def _merge(batch: int, tokens: int, dim: int, metric_dim: int, r: int) -> Case:
+    def velm(x: Tensor, metric: Tensor) -> Tensor:
+        return velm_kernels.merge_tokens(x, metric.float(), r, protected=1).tokens
+
+    def eager(x: Tensor, metric: Tensor) -> Tensor:
+        return published_merge(x, metric.float(), r, x.new_ones(x.shape[:2]), True)[0]
+
+    def make(generator: torch.Generator) -> Inputs:
+        # Whole numbers, so that every way finds the same matches in every dtype.
+        metric = torch.randint(-8, 9, (batch, tokens, metric_dim), generator=generator).double()
+        return {"x": _randn(generator, batch, tokens, dim), "metric": metric}
+
+    size = float(batch * tokens * dim)
+    matching = 2.0 * batch * (tokens // 2) ** 2 * metric_dim
+    return Case(
+        operator="merge_tokens",
+        name="merge",
+        shape=f"{r} of {batch} x {tokens} x {dim}, metric of {metric_dim}",
+        make=make,
+        wanted=("x",),
+        ways={"eager": eager, "velm": velm},
+        flops=matching + 2 * size,
+        traffic=2 * size,
+        backward_flops=size,
+        backward_traffic=2 * size,
+        work=size,
+        dtypes=(torch.float32, torch.bfloat16),
+    )
+
+
 def cases() -> list[Case]:
     return [
         _masked("mean", 64, 577, 1024),
         _masked("max", 64, 577, 1024),
         _masked("logsumexp", 64, 577, 1024),
         _segments("mean", 64, 36928, 768),
+        _select(16, 577, 1024, 288),
+        _merge(32, 197, 768, 64, 16),
+        _merge(8, 577, 1024, 64, 23),
         _attention("siglip-head", 64, 196, 768, 12, shared=True),
         _attention("clip-rn50-head", 64, 50, 2048, 32, shared=False),
     ]

@@ -22,6 +22,8 @@ set(VELM_KERNEL_SOURCES
   fusion/factorized.cu
   fusion/modulation.cu
   pooling/attention_pool.cu
+  pooling/gather_rows.cu
+  pooling/match_rows.cu
   pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
@@ -34,6 +36,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/fusion/modulation_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
+  csrc/pooling/tokens_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

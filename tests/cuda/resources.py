@@ -35,8 +35,8 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(attention_pool|dropout|factorized|gated_residual|merge|modulation|norm|pool) .*|"
-    r".* (add_splits|delta|merge_splits|sum_partials)_kernel<.*"
+    r"(attention_pool|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
+    r".* (add_splits|delta|inverse_norms|merge_splits|sum_partials)_kernel<.*"
 )
 
 
@@ -134,6 +134,8 @@ def dynamic_shared(instance: str) -> int:
         few = dim == 256 and (size == 4 or of_key)
         queries = 16 if few else 32 if size == 4 or dim == 256 else 64
         return tile + (tile if of_key else 8 * size) + 2 * queries * dim * size + 2 * queries * 16
+    if kernel == "match_rows_kernel":
+        return 2 * (64 + 32) * 64 * size
     if kernel == "key_mass_kernel":
         queries = 32 if size == 4 else 64
         return 4 * 64 * 64 * size + 2 * queries * 64 * size + 2 * queries * 16

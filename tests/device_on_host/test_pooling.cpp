@@ -5,6 +5,7 @@
 #include "device/numbers.h"
 #include "pooling/attention_pool_cuda.h"
 #include "pooling/pool_cuda.h"
+#include "pooling/tokens_cuda.h"
 #include "tests/device_on_host/testing.h"
 
 using namespace velm::cuda;
@@ -123,7 +124,56 @@ void check_attention_pool(Dtype dtype, int64_t rows, int64_t tokens, int64_t dim
   }
 }
 
+// Rows of a are twice those of b, so that each matches itself; then means of neighbours.
+template <class T>
+void check_tokens(Dtype dtype, int64_t rows, int64_t dim) {
+  auto b = random_values<T>(rows * dim);
+  std::vector<T> a(b.size()), out(b.size());
+  for (size_t i = 0; i < b.size(); ++i) a[i] = from_float<T>(2.0f * to_float(b[i]));
+  std::vector<float> norms_a(static_cast<size_t>(rows)), norms_b(norms_a.size()), similarity(norms_a.size());
+  std::vector<int32_t> best(norms_a.size());
+  MatchRows p{};
+  p.batch = 1;
+  p.dim = dim;
+  p.dtype = dtype;
+  p.a = {span(a), rows, rows * dim, dim, span(norms_a)};
+  p.b = {span(b), rows, rows * dim, dim, span(norms_b)};
+  p.similarity = span(similarity);
+  p.best = span(best);
+  match_rows(p, nullptr);
+  // The mean of each row and of the one it is matched with.
+  std::vector<int32_t> index, offsets{0};
+  for (int64_t i = 0; i < rows; ++i) {
+    CHECK(best[static_cast<size_t>(i)] == i && close(similarity[static_cast<size_t>(i)], 1));
+    index.insert(index.end(), {static_cast<int32_t>(i), static_cast<int32_t>((i + 1) % rows)});
+    offsets.push_back(static_cast<int32_t>(2 * (i + 1)));
+  }
+  std::vector<float> weight(index.size(), 0.5f);
+  GatherRows g{};
+  g.batch = 1;
+  g.rows = g.out_rows = rows;
+  g.dim = dim;
+  g.entries = 2 * rows;
+  g.dtype = dtype;
+  g.x = span(b);
+  g.row_stride = dim;
+  g.index = span(index);
+  g.offsets = span(offsets);
+  g.weight = span(weight);
+  g.out = span(out);
+  gather_rows(g, nullptr);
+  for (int64_t i = 0; i < rows * dim; ++i) {
+    const auto next = static_cast<size_t>((i + dim) % (rows * dim)), at = static_cast<size_t>(i);
+    CHECK(close(to_float(out[at]), 0.5 * (to_float(b[at]) + to_float(b[next]))));
+  }
+}
+
 }  // namespace
+
+TEST(kernels_tokens) {
+  check_tokens<float>(Dtype::float32, 70, 68);
+  check_tokens<__half>(Dtype::float16, 35, 13);
+}
 
 TEST(kernels_pool) {
   check_pool<float>(Dtype::float32, 9, 132, false);

@@ -35,7 +35,7 @@ from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion import triton_bilinear, triton_dropout, triton_factorized, triton_modulation
 from velm_kernels.linear import triton_linear
-from velm_kernels.pooling import triton_attention_pool, triton_pool
+from velm_kernels.pooling import triton_attention_pool, triton_pool, triton_rows
 from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
@@ -101,12 +101,21 @@ STREAMING = (
     *(f"pool_{mode}" for mode in MODES),
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
+    "gather_rows",
+    "inverse_norms",
     "attention_pool_softmax",
     "attention_pool_softmax_backward",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 # Kernels with products whose block sizes are fixed.
-PRODUCTS = ("linear", *BILINEAR, "attention_pool_products", "attention_pool_pooled", "attention_pool_tokens")
+PRODUCTS = (
+    "linear",
+    *BILINEAR,
+    "attention_pool_products",
+    "attention_pool_pooled",
+    "attention_pool_tokens",
+    "match_rows",
+)
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
@@ -203,6 +212,9 @@ def _pooling(dtype: torch.dtype) -> None:
     for mode in range(len(MODES)):
         out, stats = triton_pool.pool_forward(x, lengths, mask, None, False, mode, 2.5)
         triton_pool.pool_backward(out, x, stats, lengths, mask, None, TOKENS, False, mode, 2.5)
+    index, weight = _empty(BATCH, TOKENS), _empty(BATCH, TOKENS, dtype=torch.float32)
+    triton_rows.gather_rows(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight)
+    triton_rows.match_rows(x, x)
     rows = _empty(BATCH, HEADS, 768, dtype=dtype)
     pooled, logsumexp = triton_attention_pool.attention_pool_forward(x, rows, lengths, mask, None)
     triton_attention_pool.attention_pool_backward(pooled, x, rows, lengths, mask, None, pooled, logsumexp, 3)

@@ -285,6 +285,21 @@ def _attention_pool_make(generator: torch.Generator, queries: int) -> Inputs:
     }
 
 
+def _select_tokens_make(generator: torch.Generator) -> Inputs:
+    scores = torch.randint(0, 9, (B, N), generator=generator).float()
+    return {"x": _randn(generator, B, N, 90), "scores": scores, "k": torch.tensor([20, 31]), "max_k": 40}
+
+
+def _merge_tokens_make(generator: torch.Generator) -> Inputs:
+    metric = torch.randint(-8, 9, (B, N, 40), generator=generator).float()
+    size = torch.randint(1, 5, (B, N), generator=generator).float()
+    return {"x": _randn(generator, B, N, 90), "metric": metric, "r": N // 3, "size": size, "protected": 1}
+
+
+def _tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda **given: function(**given)[0]
+
+
 def _pooling_checks() -> list[Check]:
     found = []
     for mode in pooling_reference.MODES:
@@ -300,6 +315,9 @@ def _pooling_checks() -> list[Check]:
         make = functools.partial(_attention_pool_make, queries=queries)
         attend, plain = velm_kernels.attention_pool, pooling_reference.attention_pool
         found.append(Check("attention_pool", name, make, attend, plain, wanted, _poison_padding))
+    for operator, inputs in (("select_tokens", _select_tokens_make), ("merge_tokens", _merge_tokens_make)):
+        ours, theirs = _tokens(getattr(velm_kernels, operator)), _tokens(getattr(pooling_reference, operator))
+        found.append(Check(operator, "", inputs, ours, theirs, ("x",)))
     return found
 
 

@@ -1,6 +1,7 @@
 """From many tokens to one vector, or to fewer tokens."""
 
 from velm_kernels.pooling.attention_pool import attention_pool
+from velm_kernels.pooling.merge import MergedTokens, merge_tokens, unmerge_tokens
 from velm_kernels.pooling.modules import (
     AttentionalPooler,
     AttentionPool,
@@ -10,6 +11,7 @@ from velm_kernels.pooling.modules import (
     SegmentPool,
 )
 from velm_kernels.pooling.pool import masked_pool, segment_pool
+from velm_kernels.pooling.select import SelectedTokens, select_tokens
 from velm_kernels.pooling.tokens import pixel_shuffle_tokens
 
 __all__ = [
@@ -17,10 +19,15 @@ __all__ = [
     "AttentionPool2d",
     "AttentionalPooler",
     "MaskedPool",
+    "MergedTokens",
     "ProbePool",
     "SegmentPool",
+    "SelectedTokens",
     "attention_pool",
     "masked_pool",
+    "merge_tokens",
     "pixel_shuffle_tokens",
     "segment_pool",
+    "select_tokens",
+    "unmerge_tokens",
 ]

@@ -57,6 +57,66 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1]) + x.sum(0)
 
 
+def select_tokens(
+    x: Tensor,
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    max_k: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(..., tokens, dim)`` to ``(..., kept, dim)``: of the tokens that may be taken the ``k`` of highest score, the
+    first of equal ones, in their order; behind them zeros."""
+    leading, (tokens, dim) = x.shape[:-2], x.shape[-2:]
+    kept = k if isinstance(k, int) else tokens if max_k is None else max_k
+    live = torch.ones(scores.shape, dtype=torch.bool) if mask is None else mask.broadcast_to(scores.shape)
+    if lengths is not None:
+        live = live & (torch.arange(tokens) < lengths[..., None])
+    wanted = torch.as_tensor(k).expand(leading).reshape(-1).tolist()
+    shape = (len(wanted), tokens)
+    ranks, live = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).reshape(shape), live.reshape(shape)
+    indices = []
+    for score, allowed, count in zip(ranks.tolist(), live.tolist(), wanted, strict=True):
+        best = sorted((i for i in range(tokens) if allowed[i]), key=lambda i: -score[i])
+        indices.append(sorted(best[:count]))
+    out = torch.stack(
+        [
+            torch.cat([row[taken], row.new_zeros(kept - len(taken), dim)])
+            for row, taken in zip(x.reshape(*shape, dim), indices, strict=True)
+        ]
+    )
+    padded = torch.tensor([taken + [-1] * (kept - len(taken)) for taken in indices], dtype=torch.long)
+    lengths = torch.tensor([len(taken) for taken in indices], dtype=torch.int32)
+    return out.view(*leading, kept, dim), padded.view(*leading, kept), lengths.view(leading)
+
+
+def merge_tokens(
+    x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, protected: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``(..., tokens, dim)`` to ``(..., tokens - r, dim)``, sizes, and the row that each token went to."""
+    if x.dim() > 2:
+        sizes = [None] * len(x) if size is None else size
+        rows = [merge_tokens(*row, protected=protected) for row in zip(x, metric, [r] * len(x), sizes, strict=True)]
+        return tuple(map(torch.stack, zip(*rows, strict=True)))  # type: ignore[return-value]
+    tokens = len(x)
+    size = x.new_ones(tokens) if size is None else size
+    norm = metric.norm(dim=1, keepdim=True)
+    unit = torch.where(norm == 0, 0.0, metric / norm)
+    a, b = (range(protected + (protected + which) % 2, tokens, 2) for which in (0, 1))
+    similarity = (unit[list(a)] @ unit[list(b)].T).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    best = {
+        i: max(enumerate(row), key=lambda match: match[1]) for i, row in zip(a, similarity.tolist(), strict=True) if row
+    }
+    merged = sorted(best, key=lambda i: -best[i][1])[:r]
+    kept = [*range(protected), *(i for i in a if i not in merged), *b]
+    goes_to = {i: kept.index(i) for i in kept} | {i: kept.index(b[best[i][0]]) for i in merged}
+    index = torch.tensor([goes_to[i] for i in range(tokens)], dtype=torch.long)
+    belongs = torch.nn.functional.one_hot(index, len(kept)).to(x.dtype).T * size.to(x.dtype)
+    total = belongs.sum(1)
+    return belongs @ x / total[:, None], total, index
+
+
 def attention_pool(
     x: Tensor,
     query: Tensor,

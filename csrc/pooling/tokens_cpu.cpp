@@ -1,0 +1,224 @@
+// Selecting and merging tokens: weighted sums of rows by index, and for each row the most similar of others.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "attention/small_ops.h"
+#include "simd/parallel.h"
+#include "simd/product.h"
+#include "simd/scratch.h"
+
+namespace velm {
+namespace {
+
+using namespace simd;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Elements below which another thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+
+// The entries of one row of the result: numbers of rows of x, and their weights or null.
+struct Entries {
+  const int32_t* index;
+  const float* weight;
+  int64_t count;
+};
+
+template <class T>
+void sum_rows(const T* x, int64_t row_stride, int64_t rows, const Entries& entries, int64_t dim, T* out) {
+  const auto in = [&](int64_t e) { return entries.index[e] >= 0 && entries.index[e] < rows; };
+  const auto row = [&](int64_t e) { return x + entries.index[e] * row_stride; };
+  if (entries.count == 1 && in(0) && !entries.weight) {
+    std::copy_n(row(0), dim, out);
+    return;
+  }
+  const auto sum_of = [&](const auto& read) VELM_INLINE_LAMBDA {
+    Vec sum = zero();
+    for (int64_t e = 0; e < entries.count; ++e) {
+      if (!in(e)) continue;
+      const Vec value = read(row(e));
+      sum = entries.weight ? fma(value, Vec(entries.weight[e]), sum) : sum + value;
+    }
+    return sum;
+  };
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes)
+    store(out + c, sum_of([&](const T* p) VELM_INLINE_LAMBDA { return load(p + c); }));
+  if (const int left = static_cast<int>(dim - c); left > 0)
+    store_first(out + c, sum_of([&](const T* p) VELM_INLINE_LAMBDA { return load_first(p + c, left); }), left);
+}
+
+Tensor gather_rows(Tensor x, Tensor index, std::optional<Tensor> offsets, std::optional<Tensor> weight, Tensor,
+                   std::optional<Tensor>, std::optional<Tensor>) {
+  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), entries = index.size(1);
+  const int64_t out_rows = offsets ? offsets->size(1) - 1 : entries;
+  Tensor out = torch::stable::new_empty(x, {batch, out_rows, dim});
+  with_type(x.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* from = const_data<T>(x);
+    T* to = mutable_data<T>(out);
+    const int32_t* indices = const_data<int32_t>(index);
+    const int32_t* bounds = offsets ? const_data<int32_t>(*offsets) : nullptr;
+    const float* weights = weight ? const_data<float>(*weight) : nullptr;
+    const int64_t batch_stride = x.stride(0), row_stride = x.stride(1);
+    parallel_ranges(batch * out_rows, kGrain / std::max<int64_t>(dim, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / out_rows, m = i % out_rows;
+        int64_t first = m, last = m + 1;
+        if (bounds) {
+          const int32_t* of_row = bounds + b * (out_rows + 1) + m;
+          first = std::clamp<int64_t>(of_row[0], 0, entries);
+          last = std::clamp<int64_t>(of_row[1], first, entries);
+        }
+        const int64_t at = b * entries + first;
+        sum_rows(from + b * batch_stride, row_stride, rows,
+                 {indices + at, weights ? weights + at : nullptr, last - first}, dim, to + i * dim);
+      }
+    });
+  });
+  return out;
+}
+
+// Columns of the product that are computed together, and rows of a that share a panel of b while it is in the cache.
+constexpr int64_t kPanel = 2 * kLanes, kBlock = 8 * kTileRows<2>;
+
+// One over the norm of a row; 0 for a row of zeros.
+template <class T>
+float inverse_norm(const T* row, int64_t dim) {
+  Vec sum = zero();
+  int64_t c = 0;
+  for (; c + kLanes <= dim; c += kLanes) sum = fma(load(row + c), load(row + c), sum);
+  if (const int left = static_cast<int>(dim - c); left > 0) {
+    const Vec last = load_first(row + c, left);
+    sum = fma(last, last, sum);
+  }
+  const float total = sum_lanes(sum);
+  return total == 0.0f ? 0.0f : 1.0f / std::sqrt(total);
+}
+
+// b as panels of kPanel columns that are its rows, zeros behind the last, and one over the norm of each.
+struct Panels {
+  int64_t count, dim;
+  float *values, *factors;
+
+  float* panel(int64_t batch, int64_t p) const { return values + (batch * count + p) * dim * kPanel; }
+  float* factor(int64_t batch, int64_t p) const { return factors + (batch * count + p) * kPanel; }
+};
+
+// The best of each lane of a row so far: rows of panels rise, so that the first of equal ones stays.
+struct Best {
+  float value[kLanes], column[kLanes];
+};
+
+template <class T>
+class Matcher {
+ public:
+  Matcher(const Tensor& a, const Panels& b, int64_t columns, float* similarity, int32_t* best)
+      : a_(const_data<T>(a)),
+        batch_stride_(a.stride(0)),
+        row_stride_(a.stride(1)),
+        rows_(a.size(1)),
+        columns_(columns),
+        b_(b),
+        similarity_(similarity),
+        best_(best),
+        packed_(memory_.take(kBlock * b.dim)),
+        scores_(memory_.take(kBlock * kPanel)),
+        state_(memory_.take<Best>(kBlock)) {}
+
+  void operator()(int64_t batch, int64_t first) {
+    const int64_t rows = std::min(rows_ - first, kBlock);
+    const T* from = a_ + batch * batch_stride_ + first * row_stride_;
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = packed_ + r * b_.dim;
+      for (int64_t c = 0; c < b_.dim; c += kLanes) {
+        const int left = static_cast<int>(std::min<int64_t>(b_.dim - c, kLanes));
+        store_first(to + c, load_first(from + r * row_stride_ + c, left), left);
+      }
+      std::fill_n(state_[r].value, kLanes, -kInfinity);
+      std::fill_n(state_[r].column, kLanes, 0.0f);
+    }
+    for (int64_t p = 0; p < b_.count; ++p) {
+      product<2, false, Start::zero_scale_product>(scores_, kPanel, rows, packed_, b_.dim, b_.dim, b_.panel(batch, p),
+                                                   kPanel, b_.factor(batch, p));
+      for (int64_t r = 0; r < rows; ++r) compare(state_[r], scores_ + r * kPanel, p * kPanel);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      float most = -kInfinity, column = 0.0f;
+      for (int i = 0; i < kLanes; ++i) {
+        const float value = state_[r].value[i], at = state_[r].column[i];
+        if (value > most || (value == most && at < column)) most = value, column = at;
+      }
+      const float scaled = most * inverse_norm(from + r * row_stride_, b_.dim);
+      similarity_[batch * rows_ + first + r] = scaled == scaled ? scaled : -kInfinity;
+      best_[batch * rows_ + first + r] = static_cast<int32_t>(column);
+    }
+  }
+
+ private:
+  void compare(Best& best, const float* scores, int64_t first) const {
+    Vec value = load(best.value), column = load(best.column);
+    for (int v = 0; v < 2; ++v) {
+      const Vec here = stdx::static_simd_cast<Vec>(lane_index()) + static_cast<float>(first + v * kLanes);
+      const Vec score = load(scores + v * kLanes);
+      // NaN is never more.
+      const VecMask more = score > value && here < Vec(static_cast<float>(columns_));
+      value = select(more, score, value);
+      column = select(more, here, column);
+    }
+    store(best.value, value);
+    store(best.column, column);
+  }
+
+  const T* a_;
+  const int64_t batch_stride_, row_stride_, rows_, columns_;
+  const Panels& b_;
+  float* similarity_;
+  int32_t* best_;
+  Scratch memory_;
+  float *packed_, *scores_;
+  Best* state_;
+};
+
+std::tuple<Tensor, Tensor> match_rows(Tensor a, Tensor b) {
+  const int64_t batch = a.size(0), rows = a.size(1), columns = b.size(1), dim = a.size(2);
+  Tensor similarity = torch::stable::new_empty(a, {batch, rows}, ScalarType::Float);
+  Tensor best = torch::stable::new_empty(a, {batch, rows}, ScalarType::Int);
+  with_type(a.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    Scratch memory;
+    Panels panels{(columns + kPanel - 1) / kPanel, dim, nullptr, nullptr};
+    panels.values = memory.take(batch * panels.count * dim * kPanel);
+    panels.factors = memory.take(batch * panels.count * kPanel);
+    parallel_items(batch * panels.count, [&](int64_t i) {
+      const int64_t n = i / panels.count, p = i % panels.count, first = p * kPanel;
+      const T* from = const_data<T>(b) + n * b.stride(0) + first * b.stride(1);
+      const int64_t count = std::min(columns - first, kPanel);
+      if (count <= kLanes) std::fill_n(panels.panel(n, p), dim * kPanel, 0.0f);
+      transpose_to(panels.panel(n, p), kPanel, from, b.stride(1), count, dim);
+      for (int64_t c = 0; c < kPanel; ++c)
+        panels.factor(n, p)[c] = c < count ? inverse_norm(from + c * b.stride(1), dim) : 0.0f;
+    });
+    const int64_t blocks = (rows + kBlock - 1) / kBlock;
+    parallel_workers(
+        batch * blocks,
+        [&] {
+          return std::make_unique<Matcher<T>>(a, panels, columns, mutable_data<float>(similarity),
+                                              mutable_data<int32_t>(best));
+        },
+        [&](auto& matcher, int64_t i) { (*matcher)(i / blocks, i % blocks * kBlock); });
+  });
+  return {similarity, best};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
+  m.impl("gather_rows", TORCH_BOX(&gather_rows));
+  m.impl("match_rows", TORCH_BOX(&match_rows));
+}
+
+}  // namespace
+}  // namespace velm

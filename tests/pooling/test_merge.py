@@ -1,0 +1,219 @@
+"""merge_tokens: what goes where, means and sizes, gradients, ties and zeros, the published code, torch features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import velm_kernels
+from benchmarks.pooling import published_merge
+from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_cuda, every_cpu_backend
+from tests.numbers import assert_accurate
+from velm_kernels.pooling import merge_tokens, reference, unmerge_tokens
+
+
+def _draw(batch, tokens, dim, metric_dim, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, tokens, dim, generator=generator).to(dtype)
+    metric = torch.randn(batch, metric_dim, tokens, generator=generator).to(dtype).transpose(1, 2)
+    size = torch.randint(1, 9, (batch, tokens), generator=generator).float()
+    return x, metric, size
+
+
+def _results(function, x, size, upstream):
+    x, size = x.detach().requires_grad_(), size.detach().requires_grad_()
+    tokens, total = function(x, size)[:2]
+    weight = upstream.to(tokens.dtype)
+    ((tokens * weight).sum() + (total.to(tokens.dtype) * weight.square().mean(-1)).sum()).backward()
+    return {"tokens": tokens.detach(), "size": total.detach(), "x": x.grad, "grad_size": size.grad}
+
+
+@every_backend_with_cuda
+@given(data=st.data())
+def test_any_shape(backend, data):
+    """What goes where is judged by its similarities: of nearly equal ones either may be taken."""
+    small = INTERPRETED or backend.name == "device_on_host"
+    batch, tokens = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 40 if small else 170), label="tokens")
+    dim, metric_dim = data.draw(st.integers(1, 40), label="dim"), data.draw(st.sampled_from([1, 3, 40, 70, 133]))
+    protected = data.draw(st.integers(0, min(tokens, 5)), label="protected")
+    r = data.draw(st.integers(0, (tokens - protected) // 2), label="r")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    x, metric, size = _draw(batch, tokens, dim, metric_dim, dtype, data.draw(st.integers(0, 99), label="seed"))
+    with backend.use():
+        tokens_out, total, index = merge_tokens(x, metric, r, size, protected)
+    assert tokens_out.shape == (batch, tokens - r, dim) and tokens_out.dtype == dtype and tokens_out.is_contiguous()
+    unit = torch.nn.functional.normalize(metric.double(), dim=2)
+    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
+    similarity = unit[:, first_a::2] @ unit[:, first_b::2].transpose(1, 2)
+    for row in range(batch):
+        went = index[row].tolist()
+        count_a, count_b = similarity.shape[1:]
+        begin_b = protected + count_a - r
+        assert went[:protected] == list(range(protected))
+        assert went[first_b::2] == list(range(begin_b, begin_b + count_b))
+        merged = {i: to - begin_b for i, to in enumerate(went[first_a::2]) if to >= begin_b}
+        left = [i for i in range(count_a) if i not in merged]
+        assert len(merged) == r and [went[first_a::2][i] for i in left] == list(range(protected, begin_b))
+        slack = 1e-5
+        for i, to in merged.items():
+            assert similarity[row, i, to] >= similarity[row, i].max() - slack
+        if merged and left:
+            least = min(similarity[row, i].max() for i in merged)
+            assert least >= similarity[row, left].amax(1).max() - slack
+    # Means and sizes, as the index has it.
+    belongs = torch.zeros(batch, tokens - r, tokens).scatter_(1, index[:, None], 1.0)
+    assert torch.equal(total, (belongs @ size[..., None])[..., 0])
+    upstream = torch.randn(tokens_out.shape).to(dtype)
+
+    def plain(x, size):
+        weights = belongs.to(x.dtype) * size[:, None].to(x.dtype)
+        return (weights @ x) / weights.sum(2, keepdim=True), weights.sum(2)
+
+    with backend.use():
+        got = _results(lambda x, size: merge_tokens(x, metric, r, size, protected), x, size, upstream)
+    rounded = _results(plain, x, size, upstream)
+    exact = _results(plain, x.double(), size.double(), upstream)
+    # As fine as the inputs are, for size in float32 too.
+    for name, value in got.items():
+        assert_accurate(name, value, rounded[name], exact[name], dtype, floor=1e-3)
+
+
+@pytest.mark.parametrize("protected", [0, 1, 2, 3])
+def test_is_what_the_reference_says(protected):
+    x, metric, size = _draw(2, 15, 6, 4, torch.float64, 3)
+    for r in (0, 1, 6):
+        for ours, theirs in zip(
+            merge_tokens(x, metric, r, size.double(), protected),
+            reference.merge_tokens(x, metric, r, size.double(), protected),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+@every_backend_once
+@pytest.mark.parametrize("class_token", [False, True])
+def test_is_the_published_merge(backend, class_token):
+    x, metric, size = _draw(2, 26, 24, 16, torch.float32, 1)
+    upstream = torch.randn(2, 26 - 11, 24)
+    with backend.use():
+        got = _results(lambda x, size: merge_tokens(x, metric, 11, size, int(class_token)), x, size, upstream)
+    exact = _results(
+        lambda x, size: published_merge(x, metric.double(), 11, size, class_token), x.double(), size.double(), upstream
+    )
+    plain = _results(lambda x, size: published_merge(x, metric, 11, size, class_token), x, size, upstream)
+    for name, value in got.items():
+        assert_accurate(name, value, plain[name], exact[name], torch.float32)
+
+
+@every_backend_once
+def test_preserves_sums_and_unmerges_to_the_means(backend):
+    x, metric, size = _draw(2, 33, 10, 12, torch.float32, 5)
+    with backend.use():
+        first = merge_tokens(x, metric, 9, size, 1)
+        second = merge_tokens(first.tokens, metric[:, :24], 7, first.size, 1)
+        index = second.indices.gather(1, first.indices)
+        merged = second.tokens.clone().requires_grad_()
+        spread = unmerge_tokens(merged, index)
+        upstream = torch.randn_like(spread)
+        spread.backward(upstream)
+    torch.testing.assert_close(second.size.sum(1), size.sum(1))
+    weighted = (second.tokens * second.size[..., None]).sum(1)
+    torch.testing.assert_close(weighted, (x * size[..., None]).sum(1), atol=1e-4, rtol=1e-5)
+    assert torch.equal(spread, second.tokens.gather(1, index[..., None].expand(2, 33, 10)))
+    expected = torch.zeros_like(merged).scatter_add_(1, index[..., None].expand(2, 33, 10), upstream)
+    torch.testing.assert_close(merged.grad, expected)
+    for row in range(2):
+        for to in range(17):
+            group = index[row] == to
+            mean = (x[row, group] * size[row, group, None]).sum(0) / size[row, group].sum()
+            torch.testing.assert_close(spread[row, group], mean.expand(int(group.sum()), 10), atol=1e-5, rtol=1e-5)
+
+
+@every_backend_with_cuda
+def test_ties_zeros_and_nan(backend):
+    """Equal tokens everywhere: the first of A go, and all of them to the first of B. Zeros are similar to nothing, and
+    NaN is merged last."""
+    x = torch.arange(80.0).view(1, 80, 1).expand(1, 80, 5)
+    ones = torch.ones(1, 80, 70)
+    zeros = ones.clone()
+    zeros[0, 0] = 0.0
+    zeros[0, 1] = 0.0
+    zeros[0, 2, 5] = torch.nan
+    zeros[0, 3, 5] = torch.nan
+    with backend.use():
+        index = merge_tokens(x, ones, 4).indices[0]
+        assert index[0:8:2].tolist() == [36] * 4 and index[8::2].tolist() == list(range(36))
+        tokens, size, index = merge_tokens(x, zeros, 39)
+        index = index[0]
+        nothing = merge_tokens(x, 0 * ones, 3)
+    assert index[2] == 0 and index[0] >= 1 and tokens.isfinite().all() and size.sum() == 80
+    assert (index[4::2] == 1 + 2).all(), "to the first of B that is neither zero nor NaN"
+    assert nothing.indices[0, :6:2].tolist() == [37] * 3 and nothing.tokens.isfinite().all()
+
+
+@every_cpu_backend
+def test_same_bits_for_any_number_of_threads(backend):
+    x, metric, size = _draw(3, 301, 40, 64, torch.float32, 2)
+    results = []
+    with backend.use():
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(merge_tokens(x, metric, 100, size, 1))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_operator_checks_compile_flops_and_explain():
+    x, metric, size = _draw(2, 14, 8, 6, torch.float32, 0)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    rows = metric.contiguous().unflatten(1, (7, 2)).unbind(2)
+    torch.library.opcheck(torch.ops.velm.match_rows.default, (*rows, ""), **checks)
+    arguments = velm_kernels.pooling.merge.canonical(x.requires_grad_(), metric, 4, size.requires_grad_())
+    arguments["back_weight"] = arguments["back_weight"].detach().requires_grad_()
+    operator = torch.ops.velm.gather_rows.default
+    torch.library.opcheck(operator, (*arguments.values(), ""), **checks)
+
+    def function(x, metric, size):
+        tokens, size, index = merge_tokens(x, metric, 4, size, 1)
+        return tokens, size, unmerge_tokens(tokens, index)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for ours, theirs in zip(compiled(x, metric, size), function(x, metric, size), strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        merge_tokens(x, metric, 4)
+    assert counter.get_total_flops() == 2 * 2 * 7 * 7 * 6
+    assert velm_kernels.explain("merge_tokens", x, metric, 3).startswith("merge_tokens -> ")
+
+
+X, METRIC = torch.ones(2, 7, 4), torch.ones(2, 7, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([1.0], METRIC, 1), TypeError, "x: expected a tensor"),
+        ((X[0, 0], METRIC, 1), ValueError, r"x: expected \(..., tokens, dim\), given \(4,\)"),
+        ((X, METRIC[:, :6], 1), ValueError, r"metric: expected \(2, 7\) and its features, given \(2, 6, 3\)"),
+        ((X, METRIC.int(), 1), TypeError, "metric: expected dtype"),
+        ((X, METRIC, 4), ValueError, "r: expected 0 to 3, half of the 7 tokens that are not protected, given 4"),
+        ((X, METRIC, 3, None, 2), ValueError, "r: expected 0 to 2, half of the 5 tokens"),
+        ((X, METRIC, -1), ValueError, "r: expected 0 to 3, .* given -1"),
+        ((X, METRIC, 1.0), TypeError, "r: expected an integer"),
+        ((X, METRIC, 1, None, 8), ValueError, "protected: expected 0 to 7, the tokens of x, given 8"),
+        ((X, METRIC, 1, torch.ones(2, 6)), ValueError, r"size: expected \(..., tokens\) = \(2, 7\), given \(2, 6\)"),
+        ((X, METRIC, 1, torch.ones(2, 7).int()), TypeError, "size: expected dtype"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        merge_tokens(*arguments)
+
+
+def test_bad_arguments_of_unmerge():
+    with pytest.raises(ValueError, match=r"indices: expected .* merged \(2, 7, 4\), given \(3, 9\)"):
+        unmerge_tokens(X, torch.zeros(3, 9).long())
+    with pytest.raises(TypeError, match="indices: expected dtype"):
+        unmerge_tokens(X, torch.zeros(2, 9))

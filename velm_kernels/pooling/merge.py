@@ -1,0 +1,192 @@
+"""``merge_tokens``: bipartite soft matching of tokens, and ``unmerge_tokens``, its way back."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments, forced, register_public
+from velm_kernels.pooling.match import match_rows
+from velm_kernels.pooling.rows import canonical as canonical_rows
+
+
+class MergedTokens(NamedTuple):
+    """What :func:`merge_tokens` returns."""
+
+    tokens: Tensor
+    size: Tensor
+    indices: Tensor
+
+
+def merge_tokens(x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, protected: int = 0) -> MergedTokens:
+    """Makes ``r`` tokens fewer by merging similar ones: the bipartite soft matching of ToMe (Bolya et al., 2023,
+    section 3).
+
+    Tokens at even places (A) and at odd ones (B) are two sets. Each of A is matched with the one of B whose ``metric``
+    has the largest cosine similarity with its own, the first of equal ones; the ``r`` of A that are the most similar to
+    their match, the first of equal ones, are merged into it. What is merged is the mean of the tokens, weighted with
+    their sizes, and its size is their sum. A metric of zeros has similarity 0 with everything; one that holds NaN is
+    merged last.
+
+    Args:
+        x: ``(..., tokens, dim)``, floating point.
+        metric: ``(..., tokens, metric_dim)``, floating point of any dtype: what similarity is measured by, in ToMe the
+            keys averaged over the heads. Not differentiated.
+        r: how many to merge, from 0 to half of the tokens that are not protected.
+        size: ``(..., tokens)``, floating point, greater than 0: how many tokens each one stands for; 1 where not given.
+        protected: the first so many tokens are not merged, nor is anything merged into them: 1 for a class token.
+
+    Returns:
+        A named tuple of
+
+        - ``tokens``: ``(..., tokens - r, dim)``, contiguous, in x's dtype: the protected ones, then what is left of A,
+          then B, each in their order. That is the published order where tokens are protected; without, the published
+          code sorts what is left of A by falling similarity.
+        - ``size``: ``(..., tokens - r)``, float32 (float64 where ``x`` is).
+        - ``indices``: int64 ``(..., tokens)``, where each token of ``x`` went: :func:`unmerge_tokens` takes it. Of two
+          merges in a row it is ``second.indices.gather(-1, first.indices)``.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape or a device is not as above, or ``r`` or ``protected`` is out of range.
+
+    The matrix of similarities is never written. Each row of the result is summed in one order, without atomics. The
+    gradient of ``x`` is one pass over that of the result; that of ``size``, which is rarely wanted, keeps ``x``.
+    """
+    arguments, merged_size, indices = _canonical(x, metric, r, size, protected)
+    tokens: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    leading = x.shape[:-2]
+    return MergedTokens(
+        tokens.view(*leading, *tokens.shape[1:]),
+        merged_size.view(*leading, merged_size.shape[1]),
+        indices.view(*leading, indices.shape[1]),
+    )
+
+
+def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
+    """Gives every token back what it was merged into: ``merged.gather(-2, indices)`` for whole rows.
+
+    Args:
+        merged: ``(..., merged, dim)``, floating point.
+        indices: int64 ``(..., tokens)``, from 0 to merged - 1: that of :func:`merge_tokens`, or several composed.
+
+    Returns:
+        ``(..., tokens, dim)``, contiguous. Its gradient is summed in one order, without atomics.
+
+    Raises:
+        TypeError: a dtype is not as above.
+        ValueError: a shape or a device is not as above. Indices out of range give zeros.
+    """
+    arguments = _canonical_unmerge(merged, indices)
+    out: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    return out.view(*indices.shape, merged.shape[-1])
+
+
+def _product(sizes: tuple[int, ...]) -> int:
+    product = 1
+    for size in sizes:
+        product = product * size
+    return product
+
+
+def _count(name: str, value: Any, high: int, described: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, given {checks.describe(value)}")
+    if not 0 <= value <= high:
+        raise ValueError(f"{name}: expected 0 to {high}, {described}, given {value}")
+    return value  # type: ignore[return-value]
+
+
+def _canonical(
+    x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, protected: int = 0
+) -> tuple[Arguments, Tensor, Tensor]:
+    """The arguments of ``velm::gather_rows``, the sizes and where tokens go."""
+    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    if x.dim() < 2:
+        raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
+    leading, (tokens, dim) = tuple(x.shape[:-2]), x.shape[-2:]
+    batch = _product(leading)
+    checks.dtype_in("metric", checks.tensor("metric", metric), checks.FLOAT_DTYPES)
+    if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"metric: expected {(*leading, tokens)} and its features, given {tuple(metric.shape)}")
+    checks.same_device("metric", metric, "x", x)
+    protected = _count("protected", protected, tokens, "the tokens of x")
+    r = _count("r", r, (tokens - protected) // 2, f"half of the {tokens - protected} tokens that are not protected")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if size is None:
+        size = torch.ones(batch, tokens, dtype=wide, device=x.device)
+    else:
+        checks.dtype_in("size", checks.tensor("size", size), checks.FLOAT_DTYPES)
+        checks.shape("size", size, "(..., tokens)", (*leading, tokens))
+        checks.same_device("size", size, "x", x)
+        size = size.reshape(batch, tokens).to(wide)
+    index = _where_to(metric.detach().reshape(batch, tokens, metric.shape[-1]), r, protected)
+    source, offsets = _transposed(index, tokens - r)
+    merged_size = size.new_zeros(batch, tokens - r).scatter_add(1, index, size)
+    weight = size / merged_size.gather(1, index)
+    arguments = canonical_rows(
+        x.reshape(batch, tokens, dim),
+        source.int(),
+        offsets,
+        weight.detach().gather(1, source),
+        index.int(),
+        None,
+        weight,
+    )
+    return arguments, merged_size, index
+
+
+def _where_to(metric: Tensor, r: int, protected: int) -> Tensor:
+    """int64 ``(batch, tokens)``: the row of the result that each token goes to."""
+    batch, tokens = metric.shape[:2]
+    # The first of A and of B that are not protected.
+    first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
+    a, b = metric[:, first_a::2], metric[:, first_b::2]
+    index = torch.arange(tokens, device=metric.device).expand(batch, tokens).clone()
+    similarity, best = match_rows(a, b)
+    # For each of A its place when they are sorted by falling similarity.
+    order = similarity.sort(dim=1, descending=True, stable=True).indices
+    is_merged = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :r], True)
+    left_before = (~is_merged).long().cumsum(1) - 1
+    begin_b = protected + a.shape[1] - r
+    index[:, first_a::2] = torch.where(is_merged, begin_b + best.long(), protected + left_before)
+    index[:, first_b::2] = begin_b + torch.arange(b.shape[1], device=metric.device)
+    return index
+
+
+def _transposed(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Which tokens go to each of the rows, rising: int64 ``(batch, tokens)``, and int32 ``(batch, rows + 1)`` where
+    those of each row begin."""
+    ordered, source = index.sort(dim=1, stable=True)
+    bounds = torch.arange(rows + 1, device=index.device).expand(index.shape[0], rows + 1).contiguous()
+    return source, torch.searchsorted(ordered, bounds).int()
+
+
+def _canonical_unmerge(merged: Tensor, indices: Tensor) -> Arguments:
+    """Checks the arguments of :func:`unmerge_tokens` and returns those of the operator."""
+    checks.dtype_in("merged", checks.tensor("merged", merged), checks.FLOAT_DTYPES)
+    if merged.dim() < 2:
+        raise ValueError(f"merged: expected (..., merged, dim), given {tuple(merged.shape)}")
+    checks.dtype_in("indices", checks.tensor("indices", indices), (torch.int64,))
+    if indices.dim() == 0 or indices.shape[:-1] != merged.shape[:-2]:
+        raise ValueError(
+            f"indices: expected (..., tokens) with the leading dimensions of merged {tuple(merged.shape)}, "
+            f"given {tuple(indices.shape)}"
+        )
+    checks.same_device("indices", indices, "merged", merged)
+    batch, (rows, dim) = _product(tuple(merged.shape[:-2])), merged.shape[-2:]
+    index = indices.reshape(batch, indices.shape[-1])
+    source, offsets = _transposed(index, rows)
+    return canonical_rows(merged.reshape(batch, rows, dim), index.int(), None, None, source.int(), offsets, None)
+
+
+def canonical(*args: Any, **kwargs: Any) -> Arguments:
+    """Checks the arguments of :func:`merge_tokens` and returns those of the operator that merges."""
+    return _canonical(*args, **kwargs)[0]
+
+
+register_public("merge_tokens", "gather_rows", canonical)
+register_public("unmerge_tokens", "gather_rows", _canonical_unmerge)
