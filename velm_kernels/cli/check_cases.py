@@ -296,6 +296,11 @@ def _merge_tokens_make(generator: torch.Generator) -> Inputs:
     return {"x": _randn(generator, B, N, 90), "metric": metric, "r": N // 3, "size": size, "protected": 1}
 
 
+def _unmerge_tokens_make(generator: torch.Generator) -> Inputs:
+    indices = torch.randint(0, N // 2, (B, N), generator=generator)
+    return {"merged": _randn(generator, B, N // 2, 90), "indices": indices}
+
+
 def _tokens(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda **given: function(**given)[0]
 
@@ -318,6 +323,8 @@ def _pooling_checks() -> list[Check]:
     for operator, inputs in (("select_tokens", _select_tokens_make), ("merge_tokens", _merge_tokens_make)):
         ours, theirs = _tokens(getattr(velm_kernels, operator)), _tokens(getattr(pooling_reference, operator))
         found.append(Check(operator, "", inputs, ours, theirs, ("x",)))
+    spread, plain_spread = velm_kernels.unmerge_tokens, pooling_reference.unmerge_tokens
+    found.append(Check("unmerge_tokens", "", _unmerge_tokens_make, spread, plain_spread, ("merged",)))
     return found
 
 

@@ -117,6 +117,11 @@ def merge_tokens(
     return belongs @ x / total[:, None], total, index
 
 
+def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
+    """``(..., merged, dim)`` to ``(..., tokens, dim)``: the row of each token."""
+    return merged.gather(-2, indices[..., None].expand(*indices.shape, merged.shape[-1]))
+
+
 def attention_pool(
     x: Tensor,
     query: Tensor,

@@ -21,8 +21,8 @@ def gather_rows(
     back_weight: Tensor | None,
 ) -> Tensor:
     """Row m of the result is the sum of ``weight[e] * x[index[e]]`` over ``offsets[m] <= e < offsets[m + 1]``, or of
-    entry m alone without offsets; each for itself in a batch. The ``back_`` arguments describe the transposed sum, which
-    is the gradient for x. See the comment at the operator."""
+    entry m alone without offsets; each for itself in a batch. The ``back_`` arguments describe the transposed sum,
+    which is the gradient for x. See the comment at the operator."""
     arguments = canonical(x, index, offsets, weight, back_index, back_offsets, back_weight)
     out: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
     return out
