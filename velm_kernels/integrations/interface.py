@@ -92,10 +92,10 @@ def attend(
     """
     batch = max(query.shape[0], key.shape[0])
     query, key, value = (x if x.shape[0] == batch else x.expand(batch, -1, -1, -1) for x in (query, key, value))
-    arguments, hidden_rows = masks.translate(mask, batch, query.shape[2], binary)
+    arguments, hidden_rows = masks.translate(mask, batch, query.shape[2], binary, query.shape[1])
     if arguments is None:
         assert mask is not None
-        bias, hidden_rows = added_mask(mask, query.dtype)
+        bias, hidden_rows = added_mask(masks.four_dims(mask, query.shape[1]), query.dtype)
         arguments = {"bias": bias}
     nudge = None
     if hidden_rows is not None:

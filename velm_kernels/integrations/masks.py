@@ -30,7 +30,15 @@ class Visible(NamedTuple):
     hidden_rows: Tensor | None = None
 
 
-def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = False) -> Visible:
+def four_dims(mask: Tensor, heads: int = 1) -> Tensor:
+    """View (queries, keys), or (batch * heads, queries, keys), as masks of `torch.nn.MultiheadAttention` are, with four
+    dimensions; one with four is returned as it is."""
+    if mask.dim() == 2:
+        return mask[None, None]
+    return mask.unflatten(0, (-1, heads)) if mask.dim() == 3 else mask
+
+
+def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = False, heads: int = 1) -> Visible:
     """Translate a model's mask.
 
     A boolean mask (True = may be attended, as for `scaled_dot_product_attention`) keeps its meaning: a row without any
@@ -39,8 +47,9 @@ def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = Fals
     unless the caller knows.
 
     Args:
-        mask: (batch | 1, heads | 1, queries | 1, keys), bool or floating point, any strides; or None.
-        batch, queries: of the attention.
+        mask: (batch | 1, heads | 1, queries | 1, keys), or what `four_dims` takes, bool or floating point, any strides;
+            or None.
+        batch, queries, heads: of the attention.
         binary: the caller knows that an additive mask holds nothing but 0 and numbers that hide, and that rows without
             any key are either absent or not read afterwards.
     """
@@ -48,12 +57,12 @@ def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = Fals
         return Visible({})
     look = may_look(mask)
     if not look or mask.requires_grad or mask.is_inference():
-        return _translate(mask, batch, queries, binary, look)
-    wanted = (mask._version, batch, queries, binary)
+        return _translate(four_dims(mask, heads), batch, queries, binary, look)
+    wanted = (mask._version, batch, queries, binary, heads)
     # On the tensor itself, so that it lives as long as the mask does.
     kept = getattr(mask, "_velm_visible", None)
     if kept is None or kept[0] != wanted:
-        kept = (wanted, _translate(mask, batch, queries, binary, look))
+        kept = (wanted, _translate(four_dims(mask, heads), batch, queries, binary, look))
         mask._velm_visible = kept  # type: ignore[attr-defined]
     return kept[1]
 

@@ -27,6 +27,7 @@ _ACTIVATIONS = {
     ("torch.nn.modules.activation", "ReLU"): "relu",
     ("torch.nn.modules.activation", "SiLU"): "silu",
     ("torch.nn.modules.activation", "Tanh"): "tanh",
+    ("open_clip.transformer", "QuickGELU"): "quick_gelu",
     ("transformers.activations", "FastGELUActivation"): "gelu_tanh",
     ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
     ("transformers.activations", "QuickGELUActivation"): "quick_gelu",
