@@ -12,6 +12,7 @@ from velm_kernels.pooling.modules import (
 )
 from velm_kernels.pooling.pool import masked_pool, segment_pool
 from velm_kernels.pooling.select import SelectedTokens, select_tokens
+from velm_kernels.pooling.token_modules import PerceiverResampler, TokenMerge
 from velm_kernels.pooling.tokens import pixel_shuffle_tokens
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "AttentionalPooler",
     "MaskedPool",
     "MergedTokens",
+    "PerceiverResampler",
     "ProbePool",
     "SegmentPool",
     "SelectedTokens",
+    "TokenMerge",
     "attention_pool",
     "masked_pool",
     "merge_tokens",
