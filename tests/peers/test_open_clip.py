@@ -116,6 +116,30 @@ def test_models(name: str, open_clip: Any) -> None:
     assert_equal(run(model, inputs), plain)
 
 
+def test_a_pooler_and_a_block_compile_without_graph_breaks(open_clip: Any) -> None:
+    model, _ = _coca(open_clip)
+    patch(model)
+    pooler, block = model.visual.attn_pool, model.text_decoder.cross_attn[0]
+    x, picture = torch.randn(2, 6, 32), torch.randn(2, 17, 32)
+
+    def decode(x: Tensor, picture: Tensor) -> Tensor:
+        pooled = pooler(picture)
+        return block(x, pooled, pooled)
+
+    with torch.no_grad():
+        expected = decode(x, picture)
+        compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x, picture), expected)
+
+
+def test_checkpoints(open_clip: Any) -> None:
+    model, inputs = _coca(open_clip)
+    patch(model)
+    plain = run(model, inputs)
+    model.set_grad_checkpointing(True)
+    assert_near(run(model.train(), inputs), plain)
+
+
 def test_masks_of_texts_become_ranges(open_clip: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = _coca(open_clip)
     patch(model)

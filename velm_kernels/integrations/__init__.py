@@ -2,7 +2,8 @@
 
 `patch(model)` replaces modules in place, `unpatch(model)` takes the replacements out again, and
 `velm_kernels.integrations.transformers.register()` offers the attention operator to the attention interface of
-transformers. How a new model family is written stands at the top of `patching.py`.
+transformers. `velm_kernels.integrations.open_clip` says what is replaced in models of open_clip. How a new model family
+is written stands at the top of `patching.py`.
 """
 
 from .patching import patch, supported_families, unpatch
