@@ -29,6 +29,30 @@ def test_order_and_gradient(height: int, width: int, factor: int) -> None:
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (ours, theirs)))
 
 
+@pytest.mark.parametrize("factor", [2, 3])
+def test_order_of_the_models(factor: int) -> None:
+    pytest.importorskip("transformers")
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+    from transformers.models.internvl.modeling_internvl import InternVLModel
+
+    x = torch.randn(2, 36, 5)
+    ours = velm_kernels.pixel_shuffle_tokens(x, 6, 6, factor)
+    assert torch.equal(ours, Idefics3Connector.pixel_shuffle(None, x, factor))
+    if factor == 2:
+        internvl = InternVLModel.pixel_shuffle(None, x.view(2, 6, 6, 5), 0.5)
+        assert torch.equal(ours, internvl.flatten(1, 2))
+
+
+def test_projection() -> None:
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 24, 5), (7, 20), (7,)))
+    ours = velm_kernels.pixel_shuffle_tokens(x, 4, 6, 2, weight, bias)
+    theirs = torch.nn.functional.linear(idefics3(x, 4, 6, 2), weight, bias)
+    torch.testing.assert_close(ours, theirs)
+    upstream = torch.randn_like(ours)
+    for got, wanted in zip(*(torch.autograd.grad(out, (x, weight, bias), upstream) for out in (ours, theirs))):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_layouts_and_compile() -> None:
     channels_first = torch.randn(2, 5, 4, 6)
     x = channels_first.flatten(2).transpose(1, 2)
@@ -40,6 +64,9 @@ def test_layouts_and_compile() -> None:
     assert torch.equal(compiled(x, 4, 6, 2), expected)
 
 
+X = torch.randn(2, 24, 5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -48,6 +75,8 @@ def test_layouts_and_compile() -> None:
         ((torch.randn(2, 24, 5), 4, 6, 4), ValueError, "factor: .*width = 6, given 4"),
         ((torch.randn(2, 24, 5), 4, 6, 0), ValueError, "factor: expected at least 1, given 0"),
         ((torch.randn(2, 24, 5), 4.0, 6, 2), TypeError, "height: expected an integer"),
+        ((X, 4, 6, 2, torch.randn(7, 5)), ValueError, r"weight: expected \(out, 2\^2 \* 5 = 20\), given \(7, 5\)"),
+        ((X, 4, 6, 2, None, torch.randn(7)), ValueError, "bias: expected only together with weight"),
     ],
 )
 def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:

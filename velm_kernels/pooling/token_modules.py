@@ -136,8 +136,9 @@ class PerceiverResampler(nn.Module):
     ``blocks.i.0.`` with ``context_layer_norm``, ``latents_layer_norm`` (and, with ``qk_norm``, ``q_layer_norm`` and
     ``k_layer_norm``), ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``, of the feed-forward ``blocks.i.1.`` with
     ``ln``, ``fc``, ``c_proj``; and ``layer_norm``. No projection has a bias. OpenFlamingo's resampler, after its time
-    embeddings, is the same with ``activation="gelu"`` and other names: ``layers.i.0.`` ``norm_media``, ``norm_latents``, ``to_q``, ``to_kv`` (the
-    weights of keys and values one behind the other), ``to_out``; ``layers.i.1.`` ``0``, ``1``, ``3``; and ``norm``.
+    embeddings, is the same with ``activation="gelu"`` and other names: ``layers.i.0.`` with ``norm_media``,
+    ``norm_latents``, ``to_q``, ``to_kv`` (the weights of keys and values one behind the other) and ``to_out``;
+    ``layers.i.1.`` with ``0``, ``1`` and ``3``; and ``norm``.
 
     Args:
         dim: features of the tokens and of the latents.

@@ -5,10 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from velm_kernels import checks
+from velm_kernels.linear import linear
 
 
-def pixel_shuffle_tokens(x: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """Joins each square of ``factor`` x ``factor`` neighbouring tokens into one, in a single copy.
+def pixel_shuffle_tokens(
+    x: Tensor, height: int, width: int, factor: int, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Joins each square of ``factor`` x ``factor`` neighbouring tokens into one, in a single copy; with ``weight``,
+    projects them.
 
     This is how InternVL (Chen et al., 2024, section 3.2) and Idefics3 (Laurencon et al., 2024, section 3.1) make their
     image tokens fewer; both order them as here (InternVL from its second version on).
@@ -16,14 +20,20 @@ def pixel_shuffle_tokens(x: Tensor, height: int, width: int, factor: int) -> Ten
     Args:
         x: ``(..., height * width, dim)``, tokens row by row.
         height, width: of the map, in tokens. factor: divides both.
+        weight: ``(out, factor^2 * dim)``, of the projection that follows in Idefics3 and SmolVLM. In InternVL a layer
+            norm stands between the two.
+        bias: ``(out,)``, only with ``weight``.
 
     Returns:
         ``(..., height * width / factor^2, factor^2 * dim)``, contiguous: the new tokens row by row, in each the old
-        ones row by row.
+        ones row by row. With ``weight`` :func:`velm_kernels.linear` of that, ``(..., height * width / factor^2, out)``.
 
     Raises:
         TypeError: ``x`` is no tensor, or a size no integer.
         ValueError: sizes do not fit.
+
+    The copy stays beside the projection: on a CPU it takes a hundredth of its time at the sizes of these models, and one
+    product for each row of the squares, which needs no copy, takes twice to four times as long.
     """
     checks.tensor("x", x)
     for name, size in (("height", height), ("width", width), ("factor", factor)):
@@ -38,4 +48,13 @@ def pixel_shuffle_tokens(x: Tensor, height: int, width: int, factor: int) -> Ten
     leading, dim = x.shape[:-2], x.shape[-1]
     rows, columns = height // factor, width // factor
     squares = x.reshape(*leading, rows, factor, columns, factor, dim).transpose(-4, -3)
-    return squares.reshape(*leading, rows * columns, factor * factor * dim).contiguous()
+    joined = squares.reshape(*leading, rows * columns, factor * factor * dim).contiguous()
+    if weight is None:
+        if bias is not None:
+            raise ValueError("bias: expected only together with weight")
+        return joined
+    if checks.tensor("weight", weight).dim() != 2 or weight.shape[1] != joined.shape[-1]:
+        raise ValueError(
+            f"weight: expected (out, {factor}^2 * {dim} = {joined.shape[-1]}), given {tuple(weight.shape)}"
+        )
+    return linear(joined, weight, bias)
