@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -68,6 +69,32 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
 ONCE = BACKENDS if INTERPRETED else [Backend("reference"), *CPU_BACKENDS[-1:]]
 every_backend_once = pytest.mark.parametrize("backend", ONCE if INTERPRETED else [*ONCE, DEVICE_ON_HOST], ids=str)
 every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
+
+
+# Tests of what CMakeLists.txt leaves out of the emulated library, where avx512 serves for it.
+WIDENING = re.compile(r"tests/(fusion|pooling)/|/test_(gated_residual|merge)\.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Not twice on the same code: where a test runs on avx512, the emulated set would add nothing."""
+
+    def isa(item: pytest.Item) -> str | None:
+        return getattr(getattr(item, "callspec", None) and item.callspec.params.get("backend"), "isa", None)
+
+    def rest(item: pytest.Item) -> tuple:
+        others = {name: str(value) for name, value in item.callspec.params.items() if name != "backend"}
+        return item.path, item.originalname, tuple(sorted(others.items()))
+
+    on_avx512 = {rest(item) for item in items if isa(item) == "avx512"}
+    twice = [
+        item
+        for item in items
+        if isa(item) in cpu.TEST_ONLY and WIDENING.search(item.path.as_posix()) and rest(item) in on_avx512
+    ]
+    if twice:
+        dropped = set(twice)
+        items[:] = [item for item in items if item not in dropped]
+        config.hook.pytest_deselected(items=twice)
 
 
 @pytest.fixture(autouse=True)

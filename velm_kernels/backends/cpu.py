@@ -18,7 +18,8 @@ import torch
 from velm_kernels.backends import Arguments, register, tensors_of
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
-# its data layouts are tested on processors without the instruction; it is never chosen by itself.
+# its data layouts are tested on processors without the instruction; it is never chosen by itself. Operators that form
+# no such product are not in its library: those of avx512 serve for it.
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 TEST_ONLY = ("avx512_bf16_emulated",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,7 +128,17 @@ def op(name: str) -> Callable[..., Any]:
 
 @functools.cache
 def _operator(isa: str | None, name: str) -> Callable[..., Any]:
-    return getattr(getattr(torch.ops, f"velm_cpu_{isa}"), name).default
+    return getattr(getattr(torch.ops, f"velm_cpu_{_home(isa, name)}"), name).default
+
+
+def _home(isa: str | None, operator: str) -> str | None:
+    """The set whose library holds ``operator`` for ``isa``."""
+    lacks = isa in TEST_ONLY and not _is_registered(isa, operator)
+    return "avx512" if lacks and why_not("avx512") is None else isa
+
+
+def _is_registered(isa: str | None, operator: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"velm_cpu_{isa}::{operator}", "CPU")
 
 
 def unavailable() -> list[str]:
@@ -158,7 +169,7 @@ def has(operator: str) -> bool:
 
 @functools.cache
 def _implements(isa: str | None, operator: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"velm_cpu_{isa}::{operator}", "CPU")
+    return _is_registered(_home(isa, operator), operator)
 
 
 def register_cpu(
