@@ -29,6 +29,19 @@ class OfPair(nn.Module):
         return self.module(*x)
 
 
+class Modulated(nn.Module):
+    """The question scales and shifts what the picture is, and two layers follow."""
+
+    def __init__(self, film: nn.Module, size: int, fused: int) -> None:
+        super().__init__()
+        self.film = film
+        self.layers = nn.Sequential(nn.Linear(size, 2 * fused), nn.GELU(), nn.Linear(2 * fused, fused))
+
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        picture, question = x
+        return self.layers(self.film(picture, question))
+
+
 class QuestionAlone(nn.Module):
     """What the words alone give away: the picture is not looked at."""
 
@@ -53,8 +66,17 @@ def _bilinear(kind: type[nn.Module]) -> Callable[..., nn.Module]:
     return lambda sizes, fused: OfPair(kind(*sizes, fused))
 
 
-def _tensor_fusion(kind: type[nn.Module]) -> Callable[..., nn.Module]:
-    return lambda sizes, fused: OfPair(kind(list(sizes), fused))
+def _film(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+    return lambda sizes, fused: Modulated(kind(sizes[1], sizes[0]), sizes[0], fused)
+
+
+def _of_pair(name: str, *options: int) -> Forms:
+    """A module that takes any number of modalities, each an argument."""
+
+    def make(kind: type[nn.Module]) -> Callable[..., nn.Module]:
+        return lambda sizes, fused: OfPair(kind(list(sizes), fused, *options))
+
+    return Forms(make(getattr(velm_kernels, name)), make(getattr(plain, name)))
 
 
 # Called with the sizes of picture and question and with that of the result; the module takes both in a list.
@@ -63,12 +85,14 @@ FUSIONS: dict[str, Forms] = {
     "block": _published("Block", mm_dim=800, chunks=20, rank=15),
     "block-tucker": _published("BlockTucker", mm_dim=480, chunks=12),
     "concat-mlp": _published("ConcatMLP"),
+    "film": Forms(_film(velm_kernels.FiLM), _film(plain.FiLM)),
     "linear-sum": _published("LinearSum", activ_output=None),
+    "low-rank-fusion": _of_pair("LowRankFusion", 16),
     "mfb": _published("MFB", mm_dim=1000, factor=5, activ_input=None, activ_output=None, normalize=True),
     "mfh": _published("MFH", mm_dim=1000, factor=5, activ_input=None, activ_output=None, normalize=True),
     "mlb": _published("MLB", activ_input="tanh", activ_output=None),
     "mutan": _published("Mutan", mm_dim=360, rank=10),
-    "tensor-fusion": Forms(_tensor_fusion(velm_kernels.TensorFusion), _tensor_fusion(plain.TensorFusion)),
+    "tensor-fusion": _of_pair("TensorFusion"),
     "tucker": _published("Tucker", mm_dim=80),
     "question-alone": Forms(QuestionAlone, QuestionAlone),
 }

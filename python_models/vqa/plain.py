@@ -108,6 +108,20 @@ class TensorFusion(velm_kernels.TensorFusion):
         return F.linear(first, self.weight, self.bias)
 
 
+class LowRankFusion(velm_kernels.LowRankFusion):
+    def forward(self, *inputs: Tensor) -> Tensor:
+        product = 1.0
+        for x, factor in zip(inputs, self.factors, strict=True):
+            product = product * (F.pad(x, (1, 0), value=1.0) @ factor)
+        return torch.einsum("r,rbo->bo", self.weight, product) + self.bias
+
+
+class FiLM(velm_kernels.FiLM):
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        gamma, beta = self.linear(condition).chunk(2, -1)
+        return gamma * x + beta
+
+
 class AttentionPool(velm_kernels.AttentionPool):
     def forward(self, x: Tensor) -> Tensor:
         query = self.query.expand(len(x), *self.query.shape)
