@@ -128,6 +128,39 @@ class AttentionPool(velm_kernels.AttentionPool):
         return self.attention(query, x, x, need_weights=False)[0]
 
 
+class PerceiverResampler(velm_kernels.PerceiverResampler):
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.expand(len(x), *self.latents.shape)
+        for attention, layers in self.blocks:
+            normed = attention.latents_layer_norm(latents)
+            states = torch.cat([normed, attention.context_layer_norm(x)], 1)
+            query, key, value = (
+                layer(rows).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
+                for rows, layer in ((normed, attention.q_proj), (states, attention.k_proj), (states, attention.v_proj))
+            )
+            weights = (query @ key.transpose(2, 3) * attention.head_dim**-0.5).softmax(-1)
+            latents = latents + attention.output_proj((weights @ value).transpose(1, 2).flatten(2))
+            latents = latents + layers.c_proj(F.relu(layers.fc(layers.ln(latents))))
+        return self.layer_norm(latents)
+
+
+class TokenMerge(velm_kernels.TokenMerge):
+    """Of tokens that have not been merged before, all of them free to be."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        r, normed = int(self.ratio * x.shape[1]), F.normalize(x.detach(), dim=-1)
+        best, partner = (normed[:, ::2] @ normed[:, 1::2].transpose(1, 2)).max(-1)
+        order = best.argsort(-1, descending=True)
+
+        def rows(index: Tensor) -> Tensor:
+            return index[..., None].expand(-1, -1, x.shape[2])
+
+        kept = x[:, ::2].gather(1, rows(order[:, r:]))
+        merged, into = x[:, ::2].gather(1, rows(order[:, :r])), partner.gather(1, order[:, :r])
+        joined = x[:, 1::2].scatter_reduce(1, rows(into), merged, reduce="mean")
+        return (torch.cat([kept, joined], 1),)
+
+
 def mean(x: Tensor) -> Tensor:
     return x.mean(-2)
 

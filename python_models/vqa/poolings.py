@@ -49,11 +49,22 @@ class Unguided(nn.Module):
         return self.pool(regions), None
 
 
+class LargestOfMerged(Unguided):
+    """The largest values of half as many tokens, each the mean of similar regions."""
+
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, None]:
+        return self.pool(regions)[0].amax(1), None
+
+
 class LearnedQuery(Unguided):
     """A learned query attends over the regions, whatever the question."""
 
     def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, None]:
         return self.pool(regions)[:, 0], None
+
+
+def _perceiver(kind: Callable[..., nn.Module]) -> Callable[[int, int], nn.Module]:
+    return lambda dim, heads: LearnedQuery(kind(dim, 1, heads, dim // heads, n_latents=1, hidden_dim=2 * dim))
 
 
 def _mode(mode: str) -> Forms:
@@ -74,6 +85,11 @@ POOLINGS: dict[str, Forms] = {
     "learned-query": Forms(
         lambda dim, heads: LearnedQuery(velm_kernels.AttentionPool(dim, heads)),
         lambda dim, heads: LearnedQuery(plain.AttentionPool(dim, heads)),
+    ),
+    "perceiver": Forms(_perceiver(velm_kernels.PerceiverResampler), _perceiver(plain.PerceiverResampler)),
+    "token-merge": Forms(
+        lambda dim, heads: LargestOfMerged(velm_kernels.TokenMerge(ratio=0.5)),
+        lambda dim, heads: LargestOfMerged(plain.TokenMerge(ratio=0.5)),
     ),
     **{mode: _mode(mode) for mode in ("mean", "max", "logsumexp", "gem")},
 }
