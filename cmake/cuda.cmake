@@ -18,6 +18,7 @@ set(VELM_KERNEL_SOURCES
   attention/merge.cu
   attention/norm.cu
   fusion/bilinear.cu
+  fusion/bilinear_weight.cu
   fusion/dropout.cu
   fusion/factorized.cu
   fusion/modulation.cu

@@ -1,5 +1,5 @@
-// z[b, k] = sum_ij x[b, i] W[k, i, j] y[b, j] + bias[k] and its gradients. Nothing of the size of the outer product is
-// written to memory.
+// z[b, k] = sum_ij x[b, i] W[k, i, j] y[b, j] + bias[k] and the gradients of x and y. Nothing of the size of the outer
+// product is written to memory.
 //
 // Forward: for each i, t = y W_i^T by matrix instructions, W_i being the rows i of all W_k, and z += x[:, i] t in
 // registers. The other order, one product whose left operand x[b, i] y[b, j] is generated, takes as many operations:
@@ -14,40 +14,23 @@
 // Gradients of x and y: for each i, G = grad W_i in the same way (a tile of W is now used by rows and not by columns),
 // from which grad_y += x[:, i] G and grad_x[:, i] = sum_j y G are taken while it is in registers.
 //
-// Gradient of W: for each i, (grad x[:, i])^T y, with the left operand generated: four i at a time, so that tiles of
-// grad and y come from shared memory once for four products. A generated operand is rounded to the type of the tensors,
-// as the outer product of plain PyTorch is; grad x and not x y, which is the larger in float16.
-//
-// At 64 rows, 512 x 512 -> 256, the first two read 134 MB of W in 16 bits and the last writes as much, while 64 x 2
-// operations for two of these bytes are a third of what an H100 does in the time that it takes to move them: memory is
-// what they wait for. There are 4 tiles of z there, or 8 of grad_y, so i is shared out among blocks until there are 256
-// of them; their sums are added by a second kernel in a fixed order.
-
-#include "fusion/bilinear_cuda.h"
+// At 64 rows, 512 x 512 -> 256, they read 134 MB of W in 16 bits and the gradient of W (bilinear_weight.cu) writes as
+// much, while the 128 operations for two of these bytes are less than a third of what an H100 can do while it moves
+// them: memory is what they wait for. There are 4 tiles of z there, or 8 of grad_y, so i is shared out among blocks
+// until there are 256 of them; their sums are added by a second kernel in a fixed order.
 
 #include <algorithm>
 
-#include "attention/cuda_products.h"
 #include "device/launch.h"
+#include "fusion/bilinear_tiles.h"
 
 namespace velm::cuda {
 namespace {
 
-// Rows and columns of the results of a block, and of a warp.
-constexpr int kTile = 64, kWarpTile = 32;
+constexpr int kWarpTile = 32;
 // Rows i of the weight for which fragments are kept.
 constexpr int kSteps = 16;
 constexpr int kSlots = 4;
-// What is summed over at a time: 128 bytes of a row.
-template <class T>
-constexpr int kDepth = 128 / static_cast<int>(sizeof(T));
-// The same of a matrix instruction.
-template <class T>
-constexpr int kProduct = sizeof(T) == 4 ? 8 : 16;
-// i of the gradient of the weight for which tiles are read once.
-constexpr int kPlanes = 4;
-// Blocks that a launch should have.
-constexpr int64_t kBlocks = 256;
 
 // Sums in float32 that others are to be added to, or results.
 template <class T>
@@ -315,187 +298,6 @@ __global__ void __launch_bounds__(kThreads, 2) contraction_kernel(const Contract
       }
 }
 
-template <class T>
-struct WeightGradient {
-  ReadOnly<T> grad, x, y;
-  Global<T> to;
-  int64_t grad_stride, x_stride, y_stride;
-  int grad_width, y_width, to_width;
-  int64_t rows;
-  int out, dx, dy;
-  // i of a block, a multiple of kPlanes.
-  int steps;
-  unsigned out_blocks, column_blocks;
-};
-
-template <class T>
-struct WeightStorage {
-  SharedArray<T, 2, kDepth<T> * kTile> grad, y;
-  // Of 16 bits two rows beside each other for each i.
-  SharedArray<T, 2, kDepth<T> * kPlanes> x;
-  SharedArray<T, kWarps, 16 * kDepth<T>> stage;
-};
-
-template <class T>
-DEVICE_INLINE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-#if defined(__CUDACC__)
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  union {
-    uint32_t word;
-    Pair pair;
-  } u{a}, v{b};
-  u.pair = __hmul2(u.pair, v.pair);
-  return u.word;
-#else
-  union {
-    uint32_t word;
-    T pair[2];
-  } u{a}, v{b};
-  for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
-  return u.word;
-#endif
-}
-
-// What the rows of x are for kPlanes i, behind each other so that one access has all of them.
-template <class T>
-struct Planes {
-  static constexpr int kEach = kDepth<T> * kPlanes / kThreads;
-  T values[kEach];
-
-  DEVICE_INLINE void fetch(const WeightGradient<T>& p, int64_t first_row, int first) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int at = static_cast<int>(threadIdx.x) + j * kThreads, i = first + at % kPlanes;
-      const int64_t row = first_row + at / kPlanes;
-      values[j] = load_if(row < p.rows && i < p.dx, p.x + (row * p.x_stride + i), from_float<T>(0.0f));
-    }
-  }
-  DEVICE_INLINE void put(const Shared<T>& to) const {
-    constexpr int kBeside = 4 / static_cast<int>(sizeof(T));
-#pragma unroll
-    for (int j = 0; j < kEach; ++j) {
-      const int at = static_cast<int>(threadIdx.x) + j * kThreads, row = at / kPlanes, i = at % kPlanes;
-      to[(row / kBeside * kPlanes + i) * kBeside + row % kBeside] = values[j];
-    }
-  }
-};
-
-// A warp has 16 outputs and 64 columns of kPlanes i.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2) weight_kernel(const WeightGradient<T> p) {
-  auto& shared = static_shared<WeightStorage<T>>();
-  constexpr int kStages = kTile / kDepth<T>, kColumns = kDepth<T> / 8;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  const int group = lane / 4, member = lane % 4;
-  const auto first_out = static_cast<int>(blockIdx.x % p.out_blocks) * kTile;
-  const auto first_column = static_cast<int>(blockIdx.x / p.out_blocks % p.column_blocks) * kTile;
-  const auto begin = static_cast<int>(blockIdx.x / p.out_blocks / p.column_blocks) * p.steps;
-  const int end = min(begin + p.steps, p.dx);
-  const auto chunks = static_cast<int>((p.rows + kDepth<T> - 1) / kDepth<T>);
-
-  // Pieces of the rows come in turn, for every kPlanes i anew; if there are no more than slots, they stay.
-  Planes<T> planes;
-  int ahead = begin, chunk_ahead = 0;
-  const auto copy = [&](int slot) {
-    if (ahead < end && chunk_ahead < chunks) {
-      const int64_t row = int64_t{chunk_ahead} * kDepth<T>;
-      const auto rows = static_cast<int>(min(p.rows - row, int64_t{kDepth<T>}));
-      planes.fetch(p, row, ahead);
-      if (ahead == begin || chunks > 2) {
-        copy_tile<T, kTile, kDepth<T>>(shared.grad[slot], p.grad + (row * p.grad_stride + first_out), p.grad_stride,
-                                       rows, p.out - first_out, p.grad_width);
-        copy_tile<T, kTile, kDepth<T>>(shared.y[slot], p.y + (row * p.y_stride + first_column), p.y_stride, rows,
-                                       p.dy - first_column, p.y_width);
-      }
-      if (++chunk_ahead == chunks) {
-        chunk_ahead = 0;
-        ahead += kPlanes;
-      }
-    }
-    cp_async_commit();
-  };
-  copy(0);
-
-  int turn = 0;
-  for (int first = begin; first < end; first += kPlanes) {
-    float sum[kPlanes][kStages][kColumns][4] = {};
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const int slot = chunks == 1 ? 0 : turn;
-      planes.put(shared.x[turn]);
-      cp_async_wait<0>();
-      __syncthreads();
-      const Shared<T> x = shared.x[turn], grad = shared.grad[slot], y = shared.y[slot];
-      turn ^= 1;
-      copy(chunks == 1 ? 0 : turn);
-
-      const auto rows = static_cast<int>(min(p.rows - int64_t{chunk} * kDepth<T>, int64_t{kDepth<T>}));
-#pragma unroll 1
-      for (int row = 0; row < rows; row += kProduct<T>) {
-        if constexpr (sizeof(T) == 2) {
-          uint32_t whole[4], scaled[kPlanes][4];
-          const int row_a = row + lane % 8 + lane / 16 * 8, row_b = row + lane % 16;
-          ldmatrix_transposed<4>(whole,
-                                 grad + (row_a * kTile + ((2 * warp + lane / 8 % 2) ^ swap_of(row_a)) * kChunk<T>));
-          const auto pairs = pointer_cast<uint32_t>(x) + (row / 2 + member) * kPlanes;
-          const auto low = load<kPlanes>(pairs), high = load<kPlanes>(pairs + 4 * kPlanes);
-#pragma unroll
-          for (int i = 0; i < kPlanes; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) scaled[i][j] = multiply_pairs<T>(whole[j], j < 2 ? low[i] : high[i]);
-#pragma unroll
-          for (int n = 0; n < kColumns; n += 2) {
-            if (first_column + 8 * n >= p.dy) break;
-            uint32_t b[4];
-            ldmatrix_transposed<4>(b, y + (row_b * kTile + ((n + lane / 16) ^ swap_of(row_b)) * kChunk<T>));
-            const uint32_t left[2] = {b[0], b[1]}, right[2] = {b[2], b[3]};
-#pragma unroll
-            for (int i = 0; i < kPlanes; ++i) {
-              mma_m16n8k16<T>(sum[i][0][n], scaled[i], left);
-              mma_m16n8k16<T>(sum[i][0][n + 1], scaled[i], right);
-            }
-          }
-        } else {
-          Split<4> scaled[kPlanes];
-          const auto low = load<kPlanes>(x + (row + member) * kPlanes);
-          const auto high = load<kPlanes>(x + (row + member + 4) * kPlanes);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int of = row + member + j / 2 * 4;
-            const float whole = grad[of * kTile + ((16 * warp + j % 2 * 8 + group) ^ (swap_of(of) * kChunk<T>))];
-#pragma unroll
-            for (int i = 0; i < kPlanes; ++i) scaled[i].set(j, whole * (j < 2 ? low[i] : high[i]));
-          }
-#pragma unroll
-          for (int n = 0; n < kTile / 8; ++n) {
-            if (first_column + 8 * n >= p.dy) break;
-            Split<2> b;
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const int of = row + member + 4 * j;
-              const float value = y[of * kTile + ((8 * n + group) ^ (swap_of(of) * kChunk<T>))];
-              b.set(j, value);
-            }
-#pragma unroll
-            for (int i = 0; i < kPlanes; ++i) multiply_split(sum[i][n / kColumns][n % kColumns], scaled[i], b);
-          }
-        }
-      }
-    }
-    const Shared<T> stage = shared.stage[warp];
-#pragma unroll
-    for (int i = 0; i < kPlanes; ++i)
-#pragma unroll
-      for (int half = 0; half < kStages; ++half) {
-        if (first + i >= end) break;
-        const int column = first_column + half * kDepth<T>;
-        store_rows<T, kDepth<T>>(stage, sum[i][half], p.dy - column, p.to_width, [&](int row) {
-          const int out = first_out + 16 * warp + row;
-          return out < p.out ? p.to + ((int64_t{out} * p.dx + first + i) * p.dy + column) : Global<T>(nullptr);
-        });
-      }
-  }
-}
-
 constexpr int kAcross = 32, kDown = kThreads / kAcross;
 struct SumStorage {
   SharedArray<float, kDown, kAcross> sums;
@@ -531,10 +333,6 @@ void add(const Global<const From>& partials, const Span& bias, const Span& to, i
                                        elements, static_cast<int>(period));
 }
 
-int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
 // How the results of a contraction are shared out. Nothing but shapes decides, so that all devices give the same bits.
 struct Plan {
   int64_t row_blocks, column_blocks, steps, parts;
@@ -561,11 +359,6 @@ int64_t count_of(int64_t parts, int64_t rows, int64_t columns) {
   return parts > 1 ? parts * rows * columns : 0;
 }
 
-// The widest copies, in bytes, of rows with these strides.
-int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other = 0) {
-  return copy_width(RowSpan{span, other, 0, stride}, dtype);
-}
-
 template <class T>
 Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
   Contraction<T> c{};
@@ -582,32 +375,6 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
   c.row_blocks = static_cast<unsigned>(plan.row_blocks);
   c.column_blocks = static_cast<unsigned>(plan.column_blocks);
   return c;
-}
-
-template <class T>
-void weight_gradient(const Bilinear& p, Stream stream) {
-  WeightGradient<T> w{};
-  w.grad = global<const T>(p.grad);
-  w.x = global<const T>(p.x);
-  w.y = global<const T>(p.y);
-  w.to = global<T>(p.grad_weight);
-  w.grad_stride = p.grad_stride;
-  w.x_stride = p.x_stride;
-  w.y_stride = p.y_stride;
-  w.grad_width = width_of(p.grad, p.dtype, p.grad_stride);
-  w.y_width = width_of(p.y, p.dtype, p.y_stride);
-  w.to_width = width_of(p.grad_weight, p.dtype, p.dy);
-  w.rows = p.rows;
-  w.out = static_cast<int>(p.out);
-  w.dx = static_cast<int>(p.dx);
-  w.dy = static_cast<int>(p.dy);
-  w.out_blocks = static_cast<unsigned>(divide_up(p.out, kTile));
-  w.column_blocks = static_cast<unsigned>(divide_up(p.dy, kTile));
-  const int64_t tiles = int64_t{w.out_blocks} * w.column_blocks;
-  // Four times as many, as they are short.
-  const int64_t steps = divide_up(divide_up(p.dx, std::max<int64_t>(1, 4 * kBlocks / tiles)), kPlanes) * kPlanes;
-  w.steps = static_cast<int>(steps);
-  launch<weight_kernel<T>>(static_cast<unsigned>(tiles * divide_up(p.dx, steps)), kThreads, 0, stream, w);
 }
 
 }  // namespace
@@ -674,7 +441,7 @@ void bilinear_backward(const Bilinear& p, Stream stream) {
       if (p.grad_y && plan.parts > 1)
         add<float, T>(partials + of_x, {}, p.grad_y, plan.parts, p.rows * p.dy, p.rows * p.dy, 1, stream);
     }
-    if (p.grad_weight) weight_gradient<T>(p, stream);
+    if (p.grad_weight) bilinear_grad_weight(p, stream);
     if (p.grad_bias) add<T, T>(global<const T>(p.grad), {}, p.grad_bias, p.rows, p.grad_stride, p.out, 1, stream);
   });
 }

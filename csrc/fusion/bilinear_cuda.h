@@ -28,5 +28,7 @@ int64_t bilinear_backward_partials(const Bilinear& problem, bool wants_x, bool w
 
 void bilinear_forward(const Bilinear& problem, Stream stream);
 void bilinear_backward(const Bilinear& problem, Stream stream);
+// A part of backward.
+void bilinear_grad_weight(const Bilinear& problem, Stream stream);
 
 }  // namespace velm::cuda

@@ -7,26 +7,14 @@
 #include "attention/gated_residual_cuda.h"
 #include "attention/merge_cuda.h"
 #include "attention/norm_cuda.h"
-#include "device/numbers.h"
 #include "fusion/dropout_cuda.h"
-#include "tests/device_on_host/testing.h"
+#include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;
 using namespace velm::device;
 using namespace testing;
 
 namespace {
-
-template <class T>
-std::vector<T> random_values(int64_t count) {
-  std::vector<T> values(static_cast<size_t>(count));
-  for (T& x : values) x = from_float<T>(random_number());
-  return values;
-}
-
-bool close(double a, double b) {
-  return std::abs(a - b) <= 1e-2 * (1 + std::abs(b));
-}
 
 template <class T>
 void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_row, bool masked) {

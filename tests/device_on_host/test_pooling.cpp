@@ -2,28 +2,16 @@
 
 #include <cmath>
 
-#include "device/numbers.h"
 #include "pooling/attention_pool_cuda.h"
 #include "pooling/pool_cuda.h"
 #include "pooling/tokens_cuda.h"
-#include "tests/device_on_host/testing.h"
+#include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;
 using namespace velm::device;
 using namespace testing;
 
 namespace {
-
-template <class T>
-std::vector<T> random_values(int64_t count) {
-  std::vector<T> values(static_cast<size_t>(count));
-  for (T& x : values) x = from_float<T>(random_number());
-  return values;
-}
-
-bool close(double a, double b) {
-  return std::abs(a - b) <= 1e-2 * (1 + std::abs(b));
-}
 
 // The mean of the tokens that a mask leaves, and its gradient; then every mode, forward and backward.
 template <class T>

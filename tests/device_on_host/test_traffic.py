@@ -86,6 +86,37 @@ def test_dropout_residual(dtype: torch.dtype) -> None:
     check(count(x, residual), count(out), 1.13)
 
 
+def test_bilinear() -> None:
+    rows, dx, dy, out = 64, 64, 128, 64
+    x, y, grad = (torch.randn(rows, dim).bfloat16() for dim in (dx, dy, out))
+    weight, bias = torch.randn(out, dx, dy).bfloat16(), torch.randn(out).bfloat16()
+    leaves = [tensor.requires_grad_() for tensor in (x, y, weight, bias)]
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        z = velm_kernels.bilinear(*leaves)
+        forward, added = cuda.launches()
+        torch.autograd.grad(z, leaves, grad)
+    inputs, added_x, added_y, of_weight, of_bias = cuda.launches()
+    # The weight is read once, by parts of 16 i; the other side of each part for it, as tiles of 64 columns.
+    parts, columns = dx // 16, dy // 64
+    assert forward["blocks"] == parts
+    assert forward["global_bytes_read"] == count(weight, x) + parts * count(y)
+    assert forward["global_bytes_written"] == parts * 4 * z.numel()
+    assert added["global_bytes_read"] == parts * 4 * z.numel() + rows * count(bias)
+    assert added["global_bytes_written"] == count(z)
+    # With an out of half dy parts are twice as long, but tiles of columns are two.
+    parts = dx // 32
+    assert inputs["blocks"] == parts * columns
+    # grad for every 16 i.
+    assert inputs["global_bytes_read"] == count(weight, x, x) + parts * (count(y) + columns * 2 * count(grad))
+    assert inputs["global_bytes_written"] == 4 * (columns * x.numel() + parts * y.numel())
+    assert int(added_x["global_bytes_read"]) + int(added_y["global_bytes_read"]) == inputs["global_bytes_written"]
+    # Nothing is written but the gradient, and of what is read a block has one tile for all its i, here four.
+    assert of_weight["global_bytes_written"] == count(weight)
+    assert of_weight["global_bytes_read"] == dx // 4 * (columns * count(grad) + count(y)) + columns * count(x)
+    assert of_bias["global_bytes_read"] == count(grad) and of_bias["global_bytes_written"] == count(bias)
+
+
 HEADS, QUERIES, KEYS = 2, 130, 300
 # Rows of a block: each of them reads the keys and values that its rows see.
 BLOCK_ROWS = 64
