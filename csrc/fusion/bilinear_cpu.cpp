@@ -11,6 +11,7 @@
 
 #include "attention/small_ops.h"
 #include "simd/layout.h"
+#include "simd/pages.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 #include "simd/tile.h"
@@ -313,6 +314,7 @@ void weight_gradient(const Packed& x, const Packed& g, const Tensor& y, const Te
   const int64_t panels = divide_up(dy, kN), ldc = panels * kN, blocks = divide_up(dx, kR);
   with_type(grad_weight.scalar_type(), [&](auto t) {
     auto* to = mutable_data<decltype(t)>(grad_weight);
+    prefer_huge_pages(to, static_cast<size_t>(grad_weight.numel()) * sizeof(*to));
     parallel_ranges(out * blocks, 1, [&](int64_t begin, int64_t end) {
       Scratch own;
       float* a = own.take(kR * kBatchBlock);

@@ -13,6 +13,7 @@
 
 #include "attention/small_ops.h"
 #include "simd/layout.h"
+#include "simd/pages.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 
@@ -267,6 +268,7 @@ std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optiona
   for (const Modality& m : p.inputs) numbers += save ? m.size() : 0;
   Tensor kept = torch::stable::new_empty(x0, {numbers}, ScalarType::Float);
   p.keep(kept);
+  if (numbers > 0) prefer_huge_pages(mutable_data<float>(kept), static_cast<size_t>(numbers) * sizeof(float));
   with_type(x0.scalar_type(), [&](auto t) {
     using T = decltype(t);
     std::vector<float> start(static_cast<size_t>(p.out));
@@ -283,7 +285,10 @@ std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optiona
 
 // The gradient of a matrix in fp32: its own memory if that is fp32, else some apart, to be rounded at the end.
 float* start_of(const Tensor& gradient, Scratch& memory) {
-  return gradient.scalar_type() == ScalarType::Float ? mutable_data<float>(gradient) : memory.take(gradient.numel());
+  const int64_t numbers = gradient.numel();
+  float* to = gradient.scalar_type() == ScalarType::Float ? mutable_data<float>(gradient) : memory.take(numbers);
+  prefer_huge_pages(to, static_cast<size_t>(numbers) * sizeof(float));
+  return to;
 }
 void round_to(const Tensor& gradient, const float* from) {
   if (gradient.scalar_type() == ScalarType::Float) return;

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import CPU_BACKENDS, DEVICE_ON_HOST, INTERPRETED, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import Bilinear, bilinear, folded, reference
+from velm_kernels.fusion import Bilinear, bilinear, bilinear_rule, folded, reference
+from velm_kernels.linear import rule
 
 NAMES = ("x", "y", "weight", "bias")
 
@@ -189,7 +190,7 @@ def test_same_bits_for_any_number_of_threads(backend):
 @pytest.mark.parametrize(("regions", "grad_mask"), [(None, 11), (2, 5)])
 def test_operator_checks_and_compile(regions, grad_mask):
     name = "bilinear" if regions is None else "folded_bilinear"
-    values = [value.requires_grad_() for value in _inputs(5, 6, 7, 3, torch.float32, regions=regions)]
+    values = [value.requires_grad_() for value in _inputs(5, 6, 7, 5, torch.float32, regions=regions)]
     operator, backward = (getattr(torch.ops.velm, f"{name}_{which}").default for which in ("forward", "backward"))
     torch.library.opcheck(operator, (*values, ""))
     grad = torch.randn_like(operator(*values, ""))
@@ -234,6 +235,38 @@ def test_module_takes_the_place_of_torchs():
 def test_written_meaning():
     x, y, weight, bias = (value.double() for value in _inputs(4, 5, 6, 3, torch.float32))
     torch.testing.assert_close(reference.bilinear(x, y, weight, bias), F.bilinear(x, y, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dx", "dy", "out", "grad", "torchs"),
+    [
+        (1, 8, 9, 4, True, True),  # a call costs more than the work
+        (1, 8, 9, 5, True, False),
+        (2, 400, 400, 1, True, False),
+        (100, 8, 9, 16, False, True),
+        (300, 8, 9, 16, False, False),
+        (300, 8, 9, 4, False, True),
+        (8, 256, 256, 17, False, True),  # reading the weight is what takes the time
+        (8, 256, 255, 17, False, False),
+        (100, 256, 256, 17, False, False),
+    ],
+)
+def test_what_is_left_to_torch(rows, dx, dy, out, grad, torchs, monkeypatch):
+    x, y, weight, bias = (value.requires_grad_(grad) for value in _inputs(rows, dx, dy, out, torch.float32))
+    assert bilinear_rule.is_plain_torch(x, y, weight, bias) == torchs
+    for stranger in (x[:, None], x.double(), x[:, :-1]):
+        assert not bilinear_rule.is_plain_torch(stranger, y, weight, bias)
+    with rule.use_product("velm"):
+        assert not bilinear_rule.is_plain_torch(x, y, weight, bias)
+    if torchs:
+        assert torch.equal(bilinear(x, y, weight, bias), F.bilinear(x, y, weight, bias))
+
+
+@every_cpu_backend
+def test_torchs_forward_of_few_rows_has_the_gradients_of_the_operator(backend):
+    inputs = _inputs(3, 256, 256, 5, torch.float32)
+    assert bilinear_rule.torchs_forward(3, inputs[2])
+    _check(backend, inputs)
 
 
 ROW, OTHER, WEIGHT = torch.ones(2, 3), torch.ones(2, 4), torch.ones(5, 3, 4)

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
+from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
 
 GRAD_X, GRAD_Y, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4, 8
 
@@ -42,10 +44,13 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     Backward keeps x, y and weight, and computes only what needs a gradient. Three products of ``batch * out * dx * dy``
     multiplications make forward and backward: the gradients of x and y are read off one product ``g W``. Where x has
     one row for several regions it is multiplied into the weight first, whatever the sizes: that is a product for every
-    row of x instead of one for every region (``1 / dx + 1 / regions`` of the multiplications).
+    row of x instead of one for every region (``1 / dx + 1 / regions`` of the multiplications). On the CPU, small
+    calls are left to torch by a fixed rule: :mod:`velm_kernels.fusion.bilinear_rule`.
     """
     if isinstance(x, Tensor):
         x, y, weight, bias = checks.autocast(x, y, weight, bias)
+        if isinstance(y, Tensor) and isinstance(weight, Tensor) and is_plain_torch(x, y, weight, bias):
+            return F.bilinear(x, y, weight, bias)
     arguments = canonical(x, y, weight, bias)
     folds = arguments["y"].dim() == 3
     operator = torch.ops.velm.folded_bilinear_forward if folds else torch.ops.velm.bilinear_forward
@@ -200,9 +205,17 @@ for _name, _formula in (
 ):
     torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.velm, _name))(_formula)
 
+
+def _cpu_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torchs_forward(x.shape[0], weight):
+        return F.bilinear(x, y, weight, bias)
+    z: Tensor = cpu.op("bilinear_forward")(x, y, weight, bias)
+    return z
+
+
 register("bilinear_forward", "reference", folded.reference_forward, lambda arguments: [])
 register("bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
-cpu.register_cpu("bilinear_forward")
+cpu.register_cpu("bilinear_forward", _cpu_forward)
 cpu.register_cpu("bilinear_backward")
 cuda.register_cuda("bilinear_forward")
 cuda.register_cuda("bilinear_backward")

@@ -96,10 +96,15 @@ def use_product(name: str) -> Iterator[None]:
         _forced.pop()
 
 
+def forced_product() -> str | None:
+    """What :func:`use_product` says, or None."""
+    return _forced[-1] if _forced else None
+
+
 def own_product(
     x_rows: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> bool:
     """What the operators ask: :func:`faster_than_torch`, unless :func:`use_product` says otherwise."""
     if _forced:
-        return _forced[-1] == "velm"
+        return forced_product() == "velm"
     return faster_than_torch(x_rows, in_features, out_features, dtype, device, training)
