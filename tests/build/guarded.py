@@ -120,6 +120,20 @@ def fusion(dtype: torch.dtype, at_end: bool, rows: int, dx: int, dy: int, out_fe
     assert out.isfinite().all()
 
 
+def bilinear_attention(dtype: torch.dtype, at_end: bool, regions: int, words: int, k: int) -> None:
+    shapes = ((2, regions, k), (2, words, k), (3, k), (3,))
+    leaves = [guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes]
+    masks = {"v_mask": guarded(torch.rand(2, regions) > 0.3, at_end)}
+    masks["q_lengths"] = guarded(torch.tensor([words // 2, words], dtype=torch.int32), at_end)
+    maps, logits = velm_kernels.bilinear_attention(*leaves, return_logits=True, **masks)
+    grads = [guarded(torch.ones_like(maps), at_end) for _ in range(2)]
+    torch.autograd.grad((maps, logits), leaves, grads)
+    attention = guarded(maps.detach(), at_end).requires_grad_()
+    out = velm_kernels.bilinear_attention_pool(*leaves[:2], attention, **masks)
+    torch.autograd.grad(out, (*leaves[:2], attention), guarded(torch.ones_like(out), at_end))
+    assert maps.isfinite().all() and out.isfinite().all()
+
+
 def main() -> None:
     isa = sys.argv[1]
     torch.manual_seed(0)
@@ -138,6 +152,8 @@ def main() -> None:
                     pooling(dtype, at_end, *sizes)
                 for sizes in ((1, 1, 1, 1), (3, 17, 5, 2), (33, 14, 40, 19)):
                     fusion(dtype, at_end, *sizes)
+                for sizes in ((1, 1, 1), (5, 17, 33), (100, 14, 300)):
+                    bilinear_attention(dtype, at_end, *sizes)
     print("done")
 
 

@@ -356,6 +356,58 @@ def _factorized_check(layout: str, **options: Any) -> Check:
     return Check("factorized_pool", name, make, velm_kernels.factorized_pool, meaning, ("a", "b"))
 
 
+def _bilinear_attention_checks() -> list[Check]:
+    def make(generator: torch.Generator, pooled: bool) -> Inputs:
+        k, q_mask = 70, torch.ones(B, M, dtype=torch.bool)
+        q_mask[:, 3::4] = False
+        inputs: Inputs = {"v": _randn(generator, B, N, k), "q": _randn(generator, B, M, k)}
+        if pooled:
+            inputs |= {"attention": _randn(generator, B, 3, N, M)}
+        else:
+            inputs |= {"h": 2 * k**-0.5 * _randn(generator, 3, k), "bias": _randn(generator, 3), "return_logits": True}
+        return inputs | {"v_lengths": torch.tensor([N - 13, N]), "q_mask": q_mask}
+
+    def live(v_lengths: Tensor) -> Tensor:
+        return torch.arange(N, device=v_lengths.device) < v_lengths[:, None]
+
+    def meaning(
+        function: Callable[..., Any], v_lengths: Tensor, q_mask: Tensor, return_logits: bool = True, **inputs: Tensor
+    ) -> Any:
+        found = function(**inputs, v_live=live(v_lengths), q_live=q_mask)
+        # Of pairs that do not count the logits are infinite.
+        return found if isinstance(found, Tensor) else (found[0], found[1].clamp(min=-1e4))
+
+    def poison(inputs: Inputs) -> Inputs:
+        inputs["v"][~live(inputs["v_lengths"])] = torch.nan
+        inputs["q"][~inputs["q_mask"]] = torch.nan
+        return inputs
+
+    def attend(**inputs: Any) -> Any:
+        maps, logits = velm_kernels.bilinear_attention(**inputs)
+        return maps, logits.clamp(min=-1e4)
+
+    return [
+        Check(
+            "bilinear_attention",
+            "masks, with logits",
+            functools.partial(make, pooled=False),
+            attend,
+            functools.partial(meaning, fusion_reference.bilinear_attention),
+            ("v", "q", "h", "bias"),
+            poison,
+        ),
+        Check(
+            "bilinear_attention_pool",
+            "masks",
+            functools.partial(make, pooled=True),
+            velm_kernels.bilinear_attention_pool,
+            functools.partial(meaning, fusion_reference.bilinear_attention_pool),
+            ("v", "q", "attention"),
+            poison,
+        ),
+    ]
+
+
 def _tensor_fusion_check() -> Check:
     dims = (9, 14, 30)
 
@@ -426,6 +478,7 @@ def _fusion_checks() -> list[Check]:
         _weighted_sum_check(),
         _bilinear_check("pairs of rows", ()),
         _bilinear_check("one row for every region", (5,)),
+        *_bilinear_attention_checks(),
         _tensor_fusion_check(),
         _low_rank_check(),
         _factorized_check("outer"),

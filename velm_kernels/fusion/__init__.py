@@ -1,6 +1,7 @@
 """What joins modalities, and elementwise work of a layer in one pass over memory."""
 
 from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool
 from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
@@ -28,6 +29,8 @@ __all__ = [
     "TensorFusion",
     "Tucker",
     "bilinear",
+    "bilinear_attention",
+    "bilinear_attention_pool",
     "dropout_residual",
     "factorized_pool",
     "film",

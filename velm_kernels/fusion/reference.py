@@ -153,3 +153,25 @@ def outer_product_fusion(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Te
         return x[:, :, None] * y[:, None, :]
     products = x[:, :, :, None] * y[:, :, None, :]
     return (products if mask is None else products.masked_fill(~mask[:, :, None, None], 0.0)).sum(1)
+
+
+def bilinear_attention(
+    v: Tensor, q: Tensor, h: Tensor, bias: Tensor | None, v_live: Tensor, q_live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``softmax over the live pairs (i, j) of sum_k h[g, k] v[b, i, k] q[b, j, k] + bias[g]``, and its logits."""
+    v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
+    products = torch.einsum("gk,bik,bjk->bgij", h, v, q)
+    pairs = (v_live[:, None, :, None] & q_live[:, None, None]).expand(products.shape)
+    # The softmax does not see a bias. Where there is no pair, a softmax of other numbers: its gradient is not NaN.
+    some = pairs.any(-1).any(-1)[..., None, None]
+    scores = torch.where(some, products.masked_fill(~pairs, -torch.inf), 0.0)
+    maps = torch.where(pairs, scores.flatten(2).softmax(-1).view(scores.shape), 0.0)
+    logits = products if bias is None else products + bias[:, None, None]
+    return maps, logits.masked_fill(~pairs, -torch.inf)
+
+
+def bilinear_attention_pool(v: Tensor, q: Tensor, attention: Tensor, v_live: Tensor, q_live: Tensor) -> Tensor:
+    """``sum over the live pairs (i, j) of attention[b, g, i, j] v[b, i, k] q[b, j, k]``."""
+    v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
+    attention = torch.where(v_live[:, None, :, None] & q_live[:, None, None], attention, 0.0)
+    return torch.einsum("bgij,bik,bjk->bgk", attention, v, q)
