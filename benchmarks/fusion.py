@@ -268,8 +268,53 @@ def _outer_product(name: str, batch: int, regions: int, dx: int, dy: int) -> Cas
     )
 
 
+def _compact(name: str, batch: int, regions: int, dx: int, dy: int, dim: int) -> Case:
+    sketch_x, sketch_y = velm_kernels.make_sketch(dx, dim, seed=0), velm_kernels.make_sketch(dy, dim, seed=1)
+
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        return {"x": randn(batch, dx), "y": randn(batch, regions, dy) if regions else randn(batch, dy)}
+
+    def spectrum(x: Tensor, sketch: velm_kernels.Sketch) -> Tensor:
+        bucket, sign = (part.to(x.device) for part in sketch)
+        sketched = x.new_zeros(*x.shape[:-1], dim).scatter_add(-1, bucket.expand(x.shape), x * sign.to(x.dtype))
+        # torch transforms no half precision on the CPU.
+        return torch.fft.rfft(sketched.to(torch.promote_types(x.dtype, torch.float32)))
+
+    def published(x: Tensor, y: Tensor) -> Tensor:
+        x = x[:, None].expand(-1, regions, -1) if regions else x
+        return torch.fft.irfft(spectrum(x, sketch_x) * spectrum(y, sketch_y), n=dim).to(x.dtype)
+
+    def velm(x: Tensor, y: Tensor) -> Tensor:
+        a, b = (velm_kernels.Sketch(*(part.to(x.device) for part in pair)) for pair in (sketch_x, sketch_y))
+        return velm_kernels.compact_bilinear(x, y, a, b, dim)
+
+    rows = batch * max(1, regions)
+    # A real transform of n numbers, and those of one row of x for all regions once.
+    transform = 2.5 * dim * math.log2(dim)
+    flops = (2 * rows + batch) * transform
+    traffic = float(batch * dx + rows * (dy + dim))
+    return Case(
+        operator="compact_bilinear",
+        name=name,
+        shape=f"{batch}{f' x {regions}' if regions else ''} rows, {dx} + {dy} -> {dim}",
+        make=make,
+        wanted=("x", "y"),
+        ways={"eager": published, "velm": velm},
+        flops=flops,
+        traffic=traffic,
+        backward_flops=flops,
+        backward_traffic=2 * traffic - rows * dim,
+        work=float(rows * dim),
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _compact("mcb", 64, 0, 2048, 2048, 16000),
+        _compact("mcb-regions", 8, 36, 2048, 2048, 16000),
         _outer_product("outer-product", 64, 0, 256, 256),
         _outer_product("bilinear-pooling", 8, 196, 512, 512),
         _film("film", 32, 196, 768, False),

@@ -19,6 +19,7 @@ set(VELM_KERNEL_SOURCES
   attention/norm.cu
   fusion/bilinear.cu
   fusion/bilinear_weight.cu
+  fusion/count_sketch.cu
   fusion/dropout.cu
   fusion/factorized.cu
   fusion/modulation.cu
@@ -32,6 +33,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
+  csrc/fusion/count_sketch_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
   csrc/fusion/factorized_cuda.cpp
   csrc/fusion/modulation_cuda.cpp

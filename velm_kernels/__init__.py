@@ -14,6 +14,7 @@ from velm_kernels.attention import (
 )
 from velm_kernels.backends import explain, use_backend
 from velm_kernels.fusion import (
+    MCB,
     MFB,
     MFH,
     MLB,
@@ -25,15 +26,18 @@ from velm_kernels.fusion import (
     LinearSum,
     LowRankFusion,
     Mutan,
+    Sketch,
     TensorFusion,
     Tucker,
     bilinear,
     bilinear_attention,
     bilinear_attention_pool,
+    compact_bilinear,
     dropout_residual,
     factorized_pool,
     film,
     low_rank_fusion,
+    make_sketch,
     outer_product_fusion,
     tensor_fusion,
     weighted_sum,
@@ -61,6 +65,7 @@ from velm_kernels.pooling import (
 )
 
 __all__ = [
+    "MCB",
     "MFB",
     "MFH",
     "MLB",
@@ -87,6 +92,7 @@ __all__ = [
     "ProbePool",
     "SegmentPool",
     "SelectedTokens",
+    "Sketch",
     "TensorFusion",
     "TokenMerge",
     "Tucker",
@@ -96,6 +102,7 @@ __all__ = [
     "bilinear",
     "bilinear_attention",
     "bilinear_attention_pool",
+    "compact_bilinear",
     "cross_attention",
     "cross_attention_varlen",
     "dropout_residual",
@@ -105,6 +112,7 @@ __all__ = [
     "gated_residual",
     "linear",
     "low_rank_fusion",
+    "make_sketch",
     "masked_pool",
     "merge_attention",
     "merge_tokens",

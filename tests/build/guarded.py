@@ -114,6 +114,11 @@ def fusion(dtype: torch.dtype, at_end: bool, rows: int, dx: int, dy: int, out_fe
         gamma, beta = (guarded(torch.randn(2, dx).to(dtype), at_end).requires_grad_() for _ in range(2))
         out = velm_kernels.film(x, gamma, beta, channels_first=first)
         torch.autograd.grad(out, (x, gamma, beta), guarded(torch.ones_like(out), at_end))
+    hashes = [velm_kernels.make_sketch(dim, out_features) for dim in (dx, dy)]
+    hashes = [velm_kernels.Sketch(*(guarded(part, at_end) for part in pair)) for pair in hashes]
+    pair = [guarded(torch.randn(rows, dim).to(dtype), at_end).requires_grad_() for dim in (dx, dy)]
+    out = velm_kernels.compact_bilinear(*pair, *hashes, out_features)
+    torch.autograd.grad(out, pair, guarded(torch.ones_like(out), at_end))
     weights = guarded(torch.randn(2, 2), at_end).requires_grad_()
     out = velm_kernels.weighted_sum([x.transpose(1, 2), gamma], weights)
     torch.autograd.grad(out, (x, gamma, weights), guarded(torch.ones_like(out), at_end))

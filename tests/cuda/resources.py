@@ -35,7 +35,7 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(attention_pool|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
+    r"(attention_pool|count_sketch|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
     r".* (add_splits|delta|inverse_norms|merge_splits|sum_partials)_kernel<.*"
 )
 

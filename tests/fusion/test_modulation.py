@@ -46,7 +46,7 @@ def _check(ours, meaning, inputs, wanted):
 
 
 @every_backend_with_cuda
-@settings(max_examples=12)
+@settings(max_examples=min(12, settings().max_examples))
 @given(data=st.data())
 def test_film_of_any_shape(backend, data):
     small = INTERPRETED or backend.name == "device_on_host"
@@ -85,7 +85,7 @@ def test_film_of_any_shape(backend, data):
 
 
 @every_backend_with_cuda
-@settings(max_examples=12)
+@settings(max_examples=min(12, settings().max_examples))
 @given(data=st.data())
 def test_weighted_sum_of_any_shape(backend, data):
     small = INTERPRETED or backend.name == "device_on_host"

@@ -33,7 +33,13 @@ from velm_kernels.attention import triton_attention, triton_bidirectional, trito
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import triton_bilinear, triton_dropout, triton_factorized, triton_modulation
+from velm_kernels.fusion import (
+    triton_bilinear,
+    triton_count_sketch,
+    triton_dropout,
+    triton_factorized,
+    triton_modulation,
+)
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_attention_pool, triton_pool, triton_rows
 from velm_kernels.pooling.reference import MODES
@@ -93,6 +99,7 @@ STREAMING = (
     "dropout_residual",
     "factorized_pool",
     "factorized_pool_backward",
+    "count_sketch",
     "film",
     "film_backward",
     "film_along_backward",
@@ -201,6 +208,8 @@ def _modulation(dtype: torch.dtype) -> None:
     for along in (False, True):
         triton_modulation.film_forward(x, row, row, along, 0.0)
         triton_modulation.film_backward(x, x, row, along, 0.0, 7)
+    hashes = _empty(768), _empty(768, dtype=torch.float32)
+    triton_count_sketch.count_sketches(x[0], *hashes, x[0], *hashes, 16000)
     features = [x] * triton_modulation.AT_ONCE
     triton_modulation.weighted_sum_forward(features, weights)
     # The second of two launches would be that of the features with one region.

@@ -457,6 +457,26 @@ def _film_check(channels_first: bool) -> Check:
     return Check("film", name, make, velm_kernels.film, meaning, ("x", "gamma", "beta"))
 
 
+def _compact_check() -> Check:
+    hashes = velm_kernels.make_sketch(70, 200, seed=0), velm_kernels.make_sketch(90, 200, seed=1)
+
+    def make(generator: torch.Generator) -> Inputs:
+        return {"x": _randn(generator, B, 70), "y": _randn(generator, B, M, 90)}
+
+    def on(device: torch.device, m: int) -> velm_kernels.Sketch:
+        return velm_kernels.Sketch(*(part.to(device) for part in hashes[m]))
+
+    def ours(x: Tensor, y: Tensor) -> Tensor:
+        return velm_kernels.compact_bilinear(x, y, on(x.device, 0), on(x.device, 1), 200)
+
+    def meaning(x: Tensor, y: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        x, y, dtype = x[:, None].to(wide), y.to(wide), x.dtype
+        return fusion_reference.compact_bilinear(x, y, on(x.device, 0), on(x.device, 1), 200).to(dtype)
+
+    return Check("compact_bilinear", "one row for every region", make, ours, meaning, ("x", "y"))
+
+
 def _weighted_sum_check() -> Check:
     def make(generator: torch.Generator) -> Inputs:
         values = {"x0": _randn(generator, B, N, 90), "x1": _randn(generator, B, 90), "x2": _randn(generator, B, N, 90)}
@@ -476,6 +496,7 @@ def _fusion_checks() -> list[Check]:
         _film_check(False),
         _film_check(True),
         _weighted_sum_check(),
+        _compact_check(),
         _bilinear_check("pairs of rows", ()),
         _bilinear_check("one row for every region", (5,)),
         *_bilinear_attention_checks(),

@@ -3,6 +3,8 @@
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool
 from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
+from velm_kernels.fusion.compact import Sketch, compact_bilinear, make_sketch
+from velm_kernels.fusion.compact_modules import MCB
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
 from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
@@ -15,6 +17,7 @@ from velm_kernels.fusion.tensor_fusion import tensor_fusion
 from velm_kernels.fusion.weighted_sum import weighted_sum
 
 __all__ = [
+    "MCB",
     "MFB",
     "MFH",
     "MLB",
@@ -26,15 +29,18 @@ __all__ = [
     "LinearSum",
     "LowRankFusion",
     "Mutan",
+    "Sketch",
     "TensorFusion",
     "Tucker",
     "bilinear",
     "bilinear_attention",
     "bilinear_attention_pool",
+    "compact_bilinear",
     "dropout_residual",
     "factorized_pool",
     "film",
     "low_rank_fusion",
+    "make_sketch",
     "outer_product_fusion",
     "tensor_fusion",
     "weighted_sum",

@@ -175,3 +175,16 @@ def bilinear_attention_pool(v: Tensor, q: Tensor, attention: Tensor, v_live: Ten
     v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
     attention = torch.where(v_live[:, None, :, None] & q_live[:, None, None], attention, 0.0)
     return torch.einsum("bgij,bik,bjk->bgk", attention, v, q)
+
+
+def count_sketch(x: Tensor, index: Tensor, sign: Tensor, dim: int) -> Tensor:
+    """``out[..., j]`` is the sum of ``sign[i] * x[..., i]`` over the i with ``index[i] = j``."""
+    return x.new_zeros(*x.shape[:-1], dim).index_add(-1, index, x * sign)
+
+
+def compact_bilinear(
+    x: Tensor, y: Tensor, sketch_x: tuple[Tensor, Tensor], sketch_y: tuple[Tensor, Tensor], dim: int
+) -> Tensor:
+    """The circular convolution of the count sketches of x and y, through their Fourier transforms."""
+    a, b = (torch.fft.rfft(count_sketch(v, i, s.to(v.dtype), dim)) for v, (i, s) in ((x, sketch_x), (y, sketch_y)))
+    return torch.fft.irfft(a * b, n=dim)

@@ -1,0 +1,25 @@
+// Count sketches on a CUDA device: what the operator hands to the kernel.
+#pragma once
+
+#include "device/span.h"
+
+namespace velm::cuda {
+
+using device::Dtype;
+using device::Span;
+using device::Stream;
+
+struct CountSketch {
+  int64_t rows, features, dim, stride;
+  Dtype dtype;
+  // (rows, features), last stride 1.
+  Span x;
+  // int32: the features in the order of their buckets, and where each of them begins, dim + 1.
+  Span order;
+  // float32: (features,) and (rows, dim).
+  Span sign, out;
+};
+
+void count_sketch(const CountSketch& problem, Stream stream);
+
+}  // namespace velm::cuda
