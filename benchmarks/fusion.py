@@ -311,8 +311,85 @@ def _compact(name: str, batch: int, regions: int, dx: int, dy: int, dim: int) ->
     )
 
 
+def _bilinear_attention(name: str, batch: int, regions: int, words: int, k: int, glimpses: int) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        inputs: Inputs = {"v": randn(batch, regions, k), "q": randn(batch, words, k)}
+        return inputs | {"h": randn(glimpses, k) * k**-0.5, "bias": randn(glimpses)}
+
+    def maps_of(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return logits.flatten(2).softmax(2).view(logits.shape), logits
+
+    # The published code: h is multiplied into v for every glimpse.
+    def published(v: Tensor, q: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.einsum("xhyk,bvk,bqk->bhvq", h[None, :, None], v, q)
+        return maps_of(logits + bias[None, :, None, None])
+
+    def small_side(v: Tensor, q: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = (h[:, None] * q[:, None]).flatten(1, 2)
+        logits = (v @ scaled.transpose(1, 2)).view(batch, regions, glimpses, words)
+        return maps_of(logits.transpose(1, 2) + bias[None, :, None, None])
+
+    def velm(v: Tensor, q: Tensor, h: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        maps, logits = velm_kernels.bilinear_attention(v, q, h, bias, return_logits=True)
+        return maps, logits
+
+    product = 2.0 * batch * glimpses * regions * words * k
+    inputs, pairs = float(batch * (regions + words) * k + glimpses * k), float(batch * glimpses * regions * words)
+    return Case(
+        operator="bilinear_attention",
+        name=name,
+        shape=f"{batch} x {regions} regions x {words} words, {k}, {glimpses} glimpses",
+        make=make,
+        wanted=("v", "q", "h", "bias"),
+        ways={"eager": published, "peer": small_side, "velm": velm},
+        flops=product,
+        traffic=inputs + 2 * pairs,
+        backward_flops=2 * product,
+        backward_traffic=2 * inputs + 3 * pairs,
+        work=float(batch * glimpses * regions * k),
+    )
+
+
+def _bilinear_attention_pool(name: str, batch: int, regions: int, words: int, k: int) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        def randn(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        return {
+            "v": randn(batch, regions, k),
+            "q": randn(batch, words, k),
+            "attention": randn(batch, regions * words).softmax(1).view(batch, regions, words),
+        }
+
+    def published(v: Tensor, q: Tensor, attention: Tensor) -> Tensor:
+        return torch.einsum("bvk,bvq,bqk->bk", v, attention, q)
+
+    product, inputs = 2.0 * batch * regions * words * k, float(batch * (regions + words) * k + batch * regions * words)
+    return Case(
+        operator="bilinear_attention_pool",
+        name=name,
+        shape=f"{batch} x {regions} regions x {words} words, {k}",
+        make=make,
+        wanted=("v", "q", "attention"),
+        ways={"eager": published, "velm": velm_kernels.bilinear_attention_pool},
+        flops=product,
+        traffic=inputs + batch * k,
+        backward_flops=3 * product,
+        backward_traffic=2 * inputs + batch * k,
+        work=float(batch * k * words),
+    )
+
+
 def cases() -> list[Case]:
     return [
+        _bilinear_attention("ban", 64, 36, 14, 3840, 8),
+        _bilinear_attention("ban-100-regions", 16, 100, 20, 3072, 4),
+        _bilinear_attention("ban-patches", 4, 576, 64, 768, 8),
+        _bilinear_attention_pool("ban-pool", 64, 36, 14, 1280),
+        _bilinear_attention_pool("ban-pool-patches", 4, 576, 64, 768),
         _compact("mcb", 64, 0, 2048, 2048, 16000),
         _compact("mcb-regions", 8, 36, 2048, 2048, 16000),
         _outer_product("outer-product", 64, 0, 256, 256),

@@ -2,6 +2,7 @@
 
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool
+from velm_kernels.fusion.bilinear_attention_modules import BilinearAttention, BilinearAttentionPool
 from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.compact import Sketch, compact_bilinear, make_sketch
 from velm_kernels.fusion.compact_modules import MCB
@@ -22,6 +23,8 @@ __all__ = [
     "MFH",
     "MLB",
     "Bilinear",
+    "BilinearAttention",
+    "BilinearAttentionPool",
     "Block",
     "BlockTucker",
     "ConcatMLP",
