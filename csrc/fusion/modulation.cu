@@ -15,6 +15,7 @@ namespace {
 
 using namespace device;
 
+// Loops over regions are unrolled, so that several loads are on their way at a time.
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 
 unsigned divide_up(int64_t a, int64_t b) {
@@ -62,6 +63,7 @@ __global__ void __launch_bounds__(kThreads)
   float scale[Width], shift[Width];
   load_floats(gamma + (at.batch * shape.gamma_stride + at.column), scale);
   load_floats(beta + (at.batch * shape.beta_stride + at.column), shift);
+#pragma unroll 4
   for (int64_t r = at.first; r < at.last; ++r) {
     float value[Width];
     load_floats(x + (at.batch * shape.x_batch_stride + r * shape.x_stride + at.column), value);
@@ -79,6 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   if (at.column >= shape.dim) return;
   float scale[Width] = {}, of_gamma[Width] = {}, of_beta[Width] = {};
   if (grad_x) load_floats(gamma + (at.batch * shape.gamma_stride + at.column), scale);
+#pragma unroll 4
   for (int64_t r = at.first; r < at.last; ++r) {
     const int64_t place = (at.batch * shape.regions + r) * shape.dim + at.column;
     float g[Width], value[Width];
@@ -241,6 +244,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (!parts || !is_inside) return;
   float sum[Width] = {};
+#pragma unroll 4
   for (int64_t r = at.first; r < at.last; ++r) {
     float g[Width];
     load_floats(grad + ((at.batch * all.regions + r) * all.dim + at.column), g);

@@ -10,7 +10,7 @@ using device::Span;
 using device::Stream;
 
 // Regions that a block goes through. Sums over the regions of an entry are left by each block in `parts`, and added.
-constexpr int64_t kModulatedRegions = 16;
+constexpr int64_t kModulatedRegions = 32;
 inline int64_t modulated_blocks(int64_t regions) {
   return (regions + kModulatedRegions - 1) / kModulatedRegions;
 }

@@ -86,6 +86,41 @@ def test_dropout_residual(dtype: torch.dtype) -> None:
     check(count(x, residual), count(out), 1.13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_film(dtype: torch.dtype, channels_first: bool) -> None:
+    x, gamma, beta = torch.randn(2, 160, 512).to(dtype), torch.randn(2, 512).to(dtype), torch.randn(2, 512).to(dtype)
+    if channels_first:
+        x = x.transpose(1, 2).contiguous()
+    leaves = [leaf.requires_grad_() for leaf in (x, gamma, beta)]
+    grad = torch.randn(x.shape).to(dtype)
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.film(*leaves, channels_first=channels_first)
+        # Beyond the least: gamma and beta for each run of regions, and in backward their sums. Next to each other
+        # regions have one gamma, which all lanes of a warp ask for.
+        lanes = 32 if channels_first else 1
+        check(count(x) + lanes * count(gamma, beta), count(out), 1.08)
+        out.backward(grad)
+        check(count(x, grad) + lanes * count(gamma), count(x, gamma, beta), 1.15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weighted_sum(dtype: torch.dtype) -> None:
+    a, b, grad = (torch.randn(2, 160, 512).to(dtype) for _ in range(3))
+    row, weights = torch.randn(2, 512).to(dtype), torch.randn(2, 3)
+    leaves = [leaf.requires_grad_() for leaf in (a, b, row, weights)]
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.weighted_sum(leaves[:3], weights)
+        # The row for every region, and the weights for every thread of it: from a cache.
+        one_row = count(out) + count(weights) * out.shape[1] * 512 * dtype.itemsize // 16
+        check(count(a, b) + one_row, count(out), 1.08)
+        out.backward(grad)
+        # The gradient once for each feature and once for its sum over regions, after the first time from a cache.
+        check(count(a, b, row) + 3 * count(grad), count(a, b, row, weights), 1.15)
+
+
 def test_bilinear() -> None:
     rows, dx, dy, out = 64, 64, 128, 64
     x, y, grad = (torch.randn(rows, dim).bfloat16() for dim in (dx, dy, out))
