@@ -105,6 +105,9 @@ else()
   add_library(velm_cuda MODULE csrc/build_info.cpp ${kernels} ${VELM_KERNEL_OPERATORS})
   list(JOIN VELM_CUDA_ARCHS "," archs)
   target_compile_definitions(velm_cuda PRIVATE VELM_NAMESPACE=velm_cuda "VELM_ISA=\"${archs}\"")
+  if(VELM_CUDA_SMALL)
+    target_compile_definitions(velm_cuda PRIVATE VELM_ONLY_SMALL)
+  endif()
   target_include_directories(velm_cuda PRIVATE "${CMAKE_SOURCE_DIR}/csrc")
   target_compile_options(velm_cuda PRIVATE
     $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>
