@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, harness, linear, models, pooling, static
+from benchmarks import attention, fusion, harness, linear, models, pooling, published, static
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,6 +20,7 @@ OPERATORS = {
     "fusion": fusion.cases,
     "linear": linear.cases,
     "pooling": pooling.cases,
+    "published": published.cases,
 }
 FAMILIES = (*OPERATORS, "models")
 

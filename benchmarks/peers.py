@@ -1,12 +1,16 @@
-"""What people run on GPUs instead: FlashAttention, xFormers and FlexAttention, where they are installed.
+"""What people run instead, where it is installed: on GPUs FlashAttention, xFormers and FlexAttention; BLOCK's fusions.
 
-Every way takes the inputs of a case of `benchmarks.attention`, heads before the length, and gives its result back so.
+Every way of attention takes the inputs of a case of `benchmarks.attention`, heads before the length, and gives its
+result back so.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -112,3 +116,17 @@ def for_ranges() -> dict[str, Way]:
 def for_varlen(queries: int, keys: int) -> dict[str, Way]:
     """Ways for packed sequences of at most so many queries and keys."""
     return {"flash": functools.partial(flash_attention_varlen, queries, keys)} if installed("flash_attn") else {}
+
+
+@functools.cache
+def block_fusions() -> Any:
+    """The fusions of block-bootstrap-pytorch, or None. Its package imports the logger of a framework that they do not
+    need: a stub takes its place where that is not installed."""
+    if not installed("block"):
+        return None
+    if not installed("bootstrap"):
+        names = ("bootstrap", "bootstrap.lib", "bootstrap.lib.logger")
+        stubs = {name: types.ModuleType(name) for name in names}
+        stubs[names[-1]].Logger = object  # type: ignore[attr-defined]
+        sys.modules.update(stubs)
+    return importlib.import_module("block").models.networks.fusions.fusions

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 
 import velm_kernels
+from benchmarks.peers import block_fusions
 from tests.numbers import assert_accurate
 
 
 @pytest.fixture(scope="module")
 def peers():
-    """Its fusions. The package imports the logger of a framework that is not needed for them."""
-    names = ("bootstrap", "bootstrap.lib", "bootstrap.lib.logger")
-    stubs = {name: ModuleType(name) for name in names}
-    stubs[names[-1]].Logger = object
-    with pytest.MonkeyPatch.context() as patch:
-        for name, stub in stubs.items():
-            patch.setitem(sys.modules, name, stub)
-        return pytest.importorskip("block").models.networks.fusions.fusions
+    return block_fusions() or pytest.skip("block.bootstrap.pytorch is not installed")
 
 
 DIMS, OUT = [7, 9], 5
