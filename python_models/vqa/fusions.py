@@ -88,6 +88,7 @@ FUSIONS: dict[str, Forms] = {
     "film": Forms(_film(velm_kernels.FiLM), _film(plain.FiLM)),
     "linear-sum": _published("LinearSum", activ_output=None),
     "low-rank-fusion": _of_pair("LowRankFusion", 16),
+    "mcb": _published("MCB", mm_dim=4000, activ_output=None),
     "mfb": _published("MFB", mm_dim=1000, factor=5, activ_input=None, activ_output=None, normalize=True),
     "mfh": _published("MFH", mm_dim=1000, factor=5, activ_input=None, activ_output=None, normalize=True),
     "mlb": _published("MLB", activ_input="tanh", activ_output=None),

@@ -122,6 +122,35 @@ class FiLM(velm_kernels.FiLM):
         return gamma * x + beta
 
 
+class MCB(_Projected, velm_kernels.MCB):
+    def forward(self, x: Sequence[Tensor]) -> Tensor:
+        spectra = []
+        for value, sketch in zip(x, (self.mcb.sketch1, self.mcb.sketch2), strict=True):
+            sums = value.new_zeros(*value.shape[:-1], self.mm_dim).index_add(-1, sketch.h.long(), value * sketch.s)
+            spectra.append(torch.fft.rfft(sums))
+        return self.activated(self.linear_out(torch.fft.irfft(spectra[0] * spectra[1], self.mm_dim)), self.activ_output)
+
+
+def _weight_normed(projection: nn.Module, x: Tensor) -> Tensor:
+    (layer,) = projection.main.values()
+    return F.relu(F.linear(x, layer.weight_v * (layer.weight_g / layer.weight_v.norm()), layer.bias))
+
+
+class BilinearAttention(velm_kernels.BilinearAttention):
+    def forward(self, v: Tensor, q: Tensor, v_mask: None = None) -> tuple[Tensor, Tensor]:
+        parts = self.logits
+        v, q = _weight_normed(parts.v_net, v), _weight_normed(parts.q_net, q)
+        h = parts.h_mat_v * (parts.h_mat_g / parts.h_mat_v.norm())
+        logits = (h * v[:, None]) @ q[:, None].transpose(2, 3) + parts.h_bias
+        return logits.flatten(2).softmax(-1).view_as(logits), logits
+
+
+class BilinearAttentionPool(velm_kernels.BilinearAttentionPool):
+    def forward(self, v: Tensor, q: Tensor, attention: Tensor) -> Tensor:
+        v, q = _weight_normed(self.v_net, v), _weight_normed(self.q_net, q)
+        return torch.einsum("bvk,bgvq,bqk->bgk", v, attention, q)
+
+
 class AttentionPool(velm_kernels.AttentionPool):
     def forward(self, x: Tensor) -> Tensor:
         query = self.query.expand(len(x), *self.query.shape)

@@ -38,6 +38,19 @@ class PlainGuidedAttention(GuidedAttention):
         return weights @ value, weights.sum(2)
 
 
+class GuidedBilinear(nn.Module):
+    """Bilinear attention over pairs of a region and the question, one map a head, the features of all maps added."""
+
+    def __init__(self, attention: nn.Module, pool: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.joint = attention, pool
+
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
+        words = question[:, None]
+        maps, _ = self.attention(regions, words, v_mask=None)
+        return self.joint(regions, words, maps).sum(1), maps.mean(1)[..., 0]
+
+
 class Unguided(nn.Module):
     """Pools all regions, whatever the question."""
 
@@ -63,7 +76,16 @@ class LearnedQuery(Unguided):
         return self.pool(regions)[:, 0], None
 
 
-def _perceiver(kind: Callable[..., nn.Module]) -> Callable[[int, int], nn.Module]:
+def _bilinear_attention(
+    attention: Callable[..., nn.Module], pool: Callable[..., nn.Module]
+) -> Callable[..., nn.Module]:
+    def make(dim: int, heads: int) -> nn.Module:
+        return GuidedBilinear(attention(dim, dim, dim, heads, (0.0, 0.0)), pool(dim, dim, dim, 0.0))
+
+    return make
+
+
+def _perceiver(kind: type[nn.Module]) -> Callable[[int, int], nn.Module]:
     return lambda dim, heads: LearnedQuery(kind(dim, 1, heads, dim // heads, n_latents=1, hidden_dim=2 * dim))
 
 
@@ -82,6 +104,10 @@ def _mode(mode: str) -> Forms:
 # regions (batch, regions), which sum to 1.
 POOLINGS: dict[str, Forms] = {
     "attention": Forms(GuidedAttention, PlainGuidedAttention),
+    "bilinear-attention": Forms(
+        _bilinear_attention(velm_kernels.BilinearAttention, velm_kernels.BilinearAttentionPool),
+        _bilinear_attention(plain.BilinearAttention, plain.BilinearAttentionPool),
+    ),
     "learned-query": Forms(
         lambda dim, heads: LearnedQuery(velm_kernels.AttentionPool(dim, heads)),
         lambda dim, heads: LearnedQuery(plain.AttentionPool(dim, heads)),
