@@ -38,6 +38,7 @@ from velm_kernels.fusion import (
     triton_count_sketch,
     triton_dropout,
     triton_factorized,
+    triton_low_rank,
     triton_modulation,
 )
 from velm_kernels.linear import triton_linear
@@ -114,10 +115,12 @@ STREAMING = (
     "attention_pool_softmax_backward",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
+LOW_RANK = ("low_rank", "low_rank_gradients")
 # Kernels with products whose block sizes are fixed.
 PRODUCTS = (
     "linear",
     *BILINEAR,
+    *LOW_RANK,
     "attention_pool_products",
     "attention_pool_pooled",
     "attention_pool_tokens",
@@ -196,6 +199,10 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)
+        low_rank = (*[few] * 4, *[_empty(4, 1 + WIDEST, WIDEST, dtype=dtype)] * 4, row[:4])
+        fused, _ = triton_low_rank.low_rank_fusion_forward(*low_rank, row[:WIDEST], few.shape[0], True)
+        nothing = _empty(0, dtype=torch.float32)
+        triton_low_rank.low_rank_fusion_backward(fused, *low_rank, nothing, few.shape[0], 1023)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
         _modulation(dtype)
         _pooling(dtype)

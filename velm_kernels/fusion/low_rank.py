@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public
+from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs
@@ -242,5 +242,6 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
     register(f"low_rank_fusion_{_name}", "reference", _function, lambda arguments: [])
+    triton.register_triton(f"low_rank_fusion_{_name}", "fusion.triton_low_rank")
     cpu.register_cpu(f"low_rank_fusion_{_name}")
 register_public("low_rank_fusion", "low_rank_fusion_forward", canonical)
