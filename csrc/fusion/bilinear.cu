@@ -53,6 +53,8 @@ struct Contraction {
   ReadOnly<T> x, a, y, weight, bias;
   int64_t x_stride, a_stride, y_stride, out_stride, row_stride;
   int x_width, a_width, weight_width;
+  // Rows of the weight that begin at no multiple of 4 bytes are copied from the element before them on.
+  bool shifts;
   int64_t rows;
   int dx, depth, columns;
   // i of a block.
@@ -63,13 +65,51 @@ struct Contraction {
 };
 
 template <class T, bool kBackward>
-struct Storage {
+struct alignas(128) Storage {
   SharedArray<T, kSlots, kTile * kDepth<T>> ring;
+  // The last element of rows that are out of step, and one that does not matter.
+  SharedArray<T, kSlots, sizeof(T) == 2 ? 2 * kTile : 2> last;
   // By i, so that neither eight rows nor sixteen i of two rows meet in a bank.
   SharedArray<float, kSteps, kTile + 2> x;
   // Of each half of the columns.
   SharedArray<float, 2, kBackward ? kSteps : 1, kTile + 2> grad_x;
 };
+
+// Begins to copy rows of 16-bit elements whose beginnings, `first` and multiples of `stride` from there, are at even
+// and at odd elements, as those of tensor_fusion are with its 1 in front. Copies of less than 4 bytes are not
+// asynchronous, so an odd row is copied from the element before it on, which `align` puts right. A warp copies a row at
+// a time.
+template <class T>
+DEVICE_INLINE void copy_odd_rows(const Shared<T>& tile, const Shared<T>& last, ReadOnly<T> from, int64_t first,
+                                 int64_t stride, int rows, int dim) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+#pragma unroll 2
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < kTile; row += kWarps) {
+    const int64_t at = first + row * stride;
+    const int left = row < rows ? dim : -1, odd = static_cast<int>(at & 1), column = 2 * lane - odd;
+    cp_async<4>(tile + (row * kTile + ((2 * lane) ^ (swap_of(row) * kChunk<T>))),
+                from + (left > column ? at + column : 0), min(max(left - column, 0), 2) * 2);
+    if (odd && lane == 31)
+      cp_async<4>(last + 2 * row, from + (left > column + 2 ? at + column + 2 : 0),
+                  min(max(left - column - 2, 0), 2) * 2);
+  }
+}
+
+// All threads of a block take part; a barrier follows.
+template <class T>
+DEVICE_INLINE void align(const Shared<T>& tile, const Shared<T>& last, int64_t first, int64_t stride) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  for (int row = static_cast<int>(threadIdx.x) / 32; row < kTile; row += kWarps) {
+    if (((first + row * stride) & 1) == 0) continue;
+    const auto words = pointer_cast<uint32_t>(tile + row * kTile);
+    const int swap = swap_of(row) * 4;
+    const uint32_t low = words[lane ^ swap];
+    uint32_t high = words[(lane + 1) % 32 ^ swap];
+    if (lane == 31) high = pointer_cast<uint32_t>(last)[row];
+    __syncwarp();
+    words[lane ^ swap] = low >> 16 | high << 16;
+  }
+}
 
 // 32 rows of `a`, as matrix instructions take them.
 template <class T>
@@ -154,7 +194,8 @@ DEVICE_INLINE float sum_of_quad(const float (&value)[4]) {
 }
 
 template <class T, bool kBackward>
-__global__ void __launch_bounds__(kThreads, 2) contraction_kernel(const Contraction<T> p) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBackward ? 3 : 2)
+    contraction_kernel(const Contraction<T> p) {
   auto& shared = static_shared<Storage<T, kBackward>>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
   const int warp_row = thread / 64 * kWarpTile, warp_half = thread / 32 % 2, warp_column = warp_half * kWarpTile;
@@ -169,19 +210,24 @@ __global__ void __launch_bounds__(kThreads, 2) contraction_kernel(const Contract
   struct {
     int first, depth, item;
   } ahead = {begin, 0, kOfX};
+  const auto weight_at = [&](int i, int depth) {
+    return i * p.row_stride + (kBackward ? depth * p.out_stride + first_column : first_column * p.out_stride + depth);
+  };
   const auto copy = [&](int slot) {
     if (ahead.first >= end) return;
     const int count = min(kSteps, end - ahead.first), depth = p.depth - ahead.depth;
-    const int64_t row_of_weight = (ahead.first + ahead.item) * p.row_stride;
-    if (kBackward && ahead.item >= 0) {
-      copy_tile<T, kTile, kDepth<T>>(shared.ring[slot],
-                                     p.weight + (ahead.depth * p.out_stride + row_of_weight + first_column),
-                                     p.out_stride, depth, columns, p.weight_width);
+    const int64_t of_weight = weight_at(ahead.first + ahead.item, ahead.depth);
+    if (sizeof(T) == 2 && p.shifts && ahead.item >= 0) {
+      copy_odd_rows<T>(shared.ring[slot], shared.last[slot], p.weight, of_weight, p.out_stride,
+                       kBackward ? depth : columns, kBackward ? columns : depth);
+    } else if (kBackward && ahead.item >= 0) {
+      copy_tile<T, kTile, kDepth<T>>(shared.ring[slot], p.weight + of_weight, p.out_stride, depth, columns,
+                                     p.weight_width);
     } else {
       const bool of_x = ahead.item == kOfX, of_a = ahead.item == kOfA;
       const Global<const T> from = of_x   ? p.x + (first_row * p.x_stride + ahead.first)
                                    : of_a ? p.a + (first_row * p.a_stride + ahead.depth)
-                                          : p.weight + (first_column * p.out_stride + row_of_weight + ahead.depth);
+                                          : p.weight + of_weight;
       copy_tile<T, kDepth<T>, kTile>(shared.ring[slot], from,
                                      of_x   ? p.x_stride
                                      : of_a ? p.a_stride
@@ -239,6 +285,10 @@ __global__ void __launch_bounds__(kThreads, 2) contraction_kernel(const Contract
 #pragma unroll 1
       for (int i = 0; i < count; ++i) {
         slot = ring.next(copy);
+        if (sizeof(T) == 2 && p.shifts) {
+          align<T>(shared.ring[slot], shared.last[slot], weight_at(first + i, depth), p.out_stride);
+          __syncthreads();
+        }
         if (warp_row >= rows) continue;
         float x[4];
 #pragma unroll
@@ -369,6 +419,7 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
   c.row_stride = p.row_stride;
   c.x_width = width_of(p.x, p.dtype, p.x_stride);
   c.weight_width = width_of(p.weight, p.dtype, p.row_stride, p.out_stride);
+  c.shifts = c.weight_width == 2 && reinterpret_cast<uintptr_t>(p.weight.data) % 4 == 0;
   c.rows = p.rows;
   c.dx = static_cast<int>(p.dx);
   c.steps = static_cast<int>(plan.steps);

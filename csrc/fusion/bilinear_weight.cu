@@ -30,7 +30,7 @@ struct WeightGradient {
 };
 
 template <class T>
-struct WeightStorage {
+struct alignas(128) WeightStorage {
   SharedArray<T, 2, kDepth<T> * kTile> grad, y;
   // Of 16 bits two rows beside each other for each i.
   SharedArray<T, 2, kDepth<T> * kPlanes> x;

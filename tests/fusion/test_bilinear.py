@@ -79,7 +79,7 @@ def test_shapes_that_are_cut(backend, sizes):
     ("sizes", "dtype"),
     [
         ((130, 37, 66, 3), torch.bfloat16),  # rows in more pieces than there is room for; i in parts
-        ((70, 20, 130, 67), torch.float16),  # y and its gradient in pieces, outputs in tiles
+        ((70, 20, 131, 67), torch.float16),  # y and its gradient in pieces, outputs in tiles; odd rows
         ((33, 21, 68, 40), torch.float32),
         ((66, 9, 3, 130), torch.float32),  # the sum over outputs in pieces
     ],
