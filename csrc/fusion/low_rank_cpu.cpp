@@ -147,13 +147,6 @@ struct Products {
 };
 
 template <class F>
-VELM_INLINE void with_count(int count, const F& f) {
-  if (count == 2) return f(std::integral_constant<int, 2>{});
-  if (count == 3) return f(std::integral_constant<int, 3>{});
-  f(std::integral_constant<int, 4>{});
-}
-
-template <class F>
 VELM_INLINE void for_vectors(int64_t first, int64_t last, const F& f) {
   int64_t o = first;
   for (; o + kLanes <= last; o += kLanes) f(o, std::integral_constant<int, kLanes>{});
@@ -176,22 +169,21 @@ VELM_INLINE void store_some(float* p, Vec x, N n) {
 
 // sums (rows, out) += the sum over ranks of weight[r] times the product over modalities, in the order of the ranks.
 void add_products(const Products& p, int64_t rows, int64_t out, const float* weight, float* sums) {
-  with_count(p.count, [&](auto modalities) {
-    constexpr int kCount = decltype(modalities)::value;
-    parallel_ranges(rows, kGrain / (p.ranks * out), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        for (int64_t r = 0; r < p.ranks; ++r) {
-          const float* of[kCount];
-          for (int m = 0; m < kCount; ++m) of[m] = p.data[m] + (r * p.rows[m] + row / p.repeat[m]) * out;
-          const Vec factor(weight[r]);
-          for_vectors(0, out, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
-            Vec product = factor;
-            unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA { product *= load_some(of[m] + o, lanes); });
-            store_some(sums + row * out + o, load_some(sums + row * out + o, lanes) + product, lanes);
+  parallel_ranges(rows, kGrain / (p.ranks * out), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t r = 0; r < p.ranks; ++r) {
+        const float* of[kMost];
+        for (int m = 0; m < p.count; ++m) of[m] = p.data[m] + (r * p.rows[m] + row / p.repeat[m]) * out;
+        const Vec factor(weight[r]);
+        for_vectors(0, out, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
+          Vec product = factor;
+          unroll<kMost>([&](auto m) VELM_INLINE_LAMBDA {
+            if (m < p.count) product *= load_some(of[m] + o, lanes);
           });
-        }
+          store_some(sums + row * out + o, load_some(sums + row * out + o, lanes) + product, lanes);
+        });
       }
-    });
+    }
   });
 }
 
@@ -205,53 +197,52 @@ void gradients_of_products(const Products& p, int64_t rows, int64_t out, const f
   const int64_t unit = *std::max_element(p.repeat, p.repeat + p.count);
   const int64_t chunks = divide_up(out, kColumns), tasks = rows / unit * ranks * chunks;
   std::vector<float> sums(static_cast<size_t>(tasks));
-  with_count(p.count, [&](auto modalities) {
-    constexpr int kCount = decltype(modalities)::value;
-    parallel_ranges(tasks, kGrain / (unit * kColumns), [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t entry = task / (ranks * chunks), r = task / chunks % ranks;
-        const int64_t first = task % chunks * kColumns, last = std::min(first + kColumns, out);
-        const Vec scale(weight[r]);
-        const float* from[kCount];
-        float* to[kCount];
-        int64_t step[kCount];  // from a row of the result to the next
-        for (int m = 0; m < kCount; ++m) {
-          step[m] = p.repeat[m] > 1 ? 0 : out;
-          const int64_t at = (r * p.rows[m] + (step[m] ? entry * unit : entry)) * out;
-          from[m] = p.data[m] + at;
-          to[m] = gradients[m] + at;
-        }
-        Vec sum = zero();
-        for_vectors(first, last, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
-          Vec held[kCount];
-          unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA { held[m] = zero(); });
-          for (int64_t t = 0; t < unit; ++t) {
-            Vec product[kCount], others[kCount];
-            Vec before = load_some(grad + (entry * unit + t) * out + o, lanes);
-            unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA {
-              product[m] = load_some(from[m] + t * step[m] + o, lanes);
-              others[m] = before;
-              before *= product[m];
-            });
-            sum += before;
-            Vec after = scale;
-            unroll<kCount>([&](auto i) VELM_INLINE_LAMBDA {
-              constexpr int m = kCount - 1 - i;
-              const Vec gradient = others[m] * after;
-              after *= product[m];
-              if (step[m])
-                store_some(to[m] + t * step[m] + o, gradient, lanes);
-              else
-                held[m] += gradient;
-            });
-          }
-          unroll<kCount>([&](auto m) VELM_INLINE_LAMBDA {
-            if (!step[m]) store_some(to[m] + o, held[m], lanes);
-          });
-        });
-        sums[static_cast<size_t>(task)] = sum_lanes(sum);
+  parallel_ranges(tasks, kGrain / (unit * kColumns), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t entry = task / (ranks * chunks), r = task / chunks % ranks;
+      const int64_t first = task % chunks * kColumns, last = std::min(first + kColumns, out);
+      const Vec scale(weight[r]);
+      const float* from[kMost];
+      float* to[kMost];
+      int64_t step[kMost];  // from a row of the result to the next
+      for (int m = 0; m < p.count; ++m) {
+        step[m] = p.repeat[m] > 1 ? 0 : out;
+        const int64_t at = (r * p.rows[m] + (step[m] ? entry * unit : entry)) * out;
+        from[m] = p.data[m] + at;
+        to[m] = gradients[m] + at;
       }
-    });
+      Vec sum = zero();
+      for_vectors(first, last, [&](int64_t o, auto lanes) VELM_INLINE_LAMBDA {
+        Vec held[kMost];
+        unroll<kMost>([&](auto m) VELM_INLINE_LAMBDA { held[m] = zero(); });
+        for (int64_t t = 0; t < unit; ++t) {
+          Vec product[kMost], others[kMost];
+          Vec before = load_some(grad + (entry * unit + t) * out + o, lanes);
+          unroll<kMost>([&](auto m) VELM_INLINE_LAMBDA {
+            if (m >= p.count) return;
+            product[m] = load_some(from[m] + t * step[m] + o, lanes);
+            others[m] = before;
+            before *= product[m];
+          });
+          sum += before;
+          Vec after = scale;
+          unroll<kMost>([&](auto i) VELM_INLINE_LAMBDA {
+            constexpr int m = kMost - 1 - i;
+            if (m >= p.count) return;
+            const Vec gradient = others[m] * after;
+            after *= product[m];
+            if (step[m])
+              store_some(to[m] + t * step[m] + o, gradient, lanes);
+            else
+              held[m] += gradient;
+          });
+        }
+        unroll<kMost>([&](auto m) VELM_INLINE_LAMBDA {
+          if (m < p.count && !step[m]) store_some(to[m] + o, held[m], lanes);
+        });
+      });
+      sums[static_cast<size_t>(task)] = sum_lanes(sum);
+    }
   });
   std::vector<double> totals(static_cast<size_t>(ranks));
   for (int64_t task = 0; task < tasks; ++task)
