@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CPU_BACKENDS, INTERPRETED, Backend, every_cpu_backend
+from tests.conftest import INTERPRETED, every_backend, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels import explain
 from velm_kernels.fusion import bilinear_attention, bilinear_attention_pool, reference
 
-every_backend_with_cuda = pytest.mark.parametrize("backend", [Backend("reference"), *CPU_BACKENDS], ids=str)
+EXAMPLES = min(12, settings().max_examples)
 NAMES = ("v", "q", "h", "bias")
 POOL_NAMES = ("v", "q", "attention")
 
@@ -85,11 +85,11 @@ def _compare(got, plain, exact, dtype):
         assert_accurate(name, value, plain[name], exact[name], dtype)
 
 
-@every_backend_with_cuda
-@settings(max_examples=12)
+@every_backend
+@settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_any_shape(backend, data):
-    small = INTERPRETED or backend.name == "device_on_host"
+    small = INTERPRETED
     sizes = [
         data.draw(st.integers(1, most), label=name)
         for name, most in (
@@ -116,11 +116,11 @@ def test_any_shape(backend, data):
     _compare(got, plain, exact, dtype)
 
 
-@every_backend_with_cuda
-@settings(max_examples=8)
+@every_backend
+@settings(max_examples=min(8, EXAMPLES))
 @given(data=st.data())
 def test_pool_of_any_shape(backend, data):
-    small = INTERPRETED or backend.name == "device_on_host"
+    small = INTERPRETED
     batch, glimpses = data.draw(st.integers(1, 10), label="batch"), data.draw(st.integers(1, 4), label="glimpses")
     regions, words = (data.draw(st.integers(1, 20 if small else 60), label=name) for name in ("regions", "words"))
     k = data.draw(st.integers(1, 70 if small else 300), label="k")
@@ -152,7 +152,7 @@ def test_shapes_that_are_cut(backend, sizes):
     _compare(got, plain, exact, torch.float32)
 
 
-@every_backend_with_cuda
+@every_backend
 def test_what_does_not_count_is_not_read(backend):
     """NaN there changes nothing, nor does padding, and what counts is the same as without them."""
     v, q, h, bias = _inputs(4, 3, 11, 7, 40, torch.float32)
@@ -184,7 +184,7 @@ def test_what_does_not_count_is_not_read(backend):
     torch.testing.assert_close(alone, maps[:1][:, :, v_mask[0]])
 
 
-@every_backend_with_cuda
+@every_backend
 def test_equal_to_the_materialised_product(backend):
     v, q, h, bias = _inputs(2, 3, 5, 4, 33, torch.float32)
     product = (h[:, None] * v[:, None]) @ q[:, None].transpose(2, 3) + bias[:, None, None]
@@ -200,7 +200,7 @@ def test_equal_to_the_materialised_product(backend):
     torch.testing.assert_close(one, outer[:, 1])
 
 
-@every_backend_with_cuda
+@every_backend
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
 def test_nothing(backend, sizes):
     inputs = _inputs(*sizes, torch.float32)
@@ -216,7 +216,7 @@ def test_nothing(backend, sizes):
         torch.testing.assert_close(pooled[name], value)
 
 
-@every_backend_with_cuda
+@every_backend
 def test_layouts(backend):
     v = torch.randn(5, 3, 20).transpose(0, 1)
     q, h = torch.randn(1, 4, 22).expand(3, 4, 22)[..., :20], torch.randn(20, 2).T

@@ -35,6 +35,7 @@ from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion import (
     triton_bilinear,
+    triton_bilinear_attention,
     triton_count_sketch,
     triton_dropout,
     triton_factorized,
@@ -113,6 +114,8 @@ STREAMING = (
     "inverse_norms",
     "attention_pool_softmax",
     "attention_pool_softmax_backward",
+    "bilinear_attention_softmax",
+    "bilinear_attention_slopes",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients")
@@ -125,6 +128,9 @@ PRODUCTS = (
     "attention_pool_pooled",
     "attention_pool_tokens",
     "match_rows",
+    "bilinear_attention_scores",
+    "bilinear_attention_side",
+    "bilinear_attention_joint",
 )
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
@@ -205,6 +211,7 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_low_rank.low_rank_fusion_backward(fused, *low_rank, nothing, few.shape[0], 1023)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
         _modulation(dtype)
+        _bilinear_attention(dtype)
         _pooling(dtype)
     return {launch.kind: launch for launch in launches}
 
@@ -221,6 +228,13 @@ def _modulation(dtype: torch.dtype) -> None:
     triton_modulation.weighted_sum_forward(features, weights)
     # The second of two launches would be that of the features with one region.
     triton_modulation.weighted_sum_backward(x, features, weights, 0, (4 << len(features)) - 1)
+
+
+def _bilinear_attention(dtype: torch.dtype) -> None:
+    v, q, h = (_empty(BATCH, rows, 768, dtype=dtype) for rows in (100, 20, 8))
+    masks = (_empty(BATCH), None, None, _empty(BATCH, 20, dtype=torch.bool))
+    maps, logits = triton_bilinear_attention.bilinear_attention_forward(v, q, h[0], h[0, :, 0], *masks, True)
+    triton_bilinear_attention.bilinear_attention_backward(maps, logits, maps, v, q, h[0], *masks, 15)
 
 
 def _pooling(dtype: torch.dtype) -> None:
