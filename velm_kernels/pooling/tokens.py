@@ -32,8 +32,8 @@ def pixel_shuffle_tokens(
         TypeError: ``x`` is no tensor, or a size no integer.
         ValueError: sizes do not fit.
 
-    The copy stays beside the projection: on a CPU it takes a hundredth of its time at the sizes of these models, and one
-    product for each row of the squares, which needs no copy, takes twice to four times as long.
+    The copy stays beside the projection: it takes a hundredth of its time on a CPU at the sizes of these models, and
+    one product for each row of the squares, which needs no copy, takes twice to four times as long.
     """
     checks.tensor("x", x)
     for name, size in (("height", height), ("width", width), ("factor", factor)):
