@@ -86,19 +86,51 @@ Tensor gather_rows(Tensor x, Tensor index, std::optional<Tensor> offsets, std::o
 // Columns of the product that are computed together, and rows of a that share a panel of b while it is in the cache.
 constexpr int64_t kPanel = 2 * kLanes, kBlock = 8 * kTileRows<2>;
 
-// One over the norm of a row; 0 for a row of zeros.
+// Rows as float32, one behind the other.
+using Pack = void (*)(float* to, const void* from, int64_t row_stride, int64_t rows, int64_t dim);
+
 template <class T>
-float inverse_norm(const T* row, int64_t dim) {
+void pack(float* to, const void* from, int64_t row_stride, int64_t rows, int64_t dim) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* row = static_cast<const T*>(from) + r * row_stride;
+    int64_t c = 0;
+    for (; c + kLanes <= dim; c += kLanes) store(to + r * dim + c, load(row + c));
+    if (const int left = static_cast<int>(dim - c); left > 0)
+      store_first(to + r * dim + c, load_first(row + c, left), left);
+  }
+}
+
+// One over the norm of a row; 0 for a row of zeros.
+float inverse_norm(const float* row, int64_t dim) {
   Vec sum = zero();
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes) sum = fma(load(row + c), load(row + c), sum);
-  if (const int left = static_cast<int>(dim - c); left > 0) {
-    const Vec last = load_first(row + c, left);
-    sum = fma(last, last, sum);
+  for (int64_t c = 0; c < dim; c += kLanes) {
+    const Vec x = load_first(row + c, static_cast<int>(std::min<int64_t>(dim - c, kLanes)));
+    sum = fma(x, x, sum);
   }
   const float total = sum_lanes(sum);
   return total == 0.0f ? 0.0f : 1.0f / std::sqrt(total);
 }
+
+// The rows of a tensor (batch, rows, dim), as float32.
+struct Source {
+  const char* data;
+  Pack pack;
+  int64_t element, batch_stride, row_stride, rows, dim;
+
+  explicit Source(const Tensor& t)
+      : data(static_cast<const char*>(t.const_data_ptr())),
+        element(t.element_size()),
+        batch_stride(t.stride(0)),
+        row_stride(t.stride(1)),
+        rows(t.size(1)),
+        dim(t.size(2)) {
+    with_type(t.scalar_type(), [&](auto value) { pack = &velm::pack<decltype(value)>; });
+  }
+
+  void read(float* to, int64_t batch, int64_t first, int64_t count) const {
+    pack(to, data + (batch * batch_stride + first * row_stride) * element, row_stride, count, dim);
+  }
+};
 
 // b as panels of kPanel columns that are its rows, zeros behind the last, and one over the norm of each.
 struct Panels {
@@ -114,14 +146,10 @@ struct Best {
   float value[kLanes], column[kLanes];
 };
 
-template <class T>
 class Matcher {
  public:
-  Matcher(const Tensor& a, const Panels& b, int64_t columns, float* similarity, int32_t* best)
-      : a_(const_data<T>(a)),
-        batch_stride_(a.stride(0)),
-        row_stride_(a.stride(1)),
-        rows_(a.size(1)),
+  Matcher(const Source& a, const Panels& b, int64_t columns, float* similarity, int32_t* best)
+      : a_(a),
         columns_(columns),
         b_(b),
         similarity_(similarity),
@@ -131,14 +159,9 @@ class Matcher {
         state_(memory_.take<Best>(kBlock)) {}
 
   void operator()(int64_t batch, int64_t first) {
-    const int64_t rows = std::min(rows_ - first, kBlock);
-    const T* from = a_ + batch * batch_stride_ + first * row_stride_;
+    const int64_t rows = std::min(a_.rows - first, kBlock);
+    a_.read(packed_, batch, first, rows);
     for (int64_t r = 0; r < rows; ++r) {
-      float* to = packed_ + r * b_.dim;
-      for (int64_t c = 0; c < b_.dim; c += kLanes) {
-        const int left = static_cast<int>(std::min<int64_t>(b_.dim - c, kLanes));
-        store_first(to + c, load_first(from + r * row_stride_ + c, left), left);
-      }
       std::fill_n(state_[r].value, kLanes, -kInfinity);
       std::fill_n(state_[r].column, kLanes, 0.0f);
     }
@@ -153,9 +176,9 @@ class Matcher {
         const float value = state_[r].value[i], at = state_[r].column[i];
         if (value > most || (value == most && at < column)) most = value, column = at;
       }
-      const float scaled = most * inverse_norm(from + r * row_stride_, b_.dim);
-      similarity_[batch * rows_ + first + r] = scaled == scaled ? scaled : -kInfinity;
-      best_[batch * rows_ + first + r] = static_cast<int32_t>(column);
+      const float scaled = most * inverse_norm(packed_ + r * b_.dim, b_.dim);
+      similarity_[batch * a_.rows + first + r] = scaled == scaled ? scaled : -kInfinity;
+      best_[batch * a_.rows + first + r] = static_cast<int32_t>(column);
     }
   }
 
@@ -174,8 +197,8 @@ class Matcher {
     store(best.column, column);
   }
 
-  const T* a_;
-  const int64_t batch_stride_, row_stride_, rows_, columns_;
+  const Source& a_;
+  const int64_t columns_;
   const Panels& b_;
   float* similarity_;
   int32_t* best_;
@@ -188,30 +211,32 @@ std::tuple<Tensor, Tensor> match_rows(Tensor a, Tensor b) {
   const int64_t batch = a.size(0), rows = a.size(1), columns = b.size(1), dim = a.size(2);
   Tensor similarity = torch::stable::new_empty(a, {batch, rows}, ScalarType::Float);
   Tensor best = torch::stable::new_empty(a, {batch, rows}, ScalarType::Int);
-  with_type(a.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    Scratch memory;
-    Panels panels{(columns + kPanel - 1) / kPanel, dim, nullptr, nullptr};
-    panels.values = memory.take(batch * panels.count * dim * kPanel);
-    panels.factors = memory.take(batch * panels.count * kPanel);
-    parallel_items(batch * panels.count, [&](int64_t i) {
-      const int64_t n = i / panels.count, p = i % panels.count, first = p * kPanel;
-      const T* from = const_data<T>(b) + n * b.stride(0) + first * b.stride(1);
-      const int64_t count = std::min(columns - first, kPanel);
+  const Source from_a(a), from_b(b);
+  Scratch memory;
+  Panels panels{(columns + kPanel - 1) / kPanel, dim, nullptr, nullptr};
+  panels.values = memory.take(batch * panels.count * dim * kPanel);
+  panels.factors = memory.take(batch * panels.count * kPanel);
+  parallel_ranges(batch * panels.count, 1, [&](int64_t begin, int64_t end) {
+    Scratch of_thread;
+    float* packed = of_thread.take(kPanel * dim);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / panels.count, p = i % panels.count;
+      const int64_t count = std::min(columns - p * kPanel, kPanel);
+      from_b.read(packed, n, p * kPanel, count);
       if (count <= kLanes) std::fill_n(panels.panel(n, p), dim * kPanel, 0.0f);
-      transpose_to(panels.panel(n, p), kPanel, from, b.stride(1), count, dim);
+      transpose_to(panels.panel(n, p), kPanel, packed, dim, count, dim);
       for (int64_t c = 0; c < kPanel; ++c)
-        panels.factor(n, p)[c] = c < count ? inverse_norm(from + c * b.stride(1), dim) : 0.0f;
-    });
-    const int64_t blocks = (rows + kBlock - 1) / kBlock;
-    parallel_workers(
-        batch * blocks,
-        [&] {
-          return std::make_unique<Matcher<T>>(a, panels, columns, mutable_data<float>(similarity),
-                                              mutable_data<int32_t>(best));
-        },
-        [&](auto& matcher, int64_t i) { (*matcher)(i / blocks, i % blocks * kBlock); });
+        panels.factor(n, p)[c] = c < count ? inverse_norm(packed + c * dim, dim) : 0.0f;
+    }
   });
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
+  parallel_workers(
+      batch * blocks,
+      [&] {
+        return std::make_unique<Matcher>(from_a, panels, columns, mutable_data<float>(similarity),
+                                         mutable_data<int32_t>(best));
+      },
+      [&](auto& matcher, int64_t i) { (*matcher)(i / blocks, i % blocks * kBlock); });
   return {similarity, best};
 }
 
