@@ -153,6 +153,18 @@ def test_ties_zeros_and_nan(backend):
     assert nothing.indices[0, :6:2].tolist() == [37] * 3 and nothing.tokens.isfinite().all()
 
 
+@every_backend_with_cuda
+def test_where_nothing_is_similar(backend):
+    """All cosines are negative: what stands behind the last row of B is not taken for one of cosine 0."""
+    metric = torch.rand(1, 82, 70)
+    metric[:, ::2] *= -1.0
+    unit = torch.nn.functional.normalize(metric[0].double(), dim=1)
+    expected = (unit[::2] @ unit[1::2].T).argmax(1)
+    with backend.use():
+        indices = merge_tokens(metric, metric, 41).indices[0]
+    assert torch.equal(indices[::2], expected)
+
+
 @every_cpu_backend
 def test_same_bits_for_any_number_of_threads(backend):
     x, metric, size = _draw(3, 301, 40, 64, torch.float32, 2)
