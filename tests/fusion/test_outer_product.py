@@ -56,6 +56,15 @@ def test_compile_and_autocast():
     torch.testing.assert_close(out, outer_product_fusion(x.bfloat16(), y.bfloat16()), rtol=0, atol=0)
 
 
+def test_second_gradients_and_those_that_are_wanted():
+    x, y = (torch.randn(2, d, dtype=torch.float64, requires_grad=True) for d in (3, 4))
+    assert torch.autograd.gradgradcheck(outer_product_fusion, (x, y))
+    for wanted in ((x, y.detach()), (x.detach(), y)):
+        outer_product_fusion(*wanted).sum().backward()
+    torch.testing.assert_close(x.grad, y.detach().sum(1, keepdim=True).expand(2, 3))
+    torch.testing.assert_close(y.grad, x.detach().sum(1, keepdim=True).expand(2, 4))
+
+
 X = torch.ones(2, 5, 6)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,8 +32,8 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
 
     This is torch's batched matrix product, forward and backward, and has no kernel of its own. The sum over regions is
     a product of matrices, whose limit is that of ``torch.bmm``, and the product of a single region is never formed;
-    without regions the time is that of writing the result. On the CPU bfloat16 and float16 are multiplied in float32,
-    where torch is faster and rounds once; on a GPU torch accumulates them in float32, as
+    without regions the time is that of writing the result. On the CPU bfloat16 and float16 are summed, gradients
+    too, in float32, where torch is faster and rounds once; on a GPU torch accumulates them in float32, as
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like allow. Backward keeps x and y.
     """
     if isinstance(x, Tensor):
@@ -41,15 +43,41 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
         if lengths is not None or mask is not None:
             name = "mask" if lengths is None else "lengths"
             raise ValueError(f"{name}: expected None for x without regions, given one")
-        x, y = x[:, None], y[:, None]
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = _Outer.apply(x, y)
+            return out
     live = _live(x, lengths, mask)
     if live is not None:
         x, y = (torch.where(live, value, 0.0) for value in (x, y))
-    dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-            x, y = x.float(), y.float()
-        return torch.bmm(x.transpose(1, 2), y).to(dtype)
+        return torch.bmm(_wide(x).transpose(1, 2), _wide(y)).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What products are made of: on the CPU float32 in place of half precision."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _Outer(torch.autograd.Function):
+    """``x y^T`` of rows. Autograd's own gradient would form the product of the gradient with x and with y."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x[:, :, None] * y[:, None, :]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, y = ctx.saved_tensors
+        wants_x, wants_y = ctx.needs_input_grad
+        with torch.autocast(grad.device.type, enabled=False):
+            g = _wide(grad)
+            grad_x = torch.bmm(g, _wide(y)[:, :, None])[..., 0].to(x.dtype) if wants_x else None
+            grad_y = torch.bmm(_wide(x)[:, None, :], g)[:, 0].to(y.dtype) if wants_y else None
+        return grad_x, grad_y
 
 
 def _check(x: Tensor, y: Tensor) -> None:
