@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import INTERPRETED, every_backend_with_cuda
 from tests.numbers import assert_accurate
+from velm_kernels import explain
 from velm_kernels.fusion import TensorFusion, reference, tensor_fusion
 
 
@@ -70,6 +71,18 @@ def test_inputs_broadcast():
         mixed = [first, inputs[1][:, :1], inputs[2]]
         expected = reference.tensor_fusion(mixed, weight, bias)
         torch.testing.assert_close(tensor_fusion(mixed, weight, bias), expected)
+
+
+def test_a_row_for_all_regions():
+    question, picture, third, weight, bias = _tensors((2,), (4, 5, 6), 7, torch.float64)
+    regions = torch.stack([picture, 2 * picture, -picture], 1)
+    for inputs in ([question, regions, third], [regions, question, third[:, None]], [question, third, regions]):
+        rows = [x if x.dim() == 3 else x[:, None] for x in inputs]
+        sizes = [1 + x.shape[-1] for x in inputs]
+        shaped = weight[:, : sizes[0] * sizes[1] * sizes[2]]
+        expected = reference.tensor_fusion([x.expand(2, 3, -1) for x in rows], shaped, bias)
+        torch.testing.assert_close(tensor_fusion(inputs, shaped, bias), expected)
+    assert explain("tensor_fusion", inputs, shaped, bias).startswith("tensor_fusion -> ")
 
 
 def test_module():

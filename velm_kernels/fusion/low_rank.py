@@ -13,7 +13,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
-from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs
+from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
 
 # Bits of grad_mask: the inputs, their factors, weight, bias.
 GRADIENTS = 2 * MOST_INPUTS + 2
@@ -56,14 +56,8 @@ def low_rank_fusion(
     return out if len(leading) == 1 else out.view(*leading, out.shape[1])
 
 
-def _beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """The leading dimensions of the inputs as they stand beside one another."""
-    batches = {x.shape[0] for x in inputs if x.dim() == 3}
-    return [(*x.shape[:-1], 1) if x.dim() == 2 and x.shape[0] in batches else tuple(x.shape[:-1]) for x in inputs]
-
-
 def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    first, *others = _beside(inputs)
+    first, *others = leading_beside(inputs)
     return first if all(other == first for other in others) else tuple(torch.broadcast_shapes(first, *others))
 
 
@@ -95,7 +89,7 @@ def _prepared(
     if bias is not None:
         checks.shape("bias", bias, "(out,)", (cast[0].shape[2],))
         bias = bias.contiguous()
-    rows = [_rows(x, own, leading) for x, own in zip(inputs, _beside(inputs), strict=True)]
+    rows = [_rows(x, own, leading) for x, own in zip(inputs, leading_beside(inputs), strict=True)]
     missing = [None] * (MOST_INPUTS - len(rows))
     needs_grad = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (*inputs, *cast, weight, bias)

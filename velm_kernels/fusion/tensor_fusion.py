@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
+from velm_kernels.backends import Arguments, register_public
 from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels.fusion.bilinear import canonical as canonical_bilinear
 
 MOST_INPUTS = 4
 
@@ -19,7 +21,7 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
 
     Args:
         inputs: 2 to 4 tensors ``(..., d_m)``, float32, bfloat16, float16, or float64 (computed by the reference
-            backend); their leading dimensions broadcast.
+            backend); their leading dimensions broadcast, and ``(batch, d)`` also goes with ``(batch, regions, d)``.
         weight: ``(out, (1 + d_1) * (1 + d_2) * ...)``, dtype of the inputs; the first modality varies slowest.
         bias: ``(out,)``, dtype of the inputs.
 
@@ -36,7 +38,20 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
     to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
     """
+    return bilinear(*_sides(inputs, weight, bias))
+
+
+def _canonical(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Arguments:
+    return canonical_bilinear(*_sides(inputs, weight, bias))
+
+
+def _sides(
+    inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The arguments of the bilinear form that the fusion is."""
     inputs, weight, bias, _ = checked_inputs(inputs, weight, bias, _leading)
+    # What is one row for all regions gets a dimension for them.
+    inputs = [x[:, None] if len(own) == x.dim() else x for x, own in zip(inputs, leading_beside(inputs), strict=True)]
     sizes = [1 + x.shape[-1] for x in inputs]
     if weight.dim() != 2 or weight.shape[1] != math.prod(sizes):
         raise ValueError(
@@ -48,11 +63,18 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     leading = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
     # As many dimensions on both sides: a matrix beside three dimensions would be one row for several regions.
     left, right = (side.reshape(*[1] * (1 + len(leading) - side.dim()), *side.shape) for side in (left, right))
-    return bilinear(left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias)
+    return left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias
+
+
+def leading_beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The leading dimensions of the inputs as they stand beside one another: with a 1 for the regions in a matrix that
+    has a row for each entry of a tensor of three dimensions."""
+    batches = {x.shape[0] for x in inputs if x.dim() == 3}
+    return [(*x.shape[:-1], 1) if x.dim() == 2 and x.shape[0] in batches else tuple(x.shape[:-1]) for x in inputs]
 
 
 def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(*(x.shape[:-1] for x in inputs)))
+    return tuple(torch.broadcast_shapes(*leading_beside(inputs)))
 
 
 def checked_inputs(
@@ -95,3 +117,6 @@ def _outer(inputs: Sequence[Tensor]) -> Tensor:
         result = with_one if result is None else (result[..., :, None] * with_one[..., None, :]).flatten(-2)
     assert result is not None
     return result
+
+
+register_public("tensor_fusion", "bilinear_forward", _canonical)
