@@ -29,7 +29,9 @@ def symbols(which: str, library: Path) -> set[str]:
 def symbols_of_a_cuda_torch() -> set[str]:
     """What the stable interface declares, for every torch and for one built for CUDA."""
     folder = Path(torch.__file__).parent / "include" / "torch" / "csrc"
-    headers = [folder / "inductor" / "aoti_torch" / "c" / "shim.h", folder / "stable" / "c" / "shim.h"]
+    # The second holds the operators that torch/csrc/stable/ops.h is made of.
+    names = ("inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h", "stable/c/shim.h")
+    headers = [folder / name for name in names]
     text = "".join(re.sub(r"//.*", "", header.read_text()) for header in headers)
     return set(re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", text))
 

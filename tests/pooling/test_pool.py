@@ -149,7 +149,7 @@ def test_segment_pool(backend: Backend, sizes: list[int], dim: int, mode: str, d
 def test_segments_are_masked_rows(backend: Backend, mode: str) -> None:
     """And neither padding nor the order of tokens matters, but for the last digits of sums."""
     lengths = torch.tensor([5, 0, 70, 140])
-    x = torch.randn(4, 140, 20)
+    x = torch.randn(4, 140, 20, generator=torch.Generator().manual_seed(0))
     live = torch.arange(140) < lengths[:, None]
     order = torch.randperm(140)
     with backend.use():
@@ -157,8 +157,10 @@ def test_segments_are_masked_rows(backend: Backend, mode: str) -> None:
         packed = velm_kernels.segment_pool(x[live], torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), mode)
         shuffled = velm_kernels.masked_pool(x[:, order], mask=live[:, order], mode=mode)
         padded = velm_kernels.masked_pool(torch.cat([x, torch.full((4, 9, 20), torch.nan)], 1), lengths, mode=mode)
+    # Half an ulp of each partial sum, of which the largest stay below 64.
+    atol = 140 * 64 * 2.0**-25 if mode == "sum" else 2e-6
     for other in (packed, shuffled, padded):
-        torch.testing.assert_close(other, rows, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(other, rows, rtol=4e-6, atol=atol)
 
 
 @every_backend_with_cuda
