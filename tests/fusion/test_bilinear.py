@@ -248,7 +248,7 @@ def test_written_meaning():
         (300, 8, 9, 4, False, True),
         (8, 256, 256, 17, False, True),  # reading the weight is what takes the time
         (8, 256, 255, 17, False, False),
-        (100, 256, 256, 17, False, False),
+        (9, 256, 256, 17, False, False),
     ],
 )
 def test_what_is_left_to_torch(rows, dx, dy, out, grad, torchs, monkeypatch):

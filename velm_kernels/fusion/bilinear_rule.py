@@ -18,8 +18,8 @@ SMALL, FEW_OUTPUTS = 1 << 18, 4
 # Outputs and rows up to which a call of the operator costs more than torch's forward.
 OUTPUTS, ROWS = 16, 256
 # The weight of an output is larger than a first-level cache from here on. Torch reads it as it lies, this library in
-# tiles, which pays with more rows; where it multiplies at twice torch's rate, with fewer.
-LARGE, LARGE_ROWS, LARGE_ROWS_AMD = 1 << 16, 64, 8
+# tiles, which pays with more rows.
+LARGE, LARGE_ROWS = 1 << 16, 8
 
 
 def torchs_forward(rows: int, weight: Tensor) -> bool:
@@ -28,11 +28,7 @@ def torchs_forward(rows: int, weight: Tensor) -> bool:
     if product is not None:
         return product == "torch"
     _, dx, dy = weight.shape
-    if weight.dtype != torch.float32 or dx * dy < LARGE or rows > LARGE_ROWS or rows == 0:
-        return False
-    if rows <= LARGE_ROWS_AMD:
-        return True
-    return not rule.faster_than_torch(rule.AMD_FLOAT32_ROWS, dx, dy, weight.dtype, weight.device, False)
+    return weight.dtype == torch.float32 and dx * dy >= LARGE and 0 < rows <= LARGE_ROWS
 
 
 def is_plain_torch(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
