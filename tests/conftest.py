@@ -17,7 +17,7 @@ from velm_kernels.backends import cpu, cuda
 
 hypothesis.settings.register_profile(
     "velm",
-    max_examples=int(os.environ.get("VELM_TEST_EXAMPLES", "20")),
+    max_examples=int(os.environ.get("VELM_TEST_EXAMPLES", "30")),
     deadline=None,
     # What a landing check finds must not depend on luck; at a desk every run searches elsewhere.
     derandomize=bool(os.environ.get("CI")),
