@@ -28,9 +28,10 @@ inline auto with_activation(std::string_view name, F&& f) {
   throw std::runtime_error("velm: unknown activation");
 }
 
-// The derivative is computed from activation(z) for these and from z for the others.
-template <Activation A>
-inline constexpr bool kFromOutput = A == Activation::kRelu;
+// The derivative is computed from activation(z) for these and from z for the others. Of tanh not in 16 bits: beside a
+// value rounded to 1 nothing is left of 1 - tanh^2.
+template <Activation A, class T>
+inline constexpr bool kFromValue = A == Activation::kRelu || (A == Activation::kTanh && sizeof(T) > 2);
 
 inline constexpr float kHalfLog2E = 0.72134752f;
 inline constexpr float kSqrtTwoOverPi = 0.79788456f;
@@ -83,8 +84,8 @@ VELM_INLINE Vec activate(Vec z) {
   }
 }
 
-// grad * activation'(z), from what forward saved.
-template <Activation A>
+// grad * activation'(z), from what forward saved in type T.
+template <Activation A, class T>
 VELM_INLINE Vec activation_gradient(Vec grad, Vec saved) {
   using enum Activation;
   if constexpr (A == kRelu) {
@@ -103,7 +104,7 @@ VELM_INLINE Vec activation_gradient(Vec grad, Vec saved) {
     const Vec s = sigmoid(rate * saved);
     return grad * s * simd::fma(rate * saved, 1.0f - s, Vec(1.0f));
   } else if constexpr (A == kTanh) {
-    const Vec t = simd::tanh(saved);
+    const Vec t = kFromValue<A, T> ? saved : simd::tanh(saved);
     return grad * (1.0f - t * t);
   } else {
     return grad;

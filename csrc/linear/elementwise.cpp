@@ -54,7 +54,7 @@ void read_gradient(const Source& in, int64_t row, int64_t column, int64_t n, flo
   const T* grad = static_cast<const T*>(in.data) + row * in.stride + column;
   const T* saved = static_cast<const T*>(in.saved) + row * in.saved_stride + column;
   for_vectors(n, [&](int64_t j, auto lanes) {
-    store_lanes(out + j, activation_gradient<A>(load_lanes(grad + j, lanes), load_lanes(saved + j, lanes)), lanes);
+    store_lanes(out + j, activation_gradient<A, T>(load_lanes(grad + j, lanes), load_lanes(saved + j, lanes)), lanes);
   });
 }
 
@@ -74,7 +74,7 @@ void run_epilogue(const Epilogue& e, const void* z, int64_t z_stride, int64_t ro
       Vec x = load_lanes(from + j, lanes);
       if (bias) x += load_lanes(bias + j, lanes);
       Vec y = activate<A>(x);
-      if (saved) store_lanes(saved + j, kFromOutput<A> ? y : x, lanes);
+      if (saved) store_lanes(saved + j, kFromValue<A, T> ? y : x, lanes);
       if (residual) y += load_lanes(residual + j, lanes);
       store_lanes(out + j, y, lanes);
     });

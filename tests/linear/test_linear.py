@@ -158,10 +158,11 @@ def test_reference_is_the_formula(activation: str | None) -> None:
     z = torch.linspace(-5, 5, 41, dtype=torch.float64, requires_grad=True)
     y = reference.activate(z, activation or "")
     (expected,) = torch.autograd.grad(y.sum(), z)
-    saved = y if activation in reference.FROM_OUTPUT else z
-    torch.testing.assert_close(
-        reference.activation_gradient(torch.ones_like(z), saved.detach(), activation or ""), expected
-    )
+    for dtype in (torch.float64, torch.bfloat16):
+        of_value = reference.from_value(activation or "", dtype)
+        saved = (y if of_value else z).detach()
+        given = reference.activation_gradient(torch.ones_like(z), saved, activation or "", of_value)
+        torch.testing.assert_close(given, expected)
 
 
 @every_route
@@ -233,7 +234,8 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, dtype: torch.dtyp
 
 @every_route
 @pytest.mark.parametrize(("activation", "residual", "kept"), [
-    (None, True, 0), ("relu", False, 0), ("tanh", True, 1), ("relu", True, 1), ("gelu", False, 1), ("silu", True, 1),
+    (None, True, 0), ("relu", False, 0), ("tanh", False, 0), ("tanh", True, 1), ("relu", True, 1), ("gelu", False, 1),
+    ("silu", True, 1),
 ])  # fmt: skip
 def test_what_is_saved(backend: Backend, product: str, activation: str | None, residual: bool, kept: int) -> None:
     inputs, _ = random_inputs((40,), 8, 12, torch.float32, residual=residual)

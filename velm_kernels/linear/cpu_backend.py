@@ -12,8 +12,9 @@ GRAD_BIAS = 4
 
 reasons = cpu.common_reasons
 
-# out = activation(z + bias) + residual. saved, if given, receives what backward needs: z + bias, or for relu
-# the activation's value. One of out and saved may be z itself. All are (rows, out_features) and contiguous.
+# out = activation(z + bias) + residual. saved, if given, receives what backward needs: z + bias, or where
+# reference.from_value says so the activation's value. One of out and saved may be z itself. All are
+# (rows, out_features) and contiguous.
 cpu.declare(
     "linear_epilogue(Tensor z, Tensor? bias, Tensor? residual, str activation, Tensor(a!) out, Tensor(b!)? saved) -> ()"
 )

@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.linear import cpu_backend, reference
-from velm_kernels.linear.reference import ACTIVATIONS, FROM_OUTPUT
+from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.linear.rule import own_product
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
@@ -47,9 +47,9 @@ def linear(
         ValueError: shapes or devices do not fit together, or the activation is unknown.
 
     Backward keeps x, weight and, only for an activation, one tensor of the output's size: the pre-activation, or for
-    relu the activation's value, which is the output itself if there is no residual. What needs no gradient
-    is neither kept nor computed. On the CPU the product runs in this library or in torch, by the fixed rule of
-    :func:`velm_kernels.linear.faster_than_torch`.
+    relu, and for tanh except in 16 bits, the activation's value, which is the output itself if there is no residual.
+    What needs no gradient is neither kept nor computed. On the CPU the product runs in this library or in torch, by
+    the fixed rule of :func:`velm_kernels.linear.faster_than_torch`.
     """
     x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
     arguments = canonical(x, weight, bias, activation, residual)
@@ -59,7 +59,9 @@ def linear(
     if late:
         arguments["residual"] = None
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    arguments["save"] = bool(needs_grad and _saves_tensor(arguments["activation"], arguments["residual"] is not None))
+    arguments["save"] = bool(
+        needs_grad and _saves_tensor(arguments["activation"], x.dtype, arguments["residual"] is not None)
+    )
     out, _ = torch.ops.velm.linear_forward(*arguments.values(), forced())
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out + residual if late else out
@@ -77,9 +79,9 @@ def _is_plain_torch(x: Tensor, out_features: int) -> bool:
     return not own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad)
 
 
-def _saves_tensor(activation: str, has_residual: bool) -> bool:
+def _saves_tensor(activation: str, dtype: torch.dtype, has_residual: bool) -> bool:
     """Whether backward needs a tensor that is neither an input nor the output."""
-    return activation != "" and (has_residual or activation not in FROM_OUTPUT)
+    return activation != "" and (has_residual or not reference.from_value(activation, dtype))
 
 
 def canonical(
@@ -169,8 +171,8 @@ def _fake_backward(
 
 # x (rows, in_features), weight (out_features, in_features), residual (rows, out_features): last stride 1, any row
 # stride; bias contiguous; all of one dtype. activation: "" for none. Results contiguous: out (rows, out_features), and
-# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) for relu), else
-# shape (0,).
+# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) where
+# reference.from_value says so), else shape (0,).
 declare(
     "linear_forward",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool save",
@@ -178,7 +180,7 @@ declare(
     fake=_fake_forward,
 )
 # grad (rows, out_features): last stride 1. x is there iff grad_mask has GRAD_WEIGHT, weight iff it has GRAD_X, saved
-# iff there is an activation: z, or for relu activation(z). What grad_mask does not ask for has shape (0,).
+# iff there is an activation: what forward saved. What grad_mask does not ask for has shape (0,).
 declare(
     "linear_backward",
     "Tensor grad, Tensor? x, Tensor? weight, Tensor? saved, str activation, int grad_mask",
@@ -192,7 +194,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     saved = None
     if activation and (needs_x or needs_weight or needs_bias):
-        if not save and _saves_tensor(activation, residual is not None):
+        if not save and _saves_tensor(activation, x.dtype, residual is not None):
             raise RuntimeError("velm::linear_forward: save must be True where this activation needs a gradient")
         saved = output[1] if save else output[0]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
@@ -246,7 +248,7 @@ def _reference_forward(
     out = activated if residual is None else activated + residual.to(wide)
     kept = x.new_empty((0,))
     if save:
-        kept = (activated if activation in FROM_OUTPUT else z).to(x.dtype, copy=True)
+        kept = (activated if reference.from_value(activation, x.dtype) else z).to(x.dtype, copy=True)
     return out.to(x.dtype), kept
 
 
@@ -256,7 +258,8 @@ def _reference_backward(
     wide = torch.promote_types(grad.dtype, torch.float32)
     grad_z = grad.to(wide)
     if saved is not None:
-        grad_z = reference.activation_gradient(grad_z, saved.to(wide), activation)
+        of_value = reference.from_value(activation, grad.dtype)
+        grad_z = reference.activation_gradient(grad_z, saved.to(wide), activation, of_value)
     grad_x, grad_weight, grad_bias = (grad.new_empty((0,)) for _ in range(3))
     if weight is not None:
         grad_x = (grad_z @ weight.to(wide)).to(grad.dtype)

@@ -10,9 +10,13 @@ from torch import Tensor
 # constant of CLIP; silu: Elfwing et al., 2017.
 ACTIVATIONS = ("", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh")
 
-# Activations whose derivative is a function of their own value: backward then needs no pre-activation. Not tanh: beside
-# a value rounded to 1 in bfloat16 nothing is left of 1 - tanh^2.
-FROM_OUTPUT = ("relu",)
+
+def from_value(activation: str, dtype: torch.dtype) -> bool:
+    """Whether backward takes the derivative from the activation's value, and so needs no pre-activation.
+
+    Of tanh not in 16 bits: beside a value rounded to 1 nothing is left of 1 - tanh^2.
+    """
+    return activation == "relu" or (activation == "tanh" and dtype.itemsize > 2)
 
 
 def activate(z: Tensor, activation: str) -> Tensor:
@@ -33,14 +37,14 @@ def activate(z: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])} or None, given {activation!r}")
 
 
-def activation_gradient(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
-    """``grad * activate'(z)``, where ``saved`` is ``activate(z)`` for relu, and ``z`` for the others."""
+def activation_gradient(grad: Tensor, saved: Tensor, activation: str, of_value: bool) -> Tensor:
+    """``grad * activate'(z)``, where ``saved`` is ``activate(z)`` if ``of_value`` (:func:`from_value`), else ``z``."""
     if activation == "":
         return grad
     if activation == "relu":
         return grad.masked_fill(saved <= 0, 0.0)
     if activation == "tanh":
-        return grad * (1 - torch.tanh(saved).square())
+        return grad * (1 - (saved if of_value else torch.tanh(saved)).square())
     if activation == "gelu":
         density = torch.exp(-0.5 * saved * saved) * (2 * torch.pi) ** -0.5
         return grad * (0.5 * (1 + torch.erf(saved * 2**-0.5)) + saved * density)

@@ -33,12 +33,12 @@ def _activate(b_z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _slope(b_saved, ACTIVATION: tl.constexpr):
-    """Derivative of the activation, from its value for relu, from z for the others."""
+def _slope(b_saved, ACTIVATION: tl.constexpr, FROM_VALUE: tl.constexpr):
+    """Derivative of the activation, from its value or else from z."""
     if ACTIVATION == "relu":
         return tl.where(b_saved <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "tanh":
-        b_tanh = tanh(b_saved)
+        b_tanh = b_saved if FROM_VALUE else tanh(b_saved)
         return 1.0 - b_tanh * b_tanh
     elif ACTIVATION == "gelu":
         b_density = tl.exp2(b_saved * b_saved * (-0.5 * 1.4426950408889634)) * 0.3989422804014327
@@ -130,6 +130,7 @@ def linear_grad_kernel(
     column_blocks,
     steps,
     ACTIVATION: tl.constexpr,
+    FROM_VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -146,7 +147,7 @@ def linear_grad_kernel(
         b_at = wide(b_i)[:, None] * features + b_j[None, :]
         if saved is not None:
             b_saved = tl.load(saved + b_at, mask=b_ok, other=0.0).to(tl.float32)
-            b_g = b_g * _slope(b_saved, ACTIVATION)
+            b_g = b_g * _slope(b_saved, ACTIVATION, FROM_VALUE)
         if grad_z is not None:
             tl.store(grad_z + b_at, round_to(b_g, grad_z.dtype.element_ty), mask=b_ok)
         b_sum += b_g

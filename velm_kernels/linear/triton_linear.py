@@ -11,7 +11,7 @@ import torch
 from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
 from velm_kernels.attention.triton_problem import NARROW_STRIDE, cdiv
 from velm_kernels.backends.triton import Config, choose, launch, precision
-from velm_kernels.linear.reference import FROM_OUTPUT
+from velm_kernels.linear.reference import from_value
 from velm_kernels.linear.triton_kernels import linear_grad_kernel, linear_kernel
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
@@ -62,7 +62,7 @@ def linear_forward(
         )
         constants = {
             "ACTIVATION": activation,
-            "SAVES_VALUE": activation in FROM_OUTPUT,
+            "SAVES_VALUE": from_value(activation, x.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": STEP[x.dtype.itemsize],
@@ -108,7 +108,12 @@ def linear_backward(
             column_blocks,
             steps,
         )
-        constants = {"ACTIVATION": activation, "BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}
+        constants = {
+            "ACTIVATION": activation,
+            "FROM_VALUE": from_value(activation, grad.dtype),
+            "BLOCK_M": TILE.block_m,
+            "BLOCK_N": TILE.block_n,
+        }
         launch("linear_grad", linear_grad_kernel, programs * column_blocks, arguments, constants, TILE)
         if partials is not None:
             grad_bias = sum_partials(partials, grad.new_empty((features,)))
