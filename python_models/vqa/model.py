@@ -15,7 +15,8 @@ from python_models.vqa.poolings import POOLINGS
 
 
 class Answers(NamedTuple):
-    """Logits ``(batch, answers)`` and, where the pooling weighs regions, their weights ``(batch, regions)``."""
+    """Logits ``(batch, answers)`` and, where the pooling weighs regions and the model does not train, their weights
+    ``(batch, regions)``."""
 
     logits: Tensor
     weights: Tensor | None

@@ -12,7 +12,7 @@ from python_models.vqa.fusions import Forms
 
 
 class GuidedAttention(nn.Module):
-    """The question is the one query that attends over the regions."""
+    """The question is the one query that attends over the regions. In training the regions' weights are left out."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -22,20 +22,28 @@ class GuidedAttention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, Tensor]:
-        query = self._split(self.query(question)[:, None])
-        key, value = self._split(self.key(regions)), self._split(self.value(regions))
-        pooled, weights = self.attend(query, key, value)
-        return self.out(pooled.transpose(1, 2).flatten(1)), weights.mean(1)
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, Tensor | None]:
+        query = self.query(question)[:, None]
+        key, value = self.key, self.value
+        pooled = velm_kernels.attention_pool(
+            regions, query, key.weight, value.weight, key.bias, value.bias, heads=self.heads
+        )
+        weights = None if self.training else self._weights(regions, query)
+        return self.out(pooled[:, 0]), weights
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return velm_kernels.cross_attention(query, key, value, return_key_mass=True)
+    def _weights(self, regions: Tensor, query: Tensor) -> Tensor:
+        key = self._split(self.key(regions))
+        _, mass = velm_kernels.cross_attention(self._split(query), key, key, return_key_mass=True)
+        return mass.mean(1)
 
 
 class PlainGuidedAttention(GuidedAttention):
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, regions: Tensor, question: Tensor) -> tuple[Tensor, Tensor | None]:
+        query = self._split(self.query(question)[:, None])
+        key, value = self._split(self.key(regions)), self._split(self.value(regions))
         weights = (query @ key.transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
-        return weights @ value, weights.sum(2)
+        pooled = (weights @ value).transpose(1, 2).flatten(1)
+        return self.out(pooled), None if self.training else weights.mean(1)[:, 0]
 
 
 class GuidedBilinear(nn.Module):
@@ -101,7 +109,7 @@ def _mode(mode: str) -> Forms:
 
 # Called with the size of regions and questions and the number of heads; the module takes regions
 # (batch, regions, dim) and questions (batch, dim) and returns (batch, dim) and, if it weighs them, the weights of the
-# regions (batch, regions), which sum to 1.
+# regions (batch, regions), which sum to 1; those may be None in training.
 POOLINGS: dict[str, Forms] = {
     "attention": Forms(GuidedAttention, PlainGuidedAttention),
     "bilinear-attention": Forms(

@@ -108,7 +108,8 @@ def test_every_pooling_learns(puzzle: data.Dataset, pooling: str) -> None:
     config = replace(SMALL, pooling=pooling, fusion="concat-mlp")
     compare_forms(config, puzzle)
     assert learnt(config, puzzle) > 0.9
-    _, weights = VisualQuestionAnswering(config, 2)(*training.features(puzzle, puzzle.parts["test"], torch.arange(5)))
+    model = VisualQuestionAnswering(config, 2).eval()
+    _, weights = model(*training.features(puzzle, puzzle.parts["test"], torch.arange(5)))
     if weights is not None:
         torch.testing.assert_close(weights.sum(1), torch.ones(5))
 
