@@ -46,6 +46,15 @@ def test_attention_pool_2d_is_clips() -> None:
         return out[0]
 
     compare(ours, clip, torch.randn(3, 64, 5, 5))
+    with pytest.raises(ValueError, match=r"height \* width = 25, given \(3, 64, 6, 6\)"):
+        ours(torch.randn(3, 64, 6, 6))
+
+
+def test_attention_pool_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="heads: expected a divisor of dim = 8, given 3"):
+        velm_kernels.AttentionPool(8, 3)
+    with pytest.raises(ValueError, match=r"x: expected \(..., tokens, 8\), given \(2, 5, 7\)"):
+        velm_kernels.AttentionPool(8, 2)(torch.randn(2, 5, 7))
 
 
 def test_probe_pool_is_siglips() -> None:

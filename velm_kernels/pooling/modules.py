@@ -63,6 +63,8 @@ def attend(
     tokens all have the same weight; tokens: lengths, mask (True where a token counts), cu_seqlens as there. Without
     dropout of weights.
     """
+    if x.shape[-1] != attention.kdim:
+        raise ValueError(f"x: expected (..., tokens, {attention.kdim}), given {tuple(x.shape)}")
     if attention.in_proj_weight is not None:
         query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
     else:
@@ -104,6 +106,8 @@ class AttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"heads: expected a divisor of dim = {dim}, given {heads}")
         self.query = nn.Parameter(torch.empty(queries, dim, device=device, dtype=dtype))
         nn.init.normal_(self.query, std=dim**-0.5)
         self.attention = nn.MultiheadAttention(dim, heads, bias=bias, batch_first=True, device=device, dtype=dtype)
@@ -129,6 +133,9 @@ class AttentionPool2d(nn.Module):
 
     Shape:
         ``(batch, embed_dim, spacial_dim, spacial_dim)`` to ``(batch, output_dim)``.
+
+    Raises:
+        ValueError: the map has other channels or another number of pixels, from forward.
     """
 
     def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
@@ -141,6 +148,12 @@ class AttentionPool2d(nn.Module):
         self.num_heads = num_heads
 
     def forward(self, x: Tensor) -> Tensor:
+        positions, channels = self.positional_embedding.shape
+        if x.dim() != 4 or x.shape[1] != channels or x.shape[2] * x.shape[3] != positions - 1:
+            raise ValueError(
+                f"x: expected (batch, {channels}, height, width) with height * width = {positions - 1}, "
+                f"given {tuple(x.shape)}"
+            )
         mean = masked_pool(x, channels_first=True)
         x = torch.cat([mean[:, None], x.flatten(2).transpose(1, 2)], 1) + self.positional_embedding.to(x.dtype)
         query = linear(x[:, :1], self.q_proj.weight, self.q_proj.bias)
