@@ -22,6 +22,7 @@ set(VELM_KERNEL_SOURCES
   fusion/count_sketch.cu
   fusion/dropout.cu
   fusion/factorized.cu
+  fusion/low_rank.cu
   fusion/modulation.cu
   pooling/attention_pool.cu
   pooling/gather_rows.cu
@@ -36,6 +37,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/fusion/count_sketch_cuda.cpp
   csrc/fusion/dropout_cuda.cpp
   csrc/fusion/factorized_cuda.cpp
+  csrc/fusion/low_rank_cuda.cpp
   csrc/fusion/modulation_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp

@@ -119,15 +119,12 @@ struct Fragments {
   Split<4> split[sizeof(T) == 4 ? kCount : 1][2];
 
   DEVICE_INLINE void load(const Shared<T>& tile, int first_row) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
-      const int row = first_row + 16 * m + lane % 16;
-      const auto p = pointer_cast<__half>(tile + row * kDepth<T>);
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         uint32_t raw[4];
-        ldmatrix<4>(raw, p + ((2 * k + lane / 16) ^ swap_of(row)) * 8);
+        load_rows<T>(raw, tile, first_row + 16 * m, k);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
           if constexpr (sizeof(T) == 4)
@@ -144,24 +141,15 @@ struct Fragments {
 template <class T, bool kBackward>
 DEVICE_INLINE void multiply_columns(float (&t)[2][2][4], const Fragments<T>& a, const Shared<T>& tile, int column,
                                     int products) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
   for (int k = 0; k < Fragments<T>::kCount; ++k) {
     if (k >= products) break;
     uint32_t b[4];
     if constexpr (!kBackward) {
-      const int row = column + lane % 8 + lane / 16 * 8;
+      const int lane = static_cast<int>(threadIdx.x) % 32, row = column + lane % 8 + lane / 16 * 8;
       ldmatrix<4>(b, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 8 % 2) ^ swap_of(row)) * 8);
-    } else if constexpr (sizeof(T) == 2) {
-      const int row = 16 * k + lane % 16;
-      ldmatrix_transposed<4>(b, tile + (row * kTile + ((column / 8 + lane / 16) ^ swap_of(row)) * kChunk<T>));
     } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 8 * k + lane % 4 + 4 * (i % 2);
-        const float value = tile[row * kTile + ((column + i / 2 * 8 + lane / 4) ^ (swap_of(row) * kChunk<T>))];
-        b[i] = __float_as_uint(value);
-      }
+      load_columns<T>(b, tile, column, k);
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
@@ -429,6 +417,13 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
 }
 
 }  // namespace
+
+void sum_parts(const Span& partials, const Span& bias, const Span& to, Dtype dtype, int64_t parts, int64_t elements,
+               int64_t period, Stream stream) {
+  with_type(dtype, [&](auto t) {
+    add<float, decltype(t)>(global<const float>(partials), bias, to, parts, elements, elements, period, stream);
+  });
+}
 
 int64_t bilinear_forward_partials(const Bilinear& p) {
   return count_of(forward_plan(p).parts, p.rows, p.out);

@@ -1,4 +1,4 @@
-// What the kernels of bilinear share.
+// What the kernels of bilinear and low_rank_fusion share.
 #pragma once
 
 #include "attention/cuda_products.h"
@@ -24,6 +24,30 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 // The widest copies, in bytes, of rows with these strides.
 inline int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other = 0) {
   return copy_width(RowSpan{span, other, 0, stride}, dtype);
+}
+
+// What product k of 16 rows takes from a tile of kDepth columns.
+template <class T>
+DEVICE_INLINE void load_rows(uint32_t (&a)[4], const Shared<T>& tile, int first_row, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, row = first_row + lane % 16;
+  ldmatrix<4>(a, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 16) ^ swap_of(row)) * 8);
+}
+
+// What product k of 16 columns of the results takes from a tile that has these columns side by side.
+template <class T>
+DEVICE_INLINE void load_columns(uint32_t (&b)[4], const Shared<T>& tile, int column, int k) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (sizeof(T) == 2) {
+    const int row = 16 * k + lane % 16;
+    ldmatrix_transposed<4>(b, tile + (row * kTile + ((column / 8 + lane / 16) ^ swap_of(row)) * kChunk<T>));
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = 8 * k + lane % 4 + 4 * (i % 2);
+      const float value = tile[row * kTile + ((column + i / 2 * 8 + lane / 4) ^ (swap_of(row) * kChunk<T>))];
+      b[i] = __float_as_uint(value);
+    }
+  }
 }
 
 }  // namespace velm::cuda

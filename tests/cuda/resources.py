@@ -36,7 +36,7 @@ RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
     r"(attention_pool|count_sketch|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
-    r".* (add_splits|delta|inverse_norms|merge_splits|sum_partials)_kernel<.*"
+    r".* (add_splits|delta|gradients|inverse_norms|merge_splits|sum_partials)_kernel<.*"
 )
 
 

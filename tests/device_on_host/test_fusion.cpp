@@ -1,6 +1,7 @@
 // The kernels of fusion on small shapes, for the sanitizers; their numbers are tested through the operators.
 
 #include "fusion/bilinear_cuda.h"
+#include "fusion/low_rank_cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;
@@ -72,10 +73,110 @@ void check_bilinear(Dtype dtype, int64_t rows, int64_t dx, int64_t dy, int64_t o
   compare(grad_bias, to_bias);
 }
 
+// Two inputs, of which the second has one row for `repeat` of the result and is projected first.
+template <class T>
+void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int64_t out, int64_t rank) {
+  const int64_t count[2] = {rows, rows / repeat};
+  std::vector<T> xs[2], factors[2], to[2];
+  std::vector<float> projections[2];
+  auto weight = random_values<T>(rank), bias = random_values<T>(out), grad = random_values<T>(rows * out);
+  std::vector<T> z(grad.size());
+  LowRankFusion p{};
+  p.rows = rows;
+  p.out = out;
+  p.rank = rank;
+  p.dtype = dtype;
+  p.count = 2;
+  LowRankGradients g{};
+  g.rows = rows;
+  g.out = out;
+  g.ranks = rank;
+  g.dtype = dtype;
+  g.count = 2;
+  g.grad = span(grad);
+  g.weight = span(weight);
+  options().bank_conflicts = true;
+  device_on_host::take_launches();
+  for (int m = 0; m < 2; ++m) {
+    xs[m] = random_values<T>(count[m] * dim);
+    factors[m] = random_values<T>(rank * (1 + dim) * out);
+    projections[m].resize(static_cast<size_t>(rank * count[m] * out));
+    p.inputs[m] = {span(xs[m]), span(factors[m]), count[m], dim, dim, span(projections[m]), m == 1};
+    g.projections[m] = span(projections[m]);
+    g.input_rows[m] = count[m];
+  }
+  for (int m = 0; m < 2; ++m) {
+    to[m].resize(static_cast<size_t>(low_rank_gradient_rows(g, m) * rank * out));
+    g.to[m] = span(to[m]);
+  }
+  LowRankFusion first = p;
+  first.rows = count[1];
+  first.count = 1;
+  first.inputs[0] = p.inputs[1];
+  first.inputs[0].is_projected = false;
+  low_rank_fusion(first, nullptr);
+  p.weight = span(weight);
+  p.bias = span(bias);
+  p.z = span(z);
+  std::vector<float> partials(static_cast<size_t>(low_rank_partials(p)));
+  p.partials = span(partials);
+  low_rank_fusion(p, nullptr);
+  const int64_t blocks = low_rank_gradient_blocks(g);
+  std::vector<float> sums(static_cast<size_t>(rank * blocks));
+  g.sums = span(sums);
+  low_rank_gradients(g, nullptr);
+  options().bank_conflicts = false;
+  for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
+
+  const auto at = [](const std::vector<T>& values, int64_t i) {
+    return double{to_float(values[static_cast<size_t>(i)])};
+  };
+  std::vector<double> of_second(projections[1].size()), of_ranks(weight.size());
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t o = 0; o < out; ++o) {
+      double sum = at(bias, o);
+      const double of_z = at(grad, row * out + o);
+      for (int64_t r = 0; r < rank; ++r) {
+        double projected[2];
+        for (int m = 0; m < 2; ++m) {
+          const int64_t of_m = m ? row / repeat : row;
+          projected[m] = at(factors[m], r * (1 + dim) * out + o);
+          for (int64_t i = 0; i < dim; ++i)
+            projected[m] += at(xs[m], of_m * dim + i) * at(factors[m], (r * (1 + dim) + 1 + i) * out + o);
+          CHECK(close(projections[m][static_cast<size_t>((r * count[m] + of_m) * out + o)], projected[m]));
+        }
+        sum += at(weight, r) * projected[0] * projected[1];
+        CHECK(close(to_float(to[0][static_cast<size_t>((row * rank + r) * out + o)]),
+                    of_z * at(weight, r) * projected[1]));
+        of_second[static_cast<size_t>((row / repeat * rank + r) * out + o)] += of_z * at(weight, r) * projected[0];
+        of_ranks[static_cast<size_t>(r)] += of_z * projected[0] * projected[1];
+      }
+      CHECK(close(to_float(z[static_cast<size_t>(row * out + o)]), sum));
+    }
+  const int64_t pieces = low_rank_gradient_rows(g, 1) / count[1];
+  for (int64_t i = 0; i < count[1] * rank * out; ++i) {
+    const int64_t row = i / (rank * out);
+    double sum = 0.0;
+    for (int64_t piece = 0; piece < pieces; ++piece) sum += at(to[1], i + (row * (pieces - 1) + piece) * rank * out);
+    CHECK(close(static_cast<float>(sum), of_second[static_cast<size_t>(i)]));
+  }
+  for (int64_t r = 0; r < rank; ++r) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < blocks; ++i) sum += double{sums[static_cast<size_t>(r * blocks + i)]};
+    CHECK(close(static_cast<float>(sum), of_ranks[static_cast<size_t>(r)]));
+  }
+}
+
 }  // namespace
 
 TEST(kernels_bilinear) {
   // Rows in three pieces and i in two; outputs and y in two, rows of the weight at odd elements.
   check_bilinear<float>(Dtype::float32, 65, 17, 5, 3);
   check_bilinear<__half>(Dtype::float16, 5, 3, 71, 67);
+}
+
+TEST(kernels_low_rank) {
+  // Rows, columns and features in two tiles, the rows of an entry in three pieces; rows of the factors at odd elements.
+  check_low_rank<float>(Dtype::float32, 68, 17, 33, 4, 2);
+  check_low_rank<__half>(Dtype::float16, 6, 3, 66, 67, 2);
 }

@@ -152,6 +152,44 @@ def test_bilinear() -> None:
     assert of_bias["global_bytes_read"] == count(grad) and of_bias["global_bytes_written"] == count(bias)
 
 
+def test_low_rank_fusion() -> None:
+    entries, regions, rank, out = 2, 64, 3, 128
+    rows, threads, tiles = entries * regions, 128, 64
+    inputs = [torch.randn(entries, 64).bfloat16(), torch.randn(entries, regions, 192).bfloat16()]
+    factors = [torch.randn(rank, 1 + x.shape[-1], out).bfloat16() for x in inputs]
+    weight, bias = torch.randn(rank).bfloat16(), torch.randn(out).bfloat16()
+    leaves = [tensor.requires_grad_() for tensor in (*inputs, *factors, weight, bias)]
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        z = velm_kernels.low_rank_fusion(inputs, factors, weight, bias)
+        projected, fused, added = cuda.launches()
+        torch.autograd.grad(z, leaves, torch.randn_like(z))
+    (gradients,) = cuda.launches()
+    row_blocks, column_blocks = rows // tiles, out // tiles
+
+    def of_tiles(x: Tensor, factor: Tensor, row_blocks: int) -> int:
+        # The row of the 1 by every lane that has one of its columns: eight in each half of the rows.
+        of_one = 16 * count(factor[:, 0])
+        return column_blocks * rank * count(x) + row_blocks * (count(factor[:, 1:]) + of_one)
+
+    # The input of one row for many once for each of its own rows, and the other once for each of the result.
+    numbers = rank * out * entries, rank * out * rows
+    assert projected["global_bytes_read"] == of_tiles(inputs[0], factors[0], 1)
+    assert projected["global_bytes_written"] == 4 * numbers[0]
+    # A part for each rank; every thread asks for its weight.
+    weights = row_blocks * column_blocks * threads * count(weight)
+    assert fused["blocks"] == row_blocks * column_blocks * rank
+    assert fused["global_bytes_read"] == of_tiles(inputs[1], factors[1], row_blocks) + 4 * numbers[1] + weights
+    assert fused["global_bytes_written"] == 4 * rank * z.numel() + 4 * numbers[1]
+    assert added["global_bytes_read"] == 4 * rank * z.numel() + rows * count(bias)
+    assert added["global_bytes_written"] == count(z)
+    # Everything once but grad, which each rank reads, and what one row for many has, once for every eight of these.
+    blocks, numbers = int(gradients["blocks"]), (numbers[0] * regions // 8, numbers[1])
+    assert gradients["global_bytes_read"] == 4 * sum(numbers) + rank * count(z) + blocks * threads * weight.itemsize
+    assert gradients["global_bytes_written"] == sum(numbers) * z.itemsize + 4 * blocks
+    assert int(projected["matrix_instructions"]) and int(fused["matrix_instructions"])
+
+
 HEADS, QUERIES, KEYS = 2, 130, 300
 # Rows of a block: each of them reads the keys and values that its rows see.
 BLOCK_ROWS = 64

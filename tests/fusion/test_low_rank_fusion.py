@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import every_backend, every_cpu_backend
+from tests.conftest import DEVICE_ON_HOST, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, reference
+from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, low_rank_products, reference
 
 
 def _tensors(shapes, rank, out, dtype, seed=0):
@@ -56,7 +56,7 @@ def _check(backend, tensors, wanted=None):
         assert_accurate(f"result {i}", a, b, c, a.dtype, ulps=8, floor=float(c.numel()) ** 0.5)
 
 
-@every_backend
+@every_backend_with_cuda
 @given(data=st.data())
 @settings(max_examples=15)
 def test_any_shape(backend, data):
@@ -74,6 +74,29 @@ def test_any_shape(backend, data):
         _check(backend, tensors, wanted and [name == wanted for name in names])
 
 
+CUDA = pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+
+
+# Rows of 71 numbers begin at no multiple of 4 bytes; of the projections, one input shares the rows of each entry.
+@CUDA
+@pytest.mark.parametrize(
+    ("dtype", "out", "kept"), [(torch.float32, 72, True), (torch.float16, 71, False), (torch.bfloat16, 136, True)]
+)
+def test_several_tiles(backend, dtype, out, kept, monkeypatch):
+    monkeypatch.setattr(low_rank, "MOST_KEPT", low_rank.MOST_KEPT if kept else 0)
+    _check(backend, _tensors([(3, 23, 70), (3, 33), (3, 23, 130)], 2, out, dtype))
+
+
+@CUDA
+@pytest.mark.parametrize("kept", [True, False])
+def test_many_ranks(backend, kept, monkeypatch):
+    """More than there are blocks, of which the last has fewer, and some at a time in backward; of those not kept, the
+    projections of one row for several, some rows at a time in forward."""
+    monkeypatch.setattr(low_rank, "MOST_KEPT", 1 << 20 if kept else 0)
+    monkeypatch.setattr(low_rank_products, "WORKSPACE", 301 * 5 * 2 + 7)
+    _check(backend, _tensors([(5, 2, 3), (5, 4)], 301, 5, torch.float32))
+
+
 @every_cpu_backend
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
@@ -81,7 +104,7 @@ def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
     _check(backend, _tensors([(50, 12, 9), (50, 17)], 5, 300, torch.float32))
 
 
-@every_backend
+@every_backend_with_cuda
 def test_an_input_of_one_row_is_the_same_as_a_repeated_one(backend):
     question, *others = _tensors([(3, 6), (3, 4, 5)], 2, 7, torch.float32)
     with backend.use():

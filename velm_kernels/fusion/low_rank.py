@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
-from velm_kernels.fusion import reference
+from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
 
 # Bits of grad_mask: the inputs, their factors, weight, bias.
@@ -238,4 +239,8 @@ for _name, _function in (("forward", _reference_forward), ("backward", _referenc
     register(f"low_rank_fusion_{_name}", "reference", _function, lambda arguments: [])
     triton.register_triton(f"low_rank_fusion_{_name}", "fusion.triton_low_rank")
     cpu.register_cpu(f"low_rank_fusion_{_name}")
+for _backend, _namespace in cuda.NAMESPACES.items():
+    for _name, _call in (("forward", cuda_low_rank.forward), ("backward", cuda_low_rank.backward)):
+        _reasons = functools.partial(cuda.reasons, _backend, "low_rank_gradients")
+        register(f"low_rank_fusion_{_name}", _backend, functools.partial(_call, _namespace), _reasons)
 register_public("low_rank_fusion", "low_rank_fusion_forward", canonical)

@@ -1,0 +1,135 @@
+// low_rank_fusion as torch operators on CUDA kernels. Of backward there are its kernels; what is a product of matrices
+// is left to Python.
+
+#include "fusion/low_rank_cuda.h"
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+using Optional = std::optional<Tensor>;
+
+void check_sizes(std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : sizes)
+    if (size > std::numeric_limits<int32_t>::max() / 2)
+      throw std::runtime_error("velm: more than 2^30 rows or features");
+}
+
+LowRankInput input_of(const Tensor& x, const Tensor& factor, const Tensor& projections) {
+  check_sizes({x.size(1)});
+  return {span_of(x), span_of(factor), x.size(0), x.size(1), x.stride(0), span_of(projections), false};
+}
+
+LowRankFusion problem_of(const Tensor& x, const Tensor& factor, int64_t rows) {
+  LowRankFusion p{};
+  p.rows = rows;
+  p.rank = factor.size(0);
+  p.out = factor.size(2);
+  p.dtype = dtype_of(x);
+  check_sizes({p.rows, p.rank, p.out});
+  return p;
+}
+
+void project(const Tensor& x, const Tensor& factor, const Tensor& to, Stream stream) {
+  if (to.numel() == 0) return;
+  LowRankFusion p = problem_of(x, factor, x.size(0));
+  p.count = 1;
+  p.inputs[0] = input_of(x, factor, to);
+  low_rank_fusion(p, stream);
+}
+
+// (rank, rows, out)
+Tensor low_rank_projections(Tensor x, Tensor factor) {
+  const Current current(x);
+  Tensor to = torch::stable::new_empty(x, {factor.size(0), x.size(0), factor.size(2)}, ScalarType::Float);
+  project(x, factor, to, current.stream());
+  return to;
+}
+
+std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
+                                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight,
+                                                   Optional bias, int64_t rows, bool save) {
+  const Current current(x0);
+  LowRankFusion p = problem_of(x0, factor0, rows);
+  std::vector<Tensor> xs{x0, x1}, factors{factor0, factor1}, rooms;
+  if (x2) xs.push_back(*x2), factors.push_back(*factor2);
+  if (x3) xs.push_back(*x3), factors.push_back(*factor3);
+  const auto numbers = [&](const Tensor& x) { return x.size(0) * p.rank * p.out; };
+  int64_t all = 0;
+  for (const Tensor& x : xs) all += numbers(x);
+  Tensor z = torch::stable::new_empty(x0, {rows, p.out});
+  Tensor kept = torch::stable::new_empty(x0, {save ? all : 0}, ScalarType::Float);
+  if (z.numel() == 0) return {z, kept};
+  int64_t offset = 0;
+  for (size_t m = 0; m < xs.size(); ++m) {
+    const bool shares = xs[m].size(0) < rows;
+    rooms.push_back(save ? torch::stable::narrow(kept, 0, offset, numbers(xs[m]))
+                         : torch::stable::new_empty(x0, {shares ? numbers(xs[m]) : 0}, ScalarType::Float));
+    offset += numbers(xs[m]);
+    if (shares) project(xs[m], factors[m], rooms[m], current.stream());
+    p.inputs[p.count] = input_of(xs[m], factors[m], rooms[m]);
+    p.inputs[p.count++].is_projected = shares;
+  }
+  p.weight = span_of(weight);
+  p.bias = span_of(bias);
+  p.z = span_of(z);
+  Tensor partials = torch::stable::new_empty(x0, {low_rank_partials(p)}, ScalarType::Float);
+  p.partials = span_of(partials);
+  low_rank_fusion(p, current.stream());
+  return {z, kept};
+}
+
+// Of some ranks: the gradients of their projections that `wanted` has a bit for, (rows of m, ranks * out) or as many
+// times more rows as there are sums to be added for each of them, in the type of grad, and for each rank the parts of
+// the sum of grad times all projections.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor grad, Tensor projections0,
+                                                                         Tensor projections1, Optional projections2,
+                                                                         Optional projections3, Tensor weight,
+                                                                         int64_t wanted) {
+  const Current current(grad);
+  LowRankGradients p{};
+  p.rows = grad.size(0);
+  p.out = grad.size(1);
+  p.ranks = weight.size(0);
+  p.dtype = dtype_of(grad);
+  check_sizes({p.rows, p.out, p.ranks});
+  p.grad = span_of(grad);
+  p.weight = span_of(weight);
+  for (const Optional& projections : {Optional(projections0), Optional(projections1), projections2, projections3}) {
+    if (!projections) continue;
+    p.projections[p.count] = span_of(*projections);
+    p.input_rows[p.count++] = projections->size(1);
+  }
+  const int64_t* const rows = p.input_rows;
+  const int64_t entries = *std::min_element(rows, rows + p.count);
+  if (std::any_of(rows, rows + p.count, [&](int64_t n) { return n != entries && n != p.rows; }) ||
+      (entries > 0 && p.rows % entries != 0))
+    throw std::runtime_error("velm: inputs whose rows serve different numbers of rows of the result");
+  std::vector<Tensor> to;
+  for (int m = 0; m < kMostInputs; ++m) {
+    const bool wants = m < p.count && (wanted >> m & 1);
+    to.push_back(wants ? torch::stable::new_empty(grad, {low_rank_gradient_rows(p, m), p.ranks * p.out})
+                       : nothing(grad));
+    p.to[m] = span_of(to.back());
+  }
+  Tensor sums = torch::stable::new_empty(grad, {p.ranks, low_rank_gradient_blocks(p)}, ScalarType::Float);
+  p.sums = span_of(sums);
+  low_rank_gradients(p, current.stream());
+  return {to[0], to[1], to[2], to[3], sums};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("low_rank_fusion_forward", TORCH_BOX(&low_rank_fusion_forward));
+  m.impl("low_rank_projections", TORCH_BOX(&low_rank_projections));
+  m.impl("low_rank_gradients", TORCH_BOX(&low_rank_gradients_op));
+}
+
+}  // namespace
+}  // namespace velm::cuda

@@ -1,0 +1,59 @@
+// low_rank_fusion on a CUDA device: what the operators hand to the kernels.
+#pragma once
+
+#include "device/span.h"
+
+namespace velm::cuda {
+
+using device::Dtype;
+using device::Span;
+using device::Stream;
+
+constexpr int kMostInputs = 4;
+
+// x (rows, dim) with its row stride and last stride 1, factor (rank, 1 + dim, out). A row serves as many neighbours of
+// the result as are left for it.
+struct LowRankInput {
+  Span x, factor;
+  int64_t rows, dim, x_stride;
+  // float32 (rank, rows, out): projections that are there already, or else where they are to be left, if anywhere.
+  Span projections;
+  bool is_projected;
+};
+
+struct LowRankFusion {
+  int64_t rows, out, rank;
+  Dtype dtype;
+  int count;
+  LowRankInput inputs[kMostInputs];
+  // Without weight it is 1; without z nothing but projections is wanted.
+  Span weight, bias, z;
+  // float32, as many as the function below says.
+  Span partials;
+};
+
+// Floats of the sums that several blocks leave to be added up.
+int64_t low_rank_partials(const LowRankFusion& problem);
+void low_rank_fusion(const LowRankFusion& problem, Stream stream);
+
+// Of some ranks: grad (rows, out), projections (ranks, rows of m, out) in float32, weight (ranks,). Rows of m are those
+// of the result, or those of the inputs with one row for several of it, the same number for each of these.
+struct LowRankGradients {
+  int64_t rows, out, ranks;
+  Dtype dtype;
+  int count;
+  Span grad, weight, projections[kMostInputs];
+  int64_t input_rows[kMostInputs];
+  // (low_rank_gradient_rows, ranks * out), those that are there.
+  Span to[kMostInputs];
+  // float32 (ranks, low_rank_gradient_blocks): the sums of grad times all projections.
+  Span sums;
+};
+
+// Rows of m, each as often as there are sums for it to be added up.
+int64_t low_rank_gradient_rows(const LowRankGradients& problem, int m);
+// As `to` and everything else but sums are there.
+int64_t low_rank_gradient_blocks(const LowRankGradients& problem);
+void low_rank_gradients(const LowRankGradients& problem, Stream stream);
+
+}  // namespace velm::cuda
