@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import DEVICE_ON_HOST, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import DEVICE_ON_HOST, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, low_rank_products, reference
 
@@ -58,7 +60,7 @@ def _check(backend, tensors, wanted=None):
 
 @every_backend_with_cuda
 @given(data=st.data())
-@settings(max_examples=15)
+@settings(max_examples=5 if INTERPRETED else 15)
 def test_any_shape(backend, data):
     count = data.draw(st.integers(2, 4), label="modalities")
     dims = data.draw(st.lists(st.integers(0, 20), min_size=count, max_size=count), label="dims")
@@ -75,16 +77,31 @@ def test_any_shape(backend, data):
 
 
 CUDA = pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
-
-
-# Rows of 71 numbers begin at no multiple of 4 bytes; of the projections, one input shares the rows of each entry.
-@CUDA
-@pytest.mark.parametrize(
-    ("dtype", "out", "kept"), [(torch.float32, 72, True), (torch.float16, 71, False), (torch.bfloat16, 136, True)]
+# Of 64 rows and columns, or in the interpreter of 16.
+TILES = [Backend("triton")] if INTERPRETED else [DEVICE_ON_HOST]
+THREE = [(3, 33), (3, 23, 70), (3, 23, 130)]
+SEVERAL_TILES = (
+    [
+        ([(3, 9), (3, 6, 17), (3, 6, 4)], torch.float32, 18, True),
+        ([(3, 3), (3, 6, 18), (3, 2), (3, 6, 20)], torch.float16, 17, False),
+    ]
+    if INTERPRETED
+    else [
+        (THREE, torch.float32, 72, True),
+        # Rows that begin at no multiple of 4 bytes.
+        (THREE, torch.float16, 71, False),
+        (THREE, torch.bfloat16, 136, True),
+    ]
 )
-def test_several_tiles(backend, dtype, out, kept, monkeypatch):
+
+
+@pytest.mark.parametrize("backend", TILES, ids=str)
+@pytest.mark.parametrize(("shapes", "dtype", "out", "kept"), SEVERAL_TILES)
+def test_several_tiles(backend, shapes, dtype, out, kept, monkeypatch):
+    """And two of three ranks at a time in backward."""
     monkeypatch.setattr(low_rank, "MOST_KEPT", low_rank.MOST_KEPT if kept else 0)
-    _check(backend, _tensors([(3, 23, 70), (3, 33), (3, 23, 130)], 2, out, dtype))
+    monkeypatch.setattr(low_rank_products, "WORKSPACE", 2 * math.prod(shapes[1][:2]) * out)
+    _check(backend, _tensors(shapes, 3, out, dtype))
 
 
 @CUDA
@@ -113,6 +130,23 @@ def test_an_input_of_one_row_is_the_same_as_a_repeated_one(backend):
         nothing = _call(low_rank_fusion, [question[:0], others[0][:0], *others[1:]])
     torch.testing.assert_close(one, repeated)
     assert nothing.shape == (0, 4, 7)
+
+
+def test_triton_projects_one_row_for_many_once():
+    pytest.importorskip("triton")
+    from velm_kernels.backends.triton import pretend
+    from velm_kernels.fusion import triton_low_rank
+
+    *inputs, factor0, factor1, weight, bias = _tensors([(3, 6), (12, 5)], 2, 7, torch.float32)
+    missing = [None, None]
+    arguments = (*inputs, *missing, factor0, factor1, *missing, weight, bias, 12, False)
+    with pretend(80) as launches:
+        triton_low_rank.low_rank_fusion_forward(*arguments)
+    project, fuse = launches
+    assert project.arguments[0] is inputs[0] and project.arguments[1] is factor0
+    # The other kernel reads these projections and has nothing to make them of.
+    assert fuse.arguments[4] is None and fuse.arguments[5] is factor1
+    assert fuse.arguments[8] is project.arguments[2]
 
 
 def test_what_backward_keeps(monkeypatch):

@@ -118,7 +118,7 @@ STREAMING = (
     "bilinear_attention_slopes",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
-LOW_RANK = ("low_rank", "low_rank_gradients")
+LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
 # Kernels with products whose block sizes are fixed.
 PRODUCTS = (
     "linear",
@@ -206,6 +206,9 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)
         low_rank = (*[few] * 4, *[_empty(4, 1 + WIDEST, WIDEST, dtype=dtype)] * 4, row[:4])
+        # The first time for the kernel that projects a row for several; the second has all of the other.
+        shared = (_empty(16, WIDEST, dtype=dtype), *low_rank[1:])
+        triton_low_rank.low_rank_fusion_forward(*shared, row[:WIDEST], few.shape[0], True)
         fused, _ = triton_low_rank.low_rank_fusion_forward(*low_rank, row[:WIDEST], few.shape[0], True)
         nothing = _empty(0, dtype=torch.float32)
         triton_low_rank.low_rank_fusion_backward(fused, *low_rank, nothing, few.shape[0], 1023)

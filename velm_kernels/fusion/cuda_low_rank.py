@@ -1,4 +1,4 @@
-"""low_rank_fusion by CUDA kernels: its backward, whose products of matrices are torch's."""
+"""low_rank_fusion by CUDA kernels; of its backward the products of matrices are torch's."""
 
 from __future__ import annotations
 
@@ -19,30 +19,8 @@ cuda.declare(
 
 
 def forward(namespace: str, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """`velm::low_rank_fusion_forward` by the kernels of the library that has this namespace.
-
-    Inputs with one row for several of the result are projected first. If backward does not want these projections, no
-    more of them exist at a time than `low_rank_products.WORKSPACE`, unless those of one row are more.
-    """
-    *tensors, weight, bias, rows, save = arguments
-    operator = getattr(torch.ops, namespace).low_rank_fusion_forward
-    xs, factors = [x for x in tensors[:MODALITIES] if x is not None], tensors[MODALITIES:]
-    entries = min(x.shape[0] for x in xs)
-    rank, _, out = factors[0].shape
-    shared = rank * out * sum(x.shape[0] < rows for x in xs)
-    step = entries if save or not shared else max(1, low_rank_products.WORKSPACE // shared)
-    if step >= entries:
-        return operator(*arguments)
-    parts = []
-    for first in range(0, entries, step):
-        count = min(step, entries - first)
-        some = [
-            None if x is None else x.narrow(0, x.shape[0] // entries * first, x.shape[0] // entries * count)
-            for x in tensors[:MODALITIES]
-        ]
-        part, kept = operator(*some, *factors, weight, bias, rows // entries * count, save)
-        parts.append(part)
-    return torch.cat(parts), kept
+    """`velm::low_rank_fusion_forward` by the kernels of the library that has this namespace."""
+    return low_rank_products.forward(getattr(torch.ops, namespace).low_rank_fusion_forward, *arguments)
 
 
 def backward(namespace: str, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

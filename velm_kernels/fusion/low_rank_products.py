@@ -1,4 +1,4 @@
-"""The backward of low_rank_fusion around a kernel for the gradients of the projections; products by torch."""
+"""What surrounds the kernels of low_rank_fusion on a GPU: some rows or ranks at a time, and products by torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from velm_kernels.fusion.reference import with_one
 
 MODALITIES = 4
-# Numbers of the gradients of one modality's projections that exist at a time, unless those of one rank are more.
+# Numbers of projections, or of the gradients of those of one modality, that exist at a time, unless those of one row or
+# one rank are more.
 WORKSPACE = 1 << 24
 
 # From the first of some ranks, their number and for which modalities to the gradients of the projections, for each that
@@ -28,6 +29,31 @@ def split(kept: Tensor, xs: tuple[Tensor | None, ...], factor0: Tensor) -> list[
     shapes = [(0, 0, 0) if x is None else (rank, x.shape[0], out) for x in xs]
     parts = kept.split([rank * rows * out for rank, rows, out in shapes])
     return [part.view(shape) if part.numel() else None for part, shape in zip(parts, shapes, strict=True)]
+
+
+def forward(of_rows: Callable[..., tuple[Tensor, Tensor]], *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`velm::low_rank_fusion_forward` by ``of_rows``, which first projects inputs with one row for several of z.
+
+    Of these projections, if backward does not want them, no more exist at a time than ``WORKSPACE``.
+    """
+    *tensors, weight, bias, rows, save = arguments
+    xs, factors = [x for x in tensors[:MODALITIES] if x is not None], tensors[MODALITIES:]
+    entries = min(x.shape[0] for x in xs)
+    rank, _, out = factors[0].shape
+    shared = rank * out * sum(x.shape[0] < rows for x in xs)
+    step = entries if save or not shared else max(1, WORKSPACE // shared)
+    if step >= entries:
+        return of_rows(*arguments)
+    parts = []
+    for first in range(0, entries, step):
+        count = min(step, entries - first)
+        some = [
+            None if x is None else x.narrow(0, x.shape[0] // entries * first, x.shape[0] // entries * count)
+            for x in tensors[:MODALITIES]
+        ]
+        part, kept = of_rows(*some, *factors, weight, bias, rows // entries * count, save)
+        parts.append(part)
+    return torch.cat(parts), kept
 
 
 def backward(gradients_of: Gradients, grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

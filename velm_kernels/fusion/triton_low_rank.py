@@ -9,8 +9,12 @@ from torch import Tensor
 
 from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, architecture, launch, precision
-from velm_kernels.fusion.low_rank_products import MODALITIES, backward, split
-from velm_kernels.fusion.triton_low_rank_kernels import low_rank_gradients_kernel, low_rank_kernel
+from velm_kernels.fusion.low_rank_products import MODALITIES, backward, forward, split
+from velm_kernels.fusion.triton_low_rank_kernels import (
+    low_rank_gradients_kernel,
+    low_rank_kernel,
+    low_rank_projection_kernel,
+)
 
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync.
@@ -45,29 +49,34 @@ def _sizes(xs: tuple[Tensor | None, ...], rows: int) -> tuple[int, ...]:
 
 
 def low_rank_fusion_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`velm::low_rank_fusion_forward` by a Triton kernel. It projects one row for many once for each of these."""
+    """`velm::low_rank_fusion_forward` by a Triton kernel, after another for inputs with one row for several."""
+    return forward(_forward, *arguments)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *tensors, weight, bias, rows, save = arguments
-    xs, factors = tuple(tensors[:MODALITIES]), tuple(tensors[MODALITIES:])
+    xs, factors = tuple(tensors[:MODALITIES]), tensors[MODALITIES:]
     rank, _, out = factors[0].shape
     config, constants = _config(xs[0])
+    out_blocks = cdiv(out, config.block_n)
     numbers = sum(x.shape[0] for x in xs if x is not None) * rank * out if save else 0
     kept = xs[0].new_empty((numbers,), dtype=torch.float32)
+    projections = split(kept, xs, factors[0])
+    for m, x in enumerate(xs):
+        if x is None or x.shape[0] == rows:
+            continue
+        if projections[m] is None:
+            projections[m] = xs[0].new_empty((rank, x.shape[0], out), dtype=torch.float32)
+        row_blocks = cdiv(x.shape[0], config.block_m)
+        sizes = (x.stride(0), x.shape[1], x.shape[0], out, row_blocks, out_blocks)
+        grid = row_blocks * out_blocks * rank
+        given = (x, factors[m], projections[m], *sizes)
+        launch("low_rank_projection", low_rank_projection_kernel, grid, given, constants, config)
+        factors[m] = None
     result = xs[0].new_empty((rows, out))
     row_blocks = cdiv(rows, config.block_m)
-    given = (
-        *xs,
-        *factors,
-        *split(kept, xs, factors[0]),
-        weight,
-        bias,
-        result,
-        *_sizes(xs, rows),
-        rows,
-        out,
-        rank,
-        row_blocks,
-    )
-    launch("low_rank", low_rank_kernel, row_blocks * cdiv(out, config.block_n), given, constants, config)
+    given = (*xs, *factors, *projections, weight, bias, result, *_sizes(xs, rows), rows, out, rank, row_blocks)
+    launch("low_rank", low_rank_kernel, row_blocks * out_blocks, given, constants, config)
     return result, kept
 
 

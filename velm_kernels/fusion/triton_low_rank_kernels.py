@@ -42,6 +42,45 @@ def _keep(kept, b_tile, repeat, r, b_b, rows, b_o, out):
 
 
 @triton.jit
+def low_rank_projection_kernel(
+    x,
+    factor,
+    projections,
+    stride,
+    dim,
+    rows,
+    out,
+    row_blocks,
+    out_blocks,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A tile of the projections (rank, rows, out) of one input."""
+    block = tl.program_id(0) % (row_blocks * out_blocks)
+    r = tl.program_id(0) // (row_blocks * out_blocks)
+    b_b = (block % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_o = (block // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_tile = _projection(x, stride, factor, dim, 1, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
+    _keep(projections, b_tile, 1, r, b_b, rows, b_o, out)
+
+
+@triton.jit
+def _projected(
+    kept, x, x_stride, factor, dim, repeat, r, b_b, rows, b_o, out, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A tile of a projection: made, and kept where asked for, or without a factor what was made before."""
+    if factor is None:
+        b_ok = (b_b < rows)[:, None] & (b_o < out)[None, :]
+        return tl.load(_kept(kept, repeat, r, b_b, rows, b_o, out), mask=b_ok, other=0.0)
+    else:
+        b_p = _projection(x, x_stride, factor, dim, repeat, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
+        _keep(kept, b_p, repeat, r, b_b, rows, b_o, out)
+        return b_p
+
+
+@triton.jit
 def low_rank_kernel(
     x0,
     x1,
@@ -79,24 +118,20 @@ def low_rank_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A tile of the sum over ranks of the product of all projections, which are kept where asked for."""
+    """A tile of the sum over ranks of the product of all projections."""
     b_b = (tl.program_id(0) % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_o = (tl.program_id(0) // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in tl.range(0, rank):
-        b_p = _projection(x0, stride0, factor0, dim0, repeat0, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
-        _keep(kept0, b_p, repeat0, r, b_b, rows, b_o, out)
+        b_p = _projected(kept0, x0, stride0, factor0, dim0, repeat0, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
         b_product = tl.load(weight + r).to(tl.float32) * b_p
-        b_p = _projection(x1, stride1, factor1, dim1, repeat1, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
-        _keep(kept1, b_p, repeat1, r, b_b, rows, b_o, out)
+        b_p = _projected(kept1, x1, stride1, factor1, dim1, repeat1, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
         b_product *= b_p
         if x2 is not None:
-            b_p = _projection(x2, stride2, factor2, dim2, repeat2, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
-            _keep(kept2, b_p, repeat2, r, b_b, rows, b_o, out)
+            b_p = _projected(kept2, x2, stride2, factor2, dim2, repeat2, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
             b_product *= b_p
         if x3 is not None:
-            b_p = _projection(x3, stride3, factor3, dim3, repeat3, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
-            _keep(kept3, b_p, repeat3, r, b_b, rows, b_o, out)
+            b_p = _projected(kept3, x3, stride3, factor3, dim3, repeat3, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)
             b_product *= b_p
         b_acc += b_product
     if bias is not None:
