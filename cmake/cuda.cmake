@@ -18,6 +18,8 @@ set(VELM_KERNEL_SOURCES
   attention/merge.cu
   attention/norm.cu
   fusion/bilinear.cu
+  fusion/bilinear_attention.cu
+  fusion/bilinear_attention_products.cu
   fusion/bilinear_weight.cu
   fusion/count_sketch.cu
   fusion/dropout.cu
@@ -33,6 +35,7 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
+  csrc/fusion/bilinear_attention_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
   csrc/fusion/dropout_cuda.cpp

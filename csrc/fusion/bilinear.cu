@@ -32,21 +32,6 @@ constexpr int kWarpTile = 32;
 constexpr int kSteps = 16;
 constexpr int kSlots = 4;
 
-// Sums in float32 that others are to be added to, or results.
-template <class T>
-struct Sink {
-  Global<float> partials;
-  Global<T> results;
-
-  DEVICE_INLINE explicit operator bool() const { return partials || results; }
-  DEVICE_INLINE void put(int64_t at, float value) const {
-    if (partials)
-      partials[at] = value;
-    else
-      results[at] = from_float<T>(value);
-  }
-};
-
 // Forward: `a` is y, and the columns of the results are outputs. Backward: `a` is grad, the columns are those of y.
 template <class T>
 struct Contraction {

@@ -17,6 +17,42 @@ constexpr int kProduct = sizeof(T) == 4 ? 8 : 16;
 // Blocks that a launch should have.
 constexpr int64_t kBlocks = 256;
 
+// Sums in float32 that others are to be added to, or results.
+template <class T>
+struct Sink {
+  Global<float> partials;
+  Global<T> results;
+
+  DEVICE_INLINE explicit operator bool() const { return partials || results; }
+  DEVICE_INLINE void put(int64_t at, float value) const {
+    if (partials)
+      partials[at] = value;
+    else
+      results[at] = from_float<T>(value);
+  }
+};
+
+// Two products of 16-bit elements.
+template <class T>
+DEVICE_INLINE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#if defined(__CUDACC__)
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  union {
+    uint32_t word;
+    Pair pair;
+  } u{a}, v{b};
+  u.pair = __hmul2(u.pair, v.pair);
+  return u.word;
+#else
+  union {
+    uint32_t word;
+    T pair[2];
+  } u{a}, v{b};
+  for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
+  return u.word;
+#endif
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -37,26 +37,6 @@ struct alignas(128) WeightStorage {
   SharedArray<T, kWarps, 16 * kDepth<T>> stage;
 };
 
-template <class T>
-DEVICE_INLINE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
-#if defined(__CUDACC__)
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  union {
-    uint32_t word;
-    Pair pair;
-  } u{a}, v{b};
-  u.pair = __hmul2(u.pair, v.pair);
-  return u.word;
-#else
-  union {
-    uint32_t word;
-    T pair[2];
-  } u{a}, v{b};
-  for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
-  return u.word;
-#endif
-}
-
 // What the rows of x are for kPlanes i, behind each other so that one access has all of them.
 template <class T>
 struct Planes {

@@ -36,7 +36,7 @@ RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
     r"(attention_pool|count_sketch|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
-    r".* (add_splits|delta|gradients|inverse_norms|merge_splits|sum_partials)_kernel<.*"
+    r".* (add_splits|delta|gradients|inverse_norms|merge_splits|pair_maps|pair_slopes|sum_partials)_kernel<.*"
 )
 
 
@@ -103,6 +103,8 @@ def occupancy(registers: int, shared_bytes: int, threads: int, arch: str) -> flo
 
 def block_threads(instance: str) -> int:
     """Threads of a block, by the source's own constants; tests/device_on_host/test_traffic.py compares."""
+    if instance.startswith(("pair_maps_kernel", "pair_slopes_kernel")):
+        return 512
     return 64 if instance in ("grad_query_kernel<float, 256>", "grad_key_value_kernel<float, 256, 0>") else 128
 
 

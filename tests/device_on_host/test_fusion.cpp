@@ -1,5 +1,8 @@
 // The kernels of fusion on small shapes, for the sanitizers; their numbers are tested through the operators.
 
+#include <limits>
+
+#include "fusion/bilinear_attention_cuda.h"
 #include "fusion/bilinear_cuda.h"
 #include "fusion/low_rank_cuda.h"
 #include "tests/device_on_host/values.h"
@@ -167,6 +170,96 @@ void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int6
   }
 }
 
+// The last row of each side does not count, nor does the second of v: NaN is there.
+template <class T>
+void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, int64_t words, int64_t k) {
+  const int64_t matrix = regions * words, count = batch * glimpses * matrix;
+  auto v = random_values<T>(batch * regions * k), q = random_values<T>(batch * words * k);
+  auto h = random_values<T>(glimpses * k), bias = random_values<T>(glimpses);
+  auto grad_maps = random_values<T>(count), grad_logits = random_values<T>(count);
+  std::vector<int32_t> v_lengths(static_cast<size_t>(batch), static_cast<int32_t>(regions - 1)),
+      q_lengths(static_cast<size_t>(batch), static_cast<int32_t>(words - 1));
+  std::vector<unsigned char> v_mask(static_cast<size_t>(batch * regions), 1);
+  const auto is_there = [&](int64_t i, int64_t j) { return i != 1 && i < regions - 1 && j < words - 1; };
+  const auto hide = [&](std::vector<T>& x, int64_t row) {
+    for (int64_t i = 0; i < k; ++i) x[static_cast<size_t>(row * k + i)] = from_float<T>(NAN);
+  };
+  for (int64_t b = 0; b < batch; ++b) {
+    v_mask[static_cast<size_t>(b * regions + 1)] = 0;
+    hide(v, b * regions + 1);
+    hide(v, (b + 1) * regions - 1);
+    hide(q, (b + 1) * words - 1);
+  }
+  const Pairs p{batch,
+                glimpses,
+                k,
+                dtype,
+                {span(v), regions, regions * k, k, span(v_lengths), span(v_mask)},
+                {span(q), words, words * k, k, span(q_lengths), {}}};
+  std::vector<float> sums(static_cast<size_t>(pair_score_parts(p) * count)),
+      of_bias(static_cast<size_t>(batch * glimpses));
+  std::vector<float> joint(static_cast<size_t>(pair_joint_pieces(p) * batch * glimpses * k));
+  std::vector<T> maps(grad_maps.size()), logits(maps.size()), slopes(maps.size()), grad_v(v.size()), grad_q(q.size());
+  std::vector<T> grad_h(h.size());
+  options().bank_conflicts = true;
+  device_on_host::take_launches();
+  pair_scores(p, span(h), 0, span(sums), nullptr);
+  pair_maps(p, {span(sums), span(bias), span(maps), span(logits)}, nullptr);
+  pair_slopes(p, {span(maps), span(grad_maps), span(grad_logits), span(slopes), span(of_bias)}, nullptr);
+  pair_products(p, {true, span(slopes), span(h), span(grad_v), span(joint), 0, true}, nullptr);
+  pair_products(p, {false, span(slopes), span(h), span(grad_q), {}, 0, true}, nullptr);
+  sum_parts(span(joint), {}, span(grad_h), dtype, pair_joint_pieces(p) * batch, glimpses * k, 1, nullptr);
+  for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
+  options().bank_conflicts = false;
+
+  const auto at = [](const std::vector<T>& values, int64_t i) {
+    return double{to_float(values[static_cast<size_t>(i)])};
+  };
+  std::vector<double> to_v(v.size()), to_q(q.size()), to_h(h.size());
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t g = 0; g < glimpses; ++g) {
+      const int64_t first = (b * glimpses + g) * matrix;
+      std::vector<double> score(static_cast<size_t>(matrix));
+      double total = 0, along = 0, all = 0;
+      for (int64_t n = 0; n < matrix; ++n) {
+        const int64_t i = n / words, j = n % words;
+        if (!is_there(i, j)) continue;
+        double& sum = score[static_cast<size_t>(n)];
+        sum = at(bias, g);
+        for (int64_t c = 0; c < k; ++c)
+          sum += at(h, g * k + c) * at(v, (b * regions + i) * k + c) * at(q, (b * words + j) * k + c);
+        total += std::exp(sum);
+        along += std::exp(sum) * at(grad_maps, first + n);
+        all += at(grad_logits, first + n);
+      }
+      CHECK(close(of_bias[static_cast<size_t>(b * glimpses + g)], all));
+      for (int64_t n = 0; n < matrix; ++n) {
+        const int64_t i = n / words, j = n % words;
+        if (!is_there(i, j)) {
+          CHECK(at(maps, first + n) == 0 && at(slopes, first + n) == 0);
+          CHECK(at(logits, first + n) == -std::numeric_limits<double>::infinity());
+          continue;
+        }
+        const double map = std::exp(score[static_cast<size_t>(n)]) / total;
+        CHECK(close(at(maps, first + n), map) && close(at(logits, first + n), score[static_cast<size_t>(n)]));
+        const double slope = map * (at(grad_maps, first + n) - along / total) + at(grad_logits, first + n);
+        CHECK(close(at(slopes, first + n), slope));
+        for (int64_t c = 0; c < k; ++c) {
+          const int64_t of_v = (b * regions + i) * k + c, of_q = (b * words + j) * k + c;
+          to_v[static_cast<size_t>(of_v)] += slope * at(h, g * k + c) * at(q, of_q);
+          to_q[static_cast<size_t>(of_q)] += slope * at(h, g * k + c) * at(v, of_v);
+          to_h[static_cast<size_t>(g * k + c)] += slope * at(v, of_v) * at(q, of_q);
+        }
+      }
+    }
+  const auto compare = [&](const std::vector<T>& found, const std::vector<double>& expected) {
+    for (size_t i = 0; i < found.size(); ++i) CHECK(close(to_float(found[i]), expected[i]));
+  };
+  compare(grad_v, to_v);
+  compare(grad_q, to_q);
+  compare(grad_h, to_h);
+}
+
 }  // namespace
 
 TEST(kernels_bilinear) {
@@ -179,4 +272,10 @@ TEST(kernels_low_rank) {
   // Rows, columns and features in two tiles, the rows of an entry in three pieces; rows of the factors at odd elements.
   check_low_rank<float>(Dtype::float32, 68, 17, 33, 4, 2);
   check_low_rank<__half>(Dtype::float16, 6, 3, 66, 67, 2);
+}
+
+TEST(kernels_pairs) {
+  // Glimpses in two groups, words in two units, regions by two warps; k in two parts, regions in two blocks.
+  check_pairs<float>(Dtype::float32, 1, 9, 17, 18, 40);
+  check_pairs<__half>(Dtype::float16, 1, 1, 65, 3, 270);
 }

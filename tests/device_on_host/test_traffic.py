@@ -152,6 +152,48 @@ def test_bilinear() -> None:
     assert of_bias["global_bytes_read"] == count(grad) and of_bias["global_bytes_written"] == count(bias)
 
 
+def test_bilinear_attention() -> None:
+    batch, glimpses, regions, words, k = 1, 8, 36, 7, 640
+    v, q = (torch.randn(batch, rows, k).bfloat16() for rows in (regions, words))
+    h, bias = torch.randn(glimpses, k).bfloat16() / 8, torch.randn(glimpses).bfloat16()
+    leaves = [tensor.requires_grad_() for tensor in (v, q, h, bias)]
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        maps, logits = velm_kernels.bilinear_attention(*leaves, return_logits=True)
+        scores, softmax = cuda.launches()
+        torch.autograd.backward([maps, logits], [torch.randn_like(maps), torch.randn_like(logits)])
+    slopes, of_v, of_q, of_h, of_bias = cuda.launches()
+    # Both sides and h once for all glimpses, in two parts of k, which leave their sums.
+    pairs = batch * glimpses * regions * words
+    assert scores["global_bytes_read"] == count(v, q, h)
+    assert scores["global_bytes_written"] == 2 * 4 * pairs
+    # The sum of the parts is written, and read for the second time; the bias is read by all threads.
+    assert softmax["global_bytes_read"] == 3 * 4 * pairs + batch * glimpses * 512 * bias.itemsize
+    assert softmax["global_bytes_written"] == 4 * pairs + count(maps, logits)
+    assert slopes["global_bytes_read"] == 2 * 3 * count(maps)
+    assert slopes["global_bytes_written"] == count(maps) + 4 * batch * glimpses
+    # Each side once, and weights for each tile of 64 columns.
+    assert of_v["global_bytes_read"] == count(v, q, h) + k // 64 * count(maps)
+    assert of_v["global_bytes_written"] == count(v) + 4 * batch * glimpses * k
+    assert of_h["global_bytes_read"] == 4 * batch * glimpses * k and of_h["global_bytes_written"] == count(h)
+    # A tile of regions serves 256 columns, of 7 words.
+    assert of_q["blocks"] == -(-k // 256)
+    assert of_q["global_bytes_read"] == count(v, h) + k // 64 * count(maps)
+    assert of_q["global_bytes_written"] == count(q)
+    assert of_bias["global_bytes_read"] == 4 * batch * glimpses and of_bias["global_bytes_written"] == count(bias)
+    # Rows that do not count are not read, nor are the sums of what is behind the lengths written.
+    v_mask, q_mask = (torch.arange(rows)[None] % 3 > 0 for rows in (regions, words))
+    lengths = torch.tensor([5])
+    with velm_kernels.use_backend("device_on_host"):
+        velm_kernels.bilinear_attention(*leaves, v_mask=v_mask, q_mask=q_mask, q_lengths=lengths)
+        scores, _ = cuda.launches()
+    q_mask = q_mask[:, :5]
+    # Of both parts of k all threads read the length.
+    of_masks = 2 * (count(v_mask, q_mask) + 128 * 4)
+    assert scores["global_bytes_read"] == count(v[v_mask], q[:, :5][q_mask], h) + of_masks
+    assert scores["global_bytes_written"] == 2 * 4 * glimpses * regions * 5
+
+
 def test_low_rank_fusion() -> None:
     entries, regions, rank, out = 2, 64, 3, 128
     rows, threads, tiles = entries * regions, 128, 64

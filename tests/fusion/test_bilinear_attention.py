@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend, every_cpu_backend
+from tests.conftest import INTERPRETED, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels import explain
 from velm_kernels.fusion import bilinear_attention, bilinear_attention_pool, reference
@@ -85,7 +85,7 @@ def _compare(got, plain, exact, dtype):
         assert_accurate(name, value, plain[name], exact[name], dtype)
 
 
-@every_backend
+@every_backend_with_cuda
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_any_shape(backend, data):
@@ -116,7 +116,7 @@ def test_any_shape(backend, data):
     _compare(got, plain, exact, dtype)
 
 
-@every_backend
+@every_backend_with_cuda
 @settings(max_examples=min(8, EXAMPLES))
 @given(data=st.data())
 def test_pool_of_any_shape(backend, data):
@@ -135,13 +135,15 @@ def test_pool_of_any_shape(backend, data):
     _compare(got, plain, exact, dtype)
 
 
-@every_cpu_backend
+@every_backend_with_cuda
+@pytest.mark.skipif(INTERPRETED, reason="takes long, and is cut in no other way than what is small")
 @pytest.mark.parametrize(
     "sizes",
     [
         (9, 2, 5, 3, 600),  # parts of the batch of different sizes, columns in chunks
         (1, 5, 200, 160, 130),  # glimpses in groups, regions in blocks
         (2, 1, 3, 700, 40),  # one glimpse wider than a group
+        (2, 19, 5, 18, 70),  # many glimpses
     ],
 )
 def test_shapes_that_are_cut(backend, sizes):
@@ -152,19 +154,20 @@ def test_shapes_that_are_cut(backend, sizes):
     _compare(got, plain, exact, torch.float32)
 
 
-@every_backend
+@every_backend_with_cuda
 def test_what_does_not_count_is_not_read(backend):
     """NaN there changes nothing, nor does padding, and what counts is the same as without them."""
-    v, q, h, bias = _inputs(4, 3, 11, 7, 40, torch.float32)
-    attention = torch.randn(4, 3, 11, 7)
-    v_mask, q_lengths = torch.rand(4, 11) < 0.5, torch.tensor([7, 3, 0, 5])
-    v_mask[3], v_mask[:3, 2] = False, True
-    pairs = v_mask[:, None, :, None] & (torch.arange(7) < q_lengths[:, None])[:, None, None]
-    masks = {"v_mask": v_mask, "q_lengths": q_lengths}
+    v, q, h, bias = _inputs(5, 3, 11, 7, 40, torch.float32)
+    attention = torch.randn(5, 3, 11, 7)
+    v_mask, q_lengths, q_mask = torch.rand(5, 11) < 0.5, torch.tensor([7, 3, 0, 5, 7]), torch.ones(5, 7) > 0
+    v_mask[:, 2], v_mask[3], q_mask[4] = True, False, False
+    pairs = v_mask[:, None, :, None] & (q_mask & (torch.arange(7) < q_lengths[:, None]))[:, None, None]
+    masks = {"v_mask": v_mask, "q_lengths": q_lengths, "q_mask": q_mask}
+    # Where a side has nothing that counts, the other is in no pair.
+    of_pairs = pairs[:, 0].any(-1), pairs[:, 0].any(1)
     clean, poisoned = [], []
     for results, poison in ((clean, 0.0), (poisoned, torch.nan)):
-        hidden_v = torch.where(v_mask[..., None], v, poison)
-        hidden_q = torch.where((torch.arange(7) < q_lengths[:, None])[..., None], q, poison)
+        hidden_v, hidden_q = (torch.where(live[..., None], x, poison) for live, x in zip(of_pairs, (v, q), strict=True))
         weights = torch.where(pairs, attention, poison)
         with backend.use():
             results.append(_all_results(bilinear_attention, [hidden_v, hidden_q, h, bias], masks))
@@ -174,17 +177,21 @@ def test_what_does_not_count_is_not_read(backend):
             assert torch.equal(a[name], b[name]), name
     maps, logits = clean[0]["maps"], clean[0]["logits"]
     assert torch.equal(maps != 0, pairs.expand_as(maps)) and torch.equal(logits == -torch.inf, maps == 0)
-    totals = torch.tensor([1.0, 1.0, 0.0, 0.0])[:, None].expand(4, 3)
+    totals = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])[:, None].expand(5, 3)
     torch.testing.assert_close(maps.sum((2, 3)), totals)
     for found in clean:
         assert not found["v"][2:].any() and not found["q"][2:].any()
         assert not found["v"][~v_mask].any()
     with backend.use():
         alone = bilinear_attention(v[:1, v_mask[0]], q[:1], h, bias)
+        # NaN in what counts is passed back to nothing that does not.
+        inputs = [v, q.index_fill(1, torch.tensor(0), torch.nan), attention]
+        of_v = _all_pool_results(bilinear_attention_pool, inputs, masks, wanted=(True, False, False))["v"]
+    assert of_v[0, v_mask[0]].isnan().all() and not of_v[~pairs[:, 0].any(-1)].any()
     torch.testing.assert_close(alone, maps[:1][:, :, v_mask[0]])
 
 
-@every_backend
+@every_backend_with_cuda
 def test_equal_to_the_materialised_product(backend):
     v, q, h, bias = _inputs(2, 3, 5, 4, 33, torch.float32)
     product = (h[:, None] * v[:, None]) @ q[:, None].transpose(2, 3) + bias[:, None, None]
@@ -200,7 +207,7 @@ def test_equal_to_the_materialised_product(backend):
     torch.testing.assert_close(one, outer[:, 1])
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("sizes", [(0, 2, 3, 4, 5), (2, 0, 3, 4, 5), (2, 2, 0, 4, 5), (2, 2, 3, 0, 5), (2, 2, 3, 4, 0)])
 def test_nothing(backend, sizes):
     inputs = _inputs(*sizes, torch.float32)
@@ -216,7 +223,7 @@ def test_nothing(backend, sizes):
         torch.testing.assert_close(pooled[name], value)
 
 
-@every_backend
+@every_backend_with_cuda
 def test_layouts(backend):
     v = torch.randn(5, 3, 20).transpose(0, 1)
     q, h = torch.randn(1, 4, 22).expand(3, 4, 22)[..., :20], torch.randn(20, 2).T

@@ -9,7 +9,7 @@ import torch.utils.flop_counter
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
 
@@ -507,6 +507,7 @@ for _name, _function, _formula in (
     torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.velm, _operator))(_formula)
     register(_operator, "reference", _function, lambda arguments: [])
     cpu.register_cpu(_operator)
+    cuda.register_cuda(_operator)
     triton.register_triton(_operator, "fusion.triton_bilinear_attention")
 register_public("bilinear_attention", "bilinear_attention_forward", canonical)
 register_public("bilinear_attention_pool", "bilinear_attention_pool_forward", canonical_pool)

@@ -155,10 +155,16 @@ def outer_product_fusion(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Te
     return (products if mask is None else products.masked_fill(~mask[:, :, None, None], 0.0)).sum(1)
 
 
+def _with_pairs(v_live: Tensor, q_live: Tensor) -> tuple[Tensor, Tensor]:
+    """The live rows that are in a live pair: none where the other side has none."""
+    return v_live & q_live.any(-1, keepdim=True), q_live & v_live.any(-1, keepdim=True)
+
+
 def bilinear_attention(
     v: Tensor, q: Tensor, h: Tensor, bias: Tensor | None, v_live: Tensor, q_live: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``softmax over the live pairs (i, j) of sum_k h[g, k] v[b, i, k] q[b, j, k] + bias[g]``, and its logits."""
+    v_live, q_live = _with_pairs(v_live, q_live)
     v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
     products = torch.einsum("gk,bik,bjk->bgij", h, v, q)
     pairs = (v_live[:, None, :, None] & q_live[:, None, None]).expand(products.shape)
@@ -172,6 +178,7 @@ def bilinear_attention(
 
 def bilinear_attention_pool(v: Tensor, q: Tensor, attention: Tensor, v_live: Tensor, q_live: Tensor) -> Tensor:
     """``sum over the live pairs (i, j) of attention[b, g, i, j] v[b, i, k] q[b, j, k]``."""
+    v_live, q_live = _with_pairs(v_live, q_live)
     v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
     attention = torch.where(v_live[:, None, :, None] & q_live[:, None, None], attention, 0.0)
     return torch.einsum("bgij,bik,bjk->bgk", attention, v, q)

@@ -214,13 +214,16 @@ def joint_kernel(
     b_k = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     p_weights = weights + wide(task) * regions * words
     b_sum = tl.zeros((BLOCK_K,), tl.float32)
+    b_some_i, b_some_j = tl.zeros((BLOCK_M,), tl.int1), tl.zeros((BLOCK_N,), tl.int1)
     for first in tl.range(0, regions, BLOCK_M):
         b_i = first + tl.arange(0, BLOCK_M)
         b_of_i = _live(v_live, b, b_i, regions)
+        b_some_i = b_some_i | b_of_i
         b_product = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for start in tl.range(0, words, BLOCK_N):
             b_j = start + tl.arange(0, BLOCK_N)
             b_of_j = _live(q_live, b, b_j, words)
+            b_some_j = b_some_j | b_of_j
             p_tile = p_weights + wide(b_i)[:, None] * words + b_j[None, :]
             b_weight = tl.load(p_tile, mask=b_of_i[:, None] & b_of_j[None, :], other=0.0)
             b_q = _tile(q + wide(b) * q_batch, b_j, q_stride, b_of_j, b_k, k)
@@ -228,4 +231,7 @@ def joint_kernel(
             b_product = product_add(b_weight, b_q, b_product, PRECISION)
         b_v = _tile(v + wide(b) * v_batch, b_i, v_stride, b_of_i, b_k, k).to(tl.float32)
         b_sum += tl.sum(b_v * b_product, 0)
+    # Rows that count, NaN included, were multiplied by zeros where the other side has none.
+    has_pairs = (tl.max(b_some_i.to(tl.int32), 0) > 0) & (tl.max(b_some_j.to(tl.int32), 0) > 0)
+    b_sum = tl.where(has_pairs, b_sum, 0.0)
     tl.store(out + wide(task) * k + b_k, round_to(b_sum, out.dtype.element_ty), mask=b_k < k)
