@@ -84,12 +84,17 @@ struct Max {
   }
 };
 
-// a is the largest, b = sum of exp(x - a), at least 1 once there is an x above -inf.
+// b = sum of exp(x - a), where a is a value that was met, so that b is at least 1 once there is an x above -inf, and no
+// more than kSlack below the largest. Staying behind by a little, it seldom changes: only then do the exponentials of a
+// row wait for a comparison with the rows before, and the sum so far for another exponential.
 struct LogSumExp {
   static constexpr bool kHasB = true;
   static constexpr float kA = -kLargest;
+  // exp(kSlack) times any number of tokens is far from overflowing; a + log(b) of a result near 0 is inexact by 1e-6 at
+  // most.
+  static constexpr float kSlack = 8.0f;
 
-  // e^x for x <= 0 to two units in the last place, e^-87 below; NaN stays NaN. What the sum needs and no more.
+  // e^x for x <= kSlack to two units in the last place, e^-87 below; NaN stays NaN. What the sum needs and no more.
   static VELM_INLINE Vec exp_of(Vec x) {
     constexpr float kLog2E = 1.442695040888963f;
     // Added to a small number, it leaves the number rounded to an integer in the lowest bits.
@@ -102,15 +107,25 @@ struct LogSumExp {
     return float_of(bits_of(p) + (bits_of(rounded) << 23));
   }
   template <int R>
+  static VELM_INLINE Vec largest_of(const Vec (&x)[R]) {
+    if constexpr (R == 1)
+      return x[0];
+    else
+      return maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])),
+                     maximum(maximum(x[4], x[5]), maximum(x[6], x[7])));
+  }
+  template <int R>
   VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
-    Vec largest = a;
     // NaN does not get into it, but into the sum.
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { largest = maximum(x[r], largest); });
+    const Vec most = largest_of(x);
+    if (stdx::any_of(most > a + kSlack)) [[unlikely]] {
+      const Vec largest = maximum(most, a);
+      b *= exp_of(a - largest);
+      a = largest;
+    }
     Vec terms[R];
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = exp_of(x[r] - largest); });
-    b *= exp_of(a - largest);
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = exp_of(x[r] - a); });
     Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, b);
-    a = largest;
   }
   VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
     const Vec largest = maximum(a, later);
@@ -130,14 +145,23 @@ struct State {
   State(float* memory, int64_t padded) : a(memory), b(memory + padded) {}
 };
 
-template <int R, class Reduce>
+// How far ahead, in bytes, columns of rows that come from memory are asked for. Arithmetic on a few columns fills what
+// a core can hold of waiting instructions, so that it does not get to the loads of later ones by itself. Adding is too
+// little to get into the way.
+constexpr int64_t kAhead = 256;
+
+template <int R, bool kFromMemory, class Reduce>
 void add_rows(const Reduce& reduce, const float* const* row, const int32_t* token, int64_t begin, int64_t end,
               const State& state) {
   const float* rows[R];
   for (int r = 0; r < R; ++r) rows[r] = row[r];
   for (int64_t c = begin; c < end; c += kLanes) {
     Vec x[R];
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { x[r] = load(rows[r] + (c - begin)); });
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+      const float* at = rows[r] + (c - begin);
+      x[r] = load(at);
+      if (kFromMemory && !std::is_same_v<Reduce, Add>) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+    });
     Vec a = load(state.a + c), b = Reduce::kHasB ? load(state.b + c) : zero();
     reduce.template step<R>(x, token, a, b);
     store(state.a + c, a);
@@ -145,13 +169,13 @@ void add_rows(const Reduce& reduce, const float* const* row, const int32_t* toke
   }
 }
 
-template <class Reduce>
+template <bool kFromMemory, class Reduce>
 void add_rows(const Reduce& reduce, const float* const* row, const int32_t* token, int rows, int64_t begin, int64_t end,
               const State& state) {
   if (rows == kRowsAtOnce)
-    add_rows<kRowsAtOnce>(reduce, row, token, begin, end, state);
+    add_rows<kRowsAtOnce, kFromMemory>(reduce, row, token, begin, end, state);
   else
-    for (int r = 0; r < rows; ++r) add_rows<1>(reduce, row + r, token + r, begin, end, state);
+    for (int r = 0; r < rows; ++r) add_rows<1, kFromMemory>(reduce, row + r, token + r, begin, end, state);
 }
 
 // Up to kRowsAtOnce rows into the state.
@@ -161,17 +185,17 @@ void add_some(const Reduce& reduce, ScalarType type, const char* const* row, con
   const float* whole[kRowsAtOnce];
   if (type != ScalarType::Float) {
     for (int r = 0; r < rows; ++r) whole[r] = as_floats(type, row[r], dim, converted + r * padded);
-    return add_rows(reduce, whole, token, rows, 0, padded, state);
+    return add_rows<false>(reduce, whole, token, rows, 0, padded, state);
   }
   const int64_t full = dim / kLanes * kLanes;
   for (int r = 0; r < rows; ++r) whole[r] = reinterpret_cast<const float*>(row[r]);
-  add_rows(reduce, whole, token, rows, 0, full, state);
+  add_rows<true>(reduce, whole, token, rows, 0, full, state);
   if (full == dim) return;
   for (int r = 0; r < rows; ++r) {
     store(converted + r * kLanes, load_first(whole[r] + full, static_cast<int>(dim - full)));
     whole[r] = converted + r * kLanes;
   }
-  add_rows(reduce, whole, token, rows, full, padded, state);
+  add_rows<false>(reduce, whole, token, rows, full, padded, state);
 }
 
 template <class Reduce>
