@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "simd/dtype.h"
+#include "simd/pages.h"
 
 namespace velm {
 
@@ -27,6 +28,12 @@ inline T* mutable_data(const Tensor& t) {
 
 inline Tensor nothing(const Tensor& like) {
   return torch::stable::new_empty(like, {0});
+}
+
+// A result that is about to be written, in large pages where it is large.
+inline Tensor in_large_pages(Tensor fresh) {
+  simd::prefer_huge_pages(fresh.mutable_data_ptr(), static_cast<std::size_t>(fresh.numel()) * fresh.element_size());
+  return fresh;
 }
 
 // Uninitialised (batch, heads, rows, dim), in memory (batch, rows, heads, dim): what a module turns into

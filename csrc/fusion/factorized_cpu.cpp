@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor> factorized_pool_backward(Tensor grad, Tensor a, Tenso
                                                     double dropout_p, int64_t grad_mask) {
   const int64_t features = a.size(2), dim = features / factor;
   const auto result = [&](int64_t bit) {
-    return grad_mask & bit ? torch::stable::new_empty(a, {a.size(0), a.size(1), features}) : nothing(a);
+    return grad_mask & bit ? in_large_pages(torch::stable::new_empty(a, {a.size(0), a.size(1), features})) : nothing(a);
   };
   Tensor grad_a = result(kGradA), grad_b = result(kGradB);
   with_type(a.scalar_type(), [&](auto t) {

@@ -346,8 +346,8 @@ std::tuple<Tensor, Tensor> attention_pool_backward(Tensor grad, Tensor x, Tensor
   const bool wants_x = grad_mask & kGradX, wants_rows = grad_mask & kGradRows;
   const int64_t tokens = p.tokens.tokens;
   Tensor grad_x = !wants_x     ? nothing(x)
-                  : cu_seqlens ? torch::stable::new_empty(x, {tokens, p.dim})
-                               : torch::stable::new_empty(x, {segments, tokens, p.dim});
+                  : cu_seqlens ? in_large_pages(torch::stable::new_empty(x, {tokens, p.dim}))
+                               : in_large_pages(torch::stable::new_empty(x, {segments, tokens, p.dim}));
   Tensor grad_rows = wants_rows ? torch::stable::new_empty(rows, {rows.size(0), p.rows, p.dim}) : nothing(rows);
   const Lines from_grad(grad, p.rows * p.dim, p.dim), from_out(out, p.dim, 0);
   const Lines to_x(grad_x, cu_seqlens ? 0 : tokens * p.dim, p.dim);

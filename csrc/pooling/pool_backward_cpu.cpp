@@ -194,9 +194,9 @@ Tensor pool_backward(Tensor grad, std::optional<Tensor> x, Tensor stats, std::op
                      bool tokens_contiguous, int64_t mode_number, double p) {
   const auto mode = static_cast<Mode>(mode_number);
   const int64_t segments = grad.size(0), dim = grad.size(1);
-  Tensor out = cu_seqlens          ? torch::stable::new_empty(grad, {token_count, dim})
-               : tokens_contiguous ? torch::stable::new_empty(grad, {segments, dim, token_count})
-                                   : torch::stable::new_empty(grad, {segments, token_count, dim});
+  Tensor out = in_large_pages(cu_seqlens          ? torch::stable::new_empty(grad, {token_count, dim})
+                              : tokens_contiguous ? torch::stable::new_empty(grad, {segments, dim, token_count})
+                                                  : torch::stable::new_empty(grad, {segments, token_count, dim}));
   const Tokens tokens(segments, token_count, lengths, mask, cu_seqlens);
   const auto run = [&](const auto& rule) {
     if (segments == 0 || dim == 0 || token_count == 0) return;

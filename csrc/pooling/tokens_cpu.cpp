@@ -56,7 +56,7 @@ Tensor gather_rows(Tensor x, Tensor index, std::optional<Tensor> offsets, std::o
                    std::optional<Tensor>, std::optional<Tensor>) {
   const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), entries = index.size(1);
   const int64_t out_rows = offsets ? offsets->size(1) - 1 : entries;
-  Tensor out = torch::stable::new_empty(x, {batch, out_rows, dim});
+  Tensor out = in_large_pages(torch::stable::new_empty(x, {batch, out_rows, dim}));
   with_type(x.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const T* from = const_data<T>(x);
