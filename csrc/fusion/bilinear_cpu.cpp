@@ -5,7 +5,6 @@
 // g W is summed against y and added to the gradient of y times x. The order of additions depends on the shape alone.
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 #include <vector>
 
@@ -30,12 +29,21 @@ constexpr int kR = kTileRows<kV>;
 constexpr int kFew = kR / 3;
 // Depth of a tile between two sums: kR rows of it stay in the first-level cache.
 constexpr int64_t kDepth = 384;
+// Row length of what is that deep, known to the compiler: rows of a tile are one address and constants.
+constexpr int64_t kDeep = padded(kDepth);
 // Batch rows between two visits of a part of the weight.
 constexpr int64_t kBatchBlock = 512;
+constexpr int64_t kBatchStride = padded(kBatchBlock);
+// Columns past whole vectors that are summed one by one.
+constexpr int64_t kTails = kLanes / 4;
 // fp32 numbers of the weight rearranged at a time: half of a second-level cache of 1 MiB.
 constexpr int64_t kRearranged = 131072;
 // The gradient of y is summed in this many parts at the most, for this many rows of the batch at a time.
 constexpr int64_t kParts = 16, kSlab = 1024;
+// Rows of the weight of such a part at the least.
+constexpr int64_t kPart = 4;
+// Rows of the weight that are copied and used at a time, and fp32 numbers that they and those after them may have.
+constexpr int64_t kStack = 8 * kR, kStacked = 49152;
 // Tasks that forward is cut into at least, where the outputs are fewer.
 constexpr int64_t kTasks = 16;
 
@@ -87,6 +95,38 @@ void unpack(const Packed& packed, const Tensor& matrix, int64_t first_row) {
   });
 }
 
+// Memory that tiles ask for while they compute, `bytes` over `calls` tiles of this depth: at the most a cache line
+// every two steps.
+struct Ahead {
+  const char* at;
+  int64_t pace, share;
+
+  Ahead(const void* first, int64_t bytes, int64_t calls, int64_t depth) : at(static_cast<const char*>(first)) {
+    const int64_t steps = std::max<int64_t>(1, depth / 2);
+    pace = std::clamp<int64_t>(divide_up(bytes, std::max<int64_t>(1, calls) * steps), 0, 64);
+    share = pace * steps;
+  }
+  const char* next() {
+    at += share;
+    return at - share;
+  }
+};
+
+// Adds a product to a tile, and every two steps of the depth asks for the memory at `ahead`, then `pace` bytes on: what
+// is needed next, where no prefetcher of the processor would guess it. Any address may be asked for.
+template <int R, int V>
+VELM_INLINE void multiply(Tile<R, V>& tile, int64_t depth, const float* a, int64_t a_row, int64_t a_depth,
+                          const float* b, const char* ahead, int64_t pace) {
+  for (; depth >= 2; depth -= 2) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += pace;
+    tile.multiply_add(2, a, a_row, a_depth, b, kN);
+    a += 2 * a_depth;
+    b += 2 * kN;
+  }
+  if (depth > 0) tile.multiply_add(1, a, a_row, a_depth, b, kN);
+}
+
 // Calls f(R, V) with the size of a tile as constants.
 template <class F>
 VELM_INLINE void with_tile(int64_t rows, int vectors, const F& f) {
@@ -98,43 +138,74 @@ VELM_INLINE void with_tile(int64_t rows, int vectors, const F& f) {
                  : f(std::integral_constant<int, kFew>{}, std::integral_constant<int, 1>{});
 }
 
-// sums (a lane each) += sum over rows r of x[r] * (a[r] . y), for `rows` rows of a with row stride lda.
-__attribute__((noinline)) void forward_tile(int64_t rows, int vectors, int64_t depth, const float* a, int64_t lda,
-                                            const float* y, const float* x, float* sums) {
+// sums (a lane each, `lanes` apart for outputs) += sum over rows r of x[r] * (a[r] . y), for `rows` rows of a,
+// kDeep apart, of which the first one is row `at` of its output.
+__attribute__((noinline)) void forward_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* y,
+                                            const float* x, int64_t at, int64_t height, float* sums, int64_t lanes,
+                                            const char* ahead, int64_t pace) {
   with_tile(rows, vectors, [&](auto tall, auto wide) {
     Tile<tall, wide> tile;
     tile.clear();
-    tile.multiply_add(depth, a, lda, 1, y, kN);
+    multiply(tile, depth, a, kDeep, 1, y, ahead, pace);
     Vec sum[wide];
+    const float* from = x + at * kN;
+    int64_t next = height - at;
     unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
     unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
       if (r >= rows) return;
+      if (r == next) {
+        unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
+        sums += lanes;
+        from -= height * kN;
+        next += height;
+        unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
+      }
       unroll<wide>([&](auto v)
-                       VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(x + r * kN + v * kLanes), sum[v]); });
+                       VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(from + r * kN + v * kLanes), sum[v]); });
     });
     unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
   });
 }
 
-// The weight of one output between rows [first, last) of x, against all rows of the batch: sums (tiles, kN).
+// The weight of `count` outputs between rows [first, first + height) of x, against all rows of the batch:
+// sums (count, tiles, kN). The rows of the outputs follow one another, so that tiles are full whatever the height.
 template <class W>
-void forward_task(const W* weight, int64_t row_stride, int64_t first, int64_t last, const Packed& x, const Packed& y,
-                  float* a, float* sums) {
-  std::fill_n(sums, x.tiles() * kN, 0.0f);
-  const int64_t depth = piece_of(y.columns, kDepth), lda = round_up(depth, kLanes);
+void forward_task(const W* weight, int64_t out_stride, int64_t row_stride, int64_t count, int64_t first, int64_t height,
+                  const Packed& x, const Packed& y, float* a, float* sums) {
+  const int64_t lanes = x.tiles() * kN, total = count * height;
+  std::fill_n(sums, count * lanes, 0.0f);
+  const int64_t depth = piece_of(y.columns, kDepth), pieces = divide_up(y.columns, std::max<int64_t>(1, depth));
+  const int64_t stack = std::clamp<int64_t>(kStacked / std::max<int64_t>(1, y.columns) / kR * kR, kR, kStack);
+  const auto row = [&](int64_t r) { return weight + r / height * out_stride + (first + r % height) * row_stride; };
   constexpr int64_t kTiles = kBatchBlock / kN;
   for (int64_t block = 0; block < x.tiles(); block += kTiles) {
     const int64_t end = std::min(block + kTiles, x.tiles());
-    for (int64_t i = first; i < last; i += kR) {
-      const int64_t rows = std::min<int64_t>(kR, last - i);
+    for (int64_t r = 0; r < total; r += stack) {
+      const int64_t some = std::min(stack, total - r), next = r + some;
+      Ahead ahead(row(next < total ? next : 0), std::min(stack, total - next) * row_stride * sizeof(W),
+                  pieces * (end - block) * divide_up(some, kR), depth);
       for (int64_t j = 0; j < y.columns; j += depth) {
         const int64_t wide = std::min(depth, y.columns - j);
-        for (int64_t r = 0; r < rows; ++r) convert(a + r * lda, weight + (i + r) * row_stride + j, wide);
+        for (int64_t i = 0; i < some; ++i) convert(a + i * kDeep, row(r + i) + j, wide);
         for (int64_t t = block; t < end; ++t)
-          forward_tile(rows, x.vectors(t), wide, a, lda, y.panel(t) + j * kN, x.panel(t) + i * kN, sums + t * kN);
+          for (int64_t i = 0; i < some; i += kR)
+            forward_tile(std::min<int64_t>(kR, some - i), x.vectors(t), wide, a + i * kDeep, y.panel(t) + j * kN,
+                         x.panel(t) + first * kN, (r + i) % height, height, sums + (r + i) / height * lanes + t * kN,
+                         lanes, ahead.next(), ahead.pace);
       }
     }
   }
+}
+
+// Outputs of a task of forward: as few as leave next to no tile half empty, if that makes tasks enough.
+int64_t outputs_of_task(int64_t out, int64_t height) {
+  int64_t best = 1;
+  const auto waste = [&](int64_t count) {
+    return static_cast<double>(round_up(count * height, kR)) / static_cast<double>(count * height);
+  };
+  for (int64_t count = 2; count <= std::min<int64_t>(kR, out / kTasks); ++count)
+    if (waste(count) < waste(best) - 0.02) best = count;
+  return best;
 }
 
 Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias) {
@@ -146,18 +217,19 @@ Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor>
   const int64_t lanes = packed_x.tiles() * kN;
   const int64_t height = round_up(std::max<int64_t>(1, divide_up(dx, std::max<int64_t>(1, kTasks / out))), kR);
   const int64_t pieces = std::max<int64_t>(1, divide_up(dx, height));
+  const int64_t group = pieces > 1 || dx == 0 ? 1 : outputs_of_task(out, dx), groups = divide_up(out, group);
   float* sums = memory.take(pieces * out * lanes);
   with_type(weight.scalar_type(), [&](auto t) {
     const auto* w = const_data<decltype(t)>(weight);
     const int64_t out_stride = weight.stride(0), row_stride = weight.stride(1);
-    parallel_ranges(pieces * out, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(pieces * groups, 1, [&](int64_t begin, int64_t end) {
       Scratch own;
-      float* a = own.take(kR * round_up(kDepth, kLanes));
-      std::fill_n(a, kR * round_up(kDepth, kLanes), 0.0f);
+      float* a = own.take(kStack * kDeep);
+      std::fill_n(a, kStack * kDeep, 0.0f);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first = task / out * height;
-        forward_task(w + task % out * out_stride, row_stride, first, std::min(first + height, dx), packed_x, packed_y,
-                     a, sums + task * lanes);
+        const int64_t first = task / groups * height, k = task % groups * group;
+        forward_task(w + k * out_stride, out_stride, row_stride, std::min(group, out - k), first,
+                     std::min(height, dx - first), packed_x, packed_y, a, sums + (task / groups * out + k) * lanes);
       }
     });
     parallel_ranges(out, 32768 / lanes, [&](int64_t begin, int64_t end) {
@@ -180,42 +252,63 @@ Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor>
   return z;
 }
 
+// Columns of a tile of the rearranged weight as they are written: whole vectors, the last of which reach into what is
+// written next.
+constexpr int kWritten = round_up(kR, kLanes);
+
+// Floats from a panel of the rearranged weight to the next.
+int64_t panel_of(int64_t depth) {
+  return depth * kR + kWritten - kR;
+}
+
 // Rows [0, depth) of a matrix with `columns` columns as panels of kR columns: [panel][depth][kR], zeros past the last.
 template <class W>
-void rearrange(const W* from, int64_t stride, int64_t depth, int64_t columns, float* row, float* to) {
-  const int64_t panels = divide_up(columns, kR);
-  std::fill(row + columns, row + panels * kR, 0.0f);
-  for (int64_t k = 0; k < depth; ++k) {
-    convert(row, from + k * stride, columns);
-    for (int64_t p = 0; p < panels; ++p) std::memcpy(to + (p * depth + k) * kR, row + p * kR, kR * sizeof(float));
+void rearrange(const W* from, int64_t stride, int64_t depth, int64_t columns, float* to) {
+  for (int64_t k = 0; k < depth; ++k, from += stride, to += kR) {
+    float* row = to;
+    for (int64_t j = 0; j < columns; j += kR, row += panel_of(depth))
+      for (int v = 0; v < kWritten; v += kLanes) {
+        const int64_t left = columns - j - v;
+        store(row + v, left >= kLanes ? load(from + j + v)
+                       : left > 0     ? load_first(from + j + v, static_cast<int>(left))
+                                      : zero());
+      }
   }
 }
 
+// What a tile of G W is added to, or written to where it is the first.
+struct Target {
+  float* data;
+  bool is_first;
+};
+
 // With G[j] = sum over k of a[k][j] g[k] for the rows j of a tile: grad_x += sum_j y[j] G[j], grad_y[j] += x G[j].
 __attribute__((noinline)) void input_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* g,
-                                          const float* x, const float* y, float* grad_x, float* grad_y) {
+                                          const float* x, const float* y, Target grad_x, Target grad_y,
+                                          const char* ahead, int64_t pace) {
   with_tile(rows, vectors, [&](auto tall, auto wide) {
     Tile<tall, wide> tile;
     tile.clear();
-    tile.multiply_add(depth, a, 1, kR, g, kN);
-    if (grad_x) {
+    multiply(tile, depth, a, 1, kR, g, ahead, pace);
+    if (grad_x.data) {
       Vec sum[wide];
-      unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(grad_x + v * kLanes); });
+      unroll<wide>([&](auto v)
+                       VELM_INLINE_LAMBDA { sum[v] = grad_x.is_first ? zero() : load(grad_x.data + v * kLanes); });
       unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
         if (r >= rows) return;
         unroll<wide>([&](auto v)
                          VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(y + r * kN + v * kLanes), sum[v]); });
       });
-      unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(grad_x + v * kLanes, sum[v]); });
+      unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(grad_x.data + v * kLanes, sum[v]); });
     }
-    if (grad_y) {
+    if (grad_y.data) {
       Vec factor[wide];
       unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { factor[v] = load(x + v * kLanes); });
       unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
         if (r >= rows) return;
         unroll<wide>([&](auto v) VELM_INLINE_LAMBDA {
-          float* to = grad_y + r * kN + v * kLanes;
-          store(to, fma(tile.c[r][v], factor[v], load(to)));
+          float* to = grad_y.data + r * kN + v * kLanes;
+          store(to, grad_y.is_first ? tile.c[r][v] * factor[v] : fma(tile.c[r][v], factor[v], load(to)));
         });
       });
     }
@@ -231,7 +324,7 @@ Packed rows_of(const Packed& all, int64_t first, int64_t rows) {
 void input_gradients(const Packed& all_x, const Packed& all_y, const Packed& all_g, const Tensor& weight,
                      const Tensor* grad_x, const Tensor* grad_y) {
   const int64_t out = weight.size(0), dx = weight.size(1), dy = weight.size(2);
-  const int64_t parts = std::clamp<int64_t>(dx, 1, kParts), panels = divide_up(dy, kR);
+  const int64_t parts = std::clamp<int64_t>(dx / kPart, 1, kParts), panels = divide_up(dy, kR);
   const int64_t depth = piece_of(out, std::clamp<int64_t>(kRearranged / round_up(dy + 1, kR), 16, 512));
   for (int64_t first = 0; first < all_x.rows; first += kSlab) {
     const int64_t rows = std::min(kSlab, all_x.rows - first);
@@ -240,27 +333,40 @@ void input_gradients(const Packed& all_x, const Packed& all_y, const Packed& all
     const Packed to_x = empty_panels(memory, rows, grad_x ? dx : 0);
     const int64_t part_size = x.tiles() * kN * dy;
     const Packed to_y = {memory.take(grad_y ? parts * part_size : 0), rows, dy};
+    if (dx == 0 || dy == 0 || out == 0) {
+      if (grad_x) std::fill_n(to_x.data, x.tiles() * kN * dx, 0.0f);
+      std::fill_n(to_y.data, grad_y ? parts * part_size : 0, 0.0f);
+    }
     with_type(weight.scalar_type(), [&](auto t) {
       const auto* w = const_data<decltype(t)>(weight);
+      const int64_t out_stride = weight.stride(0), row_stride = weight.stride(1);
       parallel_ranges(parts, 1, [&](int64_t begin, int64_t end) {
         Scratch own;
-        float* row = own.take(panels * kR);
-        float* rearranged = own.take(panels * depth * kR + kR);
+        float* rearranged = own.take(panels * panel_of(depth));
         for (int64_t part = begin; part < end; ++part) {
           const Packed mine = {to_y.data + part * part_size, rows, dy};
-          if (grad_y) std::fill_n(mine.data, part_size, 0.0f);
-          for (int64_t i = dx * part / parts; i < dx * (part + 1) / parts; ++i) {
-            for (int64_t tile = 0; grad_x && tile < x.tiles(); ++tile) std::fill_n(to_x.panel(tile) + i * kN, kN, 0.0f);
+          const int64_t top = dx * part / parts, bottom = dx * (part + 1) / parts;
+          for (int64_t i = top; i < bottom; ++i) {
             for (int64_t k = 0; k < out; k += depth) {
               const int64_t some = std::min(depth, out - k);
-              rearrange(w + k * weight.stride(0) + i * weight.stride(1), weight.stride(0), some, dy, row, rearranged);
+              rearrange(w + k * out_stride + i * row_stride, out_stride, some, dy, rearranged);
+              // Two tiles ask for a cache line each of every output's next row.
+              const bool is_last = k + depth >= out;
+              const auto* next =
+                  w + (is_last ? 0 : k + depth) * out_stride + std::min(is_last ? i + 1 : i, bottom - 1) * row_stride;
+              const int64_t lines = divide_up(dy * static_cast<int64_t>(sizeof(*w)), 64) + 1;
+              int64_t asked = 0;
               for (int64_t p = 0; p < panels; ++p) {
                 const int64_t j = p * kR;
-                for (int64_t tile = 0; tile < x.tiles(); ++tile)
-                  input_tile(std::min<int64_t>(kR, dy - j), x.vectors(tile), some, rearranged + p * some * kR,
+                for (int64_t tile = 0; tile < x.tiles(); ++tile, ++asked) {
+                  const bool asks = asked < 2 * lines;
+                  input_tile(std::min<int64_t>(kR, dy - j), x.vectors(tile), some, rearranged + p * panel_of(some),
                              g.panel(tile) + k * kN, x.panel(tile) + i * kN, y.panel(tile) + j * kN,
-                             grad_x ? to_x.panel(tile) + i * kN : nullptr,
-                             grad_y ? mine.panel(tile) + j * kN : nullptr);
+                             {grad_x ? to_x.panel(tile) + i * kN : nullptr, k == 0 && p == 0},
+                             {grad_y ? mine.panel(tile) + j * kN : nullptr, k == 0 && i == top},
+                             reinterpret_cast<const char*>(next + asked % 2 * out_stride) + asked / 2 * 64 * asks,
+                             2 * out_stride * static_cast<int64_t>(sizeof(*w)) * asks);
+                }
               }
             }
           }
@@ -277,9 +383,9 @@ void input_gradients(const Packed& all_x, const Packed& all_y, const Packed& all
   }
 }
 
-// Columns of y, kN at a time, all rows of the batch below one another: [columns / kN][rows][kN].
-float* pack_columns(Scratch& memory, const Tensor& y) {
-  const int64_t rows = y.size(0), columns = y.size(1), panels = divide_up(columns, kN);
+// Columns [0, columns) of y, kN at a time, all rows of the batch below one another: [columns / kN][rows][kN].
+float* pack_columns(Scratch& memory, const Tensor& y, int64_t columns) {
+  const int64_t rows = y.size(0), panels = divide_up(columns, kN);
   float* to = memory.take(panels * rows * kN);
   with_type(y.scalar_type(), [&](auto t) {
     const auto* from = const_data<decltype(t)>(y);
@@ -295,48 +401,89 @@ float* pack_columns(Scratch& memory, const Tensor& y) {
   return to;
 }
 
-__attribute__((noinline)) void weight_tile(int64_t rows, int vectors, int64_t depth, const float* a, int64_t lda,
-                                           const float* y, float* to, int64_t ldc, bool first) {
+// Columns of y from `first` on as rows, `lanes` long, zeros past the last row of the batch.
+float* pack_tails(Scratch& memory, const Tensor& y, int64_t first, int64_t lanes) {
+  const int64_t rows = y.size(0), columns = y.size(1) - first;
+  float* to = memory.take(columns * lanes);
+  std::fill_n(to, columns * lanes, 0.0f);
+  with_type(y.scalar_type(), [&](auto t) {
+    const auto* from = const_data<decltype(t)>(y) + first;
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t j = 0; j < columns; ++j) to[j * lanes + b] = to_float(from[b * y.stride(0) + j]);
+  });
+  return to;
+}
+
+__attribute__((noinline)) void weight_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* y,
+                                           float* to, int64_t ldc, bool first) {
   with_tile(rows, vectors, [&](auto tall, auto wide) {
     Tile<tall, wide> tile;
     tile.clear();
-    tile.multiply_add(depth, a, lda, 1, y, kN);
+    tile.multiply_add(depth, a, kBatchStride, 1, y, kN);
     if (!first) tile.add(to, ldc);
     tile.store(to, ldc);
   });
 }
 
-// grad_weight[k, i, j] = sum over b of (g[b, k] x[b, i]) y[b, j].
+// One column, the sum over a row of a times y. Both are zero from `depth` up to whole tiles.
+__attribute__((noinline)) void tail_tile(int64_t depth, const float* a, const float* y, float* to, int64_t ldc,
+                                         bool first) {
+  Vec sum[kR];
+  unroll<kR>([&](auto r) VELM_INLINE_LAMBDA { sum[r] = zero(); });
+  for (int64_t b = 0; b < depth; b += kLanes) {
+    const Vec factor = load(y + b);
+    unroll<kR>([&](auto r) VELM_INLINE_LAMBDA { sum[r] = fma(load(a + r * kBatchStride + b), factor, sum[r]); });
+  }
+  unroll<kR>([&](auto r) VELM_INLINE_LAMBDA {
+    const float total = sum_lanes(sum[r]);
+    to[r * ldc] = first ? total : to[r * ldc] + total;
+  });
+}
+
+// grad_weight[k, i, j] = sum over b of (g[b, k] x[b, i]) y[b, j]. The rows (k, i) of some rows of x, which stay in the
+// second-level cache, follow one another in tiles.
 void weight_gradient(const Packed& x, const Packed& g, const Tensor& y, const Tensor& grad_weight) {
-  const int64_t rows = x.rows, out = g.columns, dx = x.columns, dy = y.size(1);
+  const int64_t rows = x.rows, out = g.columns, dx = x.columns, dy = y.size(1), lanes = x.tiles() * kN;
+  if (grad_weight.numel() == 0) return;
+  // A vector for few columns would be computed for nothing.
+  const int64_t tails = dy % kLanes <= kTails ? dy % kLanes : 0, full = dy - tails;
   Scratch memory;
-  const float* columns = pack_columns(memory, y);
-  const int64_t panels = divide_up(dy, kN), ldc = panels * kN, blocks = divide_up(dx, kR);
+  const float* columns = pack_columns(memory, y, full);
+  const float* tail = pack_tails(memory, y, full, lanes);
+  const int64_t panels = divide_up(full, kN), ldc = round_up(dy, kN);
+  const int64_t height = piece_of(dx, kStack), blocks = divide_up(out * height, kR);
   with_type(grad_weight.scalar_type(), [&](auto t) {
     auto* to = mutable_data<decltype(t)>(grad_weight);
     prefer_huge_pages(to, static_cast<size_t>(grad_weight.numel()) * sizeof(*to));
-    parallel_ranges(out * blocks, 1, [&](int64_t begin, int64_t end) {
+    parallel_ranges(divide_up(dx, height) * blocks, 1, [&](int64_t begin, int64_t end) {
       Scratch own;
-      float* a = own.take(kR * kBatchBlock);
+      float* a = own.take(kR * kBatchStride);
       float* sums = own.take(kR * ldc);
-      std::fill_n(a, kR * kBatchBlock, 0.0f);
+      std::fill_n(a, kR * kBatchStride, 0.0f);
       std::fill_n(sums, kR * ldc, 0.0f);
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t k = task / blocks, i = task % blocks * kR, tall = std::min<int64_t>(kR, dx - i);
-        for (int64_t b = 0; b < rows; b += kBatchBlock) {
+        const int64_t top = task / blocks * height, some = std::min(height, dx - top);
+        const int64_t row = task % blocks * kR, tall = std::min<int64_t>(kR, out * some - row);
+        for (int64_t b = 0; b < rows && tall > 0; b += kBatchBlock) {
           const int64_t depth = std::min(kBatchBlock, rows - b);
-          for (int64_t c = 0; c < depth; c += kN) {
-            const float* factor = g.panel((b + c) / kN) + k * kN;
-            const float* from = x.panel((b + c) / kN) + i * kN;
-            for (int64_t r = 0; r < tall; ++r)
+          for (int64_t r = 0; r < tall; ++r) {
+            const int64_t k = (row + r) / some, i = top + (row + r) % some;
+            for (int64_t c = 0; c < depth; c += kN) {
+              const float* factor = g.panel((b + c) / kN) + k * kN;
+              const float* from = x.panel((b + c) / kN) + i * kN;
               for (int v = 0; v < kN; v += kLanes)
-                store(a + r * kBatchBlock + c + v, load(factor + v) * load(from + r * kN + v));
+                store(a + r * kBatchStride + c + v, load(factor + v) * load(from + v));
+            }
           }
           for (int64_t p = 0; p < panels; ++p)
-            weight_tile(tall, dy - p * kN > kLanes ? 2 : 1, depth, a, kBatchBlock, columns + (p * rows + b) * kN,
-                        sums + p * kN, ldc, b == 0);
+            weight_tile(tall, full - p * kN > kLanes ? 2 : 1, depth, a, columns + (p * rows + b) * kN, sums + p * kN,
+                        ldc, b == 0);
+          for (int64_t j = 0; j < tails; ++j) tail_tile(depth, a, tail + j * lanes + b, sums + full + j, ldc, b == 0);
         }
-        for (int64_t r = 0; r < tall; ++r) convert(to + (k * dx + i + r) * dy, sums + r * ldc, dy);
+        for (int64_t r = 0; r < tall; ++r) {
+          const int64_t k = (row + r) / some, i = top + (row + r) % some;
+          convert(to + (k * dx + i) * dy, sums + r * ldc, dy);
+        }
       }
     });
   });

@@ -66,6 +66,7 @@ def test_any_shape(backend, data):
         (1100, 14, 13, 5),  # more rows than are summed at a time
         (40, 13, 800, 3),  # y in pieces, few outputs
         (9, 3, 500, 530),  # outputs in pieces
+        (40, 17, 34, 70),  # rows of several outputs in a tile, columns past whole vectors
         (3, 70, 1, 2),
         (3, 1, 70, 1),
     ],
