@@ -27,19 +27,45 @@ constexpr int kRowsOfTile = 4, kVectors = kRegisters == 32 ? 4 : 2;
 // Columns of a product that are summed at a time: those of all rows of a register tile stay in the innermost cache.
 constexpr int64_t kColumns = 768;
 
+// Memory that will be read soon. The products of a tile leave the way to memory idle, so that they ask for the tokens
+// of the next one meanwhile: a line at every step, into the second cache.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const char* begin, const char* end) : at_(begin), end_(end) {}
+
+  // Calls step(k) for k = begin, begin + by, ... below end. `known` is memory that may be asked for in vain.
+  template <class Step>
+  VELM_INLINE void during(int64_t begin, int64_t end, int64_t by, const void* known, const Step& step) {
+    const bool is_left = (end - begin) / by * kLine <= end_ - at_;
+    const char* at = is_left ? at_ : static_cast<const char*>(known);
+    const int64_t line = is_left ? kLine : 0;
+    for (int64_t k = begin; k < end; k += by) {
+      __builtin_prefetch(at, 0, 2);
+      at += line;
+      step(k);
+    }
+    if (is_left) at_ = at;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  const char *at_ = nullptr, *end_ = nullptr;
+};
+
 // out[i * kTile + j] (+)= a[i] . b[j] over [begin, end), whole vectors, for I rows of a and J of b.
 template <int I, int J>
-void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64_t end, float* out) {
+void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64_t end, float* out, Ahead& ahead) {
   Vec sum[I][J];
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA { unroll<J>([&](auto j) VELM_INLINE_LAMBDA { sum[i][j] = zero(); }); });
-  for (int64_t c = begin; c < end; c += kLanes) {
+  ahead.during(begin, end, kLanes, b[0], [&](int64_t c) VELM_INLINE_LAMBDA {
     Vec y[J];
     unroll<J>([&](auto j) VELM_INLINE_LAMBDA { y[j] = load(b[j] + c); });
     unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
       const Vec x = load(a[i] + c);
       unroll<J>([&](auto j) VELM_INLINE_LAMBDA { sum[i][j] = fma(x, y[j], sum[i][j]); });
     });
-  }
+  });
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
     unroll<J>([&](auto j) VELM_INLINE_LAMBDA {
       const float total = sum_lanes(sum[i][j]);
@@ -49,7 +75,8 @@ void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64
 }
 
 // All products of some rows and the tokens of a tile.
-void dots(const float* const* row, int64_t rows, const float* const* token, int tokens, int64_t padded, float* out) {
+void dots(const float* const* row, int64_t rows, const float* const* token, int tokens, int64_t padded, float* out,
+          Ahead& ahead) {
   constexpr int kI = kRowsOfTile, kJ = kVectors;
   for (int64_t begin = 0; begin < padded; begin += kColumns) {
     const int64_t end = std::min(begin + kColumns, padded);
@@ -58,15 +85,15 @@ void dots(const float* const* row, int64_t rows, const float* const* token, int 
       int64_t i = 0;
       for (; i + kI <= rows; i += kI) {
         if (wide == kJ)
-          dot_tile<kI, kJ>(row + i, token + j, begin, end, out + i * kTile + j);
+          dot_tile<kI, kJ>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
         else
-          dot_tile<kI, 1>(row + i, token + j, begin, end, out + i * kTile + j);
+          dot_tile<kI, 1>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
       }
       for (; i < rows; ++i) {
         if (wide == kJ)
-          dot_tile<1, kJ>(row + i, token + j, begin, end, out + i * kTile + j);
+          dot_tile<1, kJ>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
         else
-          dot_tile<1, 1>(row + i, token + j, begin, end, out + i * kTile + j);
+          dot_tile<1, 1>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
       }
       j += wide;
     }
@@ -83,38 +110,38 @@ struct Weights {
 // out[i] = out[i] * scale[i] + sum_j weights(i, j) row[j], for I sums and V vectors of columns; scale null: 0.
 template <int I, int V>
 VELM_INLINE void combine_tile(const Weights& weights, int64_t first, const float* const* row, int64_t rows,
-                              float* const* out, int64_t c, const float* scale) {
+                              float* const* out, int64_t c, const float* scale, Ahead& ahead) {
   Vec sum[I][V];
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
     unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
       sum[i][v] = scale ? load(out[first + i] + c + v * kLanes) * scale[first + i] : zero();
     });
   });
-  for (int64_t j = 0; j < rows; ++j) {
+  ahead.during(0, rows, 1, row[0], [&](int64_t j) VELM_INLINE_LAMBDA {
     Vec x[V];
     unroll<V>([&](auto v) VELM_INLINE_LAMBDA { x[v] = load(row[j] + c + v * kLanes); });
     unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
       const Vec w(weights(first + i, j));
       unroll<V>([&](auto v) VELM_INLINE_LAMBDA { sum[i][v] = fma(w, x[v], sum[i][v]); });
     });
-  }
+  });
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
     unroll<V>([&](auto v) VELM_INLINE_LAMBDA { store(out[first + i] + c + v * kLanes, sum[i][v]); });
   });
 }
 
 void combine(const Weights& weights, const float* const* row, int64_t rows, float* const* out, int64_t sums,
-             int64_t padded, const float* scale) {
+             int64_t padded, const float* scale, Ahead& ahead) {
   constexpr int64_t kWide = kVectors * kLanes;
   int64_t c = 0;
   for (; c + kWide <= padded; c += kWide) {
     int64_t i = 0;
     for (; i + kRowsOfTile <= sums; i += kRowsOfTile)
-      combine_tile<kRowsOfTile, kVectors>(weights, i, row, rows, out, c, scale);
-    for (; i < sums; ++i) combine_tile<1, kVectors>(weights, i, row, rows, out, c, scale);
+      combine_tile<kRowsOfTile, kVectors>(weights, i, row, rows, out, c, scale, ahead);
+    for (; i < sums; ++i) combine_tile<1, kVectors>(weights, i, row, rows, out, c, scale, ahead);
   }
   for (; c < padded; c += kLanes)
-    for (int64_t i = 0; i < sums; ++i) combine_tile<1, 1>(weights, i, row, rows, out, c, scale);
+    for (int64_t i = 0; i < sums; ++i) combine_tile<1, 1>(weights, i, row, rows, out, c, scale, ahead);
 }
 
 // The tokens that count, tile by tile, as rows of float32 that are whole vectors long.
@@ -125,6 +152,7 @@ class Tiles {
         tokens_(tokens),
         dim_(dim),
         stride_(stride),
+        is_dense_(x.stride(x.dim() - 2) == dim),
         // Rows a multiple of 2 KiB apart would fall into few sets of the cache.
         in_place_(x.scalar_type() == ScalarType::Float && dim == padded && dim % 512 != 0),
         memory_(scratch.take(kTile * stride)) {
@@ -134,6 +162,8 @@ class Tiles {
   const float* row[kTile];
   int64_t number[kTile];
   int count = 0;
+  // The tokens behind them.
+  Ahead ahead;
 
   // The next tile of a piece, from token `n` on, which moves behind it; false where there is none. `skip` is called
   // with the tokens that do not count.
@@ -154,6 +184,10 @@ class Tiles {
         std::memcpy(copy, there, sizeof(float) * dim_);
       number[count++] = n;
     }
+    ahead = Ahead();
+    // Where few tokens count, these would be the wrong ones.
+    if (is_dense_ && !live && n < end)
+      ahead = Ahead(from_.at(piece.segment, n), from_.at(piece.segment, std::min(n + kTile, end)));
     return count > 0;
   }
 
@@ -161,7 +195,7 @@ class Tiles {
   Lines from_;
   const Tokens& tokens_;
   int64_t dim_, stride_;
-  bool in_place_;
+  bool is_dense_, in_place_;
   float* memory_;
 };
 
@@ -229,7 +263,7 @@ struct ForwardWorker {
     std::fill_n(s.pooled, p.rows * p.stride, 0.0f);
     for (int64_t i = 0; i < p.rows; ++i) sums[static_cast<size_t>(i)] = s.pooled + i * p.stride;
     for (int64_t n = piece.begin; tiles.next(piece, n, [](int64_t) {});) {
-      dots(row.data(), p.rows, tiles.row, tiles.count, p.padded, scores);
+      dots(row.data(), p.rows, tiles.row, tiles.count, p.padded, scores, tiles.ahead);
       for (int64_t i = 0; i < p.rows; ++i) {
         float* of_row = scores + i * kTile;
         std::fill(of_row + tiles.count, of_row + kTile, -kInfinity);
@@ -248,7 +282,7 @@ struct ForwardWorker {
         s.sum[i] = s.sum[i] * scale[i] + sum_lanes(total);
         s.largest[i] = largest;
       }
-      combine({scores, kTile, 1}, tiles.row, tiles.count, sums.data(), p.rows, p.padded, scale);
+      combine({scores, kTile, 1}, tiles.row, tiles.count, sums.data(), p.rows, p.padded, scale, tiles.ahead);
     }
   }
 };
@@ -373,14 +407,14 @@ std::tuple<Tensor, Tensor> attention_pool_backward(Tensor grad, Tensor x, Tensor
           unpack(from_out, s * p.rows + i, 1, p.dim, p.stride, w.pooled);
           const float* a[1] = {of_grad + i * p.stride};
           const float* b[1] = {w.pooled};
-          dot_tile<1, 1>(a, b, 0, p.padded, w.delta + i);
+          dot_tile<1, 1>(a, b, 0, p.padded, w.delta + i, w.tiles.ahead);
           if (partial) w.sums[static_cast<size_t>(i)] = partial + i * p.stride;
         }
         const auto skip = [&](int64_t n) {
           if (wants_x) std::memset(to_x.at(s, n), 0, static_cast<size_t>(to_x.inner));
         };
         for (int64_t n = piece.begin; w.tiles.next(piece, n, skip);) {
-          dots(w.row.data(), 2 * p.rows, w.tiles.row, w.tiles.count, p.padded, w.products);
+          dots(w.row.data(), 2 * p.rows, w.tiles.row, w.tiles.count, p.padded, w.products, w.tiles.ahead);
           // The scores become their gradients, and the products with the gradients the weights.
           for (int64_t i = 0; i < p.rows; ++i) {
             float* score = w.products + i * kTile;
@@ -394,12 +428,14 @@ std::tuple<Tensor, Tensor> attention_pool_backward(Tensor grad, Tensor x, Tensor
             }
           }
           if (partial)
-            combine({w.products, kTile, 1}, w.tiles.row, w.tiles.count, w.sums.data(), p.rows, p.padded, w.ones.data());
+            combine({w.products, kTile, 1}, w.tiles.row, w.tiles.count, w.sums.data(), p.rows, p.padded, w.ones.data(),
+                    w.tiles.ahead);
           if (!wants_x) continue;
           float* to[kTile];
           for (int t = 0; t < w.tiles.count; ++t)
             to[t] = in_place ? reinterpret_cast<float*>(to_x.at(s, w.tiles.number[t])) : w.grad_tile + t * p.stride;
-          combine({w.products, 1, kTile}, w.row.data(), 2 * p.rows, to, w.tiles.count, p.padded, nullptr);
+          combine({w.products, 1, kTile}, w.row.data(), 2 * p.rows, to, w.tiles.count, p.padded, nullptr,
+                  w.tiles.ahead);
           if (!in_place)
             for (int t = 0; t < w.tiles.count; ++t) from_floats(to_x.type, to_x.at(s, w.tiles.number[t]), to[t], p.dim);
         }
