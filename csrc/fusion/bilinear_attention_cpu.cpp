@@ -33,7 +33,7 @@ constexpr int64_t kSide = 512;
 // Regions of a task of the scores, and the most depth of a step of theirs, in which the scaled words have kStep
 // numbers. The products of a step are summed kPiece at a time: two vectors of the scaled words stay in the innermost
 // cache.
-constexpr int64_t kRegions = 96, kDepth = 512, kStep = 98304, kPiece = 128;
+constexpr int64_t kRegions = 96, kDepth = 512, kStep = 98304, kPiece = 192;
 constexpr int64_t kStride = padded(kDepth);
 // Columns of a task of the contraction, and the most parts that the batch is cut into.
 constexpr int64_t kColumns = 256, kParts = 8;
@@ -111,20 +111,45 @@ int64_t group_of(const Problem& p) {
   return std::clamp<int64_t>(kSide / std::max<int64_t>(1, p.q.rows), 1, std::max<int64_t>(1, p.glimpses));
 }
 
-// Words as columns, once a glimpse: to[k * stride + g * words + j] = h[k * ldh + g] * q[k * ldq + j]. Every row needs
-// room for a vector past its last word.
+// Words as columns, once a glimpse: column g * words + j of row k is h[k * ldh + g] * q[k * ldq + j]. Columns lie in
+// panels, kN of every row below one another, so that a product reads few pages; `line` is memory for a row and a
+// vector.
 void scaled_words(const float* q, int64_t ldq, const float* h, int64_t ldh, int64_t glimpses, int64_t words,
-                  int64_t depth, float* to, int64_t stride) {
-  // What is past the words of a glimpse is overwritten by the next.
-  for (int64_t k = 0; k < depth; ++k, to += stride, q += ldq, h += ldh) {
-    if (words <= kLanes) {
-      const Vec word = load(q);
-      for (int64_t g = 0; g < glimpses; ++g) store(to + g * words, word * Vec(h[g]));
+                  int64_t depth, float* line, float* to) {
+  for (int64_t k = 0; k < depth; ++k, to += kN, q += ldq, h += ldh) {
+    if (words % kLanes == 0) {
+      for (int64_t g = 0, at = 0; g < glimpses; ++g)
+        for (int64_t j = 0; j < words; j += kLanes, at += kLanes)
+          store(to + at / kN * kN * depth + at % kN, load(q + j) * Vec(h[g]));
       continue;
     }
+    // What is past the words of a glimpse is overwritten by the next.
     for (int64_t g = 0; g < glimpses; ++g)
-      for (int64_t j = 0; j < words; j += kLanes) store(to + g * words + j, load(q + j) * Vec(h[g]));
+      for (int64_t j = 0; j < words; j += kLanes) store(line + g * words + j, load(q + j) * Vec(h[g]));
+    for (int64_t j = 0; j < glimpses * words; j += kN)
+      for (int v = 0; v < kN; v += kLanes) store(to + j * depth + v, load(line + j + v));
   }
+}
+
+// c = or += a times `columns` columns in panels of this depth, from its row d on.
+template <Start S>
+void product_panels(float* c, int64_t ldc, int64_t rows, int64_t columns, const float* a, int64_t piece,
+                    const float* side, int64_t depth, int64_t d) {
+  for (int64_t j = 0; j < columns; j += kN) {
+    const float* b = side + j * depth + d * kN;
+    if (columns - j > kLanes)
+      product<2, false, S>(c + j, ldc, rows, a + d, kStride, piece, b, kN);
+    else
+      product<1, false, S>(c + j, ldc, rows, a + d, kStride, piece, b, kN);
+  }
+}
+
+// Calls f(offset, count) for whole vectors and then for what is left.
+template <class F>
+VELM_INLINE void vectors(int64_t size, const F& f) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) f(i, kLanes);
+  if (i < size) f(i, static_cast<int>(size - i));
 }
 
 // raw (batch, glimpses, regions, words) = the scores with a bias, `masked` where a pair does not count.
@@ -133,17 +158,19 @@ void scores(const Problem& p, const Matrices& h, const std::optional<Tensor>& bi
   const int64_t blocks = std::max<int64_t>(1, divide_up(p.v.rows, kRegions)), words = p.q.rows;
   const int64_t ldq = round_up(words, kLanes), ldh = round_up(group, kLanes),
                 stride = padded(group * words + 2 * kLanes);
-  const int64_t step = std::clamp<int64_t>(round_up(kStep / stride, kLanes), 64, kDepth);
+  const int64_t most = std::clamp<int64_t>(round_up(kStep / stride, kLanes), 64, kDepth);
+  const int64_t step = std::min(most, round_up(divide_up(p.k, std::max<int64_t>(1, divide_up(p.k, most))), kLanes));
   parallel_ranges(p.batch * groups * blocks, 1, [&](int64_t begin, int64_t end) {
     Scratch memory;
     Live live(memory, p);
     float* a = memory.take(kRegions * kStride);
     float* row = memory.take(std::max(words, group) * kStride);
     float* columns = memory.take(kDepth * ldq);
-    float* side = memory.take(kDepth * stride + kLanes);
+    float* side = memory.take(kDepth * round_up(group * words, kN));
+    float* line = memory.take(stride);
     float* factors = memory.take(kDepth * ldh);
     float* c = memory.take(kRegions * stride);
-    std::fill_n(side, kDepth * stride + kLanes, 0.0f);
+    std::fill_n(line, stride, 0.0f);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks / groups, g0 = task / blocks % groups * group, block = task % blocks;
       const int64_t some = std::min(group, p.glimpses - g0);
@@ -159,13 +186,14 @@ void scores(const Problem& p, const Matrices& h, const std::optional<Tensor>& bi
         transpose_to(factors, ldh, row, kStride, some, depth);
         for (int64_t j = 0; j < live.words; ++j) p.q.x.read(b, live.word[j], k, depth, row + j * kStride, 0);
         transpose_to(columns, ldq, row, kStride, live.words, depth);
-        scaled_words(columns, ldq, factors, ldh, some, live.words, depth, side, stride);
-        for (int64_t d = 0; d < depth; d += kPiece) {
-          const int64_t piece = std::min(kPiece, depth - d);
+        scaled_words(columns, ldq, factors, ldh, some, live.words, depth, line, side);
+        const int64_t most_piece = divide_up(depth, divide_up(depth, kPiece));
+        for (int64_t d = 0; d < depth; d += most_piece) {
+          const int64_t piece = std::min(most_piece, depth - d);
           if (k + d == 0)
-            product_wide<false, Start::zero>(c, stride, rows, lanes, a, kStride, piece, side, stride);
+            product_panels<Start::zero>(c, stride, rows, lanes, a, piece, side, depth, d);
           else
-            product_wide<false, Start::add>(c, stride, rows, lanes, a + d, kStride, piece, side + d * stride, stride);
+            product_panels<Start::add>(c, stride, rows, lanes, a, piece, side, depth, d);
         }
       }
       for (int64_t g = 0; g < some; ++g) {
@@ -178,20 +206,17 @@ void scores(const Problem& p, const Matrices& h, const std::optional<Tensor>& bi
         for (int64_t i = 0; i < rows; ++i) {
           const float* from = c + i * stride + g * live.words;
           float* pairs = to + region[i] * words;
+          if (live.words == words && p.k > 0) {
+            vectors(words, [&](int64_t j, int n)
+                               VELM_INLINE_LAMBDA { store_first(pairs + j, load_first(from + j, n) + added, n); });
+            continue;
+          }
           // No depth, no products.
           for (int64_t j = 0; j < live.words; ++j) pairs[live.word[j]] = (p.k > 0 ? from[j] : 0.0f) + added;
         }
       }
     }
   });
-}
-
-// Calls f(offset, count) for whole vectors and then for what is left.
-template <class F>
-VELM_INLINE void vectors(int64_t size, const F& f) {
-  int64_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) f(i, kLanes);
-  if (i < size) f(i, static_cast<int>(size - i));
 }
 
 // The softmax of all pairs of a glimpse, in out, which may be x.
@@ -259,14 +284,17 @@ std::tuple<Tensor, Tensor> bilinear_attention_forward(Tensor v, Tensor q, Tensor
 }
 
 // Weights of pairs, packed: that of the live region i, glimpse g and live word j of an entry of the batch at
-// [i][g][j] of its room.
+// [i][g][j] of its room. Rows are a little apart: those of a power of two bytes fall into the same sets of a cache.
 struct Weights {
   float* data;
-  float* of(const Problem& p, int64_t batch) const { return data + batch * p.glimpses * p.pairs(); }
+  static int64_t stride(const Problem& p, int64_t words) { return padded(p.glimpses * words); }
+  static int64_t room(const Problem& p) { return p.v.rows * stride(p, p.q.rows); }
+  float* of(const Problem& p, int64_t batch) const { return data + batch * room(p); }
 };
 
 // to[i][j] = the weight of the i-th live region and the j-th live word.
 void gather(const Problem& p, const Live& live, const Matrices& from, int64_t b, int64_t g, float* line, float* to) {
+  if (live.words * live.regions == p.pairs()) return from.read(b, g, 0, p.pairs(), to, 0);
   for (int64_t i = 0; i < live.regions; ++i, to += live.words) {
     const bool all = live.words == p.q.rows;
     from.read(b, g, live.region[i] * p.q.rows, p.q.rows, all ? to : line, 0);
@@ -287,8 +315,8 @@ void pack_weights(const Problem& p, const Weights& to, const Make& make) {
       live.of(p, b);
       make(live, b, g, line, pairs);
       float* room = to.of(p, b) + g * live.words;
-      for (int64_t i = 0; i < live.regions; ++i)
-        std::copy_n(pairs + i * live.words, live.words, room + i * p.glimpses * live.words);
+      const int64_t stride = Weights::stride(p, live.words);
+      for (int64_t i = 0; i < live.regions; ++i) std::copy_n(pairs + i * live.words, live.words, room + i * stride);
     }
   });
 }
@@ -362,7 +390,7 @@ void combine(const float* u, const float* h, const float* q, int64_t glimpses, i
 // Columns [k, k + columns) of one entry of the batch; adds to w.grad_h.
 void contract_entry(const Problem& p, const Matrices* h, const float* weights, int64_t b, int64_t group, int64_t k,
                     int64_t columns, const Gradients& to, Worker& w) {
-  const int64_t regions = w.live.regions, words = w.live.words, stride = p.glimpses * words;
+  const int64_t regions = w.live.regions, words = w.live.words, stride = Weights::stride(p, words);
   const bool wants_u = to.q || to.h || to.h_sum;
   if (wants_u) {
     std::fill_n(w.grad_q, words * kLine, 0.0f);
@@ -383,15 +411,19 @@ void contract_entry(const Problem& p, const Matrices* h, const float* weights, i
               store(w.side + (i * words + j) * kN + x * kLanes,
                     load(w.q + j * kLine + c + x * kLanes) * load(w.h + (g + i) * kLine + c + x * kLanes));
             });
-        if (g == 0)
-          product<2, false, Start::zero>(w.grad_v + c, kLine, regions, weights, stride, depth, w.side, kN);
-        else
-          product<2, false, Start::add>(w.grad_v + c, kLine, regions, weights + g * words, stride, depth, w.side, kN);
       }
-      if (wants_u) {
-        product<2, true, Start::zero>(w.u, kN, depth, weights + g * words, stride, regions, w.v + c, kLine);
-        combine(w.u, w.h + g * kLine + c, w.q + c, some, words, w.grad_q + c, w.grad_h + g * kLine + c);
+      // Weights of some regions serve both products while they are in the second-level cache.
+      for (int64_t r = 0; r < regions; r += kRegions) {
+        const int64_t rows = std::min(kRegions, regions - r);
+        const float* from = weights + r * stride + g * words;
+        float* grad_v = w.grad_v + r * kLine + c;
+        if (to.v && g == 0) product<2, false, Start::zero>(grad_v, kLine, rows, from, stride, depth, w.side, kN);
+        if (to.v && g > 0) product<2, false, Start::add>(grad_v, kLine, rows, from, stride, depth, w.side, kN);
+        const float* v = w.v + r * kLine + c;
+        if (wants_u && r == 0) product<2, true, Start::zero>(w.u, kN, depth, from, stride, rows, v, kLine);
+        if (wants_u && r > 0) product<2, true, Start::add>(w.u, kN, depth, from, stride, rows, v, kLine);
       }
+      if (wants_u) combine(w.u, w.h + g * kLine + c, w.q + c, some, words, w.grad_q + c, w.grad_h + g * kLine + c);
     }
   }
 }
@@ -430,6 +462,17 @@ void contract(const Problem& p, const Matrices* h, const Weights& weights, const
   }
 }
 
+// In single precision for a few numbers at a time.
+double sum_of(const float* x, int64_t size) {
+  double total = 0.0;
+  for (int64_t i = 0; i < size; i += kDepth) {
+    Vec sum = zero();
+    vectors(std::min(kDepth, size - i), [&](int64_t j, int n) VELM_INLINE_LAMBDA { sum += load_first(x + i + j, n); });
+    total += sum_lanes(sum);
+  }
+  return total;
+}
+
 // The gradient of the scores of a glimpse: weights [i][j] holds the maps and is replaced.
 void score_gradient(float* weights, const float* grad_maps, const float* grad_logits, int64_t size) {
   Vec dot = zero();
@@ -455,7 +498,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_attention_backward(
   Tensor grad_v = result(kGradV, {p.batch, p.v.rows, p.k}), grad_q = result(kGradQ, {p.batch, p.q.rows, p.k});
   Tensor grad_h = result(kGradH, {p.glimpses, p.k}), grad_bias = result(kGradBias, {p.glimpses});
   Scratch memory;
-  const Weights weights{memory.take(p.batch * p.glimpses * p.pairs())};
+  const Weights weights{memory.take(p.batch * Weights::room(p))};
   double* sums = memory.take<double>(p.batch * p.glimpses);
   const int64_t all = p.glimpses * p.pairs();
   const Matrices of_maps(maps, all, p.pairs());
@@ -469,9 +512,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_attention_backward(
     if (grad_logits) gather(p, live, of_logits, b, g, line, of_logit);
     score_gradient(pairs, grad_maps ? of_map : nullptr, grad_logits ? of_logit : nullptr, size);
     // The softmax does not see a bias: only the gradients of the logits count.
-    double sum = 0.0;
-    for (int64_t i = 0; i < size && grad_logits; ++i) sum += of_logit[i];
-    sums[b * p.glimpses + g] = sum;
+    if (grad_mask & kGradBias) sums[b * p.glimpses + g] = grad_logits ? sum_of(of_logit, size) : 0.0;
   });
   for (int64_t g = 0; g < p.glimpses && grad_mask & kGradBias; ++g) {
     double sum = 0.0;
@@ -510,7 +551,7 @@ Tensor bilinear_attention_pool_forward(Tensor v, Tensor q, Tensor attention, std
   Tensor out = torch::stable::new_empty(v, {p.batch, p.glimpses, p.k});
   if (p.batch * p.glimpses * p.k == 0) return out;
   Scratch memory;
-  const Weights weights{memory.take(p.batch * p.glimpses * p.pairs())};
+  const Weights weights{memory.take(p.batch * Weights::room(p))};
   pack_attention(p, attention, weights);
   const Matrices to_out(out);
   contract(p, nullptr, weights, {.h = &to_out});
@@ -541,7 +582,7 @@ std::tuple<Tensor, Tensor, Tensor> bilinear_attention_pool_backward(Tensor grad,
                      [&](int64_t task) { to.write(task, 0, 0, p.pairs(), raw + task * p.pairs()); });
   }
   if (grad_mask & (kGradV | kGradQ) && p.k > 0) {
-    const Weights weights{memory.take(size)};
+    const Weights weights{memory.take(p.batch * Weights::room(p))};
     pack_attention(p, attention, weights);
     const Matrices to_v = grad_mask & kGradV ? Matrices(grad_v) : Matrices(v);
     const Matrices to_q = grad_mask & kGradQ ? Matrices(grad_q) : Matrices(q);
