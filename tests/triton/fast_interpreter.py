@@ -8,7 +8,7 @@ same:
   ends.
 - Every sum, difference and product of integers is computed a second time in 64 bits and compared with the range of its
   type, for an assertion that is made only where `InterpreterOptions.debug` is set.
-- Types of blocks, and what belongs to a shape, are made once and not for every value.
+- Types of blocks and of results, and what belongs to a shape, are made once and not for every value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ _patch = interpreter._patch_lang
 _np_dtype = interpreter._get_np_dtype
 _check_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
 _broadcast = TritonSemantic.broadcast_impl_value
+_computation_type = TritonSemantic.computation_type_impl
 _new_block_type = core.block_type.__init__
+_equal = core.dtype.__eq__
+_unwrap = core._unwrap_if_constexpr
 _replaced: set[str] = set()
 _scopes: list[Any] = []
 _modules: dict[int, set[str]] = {}
@@ -70,9 +73,9 @@ def _check_overflow_for_an_assertion(self: Any, *arguments: Any) -> None:
         _check_overflow(self, *arguments)
 
 
-# By the sizes: as a type has them, as a value has them, their product, and how they are written.
-_shapes: dict[tuple[int, ...], tuple[Any, Any, int, str]] = {}
-_NO_SIZES = core.tuple([])
+# By the sizes: as a type has them, their product, how they are written, and what a value has of them.
+_shapes: dict[tuple[int, ...], tuple[Any, int, str, tuple[Any, Any]]] = {}
+_OF_SCALAR = core.tuple([]), core.constexpr(1)
 
 
 def _block_type_of_shape(self: Any, element_ty: Any, shape: Any) -> None:
@@ -80,10 +83,10 @@ def _block_type_of_shape(self: Any, element_ty: Any, shape: Any) -> None:
     known = _shapes.get(sizes)
     if known is None:
         _new_block_type(self, element_ty, shape)
-        _shapes[sizes] = self.shape, core.tuple([core.constexpr(size) for size in sizes]), self.numel, str(self.shape)
-        return
+        of_value = core.tuple([core.constexpr(size) for size in sizes]), core.constexpr(self.numel)
+        known = _shapes[sizes] = self.shape, self.numel, str(self.shape), of_value
     self.element_ty = element_ty
-    self.shape, _, self.numel, written = known
+    self.shape, self.numel, written, self.of_value = known
     self.name = f"<{written}, {element_ty}>"
 
 
@@ -91,26 +94,63 @@ def _tensor_of_type(self: Any, handle: Any, type: Any) -> None:
     self.handle = handle
     self.type = type
     self.dtype = type.scalar
-    if type.is_block():
-        _, self.shape, numel, _ = _shapes[tuple(type.shape.values)]
-        self.numel = core.constexpr(numel)
-    else:
-        self.shape, self.numel = _NO_SIZES, core.constexpr(1)
+    self.shape, self.numel = type.of_value if type.is_block() else _OF_SCALAR
 
 
 def _broadcast_what_differs(self: Any, left: Any, right: Any) -> tuple[Any, Any]:
     of_left, of_right = left.type, right.type
-    if of_left.is_block() and of_right.is_block():
-        if of_left.shape.values == of_right.shape.values:
-            return left, right
-    elif not of_left.is_block() and not of_right.is_block():
+    if not of_left.is_block() and not of_right.is_block():
         return left, right
-    return _broadcast(self, left, right)
+    if not of_left.is_block() or not of_right.is_block() or len(of_left.shape) != len(of_right.shape):
+        return _broadcast(self, left, right)
+    a, b = of_left.shape.values, of_right.shape.values
+    if a == b:
+        return left, right
+    sizes = [y if x == 1 else x for x, y in zip(a, b, strict=True)]
+    if any(y not in (1, size) for y, size in zip(b, sizes, strict=True)):
+        return _broadcast(self, left, right)
+    if a != sizes:
+        left = self.make_tensor(
+            self.builder.create_broadcast(left.handle, sizes), core.block_type(of_left.scalar, sizes)
+        )
+    if b != sizes:
+        right = self.make_tensor(
+            self.builder.create_broadcast(right.handle, sizes), core.block_type(of_right.scalar, sizes)
+        )
+    return left, right
+
+
+def _same_type(self: Any, other: Any) -> bool:
+    return self is other or _equal(self, other)
+
+
+_WRAPS_NOTHING = frozenset([core.tensor, int, float, bool, str, type(None), np.ndarray])
+
+
+def _unwrap_at_once(o: Any) -> Any:
+    kind = type(o)
+    if kind is core.constexpr:
+        return o.value
+    return o if kind in _WRAPS_NOTHING else _unwrap(o)
+
+
+_types: dict[tuple[Any, ...], Any] = {}
+
+
+def _known_type(self: Any, a: Any, a_is_scalar: bool, b: Any, b_is_scalar: bool, div_or_mod: bool) -> Any:
+    key = a.name, a_is_scalar, b.name, b_is_scalar, div_or_mod
+    found = _types.get(key)
+    if found is None:
+        found = _types[key] = _computation_type(self, a, a_is_scalar, b, b_is_scalar, div_or_mod)
+    return found
 
 
 interpreter._patch_lang = _patch_once
 interpreter._get_np_dtype = _cached_np_dtype
 TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow_for_an_assertion
 TritonSemantic.broadcast_impl_value = _broadcast_what_differs
+TritonSemantic.computation_type_impl = _known_type
 core.block_type.__init__ = _block_type_of_shape
 core.tensor.__init__ = _tensor_of_type
+core.dtype.__eq__ = _same_type
+core._unwrap_if_constexpr = _unwrap_at_once
