@@ -53,6 +53,12 @@ def broadcastable(name: str, value: torch.Tensor, layout: str, target: Sequence[
     return value.reshape((1,) * (len(target) - value.dim()) + tuple(value.shape))
 
 
+def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """``torch.broadcast_shapes``, which takes longer than a small product, for shapes that most often are the same."""
+    first, *others = map(tuple, shapes)
+    return first if all(other == first for other in others) else tuple(torch.broadcast_shapes(first, *others))
+
+
 def number(name: str, value: Any, low: float, high: float, *, described: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, given {describe(value)}")

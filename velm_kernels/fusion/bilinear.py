@@ -60,7 +60,7 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
     """The leading dimensions of the result; those of a row of x for every region of y count as broadcast."""
-    return tuple(torch.broadcast_shapes(_beside(x, y), y.shape[:-1]))
+    return checks.broadcast_shapes(_beside(x, y), y.shape[:-1])
 
 
 def _beside(x: Tensor, y: Tensor) -> tuple[int, ...]:

@@ -90,7 +90,7 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     arguments = canonical(x, y, sketch_x, sketch_y, dim)
     out: Tensor = torch.ops.velm.compact_bilinear_forward(*arguments.values(), forced())
     x, y = _same_dims(x, y)
-    return out.view(*torch.broadcast_shapes(x.shape[:-1], y.shape[:-1]), dim)
+    return out.view(*checks.broadcast_shapes(x.shape[:-1], y.shape[:-1]), dim)
 
 
 def _same_dims(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def canonical(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int
     try:
         if y.dim() == 0:
             raise RuntimeError
-        leading = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
+        leading = checks.broadcast_shapes(x.shape[:-1], y.shape[:-1])
     except RuntimeError:
         raise ValueError(
             f"y: expected (..., dy) with leading dimensions that broadcast with those of x {tuple(x.shape)}, "
@@ -142,7 +142,7 @@ def _hashes(name: str, sketch: Sketch, x: Tensor) -> dict[str, Tensor]:
     return {f"index_{name}": checks.as_int32(index), f"sign_{name}": sign.to(wide).contiguous()}
 
 
-def _rows(x: Tensor, leading: torch.Size) -> Tensor:
+def _rows(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     """``(batch, regions, features)``, or ``(batch, 1, features)`` where it is the same for all regions."""
     regions, batch = leading[-1] if leading else 1, 1
     for size in leading[:-1]:

@@ -62,7 +62,7 @@ def factorized_pool(
         a, b = checks.autocast(a, b)
     arguments = canonical(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
     out: Tensor = torch.ops.velm.factorized_pool_forward(*arguments.values(), forced())
-    return out.view(*torch.broadcast_shapes(a.shape[:-1], b.shape[:-1]), out.shape[-1])
+    return out.view(*checks.broadcast_shapes(a.shape[:-1], b.shape[:-1]), out.shape[-1])
 
 
 def canonical(
@@ -84,7 +84,7 @@ def canonical(
     try:
         if b.dim() == 0 or b.shape[-1] != a.shape[-1]:
             raise RuntimeError
-        leading = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+        leading = checks.broadcast_shapes(a.shape[:-1], b.shape[:-1])
     except RuntimeError:
         raise ValueError(
             f"b: expected (..., {a.shape[-1]}) with leading dimensions that broadcast with those of a "
@@ -110,7 +110,7 @@ def canonical(
     }
 
 
-def _regions(x: Tensor, leading: torch.Size) -> Tensor:
+def _regions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     """``(batch, regions, features)``; what is broadcast over regions is not repeated."""
     batch = 1
     for size in leading[:-1]:

@@ -58,8 +58,7 @@ def low_rank_fusion(
 
 
 def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    first, *others = leading_beside(inputs)
-    return first if all(other == first for other in others) else tuple(torch.broadcast_shapes(first, *others))
+    return checks.broadcast_shapes(*leading_beside(inputs))
 
 
 def canonical(

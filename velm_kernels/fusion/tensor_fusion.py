@@ -60,7 +60,7 @@ def _sides(
         )
     cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
     left, right = _outer(inputs[:cut]), _outer(inputs[cut:])
-    leading = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+    leading = checks.broadcast_shapes(left.shape[:-1], right.shape[:-1])
     # As many dimensions on both sides: a matrix beside three dimensions would be one row for several regions.
     left, right = (side.reshape(*[1] * (1 + len(leading) - side.dim()), *side.shape) for side in (left, right))
     return left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias
@@ -74,7 +74,7 @@ def leading_beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
 
 
 def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(*leading_beside(inputs)))
+    return checks.broadcast_shapes(*leading_beside(inputs))
 
 
 def checked_inputs(

@@ -47,7 +47,7 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     arguments = canonical(features, weights)
     out: Tensor = torch.ops.velm.weighted_sum_forward(*arguments.values(), forced())
     dims = max(value.dim() for value in features)
-    leading = torch.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
+    leading = checks.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
     return out.view(leading)
 
 
@@ -78,7 +78,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
         if any(value.dim() not in (2, dims) for value in features):
             raise RuntimeError
         features = [_with_regions(value, dims) for value in features]
-        shape = torch.broadcast_shapes(*(value.shape for value in features))
+        shape = checks.broadcast_shapes(*(value.shape for value in features))
         if any(value.shape[-1] != shape[-1] for value in features):
             raise RuntimeError
     except RuntimeError:
@@ -103,7 +103,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
     }
 
 
-def _rows(x: Tensor, shape: torch.Size, regions: int) -> Tensor:
+def _rows(x: Tensor, shape: tuple[int, ...], regions: int) -> Tensor:
     """``(batch, regions, dim)``, or ``(batch, 1, dim)`` where all regions are the same."""
     if regions and all(size == 1 for size in x.shape[1:-1]):
         x = x.expand(shape[0], *x.shape[1:]).reshape(shape[0], 1, shape[-1])
