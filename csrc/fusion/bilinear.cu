@@ -100,23 +100,13 @@ DEVICE_INLINE void align(const Shared<T>& tile, const Shared<T>& last, int64_t f
 template <class T>
 struct Fragments {
   static constexpr int kCount = kDepth<T> / kProduct<T>;
-  uint32_t bits[sizeof(T) == 4 ? 1 : kCount][2][4];
-  Split<4> split[sizeof(T) == 4 ? kCount : 1][2];
+  Operand<T, 4> of[kCount][2];
 
   DEVICE_INLINE void load(const Shared<T>& tile, int first_row) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
 #pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        uint32_t raw[4];
-        load_rows<T>(raw, tile, first_row + 16 * m, k);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if constexpr (sizeof(T) == 4)
-            split[k][m].set(i, __uint_as_float(raw[i]));
-          else
-            bits[k][m][i] = raw[i];
-      }
+      for (int k = 0; k < kCount; ++k) load_rows<T>(of[k][m], tile, first_row + 16 * m, k);
     }
   }
 };
@@ -138,17 +128,11 @@ DEVICE_INLINE void multiply_columns(float (&t)[2][2][4], const Fragments<T>& a, 
     }
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      if constexpr (sizeof(T) == 4) {
-        Split<2> sb;
-        sb.set(0, __uint_as_float(b[2 * n]));
-        sb.set(1, __uint_as_float(b[2 * n + 1]));
+      Operand<T, 2> one;
 #pragma unroll
-        for (int m = 0; m < 2; ++m) multiply_split(t[m][n], a.split[k][m], sb);
-      } else {
-        const uint32_t one[2] = {b[2 * n], b[2 * n + 1]};
+      for (int i = 0; i < 2; ++i) one.set(i, b[2 * n + i]);
 #pragma unroll
-        for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(t[m][n], a.bits[k][m], one);
-      }
+      for (int m = 0; m < 2; ++m) multiply_operands<T>(t[m][n], a.of[k][m], one);
     }
   }
 }

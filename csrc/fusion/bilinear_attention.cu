@@ -111,16 +111,9 @@ __global__ void __launch_bounds__(kThreads, 3) pair_scores_kernel(const Scores<T
     const int products = (min(end - depth, kDepth<T>) + kGranule<T> - 1) / kGranule<T> * 2;
 #pragma unroll 1
     for (int k = 0; k < products; ++k) {
-      uint32_t a[2][4];
-      [[maybe_unused]] Split<4> split[2];
+      Operand<T, 4> a[2];
 #pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        load_rows<T>(a[m], v, warp_row + 16 * m, k);
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) split[m].set(i, __uint_as_float(a[m][i]));
-        }
-      }
+      for (int m = 0; m < 2; ++m) load_rows<T>(a[m], v, warp_row + 16 * m, k);
 #pragma unroll
       for (int u = 0; u < kWarpUnits; ++u) {
         const int unit = first_unit + 2 * u + warp_half;
@@ -134,19 +127,11 @@ __global__ void __launch_bounds__(kThreads, 3) pair_scores_kernel(const Scores<T
         for (int i = 0; i < 2; ++i) of_h[i] = factors[((2 * k + i) ^ swap_of(g)) * 4 + member];
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
-          if constexpr (sizeof(T) == 4) {
-            Split<2> scaled;
+          Operand<T, 2> scaled;
 #pragma unroll
-            for (int i = 0; i < 2; ++i) scaled.set(i, __uint_as_float(of_q[2 * n + i]) * __uint_as_float(of_h[i]));
-            multiply_split(sum[u][0][n], split[0], scaled);
-            if (both) multiply_split(sum[u][1][n], split[1], scaled);
-          } else {
-            uint32_t scaled[2];
-#pragma unroll
-            for (int i = 0; i < 2; ++i) scaled[i] = multiply_pairs<T>(of_q[2 * n + i], of_h[i]);
-            mma_m16n8k16<T>(sum[u][0][n], a[0], scaled);
-            if (both) mma_m16n8k16<T>(sum[u][1][n], a[1], scaled);
-          }
+          for (int i = 0; i < 2; ++i) scaled.set(i, multiply_words<T>(of_q[2 * n + i], of_h[i]));
+          multiply_operands<T>(sum[u][0][n], a[0], scaled);
+          if (both) multiply_operands<T>(sum[u][1][n], a[1], scaled);
         }
       }
     }

@@ -1,4 +1,4 @@
-// What the kernels of bilinear and low_rank_fusion share.
+// What the kernels of bilinear, bilinear_attention and low_rank_fusion share.
 #pragma once
 
 #include "attention/cuda_products.h"
@@ -32,25 +32,29 @@ struct Sink {
   }
 };
 
-// Two products of 16-bit elements.
+// Words of two 16-bit elements, or floats, multiplied element by element.
 template <class T>
-DEVICE_INLINE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+DEVICE_INLINE uint32_t multiply_words(uint32_t a, uint32_t b) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(__uint_as_float(a) * __uint_as_float(b));
+  } else {
 #if defined(__CUDACC__)
-  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-  union {
-    uint32_t word;
-    Pair pair;
-  } u{a}, v{b};
-  u.pair = __hmul2(u.pair, v.pair);
-  return u.word;
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    union {
+      uint32_t word;
+      Pair pair;
+    } u{a}, v{b};
+    u.pair = __hmul2(u.pair, v.pair);
+    return u.word;
 #else
-  union {
-    uint32_t word;
-    T pair[2];
-  } u{a}, v{b};
-  for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
-  return u.word;
+    union {
+      uint32_t word;
+      T pair[2];
+    } u{a}, v{b};
+    for (int i = 0; i < 2; ++i) u.pair[i] = __hmul(u.pair[i], v.pair[i]);
+    return u.word;
 #endif
+  }
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) {
@@ -62,11 +66,35 @@ inline int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other
   return copy_width(RowSpan{span, other, 0, stride}, dtype);
 }
 
+// What a lane has of one side of a matrix instruction: words of two 16-bit elements, or floats.
+template <class T, int kCount>
+struct Operand {
+  uint32_t words[kCount];
+
+  DEVICE_INLINE void set(int i, uint32_t word) { words[i] = word; }
+};
+template <int kCount>
+struct Operand<float, kCount> : Split<kCount> {
+  DEVICE_INLINE void set(int i, uint32_t word) { Split<kCount>::set(i, __uint_as_float(word)); }
+};
+
+// d += a b
+template <class T>
+DEVICE_INLINE void multiply_operands(float (&d)[4], const Operand<T, 4>& a, const Operand<T, 2>& b) {
+  if constexpr (sizeof(T) == 4)
+    multiply_split(d, a, b);
+  else
+    mma_m16n8k16<T>(d, a.words, b.words);
+}
+
 // What product k of 16 rows takes from a tile of kDepth columns.
 template <class T>
-DEVICE_INLINE void load_rows(uint32_t (&a)[4], const Shared<T>& tile, int first_row, int k) {
+DEVICE_INLINE void load_rows(Operand<T, 4>& a, const Shared<T>& tile, int first_row, int k) {
   const int lane = static_cast<int>(threadIdx.x) % 32, row = first_row + lane % 16;
-  ldmatrix<4>(a, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 16) ^ swap_of(row)) * 8);
+  uint32_t words[4];
+  ldmatrix<4>(words, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 16) ^ swap_of(row)) * 8);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a.set(i, words[i]);
 }
 
 // What product k of 16 columns of the results takes from a tile that has these columns side by side.

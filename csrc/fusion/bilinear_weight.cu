@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 2) weight_kernel(const WeightGradien
 #pragma unroll
           for (int i = 0; i < kPlanes; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) scaled[i][j] = multiply_pairs<T>(whole[j], j < 2 ? low[i] : high[i]);
+            for (int j = 0; j < 4; ++j) scaled[i][j] = multiply_words<T>(whole[j], j < 2 ? low[i] : high[i]);
 #pragma unroll
           for (int n = 0; n < kColumns; n += 2) {
             if (first_column + 8 * n >= p.dy) break;

@@ -75,15 +75,9 @@ DEVICE_INLINE void multiply_tiles(float (&t)[2][4][4], const Shared<T>& x, const
   // Not unrolled: there are no registers for the addresses of more.
 #pragma unroll 1
   for (int k = 0; k < products; ++k) {
-    uint32_t a[2][4];
-    [[maybe_unused]] Split<4> split[2];
+    Operand<T, 4> a[2];
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      load_rows<T>(a[m], x, first_row + 16 * m, k);
-      if constexpr (sizeof(T) == 4)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) split[m].set(i, __uint_as_float(a[m][i]));
-    }
+    for (int m = 0; m < 2; ++m) load_rows<T>(a[m], x, first_row + 16 * m, k);
 #pragma unroll
     for (int pair = 0; pair < 2; ++pair) {
       if (first_column + 16 * pair >= columns) break;
@@ -91,17 +85,11 @@ DEVICE_INLINE void multiply_tiles(float (&t)[2][4][4], const Shared<T>& x, const
       load_columns<T>(b, factor, first_column + 16 * pair, k);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
-        if constexpr (sizeof(T) == 4) {
-          Split<2> right;
-          right.set(0, __uint_as_float(b[2 * n]));
-          right.set(1, __uint_as_float(b[2 * n + 1]));
+        Operand<T, 2> right;
 #pragma unroll
-          for (int m = 0; m < 2; ++m) multiply_split(t[m][2 * pair + n], split[m], right);
-        } else {
-          const uint32_t right[2] = {b[2 * n], b[2 * n + 1]};
+        for (int i = 0; i < 2; ++i) right.set(i, b[2 * n + i]);
 #pragma unroll
-          for (int m = 0; m < 2; ++m) mma_m16n8k16<T>(t[m][2 * pair + n], a[m], right);
-        }
+        for (int m = 0; m < 2; ++m) multiply_operands<T>(t[m][2 * pair + n], a[m], right);
       }
     }
   }
