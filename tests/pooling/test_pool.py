@@ -195,6 +195,9 @@ def test_infinities_and_nan(backend: Backend, layout: str) -> None:
     x[0, 9, 3] = torch.nan
     x[0, :, 4] += 1e4
     x[0, :, 5] -= 1e4
+    # What comes later is larger by any amount.
+    for column, slope in ((6, 50.0), (7, -50.0), (8, 0.9), (9, 12.0)):
+        x[0, :, column] = slope * torch.arange(20)
     with backend.use():
         out = velm_kernels.masked_pool(laid_out(x, layout), mode="logsumexp")
         torch.testing.assert_close(out, x.logsumexp(1), equal_nan=True)
