@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -81,6 +82,23 @@ def test_without_a_compiler(source: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "(1, 2, 3, 4)" in done.stdout
     assert "No C++ compiler" in done.stdout
+    # pip hides what a build prints, so the package says it: once, at the line that called it, whichever way.
+    program = """
+import torch, velm_kernels
+def of_user(query):
+    module = velm_kernels.CrossAttention(8, 2)
+    module(query, query).sum().backward()  # the line
+    velm_kernels.linear(query, torch.ones(8, 8))
+of_user(torch.randn(2, 3, 8, requires_grad=True))
+"""
+    (installed / "program.py").write_text(program)
+    done = run(installed, "program.py", VELM_LIB_DIR="")
+    assert done.returncode == 0, done.stderr
+    line = program[: program.index("# the line")].count("\n") + 1
+    said = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert len(said) == 1, done.stderr
+    assert f"program.py:{line}: UserWarning: velm_kernels: " in said[0]
+    assert re.search(r"velm_kernels: (linear|cross_attention) runs on plain torch, .*No C\+\+ compiler", said[0])
     done = run(installed, "-m", "velm_kernels.cli", "info", VELM_LIB_DIR="")
     assert done.returncode == 0, done.stderr
     assert "No C++ compiler" in done.stdout

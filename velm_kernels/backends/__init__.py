@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from typing import Any
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 ON_REQUEST = ("device_on_host",)
+
+# Packages whose lines a warning does not point at: the user wrote the line that called them.
+_PASSED_OVER = ("velm_kernels", "torch", "transformers", "open_clip", "accelerate", "peft")
 
 _SCALARS = frozenset((bool, int, float, str))
 
@@ -141,16 +145,48 @@ def select(operator: str, arguments: Arguments, wanted: str = "") -> Implementat
 
 
 def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, list[str]]) -> None:
+    """Says once that ``operator`` runs on the reference, in words of the function that the user called, at the line
+    that called it."""
     import torch
+
+    from velm_kernels.backends import cpu
 
     # float64 is documented to be computed by the reference: nobody is surprised by it.
     given = [value for listed in arguments.values() for value in (listed if isinstance(listed, list) else [listed])]
-    if any(isinstance(value, torch.Tensor) and value.dtype == torch.float64 for value in given):
+    given = [value for value in given if isinstance(value, torch.Tensor)]
+    if any(tensor.dtype == torch.float64 for tensor in given):
         return
-    text = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in refused.items())
-    if (operator, text) not in _warned:
-        _warned.add((operator, text))
-        warnings.warn(f"velm_kernels: {operator} runs on the slow reference backend ({text})", stacklevel=2)
+    # What a backend for other devices would say is of no use here; `explain` has it.
+    on_cpu = all(tensor.is_cpu for tensor in given)
+    of_device = {backend: reasons for backend, reasons in refused.items() if (backend == "cpu") == on_cpu} or refused
+    text = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in of_device.items())
+    family = operator.removesuffix("_forward").removesuffix("_backward")
+    # A library that is not there is said once, not once for each function that misses it.
+    key = ("", text) if on_cpu and cpu.unavailable() else (family, text)
+    if key in _warned:
+        return
+    _warned.add(key)
+    level, name = _caller()
+    name = name or next(
+        (name for name, public in _public_functions.items() if public.operator in (operator, f"{family}_forward")),
+        operator,
+    )
+    warnings.warn(f"velm_kernels: {name} runs on plain torch, which is slower ({text})", stacklevel=level)
+
+
+def _caller() -> tuple[int, str]:
+    """For the function that calls this one: the ``stacklevel`` of the line outside of this library, torch and the
+    libraries whose models are patched, and the public function of this library which that line called, or ``""``."""
+    level, name = 1, ""
+    frame = sys._getframe(1)
+    # What torch.compile generates has no module name.
+    while (package := frame.f_globals.get("__name__", "torch").partition(".")[0]) in _PASSED_OVER:
+        if package == "velm_kernels" and frame.f_code.co_name in _public_functions:
+            name = frame.f_code.co_name
+        if frame.f_back is None:
+            break
+        level, frame = level + 1, frame.f_back
+    return level, name
 
 
 def explain(name: str, *args: Any, **kwargs: Any) -> str:
