@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.flop_counter
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.flop_counter
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
@@ -234,8 +233,8 @@ def _flops_backward(*args: Any, **kwargs: Any) -> int:
     return int(2 * batch * heads * a * query_b[2] * (3 * head_dim + 2 * value_a[3] + 2 * value_b[3]))
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.bidirectional_attention_forward)(_flops_forward)
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.bidirectional_attention_backward)(_flops_backward)
+flops.register("bidirectional_attention_forward", _flops_forward)
+flops.register("bidirectional_attention_backward", _flops_backward)
 
 
 def _heads_last(x: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ import itertools
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments
+from velm_kernels.backends import Arguments, flops
 from velm_kernels.backends.library import declare, register_autograd
 
 _TENSORS = (
@@ -168,5 +167,5 @@ def _flops_backward(
     return int(2 * rows * keys * (3 * query_shape[-1] + 2 * value_shape[-1]))
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_forward)(_flops_forward)
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_backward)(_flops_backward)
+flops.register("attention_forward", _flops_forward)
+flops.register("attention_backward", _flops_backward)

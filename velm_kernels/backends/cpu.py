@@ -24,8 +24,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512", "avx512_bf16")
 TEST_ONLY = ("avx512_bf16_emulated",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_declared: set[str] = set()
 _schemas: list[str] = []
+_defined: set[tuple[str, str]] = set()
 _loaded: dict[str, str] = {}
 _in_use: str | None = None
 
@@ -39,10 +39,19 @@ def library_path(isa: str) -> Path:
 
 
 def declare(schema: str) -> None:
-    """Declares an operator in the namespace of every instruction set; the libraries implement it when loaded."""
+    """Declares an operator in the namespace of every instruction set whose library is opened; it implements it."""
     _schemas.append(schema)
-    for isa in INSTRUCTION_SETS + TEST_ONLY:
-        torch.library.define(f"velm_cpu_{isa}::{schema.partition('(')[0]}", "(" + schema.partition("(")[2])
+    for isa, error in _loaded.items():
+        if not error:
+            define_all(f"velm_cpu_{isa}", [schema])
+
+
+def define_all(namespace: str, schemas: list[str]) -> None:
+    """Defines operators in a torch namespace, once. A library wants them when it is opened, nobody does before."""
+    for schema in schemas:
+        if (namespace, schema) not in _defined:
+            _defined.add((namespace, schema))
+            torch.library.define(f"{namespace}::{schema.partition('(')[0]}", "(" + schema.partition("(")[2])
 
 
 @functools.cache
@@ -78,6 +87,7 @@ def why_not(isa: str) -> str | None:
 def load(isa: str) -> str | None:
     """Opens the library for ``isa`` once; returns what went wrong, or None."""
     if isa not in _loaded:
+        define_all(f"velm_cpu_{isa}", _schemas)
         try:
             torch.ops.load_library(str(library_path(isa)))
             _loaded[isa] = ""

@@ -16,16 +16,20 @@ from typing import Any
 import torch
 
 from velm_kernels.backends import Arguments, register
-from velm_kernels.backends.cpu import DTYPES, library_directory
+from velm_kernels.backends.cpu import DTYPES, define_all, library_directory
 
 NAMESPACES = {"cuda": "velm_cuda", "device_on_host": "velm_device_on_host"}
 
 
+_schemas: list[str] = []
+_opened: list[str] = []
+
+
 def declare(schema: str) -> None:
-    """Declares an operator in the namespaces of both libraries, which implement it when loaded."""
-    name, _, rest = schema.partition("(")
-    for namespace in NAMESPACES.values():
-        torch.library.define(f"{namespace}::{name}", f"({rest}")
+    """Declares an operator in the namespaces of the libraries that are opened, which implement it."""
+    _schemas.append(schema)
+    for backend in _opened:
+        define_all(NAMESPACES[backend], [schema])
 
 
 def library_path(backend: str) -> Path:
@@ -56,6 +60,8 @@ def why_not(backend: str) -> str | None:
             return "this torch is not built for CUDA"
         if not torch.cuda.is_available():
             return "torch sees no GPU"
+    define_all(NAMESPACES[backend], _schemas)
+    _opened.append(backend)
     try:
         torch.ops.load_library(str(library_path(backend)))
     except OSError as error:

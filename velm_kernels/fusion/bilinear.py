@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
 from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
@@ -203,7 +203,7 @@ for _name, _formula in (
     ("folded_bilinear_forward", _flops_folded_forward),
     ("folded_bilinear_backward", _flops_folded_backward),
 ):
-    torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.velm, _name))(_formula)
+    flops.register(_name, _formula)
 
 
 def _cpu_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

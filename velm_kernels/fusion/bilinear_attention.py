@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
 
@@ -504,7 +503,7 @@ for _name, _function, _formula in (
     ("pool_backward", _reference_pool_backward, _flops_pool_backward),
 ):
     _operator = f"bilinear_attention_{_name}"
-    torch.utils.flop_counter.register_flop_formula(getattr(torch.ops.velm, _operator))(_formula)
+    flops.register(_operator, _formula)
     register(_operator, "reference", _function, lambda arguments: [])
     cpu.register_cpu(_operator)
     cuda.register_cuda(_operator)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
@@ -186,18 +186,22 @@ def _flops(shapes: Sequence[Any], factor_shape: Any) -> int:
     return int(sum(2 * x[0] * (1 + x[1]) * rank * out for x in shapes if x is not None))
 
 
-@torch.utils.flop_counter.register_flop_formula(torch.ops.velm.low_rank_fusion_forward)
 def _flops_forward(*shapes: Any, **kwargs: Any) -> int:
     return _flops(shapes[:MOST_INPUTS], shapes[MOST_INPUTS])
 
 
-@torch.utils.flop_counter.register_flop_formula(torch.ops.velm.low_rank_fusion_backward)
+flops.register("low_rank_fusion_forward", _flops_forward)
+
+
 def _flops_backward(grad_shape: Any, *shapes: Any, **kwargs: Any) -> int:
     inputs, (kept, _, grad_mask) = shapes[:MOST_INPUTS], shapes[2 * MOST_INPUTS + 1 : 2 * MOST_INPUTS + 4]
     again = inputs if kept[0] == 0 and grad_mask & ~(1 << GRADIENTS - 1) else ()
     of_x = [x for m, x in enumerate(inputs) if grad_mask >> m & 1]
     of_factor = [x for m, x in enumerate(inputs) if grad_mask >> (MOST_INPUTS + m) & 1]
     return _flops([*again, *of_x, *of_factor], shapes[MOST_INPUTS])
+
+
+flops.register("low_rank_fusion_backward", _flops_backward)
 
 
 def _meaning(tensors: Sequence[Tensor | None], rows: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.linear import cpu_backend, reference
 from velm_kernels.linear.reference import ACTIVATIONS
@@ -233,8 +233,8 @@ def _flops_backward(grad_shape: Any, x_shape: Any, weight_shape: Any, *args: Any
     return int(2 * grad_shape[0] * grad_shape[1] * features)
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.linear_forward)(_flops_forward)
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.linear_backward)(_flops_backward)
+flops.register("linear_forward", _flops_forward)
+flops.register("linear_backward", _flops_backward)
 
 
 def _reference_forward(

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils.flop_counter
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.linear import linear
 from velm_kernels.pooling.pool import (
@@ -395,8 +394,8 @@ def _flops_backward(grad: Any, x: Any, rows: Any, *args: Any, **kwargs: Any) -> 
     return int(2 * products * rows[1] * _product(x))
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_pool_forward)(_flops_forward)
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.attention_pool_backward)(_flops_backward)
+flops.register("attention_pool_forward", _flops_forward)
+flops.register("attention_pool_backward", _flops_backward)
 
 register("attention_pool_forward", "reference", _reference_forward, lambda arguments: [])
 register("attention_pool_backward", "reference", _reference_backward, lambda arguments: [])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.utils.flop_counter
 from torch import Tensor
 
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, triton
 from velm_kernels.backends.library import declare
 
 
@@ -44,7 +43,7 @@ def _flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
     return int(2 * batch * rows * b[1] * dim)
 
 
-torch.utils.flop_counter.register_flop_formula(torch.ops.velm.match_rows)(_flops)
+flops.register("match_rows", _flops)
 
 
 def _too_many(arguments: Arguments) -> list[str]:
