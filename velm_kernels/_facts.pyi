@@ -9,6 +9,8 @@ class Build(TypedDict):
 class Cpu(TypedDict):
     vendor: str
     model: str
+    family: int
+    model_number: int
     features: list[str]
     isas: list[str]
     threads: int

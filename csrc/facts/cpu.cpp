@@ -59,6 +59,9 @@ Cpu detect() {
   }
 
   const Registers leaf1 = cpuid(1), leaf7 = cpuid(7), leaf7_1 = cpuid(7, 1), extended = cpuid(0x80000001);
+  const int base_family = leaf1.eax >> 8 & 0xf;
+  result.family = base_family + (base_family == 0xf ? leaf1.eax >> 20 & 0xff : 0);
+  result.model_number = (leaf1.eax >> 4 & 0xf) + (base_family >= 6 ? (leaf1.eax >> 16 & 0xf) << 4 : 0);
   const bool osxsave = leaf1.ecx >> 27 & 1;
   const uint64_t saved = osxsave ? xcr0() : 0;
   const bool ymm = (saved & 0x6) == 0x6;            // SSE and AVX state

@@ -8,6 +8,8 @@ namespace velm::facts {
 struct Cpu {
   std::string vendor;
   std::string model;
+  // As vendors count them: the extended fields of cpuid added.
+  int family = 0, model_number = 0;
   // Extensions that both the processor and the operating system support, by the names that compilers use.
   std::vector<std::string> features;
   // The CPU libraries that can run here, from the simplest to the best.

@@ -43,6 +43,8 @@ py::dict cpu() {
   py::dict d;
   d["vendor"] = c.vendor;
   d["model"] = c.model;
+  d["family"] = c.family;
+  d["model_number"] = c.model_number;
   d["features"] = c.features;
   d["isas"] = c.isas;
   d["threads"] = facts::available_threads();
@@ -56,10 +58,11 @@ PYBIND11_MODULE(_facts, m) {
   m.def("build", &build,
         "Return {version, compiler, isas, torch}: what the libraries were built from, with and for; "
         "torch is the version whose headers were used.");
-  m.def(
-      "cpu", &cpu,
-      "Return {vendor, model, features, isas, threads}: instruction sets that processor and operating system support, "
-      "the CPU libraries that can run here (simplest first), and the processors this process may use.");
+  m.def("cpu", &cpu,
+        "Return {vendor, model, family, model_number, features, isas, threads}: family and model number as cpuid has "
+        "them, "
+        "instruction sets that processor and operating system support, the CPU libraries that can run here (simplest "
+        "first), and the processors this process may use.");
   m.def(
       "peak_fp32",
       [](std::optional<int> threads, double seconds) {

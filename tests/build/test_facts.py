@@ -37,6 +37,8 @@ def test_vendor_and_model_are_those_the_kernel_reports() -> None:
     cpuinfo = Path("/proc/cpuinfo").read_text()
     assert f": {facts.cpu()['vendor']}\n" in cpuinfo
     assert f": {facts.cpu()['model']}\n" in cpuinfo
+    assert re.search(rf"^cpu family\s*: {facts.cpu()['family']}$", cpuinfo, re.MULTILINE)
+    assert re.search(rf"^model\s*: {facts.cpu()['model_number']}$", cpuinfo, re.MULTILINE)
 
 
 def test_instruction_sets_begin_with_the_portable_one() -> None:

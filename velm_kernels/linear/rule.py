@@ -12,28 +12,16 @@ from collections.abc import Iterator
 
 import torch
 
+from velm_kernels import processors
 from velm_kernels.backends import cpu
+from velm_kernels.processors import Processor
 
 PRODUCTS = ("velm", "torch")
-
-# Below this many rows torch's float32 product is bound by reading the weight, and there is nothing to gain.
-AMD_FLOAT32_ROWS = 32
 
 # Below this many rows a bfloat16 product is bound by reading the weight too, and a call costs more than it saves.
 BFLOAT16_ROWS = 8
 
 _forced: list[str] = []
-
-
-@functools.cache
-def processor() -> tuple[str, frozenset[str]]:
-    """(vendor, features) of this processor, as its cpuid names them; ("", none) where that is not known."""
-    try:
-        from velm_kernels import _facts
-    except ImportError:
-        return "", frozenset()
-    facts = _facts.cpu()
-    return str(facts["vendor"]), frozenset(facts["features"])
 
 
 def faster_than_torch(
@@ -54,8 +42,7 @@ def faster_than_torch(
     - float16 on processors without float16 arithmetic (avx512fp16, amx-fp16): torch computes such products one
       element at a time; this library converts while packing and accumulates in float32.
     - bfloat16 on processors without bfloat16 arithmetic (avx512bf16, amx-bf16): the same, from ``BFLOAT16_ROWS`` rows.
-    - float32 on AMD processors with AVX-512, from ``AMD_FLOAT32_ROWS`` rows: torch's product comes from a library tuned
-      for other processors and leaves more than half of the multiply-add rate unused.
+    - float32 where :mod:`velm_kernels.processors` has a measurement that says so, from as many rows as it says.
     - Everything else, and devices other than the CPU: torch.
     """
     if torch.device(device).type != "cpu" or dtype not in cpu.DTYPES:
@@ -63,25 +50,17 @@ def faster_than_torch(
     isa = cpu.in_use()
     if isa is None or min(x_rows, in_features, out_features) <= 0:
         return False
-    vendor, features = processor()
-    return _rule(x_rows, in_features, out_features, dtype, training, isa, vendor, features)
+    return x_rows >= first_row(dtype, isa, processors.this_processor())
 
 
-def _rule(
-    x_rows: int,
-    in_features: int,
-    out_features: int,
-    dtype: torch.dtype,
-    training: bool,
-    isa: str,
-    vendor: str,
-    features: frozenset[str],
-) -> bool:
+@functools.cache
+def first_row(dtype: torch.dtype, isa: str, processor: Processor) -> int:
+    """From how many rows on this library's product is the faster one; ``processors.NEVER`` where torch's always is."""
     if dtype == torch.float16:
-        return not features & {"avx512fp16", "amx-fp16"}
+        return processors.NEVER if processor.has("avx512fp16", "amx-fp16") else 1
     if dtype == torch.bfloat16:
-        return x_rows >= BFLOAT16_ROWS and not features & {"avx512bf16", "amx-bf16"}
-    return vendor == "AuthenticAMD" and isa.startswith("avx512") and x_rows >= AMD_FLOAT32_ROWS
+        return processors.NEVER if processor.has("avx512bf16", "amx-bf16") else BFLOAT16_ROWS
+    return processors.line_for(processor).float32_rows if isa.startswith("avx512") else processors.NEVER
 
 
 @contextlib.contextmanager

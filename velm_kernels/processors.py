@@ -1,0 +1,109 @@
+"""What is known of processors: one table of rules by microarchitecture, each line with the measurement it rests on.
+
+Rules choose between this library's kernels and torch's on the CPU. They are fixed functions of processor, dtype and
+sizes; nothing is timed when a choice is made. A processor that no line speaks of gets the last one, the conservative
+choice: torch wherever torch has an instruction for the dtype.
+
+To add a line: run ``python -m benchmarks sweep`` on the processor, and write what it measured into ``measured``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What cpuid says: the vendor's name, family and model number, and the instruction sets by the compilers' names."""
+
+    vendor: str = ""
+    family: int = 0
+    model: int = 0
+    features: frozenset[str] = frozenset()
+
+    def has(self, *features: str) -> bool:
+        """Whether it has any of ``features``."""
+        return not self.features.isdisjoint(features)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where this library's kernels are faster than torch's on processors of one kind.
+
+    Attributes:
+        name: of the microarchitecture.
+        applies: whether a processor is of this kind.
+        measured: processor, date and figures that the line rests on.
+        float32_rows: rows of x from which on this library's float32 product is the faster one.
+        bfloat16_attention: whether plain attention in bfloat16 is faster here than by torch.
+    """
+
+    name: str
+    applies: Callable[[Processor], bool]
+    measured: str
+    float32_rows: int = NEVER
+    bfloat16_attention: bool = True
+
+
+def _is_zen_5_of_full_width(processor: Processor) -> bool:
+    # Servers and desktops. The models for laptops (0x20 to 0x2f, 0x60 to 0x6f) execute 512-bit instructions in two
+    # halves, as Zen 4 does.
+    models = (*range(0x20), *range(0x40, 0x50))
+    return _is_amd_with_avx512(processor) and processor.family == 26 and processor.model in models
+
+
+def _is_amd_with_avx512(processor: Processor) -> bool:
+    return processor.vendor == "AuthenticAMD" and processor.has("avx512f")
+
+
+# The first line that applies holds. Features are asked before model numbers, which virtual machines make up.
+TABLE = (
+    Line(
+        "with AMX",
+        lambda processor: processor.has("amx-bf16"),
+        "Intel server, AMX and AVX512-FP16, 1 thread, 2026-11-29. This library over torch: products in float32 0.48 "
+        "to 0.88 from 16 to 2048 rows of 768, in bfloat16 0.09 to 0.32 (torch reaches 1.0 TFLOP/s), in float16 0.52 to "
+        "0.91; plain attention forward in bfloat16 0.28 to 0.49, in float32 0.97 to 1.24, in float16 1.12 to 1.31",
+        bfloat16_attention=False,
+    ),
+    Line(
+        "Zen 5 of full width",
+        _is_zen_5_of_full_width,
+        "torch's float32 product leaves half of the multiply-add peak unused; below 32 rows it is bound by reading the "
+        "weight",
+        float32_rows=32,
+    ),
+    Line(
+        "Zen 4, and Zen 5 of half width",
+        lambda processor: _is_amd_with_avx512(processor) and processor.family in (25, 26),
+        "Zen 4, 2 threads: peak 238 GFLOP/s, torch's float32 product 190; this library over torch 0.59 at 64 x 768 -> "
+        "768, 0.79 to 0.90 at 256 rows, 0.99 at 2048 x 768 -> 3072",
+    ),
+    Line(
+        "Intel with AVX-512",
+        lambda processor: processor.vendor == "GenuineIntel" and processor.has("avx512f"),
+        "Cascade Lake, 2 threads, 2026-11-22: torch's float32 product, by MKL, is the faster one",
+    ),
+    Line("not in the table", lambda processor: True, "nothing"),
+)
+
+
+def line_for(processor: Processor) -> Line:
+    """The line of the table that holds for ``processor``."""
+    return next(line for line in TABLE if line.applies(processor))
+
+
+@functools.cache
+def this_processor() -> Processor:
+    """The processor that this runs on; one without a name where the module of facts was not built."""
+    try:
+        from velm_kernels import _facts
+    except ImportError:
+        return Processor()
+    facts = _facts.cpu()
+    return Processor(facts["vendor"], facts["family"], facts["model_number"], frozenset(facts["features"]))
+
