@@ -109,7 +109,9 @@ else()
   list(TRANSFORM kernels PREPEND "csrc/")
   add_library(velm_cuda MODULE csrc/build_info.cpp ${kernels} ${VELM_KERNEL_OPERATORS})
   list(JOIN VELM_CUDA_ARCHS "," archs)
-  target_compile_definitions(velm_cuda PRIVATE VELM_NAMESPACE=velm_cuda "VELM_ISA=\"${archs}\"")
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" cuda_version "${CMAKE_CUDA_COMPILER_VERSION}")
+  target_compile_definitions(velm_cuda PRIVATE VELM_NAMESPACE=velm_cuda "VELM_ISA=\"${archs}\"" "VELM_PTX=\"80\""
+    "VELM_CUDA_VERSION=\"${cuda_version}\"")
   if(VELM_CUDA_SMALL)
     target_compile_definitions(velm_cuda PRIVATE VELM_ONLY_SMALL)
   endif()
@@ -118,9 +120,15 @@ else()
     $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra>
     "$<$<COMPILE_LANGUAGE:CUDA>:${VELM_CUDA_CODE};-Xcompiler=-Wall>")
   set_target_properties(velm_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static)
-  # Symbols that only a CUDA torch has stay undefined until it is there to load this library.
-  target_link_libraries(velm_cuda PRIVATE torch_stable torch_cpu)
-  target_link_options(velm_cuda PRIVATE "-Wl,--version-script=${CMAKE_SOURCE_DIR}/cmake/exports.map" -Wl,--as-needed)
+  # torch opens its libraries so that their symbols are seen by those alone that name them as needed (RTLD_LOCAL). So
+  # this library names libtorch_cuda.so, and the loader takes the one that is in the process. What it is linked with is a
+  # stand-in of that name, beside a torch for CPUs and one for CUDA alike: it is neither installed nor looked for later.
+  add_library(velm_torch_cuda SHARED cmake/torch_cuda.cpp)
+  set_target_properties(velm_torch_cuda PROPERTIES
+    OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${CMAKE_BINARY_DIR}/stand_in")
+  target_link_libraries(velm_cuda PRIVATE velm_torch_cuda torch_stable torch_cpu)
+  target_link_options(velm_cuda PRIVATE
+    "-Wl,--version-script=${CMAKE_SOURCE_DIR}/cmake/exports.map" -Wl,--as-needed -Wl,--no-undefined)
   set_target_properties(velm_cuda PROPERTIES
     SUFFIX .so LINK_DEPENDS "${CMAKE_SOURCE_DIR}/cmake/exports.map" LIBRARY_OUTPUT_DIRECTORY "${VELM_OUTPUT_DIR}/_lib")
 endif()

@@ -16,5 +16,10 @@ extern "C" __attribute__((visibility("default"))) const char* velm_build_info() 
          "isa=" VELM_ISA "\n"
          "namespace=" VELM_STRINGIZE(VELM_NAMESPACE) "\n"
          "torch=" VELM_TORCH_VERSION "\n"
-         "compiler=" VELM_COMPILER;
+         "compiler=" VELM_COMPILER
+#if defined(VELM_CUDA_VERSION)
+         // The version of the CUDA runtime inside, which the driver must know, and the architecture of the PTX.
+         "\ncuda=" VELM_CUDA_VERSION "\nptx=" VELM_PTX
+#endif
+      ;
 }

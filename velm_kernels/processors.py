@@ -106,4 +106,3 @@ def this_processor() -> Processor:
         return Processor()
     facts = _facts.cpu()
     return Processor(facts["vendor"], facts["family"], facts["model_number"], frozenset(facts["features"]))
-

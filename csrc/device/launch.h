@@ -8,8 +8,14 @@ namespace velm::device {
 
 #if defined(__CUDACC__)
 
+// The name of the error tells velm_kernels/backends/failures.py whether this kernel could not start, so that another
+// backend serves the call, or an earlier one ruined the context.
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("velm: ") + what + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  // Reported here: the next one to ask, which is torch, would take it for its own.
+  cudaGetLastError();
+  throw std::runtime_error(std::string("velm: ") + what + ": " + cudaGetErrorName(error) + " (" +
+                           cudaGetErrorString(error) + ")");
 }
 
 template <auto kernel>

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import velm_kernels
-from velm_kernels.backends import cuda
+from velm_kernels.backends import cpu, cuda
+from velm_kernels.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = cuda.library_path("cuda")
@@ -21,38 +22,99 @@ LIBRARY = cuda.library_path("cuda")
 needs_the_library = pytest.mark.skipif(not LIBRARY.exists(), reason=f"no CUDA library: {cuda.why_not_built()}")
 
 
+needs_binutils = pytest.mark.skipif(
+    shutil.which("nm") is None or shutil.which("readelf") is None, reason="binutils are not installed"
+)
+OF_TORCH_CUDA = "aoti_torch_get_current_cuda_stream"
+
+
 def symbols(which: str, library: Path) -> set[str]:
     listed = subprocess.run(["nm", "-D", which, library], capture_output=True, text=True, check=True).stdout
     return {line.split()[-1] for line in listed.splitlines()}
 
 
-def symbols_of_a_cuda_torch() -> set[str]:
-    """What the stable interface declares, for every torch and for one built for CUDA."""
-    folder = Path(torch.__file__).parent / "include" / "torch" / "csrc"
-    # The second holds the operators that torch/csrc/stable/ops.h is made of.
-    names = ("inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h", "stable/c/shim.h")
-    headers = [folder / name for name in names]
-    text = "".join(re.sub(r"//.*", "", header.read_text()) for header in headers)
-    return set(re.findall(r"\b((?:aoti_torch|torch)_\w+)\s*\(", text))
+def needed(library: Path) -> dict[str, list[str]]:
+    """What the library names as NEEDED, and its RPATH and RUNPATH."""
+    shown = subprocess.run(["readelf", "-dW", library], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[str]] = {"NEEDED": [], "RPATH": [], "RUNPATH": []}
+    for kind, name in re.findall(r"\((NEEDED|RPATH|RUNPATH)\).*\[(.*)\]", shown):
+        found[kind].append(name)
+    return found
 
 
 @needs_the_library
-@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
-def test_needs_only_what_a_cuda_torch_provides() -> None:
+@needs_binutils
+def test_every_symbol_comes_from_a_library_that_it_names() -> None:
     undefined = symbols("--undefined-only", LIBRARY)
     # What the C++ runtime and the C library provide carries a version; the CUDA runtime is linked statically.
     unversioned = {name for name in undefined if "@" not in name}
     start_files = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__", "__cxa_finalize"}
-    of_torch = unversioned - start_files
-    assert of_torch <= symbols_of_a_cuda_torch()
-    # Every torch has the rest: that it is in libtorch_cuda is why the library is loaded only where there is one.
-    everywhere = symbols("--defined-only", Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-    if torch.version.cuda is None:
-        assert of_torch - everywhere == {"aoti_torch_get_current_cuda_stream"}
+    named = needed(LIBRARY)
+    assert {"libtorch_cpu.so", "libtorch_cuda.so"} <= set(named["NEEDED"])
+    assert {name.split(".")[0] for name in named["NEEDED"]} <= {
+        *("libtorch_cpu", "libtorch_cuda", "libstdc++", "libm", "libgcc_s", "libc", "libdl", "libpthread", "librt"),
+        *("ld-linux-x86-64", "ld-linux-aarch64"),
+    }
+    # They are in the process before this library, wherever torch lies.
+    assert not named["RPATH"] and not named["RUNPATH"]
+    provided = symbols("--defined-only", Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+    assert unversioned - start_files - provided == {OF_TORCH_CUDA}
+    if torch.version.cuda is not None:
+        assert OF_TORCH_CUDA in symbols("--defined-only", Path(torch.__file__).parent / "lib" / "libtorch_cuda.so")
+
+
+OPEN = """
+import ctypes, os, sys
+import torch
+import velm_kernels
+from velm_kernels.backends import cuda
+# As torch opens its own: nobody finds its symbols who does not name it as needed.
+if len(sys.argv) > 1:
+    ctypes.CDLL(sys.argv[1], mode=os.RTLD_NOW | os.RTLD_LOCAL)
+    try:
+        ctypes.CDLL(None).aoti_torch_get_current_cuda_stream
+    except AttributeError:
+        pass
+    else:
+        sys.exit("the stand-in is visible to everybody")
+reason = cuda.open_now("cuda")
+if reason:
+    sys.exit(reason)
+missing = [name for name in ("attention_forward", "pool_forward", "bilinear_forward") if not cuda.has("cuda", name)]
+sys.exit(f"not registered: {missing}" if missing else 0)
+"""
+
+
+def opened(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", OPEN, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "LD_BIND_NOW": "1"}, capture_output=True, text=True)
 
 
 @needs_the_library
-@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
+def test_opens_beside_a_libtorch_cuda_that_keeps_its_symbols_to_itself(tmp_path: Path) -> None:
+    if torch.version.cuda is not None:
+        done = opened()
+    elif shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    else:
+        stand_in = tmp_path / "libtorch_cuda.so"
+        source = f'extern "C" int {OF_TORCH_CUDA}(int, void**) {{ return 1; }}\n'
+        command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-Wl,-soname,libtorch_cuda.so", "-o", stand_in]
+        subprocess.run(command, input=source, text=True, check=True)
+        done = opened(stand_in)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_the_library
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch brings libtorch_cuda.so")
+def test_the_stand_in_that_it_was_linked_with_is_found_by_nobody() -> None:
+    done = opened()
+    assert done.returncode != 0
+    assert "libtorch_cuda.so: cannot open shared object file" in done.stderr
+
+
+@needs_the_library
+@needs_binutils
 def test_exports_nothing_but_its_description() -> None:
     assert symbols("--defined-only", LIBRARY) == {"velm_build_info"}
 
@@ -62,6 +124,55 @@ def test_describes_itself() -> None:
     info = cuda.build_info()
     assert info["version"] == velm_kernels.__version__
     assert all(re.fullmatch(r"\d+a?", arch) for arch in info["isa"].split(","))
+    assert info["ptx"] == "80"
+    assert re.fullmatch(r"\d+\.\d+", info["cuda"])
+
+
+BUILD = {"isa": "80,90a,100,120", "ptx": "80", "cuda": "12.8"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "build", "expected"),
+    [
+        ((8, 0), 12080, BUILD, None),
+        ((8, 9), 12000, BUILD, None),  # machine code of sm_80, and any driver of CUDA 12
+        ((9, 0), 13000, BUILD, None),
+        ((12, 1), 12080, BUILD, None),
+        ((11, 0), 12080, BUILD, None),  # by PTX
+        ((11, 0), 12040, BUILD, "no machine code for compute capability 11.0"),
+        ((9, 0), 12040, {**BUILD, "isa": "80"}, "no machine code for compute capability 9.0"),
+        ((9, 1), 12040, BUILD, "no machine code for compute capability 9.1"),  # 90a is for 9.0 alone
+        ((8, 0), 11080, BUILD, "the driver knows CUDA 11.8, the library was built with CUDA 12.8"),
+        ((7, 5), 13000, BUILD, "compute capability 7.5 is older than 8.0"),
+    ],
+)
+def test_which_devices_and_drivers_it_is_for(capability, driver, build, expected) -> None:
+    reason = cuda._why_not_on(capability, driver, build)
+    assert reason is None if expected is None else expected in str(reason)
+
+
+def test_the_words_of_the_loader_are_the_reason(tmp_path: Path) -> None:
+    broken = tmp_path / "libvelm_cuda.so"
+    broken.write_bytes(b"not a library")
+    reason = cpu.open_library(broken)
+    assert reason is not None
+    assert reason.startswith("libvelm_cuda.so does not load: ")
+    assert "file too short" in reason or "invalid ELF header" in reason
+
+
+def test_a_library_that_was_built_and_does_not_open_fails_the_check(tmp_path, monkeypatch, capsys) -> None:
+    """Under a torch that is built for CUDA; under one for CPUs it cannot open, and that is no failure."""
+    (tmp_path / "libvelm_cuda.so").write_bytes(b"not a library")
+    monkeypatch.setattr(cuda, "library_path", lambda backend: tmp_path / "libvelm_cuda.so")
+    try:
+        small = ["check", "--operator", "gated_residual"]
+        for version, expected in ((None, 0), ("13.0", 1)):
+            monkeypatch.setattr(torch.version, "cuda", version)
+            cuda.why_not_open.cache_clear()
+            assert main(small) == expected, version
+            assert ("FAILED cuda: libvelm_cuda.so does not load" in capsys.readouterr().out) == bool(expected)
+    finally:
+        cuda.why_not_open.cache_clear()
 
 
 def test_info_says_whether_it_is_in_use_and_why_not() -> None:
@@ -71,7 +182,12 @@ def test_info_says_whether_it_is_in_use_and_why_not() -> None:
     section = done.stdout.partition("cuda library\n")[2].partition("\nbackends")[0]
     reason = cuda.why_not("cuda")
     assert re.search(r"in use +" + ("yes" if reason is None else re.escape(f"no: {reason}")), section)
-    assert ("architectures" in section) == LIBRARY.exists()
+    closed = cuda.why_not_open("cuda")
+    assert re.search(r"opens +" + ("yes" if closed is None else re.escape(f"no: {closed}")), section)
+    assert ("machine code" in section) == LIBRARY.exists()
+    if LIBRARY.exists():
+        codes = ", ".join(f"sm_{arch}" for arch in cuda.build_info()["isa"].split(","))
+        assert f"{codes}; PTX of sm_80" in section
 
 
 def configure(tmp_path: Path, **environment: str) -> tuple[subprocess.CompletedProcess[str], Path]:

@@ -84,16 +84,28 @@ def why_not(isa: str) -> str | None:
     return load(isa)
 
 
+def open_library(path: Path) -> str | None:
+    """Opens a library of operators; returns what went wrong, in the words of the loader, or None."""
+    try:
+        torch.ops.load_library(str(path))
+    except (OSError, RuntimeError) as error:
+        # torch names the library alone, and what the loader said stands behind that.
+        return f"{path.name} does not load: {error.__cause__ or error}"
+    return None
+
+
 def load(isa: str) -> str | None:
     """Opens the library for ``isa`` once; returns what went wrong, or None."""
     if isa not in _loaded:
         define_all(f"velm_cpu_{isa}", _schemas)
-        try:
-            torch.ops.load_library(str(library_path(isa)))
-            _loaded[isa] = ""
-        except OSError as error:
-            _loaded[isa] = f"{library_path(isa).name} does not load: {error}"
+        _loaded[isa] = open_library(library_path(isa)) or ""
     return _loaded[isa] or None
+
+
+def faults() -> list[tuple[str, str]]:
+    """(backend, reason) of every library that was built for this processor and does not open."""
+    built = (isa for isa in INSTRUCTION_SETS if library_path(isa).exists() and processor_supports(isa))
+    return [(f"cpu ({isa})", reason) for isa in built if (reason := load(isa)) is not None]
 
 
 def usable() -> list[str]:

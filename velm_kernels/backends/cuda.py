@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import torch
 
 from velm_kernels.backends import Arguments, register
-from velm_kernels.backends.cpu import DTYPES, define_all, library_directory
+from velm_kernels.backends.cpu import DTYPES, define_all, library_directory, open_library
 
 NAMESPACES = {"cuda": "velm_cuda", "device_on_host": "velm_device_on_host"}
+# The compute capability from which on the kernels run.
+OLDEST = (8, 0)
 
 
 _schemas: list[str] = []
@@ -51,22 +54,101 @@ def build_info(backend: str = "cuda") -> dict[str, str]:
 
 
 @functools.cache
-def why_not(backend: str) -> str | None:
-    """Why the library of ``backend`` cannot be used here, or None if it can. Opens it."""
+def why_not_open(backend: str) -> str | None:
+    """Why the library of ``backend`` does not open in this process, or None if it does. Needs no device."""
     if not library_path(backend).exists():
         return why_not_built() if backend == "cuda" else f"{library_path(backend)} was not built"
-    if backend == "cuda":
-        if torch.version.cuda is None:
-            return "this torch is not built for CUDA"
-        if not torch.cuda.is_available():
-            return "torch sees no GPU"
+    if backend == "cuda" and torch.version.cuda is None:
+        # It needs libtorch_cuda.so, which comes with such a torch alone.
+        return "this torch is not built for CUDA"
+    return open_now(backend)
+
+
+def open_now(backend: str) -> str | None:
+    """Opens the library of ``backend``; returns what went wrong, or None."""
     define_all(NAMESPACES[backend], _schemas)
     _opened.append(backend)
+    return open_library(library_path(backend))
+
+
+def faults() -> list[tuple[str, str]]:
+    """(backend, reason) if the library was built and does not open under a torch that is built for CUDA."""
+    if torch.version.cuda is None or not library_path("cuda").exists():
+        return []
+    reason = why_not_open("cuda")
+    return [("cuda", reason)] if reason is not None else []
+
+
+@functools.cache
+def why_no_gpu() -> str | None:
+    """Why torch sees no GPU, or None if it sees one."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return None
+    # What is wrong with the driver torch says by a warning, once.
+    said = [str(warning.message).partition("(Triggered")[0].strip() for warning in heard]
+    return "; ".join(["torch sees no GPU", *said])
+
+
+def why_not(backend: str) -> str | None:
+    """Why the library of ``backend`` cannot be used here, or None if it can. Opens it."""
+    return why_not_open(backend) or (why_no_gpu() if backend == "cuda" else None)
+
+
+@functools.cache
+def why_not_on(index: int) -> str | None:
+    """Why the library's kernels cannot run on the GPU ``index``, or None if they can: by its age and the driver's."""
+    return _why_not_on(torch.cuda.get_device_capability(index), driver_version(), build_info())
+
+
+def driver_version() -> int | None:
+    """The version of CUDA that the driver knows, 12040 for 12.4, or None where it does not say."""
+    version = ctypes.c_int(0)
     try:
-        torch.ops.load_library(str(library_path(backend)))
-    except OSError as error:
-        return f"{library_path(backend).name} does not load: {error}"
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed else version.value
+
+
+def _why_not_on(capability: tuple[int, int], driver: int | None, build: dict[str, str]) -> str | None:
+    major, minor = capability
+    if capability < OLDEST:
+        return f"compute capability {major}.{minor} is older than {OLDEST[0]}.{OLDEST[1]}"
+    runtime = _numbers(build.get("cuda", "0.0"))
+    known = runtime if driver is None else (driver // 1000, driver % 1000 // 10)
+    told = f"the driver knows CUDA {known[0]}.{known[1]}, the library was built with CUDA {runtime[0]}.{runtime[1]}"
+    # A driver serves every runtime of its major version, but compiles PTX of no later compiler.
+    if known[0] < runtime[0]:
+        return f"{told}: a newer driver is needed, or a build with nvcc {known[0]}"
+    if any(_serves(arch, capability) for arch in build.get("isa", "").split(",")):
+        return None
+    if capability < _capability(build.get("ptx", "80")):
+        return f"the library has code for {build.get('isa')} and PTX of {build.get('ptx')}, not for {major}.{minor}"
+    if known < runtime:
+        return f"{told}, and has no machine code for compute capability {major}.{minor}: a newer driver is needed"
     return None
+
+
+def _numbers(version: str) -> tuple[int, int]:
+    major, _, minor = version.partition(".")
+    return int(major), int(minor)
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    """(12, 0) for "120", (9, 0) for "90a"."""
+    digits = arch if arch.isdigit() else arch[:-1]
+    return int(digits[:-1]), int(digits[-1])
+
+
+def _serves(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether machine code for ``arch`` runs on a device: on later ones of the same generation, that for "90a" on 9.0
+    alone."""
+    made_for = _capability(arch)
+    if not arch.isdigit():
+        return made_for == capability
+    return made_for[0] == capability[0] and made_for[1] <= capability[1]
 
 
 def has(backend: str, operator: str) -> bool:
@@ -76,28 +158,29 @@ def has(backend: str, operator: str) -> bool:
 
 
 def common_reasons(backend: str, arguments: Arguments) -> list[str]:
-    """Why nothing on the devices of ``backend`` can take ``arguments``: library, devices, dtypes."""
-    reason = why_not(backend)
-    if reason is not None:
-        return [reason]
+    """Why nothing on the devices of ``backend`` can take ``arguments``: devices, dtypes, library, the GPU itself."""
     device = "cuda" if backend == "cuda" else "cpu"
-    found = []
+    found, index = [], None
     for name, value in arguments.items():
         for tensor in value if isinstance(value, (list, tuple)) else [value]:
             if not isinstance(tensor, torch.Tensor):
                 continue
             if tensor.device.type != device:
                 found.append(f"{name} is on {tensor.device}")
+            elif index is None:
+                index = tensor.device.index
             if tensor.is_floating_point() and tensor.dtype not in DTYPES:
                 found.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
-    return list(dict.fromkeys(found))
+    # Last, so that calls on other devices neither open a library nor ask for GPUs.
+    reason = None if found else why_not(backend)
+    if not found and reason is None and index is not None:
+        reason = why_not_on(index)
+    return list(dict.fromkeys(found)) if reason is None else [reason]
 
 
 def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
     """Why the kernel cannot take ``arguments``: library, devices, dtypes."""
-    if why_not(backend) is None and not has(backend, operator):
-        return [f"has no {operator}"]
-    return common_reasons(backend, arguments)
+    return common_reasons(backend, arguments) or ([] if has(backend, operator) else [f"has no {operator}"])
 
 
 def register_cuda(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import velm_kernels
 from velm_kernels import backends, measure
-from velm_kernels.backends import cpu
+from velm_kernels.backends import cpu, cuda
 from velm_kernels.cli import check_cases
 from velm_kernels.cli.check_cases import Check
 
@@ -70,16 +70,18 @@ def targets() -> tuple[list[Target], list[tuple[str, str]]]:
             found.append(Target("cpu", isa))
         else:
             missing.append((f"cpu ({isa})", reason))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cpu" if cuda.why_no_gpu() else "cuda"
     query = torch.zeros(1, 1, 1, 16, device=device)
     for name in ("triton", "cuda"):
         with velm_kernels.use_backend(name):
             answer = velm_kernels.explain("cross_attention", query, query, query)
         reason = next(line for line in answer.splitlines()[1:] if line.split()[0] == name).split(maxsplit=1)[1]
+        # Without a GPU the call is one on the CPU, and says no more than that.
+        reason = (cuda.why_not("cuda") if name == "cuda" else None) or reason.removeprefix("no: ")
         if reason == "yes":
             found.append(Target(name, device=device))
         else:
-            missing.append((name, reason.removeprefix("no: ")))
+            missing.append((name, reason))
     return found, missing
 
 
@@ -170,8 +172,14 @@ def run(args: argparse.Namespace) -> int:
     found, missing = targets()
     found = [target for target in found if not args.backend or target.backend in args.backend]
     missing = [(name, why) for name, why in missing if not args.backend or name.split()[0] in args.backend]
+    broken = [
+        fault for fault in cpu.faults() + cuda.faults() if not args.backend or fault[0].split()[0] in args.backend
+    ]
     for name, why in missing:
-        print(f"not checked: {name}: {why}")
+        if (name, why) not in broken:
+            print(f"not checked: {name}: {why}")
+    for name, why in broken:
+        print(f"FAILED {name}: {why}")
     if not found:
         return 1
     jobs = [(check, dtype, target) for target in found for check in chosen for dtype in DTYPES]
@@ -184,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"FAILED {result}")
     served = sum(result.status != "not served" for result in results)
     print(f"{served - len(failed)} of {served} checks passed" + (f", {len(failed)} failed" if failed else ""))
-    return 1 if failed or not served else 0
+    return 1 if failed or broken or not served else 0
 
 
 def _with_progress(jobs: list[Any]) -> Iterator[Any]:

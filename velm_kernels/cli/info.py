@@ -76,10 +76,9 @@ def _processor(facts: ModuleType | None) -> list[tuple[str, str]]:
 
 
 def _gpus() -> list[tuple[str, str]]:
-    if not torch.cuda.is_available():
-        return [
-            ("none", "torch sees no GPU" if torch.backends.cuda.is_built() else "this torch is built for CPUs alone")
-        ]
+    missing = cuda.why_no_gpu()
+    if missing is not None:
+        return [("none", missing if torch.backends.cuda.is_built() else "this torch is built for CPUs alone")]
     rows = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -90,6 +89,8 @@ def _gpus() -> list[tuple[str, str]]:
                 f"{properties.total_memory / 2**30:.1f} GiB",
             )
         )
+        if cuda.why_not_open("cuda") is None and (reason := cuda.why_not_on(index)) is not None:
+            rows.append(("", f"not for the CUDA kernels: {reason}"))
     return rows
 
 
@@ -114,12 +115,16 @@ def _libraries(facts: ModuleType | None) -> list[tuple[str, str]]:
 
 
 def _cuda_library() -> list[tuple[str, str]]:
-    reason = cuda.why_not("cuda")
-    rows = [("in use", "yes" if reason is None else f"no: {reason}")]
+    closed, reason = cuda.why_not_open("cuda"), cuda.why_not("cuda")
+    rows = [
+        ("opens", "yes" if closed is None else f"no: {closed}"),
+        ("in use", "yes" if reason is None else f"no: {reason}"),
+    ]
     build = cuda.build_info()
     if build:
-        *older, newest = build["isa"].split(",")
-        rows.append(("architectures", ", ".join(f"sm_{arch}" for arch in (*older, newest)) + f", PTX of {newest}"))
+        codes = ", ".join(f"sm_{arch}" for arch in build["isa"].split(","))
+        rows.append(("machine code", f"{codes}; PTX of sm_{build['ptx']} for later devices"))
+        rows.append(("built", f"with CUDA {build['cuda']} and the headers of torch {build['torch']}"))
         if build["version"] != velm_kernels.__version__:
             rows.append(("stale", f"the build is of velm_kernels {build['version']}: install the package again"))
     return rows
