@@ -99,7 +99,12 @@ def _mebibytes(count: int | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(parse(arguments))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["sweep"]:
+        from benchmarks import sweep
+
+        return sweep.main(given[1:])
+    return run(parse(given))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,7 +45,7 @@ def _heads_last(generator: torch.Generator, batch: int, heads: int, length: int,
     return _randn(generator, batch, length, heads, head_dim).transpose(1, 2)
 
 
-def _case(
+def attention_case(
     name: str,
     batch: int,
     heads: int,
@@ -87,10 +87,12 @@ def _case(
     )
 
 
-def _ranges(batch: int, heads: int, queries: int, images: int, image_tokens: int, head_dim: int) -> Case:
+def ranges_case(batch: int, heads: int, queries: int, images: int, image_tokens: int, head_dim: int) -> Case:
     """Text interleaved with images, each stretch of it tied to the image before it (Flamingo, IDEFICS)."""
     keys = images * image_tokens
-    plain = _case("idefics-4-images", batch, heads, heads, queries, keys, head_dim, detail=f", {images} images")
+    plain = attention_case(
+        "idefics-4-images", batch, heads, heads, queries, keys, head_dim, detail=f", {images} images"
+    )
 
     def make(generator: torch.Generator) -> Inputs:
         image = torch.arange(queries) * images // queries
@@ -122,7 +124,7 @@ def _ranges(batch: int, heads: int, queries: int, images: int, image_tokens: int
     )
 
 
-def _varlen(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> Case:
+def varlen_case(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> Case:
     """Images of different sizes behind each other: the others pad them, or loop."""
     starts_q, starts_k = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (queries, keys))
     bounds = list(
@@ -183,8 +185,8 @@ def _varlen(heads: int, head_dim: int, queries: list[int], keys: list[int]) -> C
     )
 
 
-def _key_mass(batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Case:
-    plain = _case("key-mass", batch, heads, heads, queries, keys, head_dim, backward=False)
+def key_mass_case(batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Case:
+    plain = attention_case("key-mass", batch, heads, heads, queries, keys, head_dim, backward=False)
 
     def materialised(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.softmax(query @ key.transpose(-1, -2) * head_dim**-0.5, -1)
@@ -207,7 +209,7 @@ def _key_mass(batch: int, heads: int, queries: int, keys: int, head_dim: int) ->
     )
 
 
-def _bidirectional(batch: int, heads: int, a: int, b: int, head_dim: int) -> Case:
+def bidirectional_case(batch: int, heads: int, a: int, b: int, head_dim: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         lengths = {"query_a": a, "query_b": b, "value_a": a, "value_b": b}
         return {name: _heads_last(generator, batch, heads, length, head_dim) for name, length in lengths.items()}
@@ -237,7 +239,7 @@ def _bidirectional(batch: int, heads: int, a: int, b: int, head_dim: int) -> Cas
     )
 
 
-def _gated_residual(batch: int, length: int, dim: int) -> Case:
+def gated_residual_case(batch: int, length: int, dim: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {
             "residual": _randn(generator, batch, length, dim),
@@ -268,13 +270,13 @@ def _gated_residual(batch: int, length: int, dim: int) -> Case:
 
 def cases() -> list[Case]:
     return [
-        _case("q-former", 8, 12, 12, 32, 257, 64),
-        _case("llama-3.2-vision", 4, 32, 8, 256, 1601, 128),
-        _ranges(2, 16, 512, 4, 257, 64),
-        _case("trained-bias", 4, 12, 12, 128, 577, 64, bias=True),
-        _varlen(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
-        _case("decode", 4, 32, 8, 1, 6404, 128, backward=False),
-        _key_mass(8, 12, 40, 577, 64),
-        _bidirectional(1, 4, 5000, 256, 256),
-        _gated_residual(4, 512, 4096),
+        attention_case("q-former", 8, 12, 12, 32, 257, 64),
+        attention_case("llama-3.2-vision", 4, 32, 8, 256, 1601, 128),
+        ranges_case(2, 16, 512, 4, 257, 64),
+        attention_case("trained-bias", 4, 12, 12, 128, 577, 64, bias=True),
+        varlen_case(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
+        attention_case("decode", 4, 32, 8, 1, 6404, 128, backward=False),
+        key_mass_case(8, 12, 40, 577, 64),
+        bidirectional_case(1, 4, 5000, 256, 256),
+        gated_residual_case(4, 512, 4096),
     ]

@@ -12,7 +12,7 @@ import velm_kernels
 from benchmarks.harness import Case, Inputs
 
 
-def _bilinear(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 0) -> Case:
+def bilinear_case(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 0) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -52,7 +52,7 @@ def _bilinear(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 
     )
 
 
-def _factorized(name: str, rows: int, factor: int, dim: int, layout: str, normalized: bool) -> Case:
+def factorized_case(name: str, rows: int, factor: int, dim: int, layout: str, normalized: bool) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         # Sums that do not cancel: their roots would be inexact in any arithmetic.
         return {
@@ -87,7 +87,7 @@ def _factorized(name: str, rows: int, factor: int, dim: int, layout: str, normal
     )
 
 
-def _tensor_fusion(name: str, batch: int, dims: tuple[int, ...], out: int) -> Case:
+def tensor_fusion_case(name: str, batch: int, dims: tuple[int, ...], out: int) -> Case:
     names = [f"x{m}" for m in range(len(dims))]
     features = math.prod(1 + dim for dim in dims)
 
@@ -124,7 +124,7 @@ def _tensor_fusion(name: str, batch: int, dims: tuple[int, ...], out: int) -> Ca
     )
 
 
-def _low_rank(name: str, batch: int, dims: tuple[int, ...], out: int, rank: int) -> Case:
+def low_rank_case(name: str, batch: int, dims: tuple[int, ...], out: int, rank: int) -> Case:
     names = [f"x{m}" for m in range(len(dims))]
     factors = [f"factor{m}" for m in range(len(dims))]
 
@@ -170,7 +170,7 @@ def _low_rank(name: str, batch: int, dims: tuple[int, ...], out: int, rank: int)
     )
 
 
-def _film(name: str, batch: int, regions: int, dim: int, channels_first: bool) -> Case:
+def film_case(name: str, batch: int, regions: int, dim: int, channels_first: bool) -> Case:
     shape = (batch, dim, regions) if channels_first else (batch, regions, dim)
 
     def make(generator: torch.Generator) -> Inputs:
@@ -202,7 +202,7 @@ def _film(name: str, batch: int, regions: int, dim: int, channels_first: bool) -
     )
 
 
-def _weighted_sum(name: str, batch: int, regions: int, dim: int, count: int) -> Case:
+def weighted_sum_case(name: str, batch: int, regions: int, dim: int, count: int) -> Case:
     """Features of several layers or modalities, the last one the same for all regions."""
     names = [f"x{i}" for i in range(count)]
 
@@ -239,7 +239,7 @@ def _weighted_sum(name: str, batch: int, regions: int, dim: int, count: int) -> 
     )
 
 
-def _outer_product(name: str, batch: int, regions: int, dx: int, dy: int) -> Case:
+def outer_product_case(name: str, batch: int, regions: int, dx: int, dy: int) -> Case:
     rows = (batch, regions) if regions else (batch,)
 
     def make(generator: torch.Generator) -> Inputs:
@@ -268,7 +268,7 @@ def _outer_product(name: str, batch: int, regions: int, dx: int, dy: int) -> Cas
     )
 
 
-def _compact(name: str, batch: int, regions: int, dx: int, dy: int, dim: int) -> Case:
+def compact_case(name: str, batch: int, regions: int, dx: int, dy: int, dim: int) -> Case:
     sketch_x, sketch_y = velm_kernels.make_sketch(dx, dim, seed=0), velm_kernels.make_sketch(dy, dim, seed=1)
 
     def make(generator: torch.Generator) -> Inputs:
@@ -311,7 +311,7 @@ def _compact(name: str, batch: int, regions: int, dx: int, dy: int, dim: int) ->
     )
 
 
-def _bilinear_attention(name: str, batch: int, regions: int, words: int, k: int, glimpses: int) -> Case:
+def bilinear_attention_case(name: str, batch: int, regions: int, words: int, k: int, glimpses: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -353,7 +353,7 @@ def _bilinear_attention(name: str, batch: int, regions: int, words: int, k: int,
     )
 
 
-def _bilinear_attention_pool(name: str, batch: int, regions: int, words: int, k: int) -> Case:
+def bilinear_attention_pool_case(name: str, batch: int, regions: int, words: int, k: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -385,28 +385,28 @@ def _bilinear_attention_pool(name: str, batch: int, regions: int, words: int, k:
 
 def cases() -> list[Case]:
     return [
-        _bilinear_attention("ban", 64, 36, 14, 3840, 8),
-        _bilinear_attention("ban-100-regions", 16, 100, 20, 3072, 4),
-        _bilinear_attention("ban-patches", 4, 576, 64, 768, 8),
-        _bilinear_attention_pool("ban-pool", 64, 36, 14, 1280),
-        _bilinear_attention_pool("ban-pool-patches", 4, 576, 64, 768),
-        _compact("mcb", 64, 0, 2048, 2048, 16000),
-        _compact("mcb-regions", 8, 36, 2048, 2048, 16000),
-        _outer_product("outer-product", 64, 0, 256, 256),
-        _outer_product("bilinear-pooling", 8, 196, 512, 512),
-        _film("film", 32, 196, 768, False),
-        _film("film-pixels", 32, 196, 768, True),
-        _weighted_sum("gated-fusion", 32, 196, 768, 3),
-        _weighted_sum("layer-mix", 16, 128, 768, 13),
-        _low_rank("low-rank-mosi", 128, (32, 32, 64), 64, 4),
-        _low_rank("low-rank-768", 64, (768, 768), 512, 16),
-        _low_rank("low-rank-768-wide", 1024, (768, 768), 512, 16),
-        _tensor_fusion("tensor-fusion-2", 256, (256, 64), 128),
-        _tensor_fusion("tensor-fusion-3", 256, (32, 32, 128), 128),
-        _factorized("mfb-tail", 1024, 5, 1000, "inner", True),
-        _factorized("mutan-tail", 1024, 10, 360, "outer", False),
-        _factorized("mlb-tail", 2048, 1, 1200, "inner", True),
-        _bilinear("bilinear", 64, 512, 512, 256),
-        _bilinear("bilinear-small", 256, 33, 129, 128),
-        _bilinear("bilinear-regions", 16, 256, 256, 128, regions=36),
+        bilinear_attention_case("ban", 64, 36, 14, 3840, 8),
+        bilinear_attention_case("ban-100-regions", 16, 100, 20, 3072, 4),
+        bilinear_attention_case("ban-patches", 4, 576, 64, 768, 8),
+        bilinear_attention_pool_case("ban-pool", 64, 36, 14, 1280),
+        bilinear_attention_pool_case("ban-pool-patches", 4, 576, 64, 768),
+        compact_case("mcb", 64, 0, 2048, 2048, 16000),
+        compact_case("mcb-regions", 8, 36, 2048, 2048, 16000),
+        outer_product_case("outer-product", 64, 0, 256, 256),
+        outer_product_case("bilinear-pooling", 8, 196, 512, 512),
+        film_case("film", 32, 196, 768, False),
+        film_case("film-pixels", 32, 196, 768, True),
+        weighted_sum_case("gated-fusion", 32, 196, 768, 3),
+        weighted_sum_case("layer-mix", 16, 128, 768, 13),
+        low_rank_case("low-rank-mosi", 128, (32, 32, 64), 64, 4),
+        low_rank_case("low-rank-768", 64, (768, 768), 512, 16),
+        low_rank_case("low-rank-768-wide", 1024, (768, 768), 512, 16),
+        tensor_fusion_case("tensor-fusion-2", 256, (256, 64), 128),
+        tensor_fusion_case("tensor-fusion-3", 256, (32, 32, 128), 128),
+        factorized_case("mfb-tail", 1024, 5, 1000, "inner", True),
+        factorized_case("mutan-tail", 1024, 10, 360, "outer", False),
+        factorized_case("mlb-tail", 2048, 1, 1200, "inner", True),
+        bilinear_case("bilinear", 64, 512, 512, 256),
+        bilinear_case("bilinear-small", 256, 33, 129, 128),
+        bilinear_case("bilinear-regions", 16, 256, 256, 128, regions=36),
     ]

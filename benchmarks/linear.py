@@ -10,7 +10,9 @@ import velm_kernels
 from benchmarks.harness import Case, Inputs
 
 
-def _case(name: str, rows: int, in_features: int, out_features: int, activation: str | None, residual: bool) -> Case:
+def linear_case(
+    name: str, rows: int, in_features: int, out_features: int, activation: str | None, residual: bool
+) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         def randn(*shape: int, scale: float = 1.0) -> Tensor:
             return scale * torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -51,8 +53,8 @@ def _case(name: str, rows: int, in_features: int, out_features: int, activation:
 
 def cases() -> list[Case]:
     return [
-        _case("feed-forward-in", 2048, 768, 3072, "gelu", False),
-        _case("feed-forward-out", 2048, 3072, 768, None, True),
-        _case("projection", 2048, 768, 768, None, False),
-        _case("few-rows", 256, 768, 768, None, False),
+        linear_case("feed-forward-in", 2048, 768, 3072, "gelu", False),
+        linear_case("feed-forward-out", 2048, 3072, 768, None, True),
+        linear_case("projection", 2048, 768, 768, None, False),
+        linear_case("few-rows", 256, 768, 768, None, False),
     ]

@@ -21,7 +21,7 @@ def _lengths(batch: int, tokens: int) -> Tensor:
     return lengths
 
 
-def _masked(mode: str, batch: int, tokens: int, dim: int) -> Case:
+def masked_case(mode: str, batch: int, tokens: int, dim: int) -> Case:
     lengths = _lengths(batch, tokens)
 
     def eager(x: Tensor, lengths: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _masked(mode: str, batch: int, tokens: int, dim: int) -> Case:
     )
 
 
-def _segments(mode: str, segments: int, tokens: int, dim: int) -> Case:
+def segments_case(mode: str, segments: int, tokens: int, dim: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         cuts = torch.randint(0, tokens + 1, (segments - 1,), generator=generator).sort().values
         bounds = torch.cat([torch.tensor([0]), cuts, torch.tensor([tokens])]).int()
@@ -84,7 +84,7 @@ def _segments(mode: str, segments: int, tokens: int, dim: int) -> Case:
     )
 
 
-def _attention(name: str, batch: int, tokens: int, dim: int, heads: int, shared: bool) -> Case:
+def attention_pool_case(name: str, batch: int, tokens: int, dim: int, heads: int, shared: bool) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {
             "x": _randn(generator, batch, tokens, dim),
@@ -131,7 +131,7 @@ def _attention(name: str, batch: int, tokens: int, dim: int, heads: int, shared:
     )
 
 
-def _select(batch: int, tokens: int, dim: int, k: int) -> Case:
+def select_case(batch: int, tokens: int, dim: int, k: int) -> Case:
     def eager(x: Tensor, scores: Tensor) -> Tensor:
         index = scores.topk(k).indices.sort().values
         return x.gather(1, index[..., None].expand(-1, -1, dim))
@@ -189,7 +189,7 @@ def published_merge(x: Tensor, metric: Tensor, r: int, size: Tensor, class_token
     return merge(x * size[..., None]) / total, total[..., 0]
 
 
-def _merge(batch: int, tokens: int, dim: int, metric_dim: int, r: int) -> Case:
+def merge_case(batch: int, tokens: int, dim: int, metric_dim: int, r: int) -> Case:
     def velm(x: Tensor, metric: Tensor) -> Tensor:
         return velm_kernels.merge_tokens(x, metric.float(), r, protected=1).tokens
 
@@ -221,13 +221,13 @@ def _merge(batch: int, tokens: int, dim: int, metric_dim: int, r: int) -> Case:
 
 def cases() -> list[Case]:
     return [
-        _masked("mean", 64, 577, 1024),
-        _masked("max", 64, 577, 1024),
-        _masked("logsumexp", 64, 577, 1024),
-        _segments("mean", 64, 36928, 768),
-        _select(16, 577, 1024, 288),
-        _merge(32, 197, 768, 64, 16),
-        _merge(8, 577, 1024, 64, 23),
-        _attention("siglip-head", 64, 196, 768, 12, shared=True),
-        _attention("clip-rn50-head", 64, 50, 2048, 32, shared=False),
+        masked_case("mean", 64, 577, 1024),
+        masked_case("max", 64, 577, 1024),
+        masked_case("logsumexp", 64, 577, 1024),
+        segments_case("mean", 64, 36928, 768),
+        select_case(16, 577, 1024, 288),
+        merge_case(32, 197, 768, 64, 16),
+        merge_case(8, 577, 1024, 64, 23),
+        attention_pool_case("siglip-head", 64, 196, 768, 12, shared=True),
+        attention_pool_case("clip-rn50-head", 64, 50, 2048, 32, shared=False),
     ]

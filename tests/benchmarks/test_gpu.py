@@ -61,10 +61,10 @@ def test_other_packages_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "xformers.ops", fake_xformers())
     monkeypatch.setattr(peers, "installed", lambda name: True)
     cases = {
-        "plain": (attention._case("plain", 2, 4, 2, 5, 9, 16), {"flex", "flash", "xformers"}),
-        "bias": (attention._case("bias", 2, 4, 4, 5, 9, 16, bias=True), {"flex", "xformers"}),
-        "ranges": (attention._ranges(2, 2, 8, 2, 3, 16), {"flex"}),
-        "ragged": (attention._varlen(2, 16, [3, 3], [4, 7]), {"flash"}),
+        "plain": (attention.attention_case("plain", 2, 4, 2, 5, 9, 16), {"flex", "flash", "xformers"}),
+        "bias": (attention.attention_case("bias", 2, 4, 4, 5, 9, 16, bias=True), {"flex", "xformers"}),
+        "ranges": (attention.ranges_case(2, 2, 8, 2, 3, 16), {"flex"}),
+        "ragged": (attention.varlen_case(2, 16, [3, 3], [4, 7]), {"flash"}),
     }
     for case, names in cases.values():
         assert set(case.gpu_ways) == names
@@ -75,7 +75,7 @@ def test_other_packages_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_gpu_ways_are_timed_on_gpus_alone() -> None:
-    case = attention._case("plain", 1, 2, 2, 3, 4, 16)
+    case = attention.attention_case("plain", 1, 2, 2, 3, 4, 16)
     on_cpu, on_gpu = (
         harness.ways_to_time(case, torch.float32, harness.Settings(torch.device(device), compile=False))
         for device in ("cpu", "cuda")
