@@ -53,6 +53,12 @@ def test_measures_the_limits_on_request() -> None:
     assert float(number) > 1
 
 
+def test_the_version_and_both_ways_to_run_it() -> None:
+    for module in ("velm_kernels", "velm_kernels.cli"):
+        done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, f"velm_kernels {velm_kernels.__version__}\n")
+
+
 def test_an_unknown_command_is_refused() -> None:
     done = velm("frobnicate")
     assert done.returncode == 2

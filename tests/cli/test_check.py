@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,6 +19,14 @@ SMALL = ["check", "--backend", "reference", "--operator", "gated_residual"]
 def test_right_numbers_exit_with_0(capsys):
     assert main(SMALL) == 0
     assert "6 of 6 checks passed" in capsys.readouterr().out
+
+
+def test_nothing_of_a_progress_bar_lands_in_a_pipe():
+    done = subprocess.run([sys.executable, "-m", "velm_kernels", *SMALL], capture_output=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == b""
+    assert done.stdout.splitlines()[0] == b"reference"
+    assert b"\x1b" not in done.stdout
 
 
 def breaking(name, change):
@@ -64,7 +74,9 @@ def test_reading_a_masked_row_is_a_failure(monkeypatch, capsys):
 
 def test_unknown_operator_is_named(capsys):
     assert main(["check", "--operator", "nothing"]) == 2
-    assert "cross_attention" in capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert shown == ""
+    assert "cross_attention" in said
 
 
 def test_every_public_operator_has_a_check():

@@ -99,3 +99,10 @@ def test_attention_on_regions_is_the_models_own(loaded, monkeypatch):
     expected = weights[0, :, :words].sum((0, 1))[length + 1 :]
     got = torch.stack([mass[row, column] for row, column in places[0].tolist()])
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_is_drawn_beside_the_picture(tmp_path):
+    plots = pytest.importorskip("python_models.demo.plots")
+    looked = plots.Looked(torch.rand(3, 8, 8), "is there a circle?", "no", "yes", torch.rand(2, 2))
+    plots.attention_on_pictures(tmp_path / "new" / "attention.png", [looked, looked])
+    assert (tmp_path / "new" / "attention.png").read_bytes().startswith(b"\x89PNG")

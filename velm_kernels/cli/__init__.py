@@ -9,12 +9,15 @@ import os
 import sys
 from collections.abc import Sequence
 
+from velm_kernels._version import __version__
+
 COMMANDS = ("info", "check", "profile", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``velm`` with ``arguments`` (default: those of the process) and return its exit status."""
     parser = argparse.ArgumentParser(prog="velm", description="Fused kernels for vision-language models.")
+    parser.add_argument("--version", action="version", version=f"velm_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name in COMMANDS:
         module = importlib.import_module(f"velm_kernels.cli.{name}")

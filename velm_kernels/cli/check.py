@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -167,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = [check for check in check_cases.checks() if not args.operator or check.operator in args.operator]
     if not chosen:
         names = ", ".join(sorted({check.operator for check in check_cases.checks()}))
-        print(f"--operator: expected one of {names}")
+        print(f"velm check: --operator: expected one of {names}", file=sys.stderr)
         return 2
     found, missing = targets()
     found = [target for target in found if not args.backend or target.backend in args.backend]
@@ -196,12 +197,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _with_progress(jobs: list[Any]) -> Iterator[Any]:
+    """A bar for those who watch: on a terminal alone, never in a pipe or a file."""
     try:
+        from rich.console import Console
         from rich.progress import track
     except ImportError:
         yield from jobs
         return
-    yield from track(jobs, description="checking")
+    if not sys.stderr.isatty():
+        yield from jobs
+        return
+    yield from track(jobs, description="checking", console=Console(stderr=True), transient=True)
 
 
 def _print_table(results: list[Result]) -> None:

@@ -405,6 +405,8 @@ def configuration(model: str, layers: int | None = None) -> Any:
     path = Path(model)
     if model in MODELS:
         entry = MODELS[model]
+        if not hasattr(transformers, entry.config_name):
+            raise ValueError(f"model: transformers {transformers.__version__} has no {entry.config_name}")
         config = getattr(transformers, entry.config_name)(**entry.published)
     elif path.exists():
         config = transformers.AutoConfig.from_pretrained(path)

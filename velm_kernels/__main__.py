@@ -1,0 +1,3 @@
+from velm_kernels.cli import main
+
+raise SystemExit(main())
