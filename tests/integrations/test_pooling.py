@@ -16,6 +16,7 @@ from transformers.models.siglip2 import modeling_siglip2
 
 import velm_kernels
 from velm_kernels.integrations import masks
+from velm_kernels.integrations.families import siglip
 
 from . import image_text_models as models
 from .running import Named, Run, assert_near, exact_run, run
@@ -80,7 +81,8 @@ def test_a_picture_of_padding_only(attention: str, looked: bool, monkeypatch: py
     """SigLIP 2 counts all its tokens evenly; where a mask cannot be looked at, no gradient reaches their scores."""
     module, inputs = _siglip2_head(attention)
     inputs["attention_mask"][1] = 0
-    monkeypatch.setattr(masks, "may_look", lambda mask: looked)
+    for place in (masks, siglip):
+        monkeypatch.setattr(place, "may_read", lambda mask: looked)
     plain, gradients = run(module, inputs, backward=False), run(module, inputs)
     report = velm_kernels.patch(module)
     assert_near(run(module, inputs, backward=False), plain)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 import velm_kernels
+
+from .plain import DROPOUTS, may_read, remembered
 
 
 class AddedMask(NamedTuple):
@@ -30,20 +34,14 @@ def added_mask(mask: Tensor, dtype: torch.dtype) -> AddedMask:
     key, everything else is added as it is. A row in which every key is hidden attends to all of them evenly in the
     models, because the scores vanish beside that number; `attend` gets this from a zero query and a zero bias.
 
-    The result is kept with the mask, so that the layers of one forward share it.
+    The layers of one forward share the result where that is safe, see `plain.remembered`.
 
     Args:
         mask: additive, broadcastable to (batch, heads, queries, keys); an integer or boolean one is added too, as the
             models do.
         dtype: the dtype of the query.
     """
-    if torch.compiler.is_compiling() or mask.requires_grad or mask.is_inference():
-        return _translate(mask, dtype)
-    kept = getattr(mask, "_velm_added_mask", None)
-    if kept is None or kept[:2] != (mask._version, dtype):
-        kept = (mask._version, dtype, _translate(mask, dtype))
-        mask._velm_added_mask = kept  # type: ignore[attr-defined]
-    return kept[2]
+    return remembered(_translate, mask, dtype)
 
 
 def _translate(mask: Tensor, dtype: torch.dtype) -> AddedMask:
@@ -56,8 +54,7 @@ def _translate(mask: Tensor, dtype: torch.dtype) -> AddedMask:
         mask = mask.to(torch.float64 if dtype is torch.float64 else torch.float32)
     bias = mask.masked_fill(hidden, -torch.inf)
     rows = hidden.all(-1, keepdim=True)
-    # Reading a value costs nothing here; elsewhere it would wait for the device or break the graph.
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(rows.any()):
+    if may_read(rows) and not bool(rows.any()):
         return AddedMask(bias, None)
     return AddedMask(bias.masked_fill(rows, 0.0), rows)
 
@@ -120,17 +117,17 @@ def unsupported(head_dim: int, *masks: Any) -> str | None:
             return f"the mask is a {type(mask).__name__}"
         if mask.dim() > 4:
             return f"the mask has {mask.dim()} dimensions"
-        checked = mask.is_floating_point() and mask.device.type == "cpu" and torch.is_grad_enabled()
-        if checked and not torch.compiler.is_compiling() and added_mask(mask, mask.dtype).hidden_rows is not None:
+        checked = mask.is_floating_point() and torch.is_grad_enabled() and may_read(mask)
+        if checked and added_mask(mask, mask.dtype).hidden_rows is not None:
             return "gradient through a row in which every key is masked"
     return None
 
 
 def interface_reason(module: nn.Module, kwargs: dict[str, Any], *masks: Any) -> str | None:
     """Return why a call of a module that goes through transformers' attention interface must stay there, or None."""
-    if weights_wanted(module, kwargs):
-        return "output_attentions=True"
     implementation = getattr(module.config, "_attn_implementation", None) or "eager"
+    if weights_wanted(module, kwargs, returned=implementation == "eager"):
+        return "output_attentions=True"
     if implementation not in ("eager", "sdpa"):
         return f"attn_implementation={implementation!r}"
     return unsupported(getattr(module, "head_dim", None) or module.attention_head_size, *masks)  # type: ignore[arg-type]
@@ -170,23 +167,38 @@ def split_heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def dropout_p(module: nn.Module, dropout: nn.Module | float) -> float:
-    """Return the probability with which `module` would drop now; `dropout` is its `nn.Dropout` or a number."""
-    if isinstance(dropout, nn.Dropout):
-        return dropout.p if dropout.training else 0.0
-    return float(dropout) if module.training else 0.0  # type: ignore[arg-type]
+    """Return the probability with which `module` would drop now; `dropout` is a number, or its submodule of one of
+    `plain.DROPOUTS` (`velm_absorbs` of the replacement has seen to that)."""
+    if isinstance(dropout, nn.Module):
+        assert isinstance(dropout, DROPOUTS)
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+    return float(dropout) if module.training else 0.0
 
 
-def weights_wanted(module: nn.Module, kwargs: dict[str, Any] | None = None) -> bool:
+def weights_wanted(module: nn.Module, kwargs: dict[str, Any] | None = None, returned: bool = True) -> bool:
     """Say whether someone will read the attention weights that `module` returns.
 
-    Either the caller asks (`output_attentions` in `kwargs`), or transformers records them with a forward hook while an
-    output collector is active.
+    The caller asks (`output_attentions` in `kwargs`), transformers records them with a forward hook while an output
+    collector is active, or another forward hook sees what the module returns.
+
+    Args:
+        returned: the original returns weights also when nobody asks for them.
     """
     if kwargs and kwargs.get("output_attentions"):
         return True
+    if returned and torch_module._global_forward_hooks:
+        return True
     if not module._forward_hooks:
         return False
-    from transformers.utils import output_capturing
-
-    collected = output_capturing._active_collector.get()
+    if returned and not all(map(_leaves_weights, module._forward_hooks.values())):
+        return True
+    output_capturing: Any = sys.modules.get("transformers.utils.output_capturing")
+    collected = output_capturing and output_capturing._active_collector.get()
     return bool(collected) and any("attentions" in key for key in collected)
+
+
+def _leaves_weights(hook: Any) -> bool:
+    """Say whether a forward hook is known not to look at attention weights: transformers' recorder, which is asked
+    whether it records, and torch's wrappers for distributed training."""
+    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
+    return module.startswith(("transformers.utils.output_capturing", "torch.distributed."))

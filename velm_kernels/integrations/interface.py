@@ -11,6 +11,8 @@ import velm_kernels
 
 from . import masks
 from .calls import added_mask, weights_wanted
+from .patching import is_replaced
+from .plain import are_plain, heard, may_read, under_autocast
 
 # Implementations whose meaning the replacements reproduce. Others bring their own masks (lengths, block masks).
 SERVED = ("eager", "sdpa", "velm")
@@ -45,7 +47,7 @@ def why_original(
     implementation = module.config._attn_implementation  # type: ignore[union-attr]
     if implementation not in SERVED:
         return f"attn_implementation={implementation!r}"
-    if weights_wanted(module, kwargs):
+    if weights_wanted(module, kwargs, returned=implementation == "eager"):
         return "output_attentions=True"
     if head_dim > 256:
         return f"head_dim {head_dim} is above 256"
@@ -55,7 +57,7 @@ def why_original(
         if kwargs.get(name) is not None:
             return f"{name} is given"
     reason = masks.why_not(mask)
-    if reason is not None or mask is None or not norms or not torch.is_grad_enabled() or not masks.may_look(mask):
+    if reason is not None or mask is None or not norms or not torch.is_grad_enabled() or not may_read(mask):
         return reason
     # `_nudge` would need the normed queries and keys.
     hidden_rows = masks.translate(mask, batch, queries, binary).hidden_rows
@@ -99,7 +101,7 @@ def attend(
         arguments = {"bias": bias}
     nudge = None
     if hidden_rows is not None:
-        if torch.is_grad_enabled() and mask is not None and masks.may_look(mask):
+        if torch.is_grad_enabled() and mask is not None and may_read(mask):
             nudge = _nudge(query, key, value, scale).masked_fill(~hidden_rows, 0.0)
         query = query.masked_fill(hidden_rows, 0.0)
     out = velm_kernels.cross_attention(
@@ -135,15 +137,18 @@ def rms_norm(
     Returns:
         (x, weight, eps) with the norm still to be done, or (norm(x), None, eps of the other norm).
     """
-    bare = (type(norm).__module__, type(norm).__qualname__) in _RMS_NORMS and not (
-        norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    )
+    bare = (type(norm).__module__, type(norm).__qualname__) in _RMS_NORMS and not heard(norm)
     # Under autocast the original multiplies by the weight in float32, the operator would round it first.
-    if bare and norm.weight.dtype == x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if bare and are_plain(norm.weight, x) and norm.weight.dtype == x.dtype and not under_autocast(x):
         eps = float(norm.variance_epsilon)  # type: ignore[arg-type]
         if beside[0] is None or beside[1] == eps:
             return x, norm.weight, eps  # type: ignore[return-value]
     return norm(x), None, beside[1]
+
+
+def tells(module: nn.Module, replacement: type[nn.Module], **known: Any) -> dict[str, Any]:
+    """Return the keyword arguments `known` where `module` is one of `replacement`, and nobody else would see them."""
+    return known if isinstance(module, replacement) and is_replaced(module) and not heard(module) else {}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

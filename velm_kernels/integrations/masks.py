@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .plain import may_read, remembered
+
 # An additive mask hides a key completely from here on: no score that a model computes survives this beside another.
 _HIDES = -1e9
 
@@ -55,16 +57,7 @@ def translate(mask: Tensor | None, batch: int, queries: int, binary: bool = Fals
     """
     if mask is None:
         return Visible({})
-    look = may_look(mask)
-    if not look or mask.requires_grad or mask.is_inference():
-        return _translate(four_dims(mask, heads), batch, queries, binary, look)
-    wanted = (mask._version, batch, queries, binary, heads)
-    # On the tensor itself, so that it lives as long as the mask does.
-    kept = getattr(mask, "_velm_visible", None)
-    if kept is None or kept[0] != wanted:
-        kept = (wanted, _translate(four_dims(mask, heads), batch, queries, binary, look))
-        mask._velm_visible = kept  # type: ignore[attr-defined]
-    return kept[1]
+    return remembered(_translate_dense, mask, batch, queries, binary, heads)
 
 
 def why_not(mask: Any) -> str | None:
@@ -78,14 +71,13 @@ def why_not(mask: Any) -> str | None:
     return None
 
 
-def may_look(mask: Tensor) -> bool:
-    """Say whether values of a mask can be read without waiting for a device or breaking a graph."""
-    return mask.device.type == "cpu" and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+def _translate_dense(mask: Tensor, batch: int, queries: int, binary: bool, heads: int) -> Visible:
+    return _translate(four_dims(mask, heads), batch, queries, binary, may_read(mask))
 
 
 def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool) -> Visible:
-    # What was expanded is read once.
-    for dim in (1, 2):
+    # What was expanded is read once. A trace would keep the strides of its example.
+    for dim in (1, 2) if not torch.jit.is_tracing() else ():
         if mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
     rows = None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from .projections import heard
+from .plain import are_plain, heard, under_autocast
 
 
 def unsuitable(attention: nn.Module) -> str | None:
@@ -33,11 +32,16 @@ def why_original(attention: nn.Module, query: Tensor, x: Tensor, *, drops: bool 
     assert isinstance(attention, nn.MultiheadAttention)
     if heard(attention):
         return "hooks on the attention"
+    # Its output projection is not called by the original either, but its weight is read.
+    if type(attention.out_proj) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
+        return f"its output projection is a {type(attention.out_proj).__name__}"
+    weights = (attention.out_proj.weight, attention.out_proj.bias)
+    if not are_plain(query, x, *attention._parameters.values(), *weights):
+        return "inputs or weights that are more than tensors"
     if attention.training and attention.dropout > 0.0 and not drops:
         return "dropout of attention weights"
     if query.dim() != 3 or x.dim() != 3:
         return f"inputs of {query.dim()} and {x.dim()} dimensions"
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if not autocast and not query.dtype == x.dtype == attention.out_proj.weight.dtype:
+    if not under_autocast(x) and not query.dtype == x.dtype == attention.out_proj.weight.dtype:
         return f"inputs of {query.dtype} and {x.dtype}, weights of {attention.out_proj.weight.dtype}"
     return None

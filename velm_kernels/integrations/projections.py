@@ -1,25 +1,27 @@
 """Linear projections and feed-forward blocks inside patched layers.
 
 A replaced `torch.nn.Linear` decides at every call, by the fixed rule `velm_kernels.linear.faster_than_torch`, which
-product serves it. A block whose projection is a plain one, served by this library's product, fuses activation and
-residual into it; beside torch's product it fuses what saves a pass over memory: bias, activation and their gradients.
-Dropout is fused into the residual. Everything else - adapters, quantised layers, hooks - is called as the module it is.
+product serves it; weights that are more than tensors (quantised, distributed) are left to torch. A block whose
+projection is a plain one, served by this library's product, fuses activation and residual into it; beside torch's
+product it fuses what saves a pass over memory: bias, activation and their gradients. Dropout is fused into the
+residual. Everything else - adapters, quantised layers, hooks - is called as the module it is.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from velm_kernels.backends import cpu
 from velm_kernels.fusion import dropout_residual
 from velm_kernels.linear import faster_than_torch, linear
 
-from .patching import LINEAR, Replacement, replaces
+from .patching import LINEAR, Replacement, record_fallback, replaces
+from .plain import are_plain, heard, is_bare, is_plain_tensor, under_autocast
 
 # Exact classes, and the name under which `linear` knows what they compute. transformers' GELUActivation and GELUTanh
 # hold one of several functions, see `_activation`.
@@ -41,13 +43,64 @@ _FUSED_ELEMENTS = 1 << 18
 
 @replaces(*LINEAR, family="", by="linear")
 class Linear(Replacement):
-    weight: Tensor
-    bias: Tensor | None
+    """Declares the replacement. Nothing becomes an instance of it, see `LinearForward`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _kernel_product(input, self.weight):
-            return linear(input, self.weight, self.bias)
-        return nn.functional.linear(input, self.weight, self.bias)
+        raise NotImplementedError
+
+
+class LinearForward:
+    """The forward of one replaced `torch.nn.Linear`, kept on the instance.
+
+    Its class stays what it was: quantisation (`quantize_dynamic`), profilers and per-sample gradients look for exactly
+    that class.
+    """
+
+    __name__ = "forward"
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.module = module
+
+    @staticmethod
+    def install(module: nn.Module) -> None:
+        assert isinstance(module, nn.Linear)
+        own = LinearForward(module)
+        # The second name is what tells that the module is replaced, also where a forward around this one takes the
+        # first; the third keeps replicas of DataParallel from computing with the weights of the module they are of.
+        vars(module).update(velm_forward=own, forward=own, _replicate_for_data_parallel=own.replicate)
+
+    @staticmethod
+    def remove(module: nn.Module) -> None:
+        attributes = vars(module)
+        own = attributes.pop("velm_forward")
+        for name, value in list(attributes.items()):
+            if getattr(value, "__self__", None) is own or (name == "forward" and value is own):
+                del attributes[name]
+            elif value is own:
+                # A forward around ours keeps it under another name, to put it back one day.
+                attributes[name] = types.MethodType(nn.Linear.forward, module)
+
+    def replicate(self) -> nn.Module:
+        replica = nn.Module._replicate_for_data_parallel(self.module)
+        LinearForward.install(replica)
+        return replica
+
+    def __call__(self, input: Tensor) -> Tensor:
+        module = self.module
+        weight, bias = module.weight, module.bias
+        # Somebody may have kept this forward, as offloading hooks do, until after `unpatch`.
+        if "velm_forward" not in vars(module):
+            return nn.functional.linear(input, weight, bias)
+        if not are_plain(input, weight, bias):
+            record_fallback(module, f"input or weight is a {_kind(input, weight, bias)}")
+            return nn.functional.linear(input, weight, bias)
+        if _kernel_product(input, weight):
+            return linear(input, weight, bias)
+        return nn.functional.linear(input, weight, bias)
+
+
+def _kind(*values: Any) -> str:
+    return next(type(x).__name__ for x in values if x is not None and not is_plain_tensor(x))
 
 
 def project(
@@ -69,7 +122,8 @@ def project(
     name = "" if activation is None else _activation(activation)
     drops = dropout is not None and not _does_nothing(dropout)
     fused = None
-    if (name or (name is not None and residual is not None and not drops)) and is_plain(projection):
+    wants = name or (name is not None and residual is not None and not drops)
+    if wants and is_plain(projection) and are_plain(x, residual):
         weight: Tensor = projection.weight  # type: ignore[assignment]
         own = _on_cpu(x, weight) and _kernel_product(x, weight)
         if own and not drops:
@@ -92,28 +146,37 @@ def project(
 
 def _drop_and_add(x: Tensor, residual: Tensor | None, dropout: nn.Module) -> Tensor:
     """Return `dropout(x) + residual`; the kernel draws its own random numbers, from a seed of torch's generator."""
-    plain = type(dropout) is nn.Dropout and not heard(dropout) and not dropout.inplace and 0.0 < dropout.p < 1.0
+    plain = is_bare(dropout, nn.Dropout) and not dropout.inplace and 0.0 < dropout.p < 1.0  # type: ignore[operator]
     same_dtype = residual is None or residual.dtype is x.dtype
-    if plain and same_dtype and x.device.type == "cpu" and x.dtype in cpu.DTYPES and _cpu_library():
+    if (
+        plain
+        and same_dtype
+        and are_plain(x, residual)
+        and x.device.type == "cpu"
+        and x.dtype in cpu.DTYPES
+        and _cpu_library()
+    ):
         return dropout_residual(x, residual, dropout.p)  # type: ignore[arg-type]
     x = dropout(x)
     return x if residual is None else x + residual
 
 
 def _does_nothing(dropout: nn.Module) -> bool:
-    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0.0) and not heard(dropout)
+    return is_bare(dropout, nn.Dropout) and not (dropout.training and dropout.p > 0.0)  # type: ignore[operator]
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def _kernel_product(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type == "meta":
+        return False
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     out_features, in_features = weight.shape
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return _traced_rule(in_features, out_features, _dtype(x), x.device.type, training)
     rows = x.numel() // max(x.shape[-1], 1)
     return faster_than_torch(rows, in_features, out_features, _dtype(x), x.device, training)
@@ -136,26 +199,14 @@ def _on_cpu(x: Tensor, weight: Tensor) -> bool:
 
 def _activation_gains(x: Tensor, weight: Tensor) -> bool:
     """Say whether fusing bias and activation to torch's product gains; a compiler fuses them itself."""
-    if torch.compiler.is_compiling() or not _on_cpu(x, weight):
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not _on_cpu(x, weight):
         return False
     return x.numel() // max(x.shape[-1], 1) * weight.shape[0] >= _FUSED_ELEMENTS
 
 
 def is_plain(projection: nn.Module) -> bool:
-    cls = getattr(type(projection), "velm_original_class", type(projection))
-    return cls is nn.Linear and not heard(projection)
-
-
-def heard(module: nn.Module) -> bool:
-    """Say whether calling `module` does more than its class's forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()
-        or "forward" in vars(module)
-    )
+    """Say whether `projection` is a `torch.nn.Linear` whose weight may be read instead of calling it."""
+    return is_bare(projection, nn.Linear) and are_plain(projection.weight, projection.bias)
 
 
 def _activation(activation: Any) -> str | None:

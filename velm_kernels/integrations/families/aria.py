@@ -61,7 +61,8 @@ class CrossAttention(Replacement):
         mask = None
         if attn_mask is not None:
             # The same for all queries, as the model repeats it; True there means hidden.
-            rows = attn_mask[:, :1] if attn_mask.stride(1) == 0 else attn_mask
+            repeated = attn_mask.stride(1) == 0 and not torch.jit.is_tracing()
+            rows = attn_mask[:, :1] if repeated else attn_mask
             mask = ~rows.unflatten(0, (-1, inner.num_heads))
         out = attend(
             query, key, value, mask, scale=inner.head_dim**-0.5, dropout_p=dropout_p(inner, inner.dropout), binary=True

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..calls import attend, dropout_p, split_heads, unsupported
 from ..patching import Replacement, plain_linears, replaces
+from ..plain import DROPOUTS
 
 _MODELS = {
     "visual_bert": ("transformers.models.visual_bert.modeling_visual_bert", "VisualBert"),
@@ -17,6 +18,8 @@ _MODELS = {
 
 
 class SelfAttention(Replacement):
+    velm_absorbs = (("dropout", DROPOUTS),)
+
     query: nn.Module
     key: nn.Module
     value: nn.Module

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..calls import attend, dropout_p, split_heads, unsupported, weights_wanted
 from ..patching import Replacement, plain_linears, replaces
+from ..plain import DROPOUTS
 
 _VISION = "transformers.models.blip.modeling_blip"
 _TEXT = "transformers.models.blip.modeling_blip_text"
@@ -15,6 +16,8 @@ _TEXT = "transformers.models.blip.modeling_blip_text"
 
 @replaces(_VISION, "BlipAttention", family="blip", by="cross_attention")
 class VisionAttention(Replacement):
+    velm_absorbs = (("dropout", DROPOUTS),)
+
     qkv: nn.Module
     projection: nn.Module
     dropout: nn.Dropout
@@ -40,6 +43,8 @@ class VisionAttention(Replacement):
 @replaces(_TEXT, "BlipTextSelfAttention", family="blip", by="cross_attention")
 class TextAttention(Replacement):
     """Self-attention, or cross-attention to an encoder, with or without a key and value cache."""
+
+    velm_absorbs = (("dropout", DROPOUTS),)
 
     query: nn.Module
     key: nn.Module

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import dropout_p, interface_attend, interface_reason, split_heads
+from ..calls import interface_attend, interface_reason, split_heads
 from ..patching import Replacement, plain_linears, replaces
 
 _MODULE = "transformers.models.bridgetower.modeling_bridgetower"
@@ -39,7 +39,8 @@ class _Attention(Replacement):
             key,
             value,
             mask,
-            dropout_p=dropout_p(self, self.dropout.p),
+            # Its dropout is no more than the place where the probability is kept.
+            dropout_p=self.dropout.p if self.training else 0.0,
             scale=self.scaling,
             is_causal=kwargs.get("is_causal"),
         )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import velm_kernels
 
 from .. import masks
-from ..calls import dropout_p, split_heads
+from ..calls import dropout_p, split_heads, weights_wanted
 from ..interface import attend
 from ..patching import Replacement, plain_linears, replaces
+from ..plain import DROPOUTS
 
 _MODELS = {
     "grounding_dino": ("transformers.models.grounding_dino.modeling_grounding_dino", "GroundingDino"),
@@ -29,6 +30,8 @@ class _WeightsMayBeUnread(Replacement):
 
 
 class Attention(_WeightsMayBeUnread):
+    velm_absorbs = (("dropout", DROPOUTS),)
+
     query: nn.Module
     key: nn.Module
     value: nn.Module
@@ -45,7 +48,7 @@ class Attention(_WeightsMayBeUnread):
         output_attentions: bool | None = False,
     ) -> Any:
         reason = masks.why_not(attention_mask)
-        if output_attentions and not self.velm_weights_unread:
+        if output_attentions and (not self.velm_weights_unread or weights_wanted(self)):
             reason = "output_attentions=True"
         elif self.attention_head_size > 256:
             reason = f"head_dim {self.attention_head_size} is above 256"
@@ -87,7 +90,9 @@ class BidirectionalAttention(_WeightsMayBeUnread):
         vision_attention_mask: Tensor | None = None,
         text_attention_mask: Tensor | None = None,
     ) -> Any:
-        reason = None if self.velm_weights_unread else "the attention weights are returned"
+        reason = None
+        if not self.velm_weights_unread or weights_wanted(self):
+            reason = "the attention weights are returned"
         if reason is None and self.head_dim > 256:
             reason = f"head_dim {self.head_dim} is above 256"
         if reason is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from ..calls import split_heads
-from ..interface import attend, implied_causal, rms_norm, rotate, why_original
+from ..interface import attend, implied_causal, rms_norm, rotate, tells, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _MODULE = "transformers.models.idefics.modeling_idefics"
@@ -102,6 +102,8 @@ class Attention(Replacement):
 
 @replaces(_MODULE, "IdeficsGatedCrossAttentionLayer", family="idefics", by="gated_residual")
 class GatedCrossAttentionLayer(Replacement):
+    velm_absorbs = (("act_cross_attn", (nn.Tanh,)), ("act_dense", (nn.Tanh,)))
+
     cross_attn: nn.Module
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
@@ -143,7 +145,7 @@ class GatedCrossAttentionLayer(Replacement):
             hidden_states=self.input_layernorm(hidden_states),
             key_value_states=image_hidden_states,
             attention_mask=image_attention_mask,
-            **({"velm_binary": True} if isinstance(self.cross_attn, Attention) else {}),
+            **tells(self.cross_attn, Attention, velm_binary=True),
             **kwargs,
         )
         # `config` is the name under which the original keeps its dropout probability.

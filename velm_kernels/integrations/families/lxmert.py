@@ -8,12 +8,15 @@ from torch import Tensor, nn
 
 from ..calls import attend, dropout_p, split_heads, unsupported
 from ..patching import Replacement, plain_linears, replaces
+from ..plain import DROPOUTS
 
 _MODULE = "transformers.models.lxmert.modeling_lxmert"
 
 
 @replaces(_MODULE, "LxmertAttention", family="lxmert", by="cross_attention")
 class Attention(Replacement):
+    velm_absorbs = (("dropout", DROPOUTS),)
+
     query: nn.Module
     key: nn.Module
     value: nn.Module

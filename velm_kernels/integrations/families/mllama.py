@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from ..calls import split_heads
-from ..interface import attend, implied_causal, rms_norm, rotate, why_original
+from ..interface import attend, implied_causal, rms_norm, rotate, tells, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _MODULE = "transformers.models.mllama.modeling_mllama"
@@ -177,13 +177,13 @@ class CrossAttentionLayer(Replacement):
         **kwargs: Any,
     ) -> Any:
         # Where the second mask comes with the first, the model has made both: see `CrossAttention`.
-        known = {"velm_binary": full_text_row_masked_out_mask is not None}
+        known = tells(self.cross_attn, CrossAttention, velm_binary=full_text_row_masked_out_mask is not None)
         attended, _ = self.cross_attn(
             hidden_states=self.input_layernorm(hidden_states),
             attention_mask=cross_attention_mask,
             cross_attention_states=cross_attention_states,
             past_key_values=past_key_values,
-            **(known if isinstance(self.cross_attn, CrossAttention) else {}),
+            **known,
             **kwargs,
         )
         hidden_states = velm_kernels.gated_residual(hidden_states, attended, self.cross_attn_attn_gate)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from velm_kernels.linear import linear
@@ -16,7 +15,8 @@ from .. import multihead
 from ..calls import dropout_p, split_heads
 from ..interface import attend
 from ..patching import Replacement, plain_linears, replaces
-from ..projections import heard, project
+from ..plain import are_plain, is_bare, under_autocast
+from ..projections import project
 
 FAMILY = "open_clip"
 _TRANSFORMER = "open_clip.transformer"
@@ -53,8 +53,13 @@ class AttentionPool2d(Replacement):
     positional_embedding: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
+        # The original reads their weights too, and calls none of them.
+        for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+            projection = getattr(self, name)
+            if type(projection) is not nn.Linear or not are_plain(projection.weight, projection.bias):
+                return self.velm_original(f"{name} is more than a linear projection", x)
         weight = self.q_proj.weight
-        if x.dim() != 4 or (x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type)):
+        if x.dim() != 4 or (x.dtype != weight.dtype and not under_autocast(x)):
             return self.velm_original(f"inputs of {x.dim()} dimensions and {x.dtype}, weights of {weight.dtype}", x)
         return OurAttentionPool2d.forward(self, x)  # type: ignore[arg-type]
 
@@ -117,7 +122,7 @@ class ResidualAttentionBlock(Replacement):
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         mlp, normed = self.mlp, self.ln_2(x)
-        if type(mlp) is not nn.Sequential or heard(mlp) or [*mlp._modules] != ["c_fc", "gelu", "c_proj"]:
+        if not is_bare(mlp, nn.Sequential) or [*mlp._modules] != ["c_fc", "gelu", "c_proj"]:
             return x + self.ls_2(mlp(normed))
         first, activation, second = mlp
         hidden = project(first, normed, activation)
@@ -134,7 +139,7 @@ class ResidualAttentionBlock(Replacement):
 
 
 def _does_nothing(module: nn.Module) -> bool:
-    return type(module) is nn.Identity and not heard(module)
+    return is_bare(module, nn.Identity)
 
 
 @replaces(_HF, "MeanPooler", family=FAMILY, by="masked_pool")

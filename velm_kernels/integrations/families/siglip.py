@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from velm_kernels.pooling.modules import attend
 
-from .. import masks, multihead
+from .. import multihead
 from ..interface import SERVED
 from ..patching import Replacement, plain_linears, replaces
+from ..plain import may_read
 
 _SIGLIP = "transformers.models.siglip.modeling_siglip"
 _SIGLIP2 = "transformers.models.siglip2.modeling_siglip2"
@@ -56,9 +57,9 @@ class MaskedPoolingHead(_Head):
                 # A row in which every token is hidden counts them all evenly, as in the model.
                 mask = attention_mask.bool()
                 even = ~mask.any(1)[:, None, None]
-                if masks.may_look(even) and not bool(even.any()):
+                if may_read(even) and not bool(even.any()):
                     even = None
-                elif masks.may_look(even) and torch.is_grad_enabled():
+                elif may_read(even) and torch.is_grad_enabled():
                     reason = "gradient through a row in which every key is masked"
                 else:
                     mask = mask | even[:, 0]
