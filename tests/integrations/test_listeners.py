@@ -86,6 +86,8 @@ def test_hooks_on_every_submodule(name: str, when: str) -> None:
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
 @pytest.mark.parametrize("name", ["visual_bert", "blip_captioning", "clip_eager", "mllama-sdpa", "idefics-eager"])
 def test_hooks_for_all_modules_of_the_process(name: str, kind: str) -> None:
+    if (name, kind) == ("blip_captioning", "full_backward"):
+        pytest.skip("the unpatched model modifies a view in place, which torch refuses under backward hooks")
     model, inputs = ALL[name]()
     paths = {module: path for path, module in model.named_modules()}
     seen: Counter[str] = Counter()
