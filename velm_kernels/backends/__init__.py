@@ -12,9 +12,30 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from velm_kernels.backends import failures
+from velm_kernels.backends.choice import Choice
+from velm_kernels.backends.failures import NoBackendError
+
+__all__ = [
+    "ON_REQUEST",
+    "ORDER",
+    "Arguments",
+    "Implementation",
+    "NoBackendError",
+    "explain",
+    "forced",
+    "reasons_against",
+    "register",
+    "register_public",
+    "run",
+    "select",
+    "tensors_of",
+    "use_backend",
+]
 
 ORDER = ("cuda", "triton", "cpu", "reference")
 ON_REQUEST = ("device_on_host",)
@@ -26,10 +47,6 @@ _SCALARS = frozenset((bool, int, float, str))
 
 Arguments = dict[str, Any]
 Reasons = Callable[[Arguments], list[str]]
-
-
-class NoBackendError(RuntimeError):
-    """No backend, or not the one asked for, can serve the arguments; the message lists every reason."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class PublicFunction:
 _implementations: dict[str, dict[str, Implementation]] = {}
 _public_functions: dict[str, PublicFunction] = {}
 _warned: set[tuple[str, str]] = set()
-_forced_stack: list[str] = []
+_asked_for = Choice("velm_kernels_backend")
 
 
 def tensors_of(arguments: Arguments) -> list[tuple[str, Any]]:
@@ -83,9 +100,8 @@ def register_public(name: str, operator: str, canonical: Callable[..., Arguments
 
 def forced() -> str:
     """The backend that the user asked for (``use_backend``, then ``VELM_BACKEND``), or ``""`` for none."""
-    if _forced_stack:
-        return _forced_stack[-1]
-    return _environment_choice
+    asked = _asked_for.get()
+    return _environment_choice if asked is None else asked
 
 
 def _checked_name(name: str, source: str) -> str:
@@ -101,47 +117,82 @@ _environment_choice = _checked_name(os.environ.get("VELM_BACKEND", ""), "VELM_BA
 def use_backend(name: str) -> Iterator[None]:
     """Every operator called inside runs on the backend ``name``, and raises if that backend cannot serve it.
 
-    Backward runs on the backend that its forward was asked to use, also outside of the context. The choice is
-    one for the whole process, not one for each thread.
+    Backward runs on the backend that its forward was asked to use, also outside of the context. Other threads and
+    asyncio tasks choose for themselves.
     """
-    _forced_stack.append(_checked_name(name, "use_backend"))
-    try:
+    with _asked_for.use(_checked_name(name, "use_backend")):
         yield
-    finally:
-        _forced_stack.pop()
 
 
 def reasons_against(operator: str, arguments: Arguments, wanted: str = "") -> dict[str, list[str]]:
     """For every backend in the order they are tried: why it cannot serve ``arguments`` (empty: it can).
 
     ``wanted`` is listed too if it is one that is only taken on request."""
-    found = _implementations.get(operator, {})
     listed = ORDER + tuple(name for name in ON_REQUEST if name == wanted)
-    return {
-        backend: found[backend].reasons(arguments) if backend in found else [f"has no {operator}"] for backend in listed
-    }
+    return {backend: _reasons(operator, backend, arguments) for backend in listed}
+
+
+def _reasons(operator: str, backend: str, arguments: Arguments) -> list[str]:
+    found = _implementations.get(operator, {})
+    if backend not in found:
+        return [f"has no {operator}"]
+    reasons = found[backend].reasons(arguments)
+    return reasons if reasons or not failures.some() else failures.against(operator, backend, arguments)
 
 
 def select(operator: str, arguments: Arguments, wanted: str = "") -> Implementation:
     """The implementation that runs ``operator`` on ``arguments``."""
-    found = _implementations.get(operator, {})
     if wanted:
-        reasons = found[wanted].reasons(arguments) if wanted in found else [f"has no {operator}"]
+        reasons = _reasons(operator, wanted, arguments)
         if reasons:
-            raise NoBackendError(f"{operator}: backend {wanted!r} was asked for, but {'; '.join(reasons)}")
-        return found[wanted]
+            raise NoBackendError(
+                f"{operator}: backend {wanted!r} was asked for, but {'; '.join(reasons)}"
+            ) from failures.cause_of(operator, wanted, arguments)
+        return _implementations[operator][wanted]
+    taken, refused = _first_that_can(operator, arguments)
+    if taken.backend == "reference":
+        _warn_of_fallback(operator, arguments, refused)
+    return taken
+
+
+def _first_that_can(operator: str, arguments: Arguments) -> tuple[Implementation, dict[str, list[str]]]:
+    """The first implementation that has no reasons against it, and the reasons of those before it."""
+    found = _implementations.get(operator, {})
     refused: dict[str, list[str]] = {}
     for backend in ORDER:
         if backend not in found:
             continue
-        reasons = found[backend].reasons(arguments)
+        reasons = _reasons(operator, backend, arguments)
         if not reasons:
-            if backend == "reference":
-                _warn_of_fallback(operator, arguments, refused)
-            return found[backend]
+            return found[backend], refused
         refused[backend] = reasons
     lines = "".join(f"\n  {backend}: {'; '.join(reasons)}" for backend, reasons in refused.items())
     raise NoBackendError(f"{operator}: no backend can serve these arguments{lines}")
+
+
+def run(operator: str, arguments: Arguments, values: Sequence[Any], wanted: str = "") -> Any:
+    """``operator`` on ``values`` by the implementation that :func:`select` takes, or if that turns out not to start, by
+    the next one. Operators write nothing that a caller sees, so what was half done is dropped.
+
+    ``arguments`` are ``values`` by name; ``wanted`` is the backend that was asked for, in whose place no other comes.
+    """
+    implementation = select(operator, arguments, wanted)
+    while True:
+        try:
+            return implementation.call(*values)
+        except Exception as error:
+            failure = failures.of_call(error)
+            if failure is None:
+                raise
+        cause = failures.remember(operator, implementation.backend, arguments, failure)
+        if wanted:
+            text = f"{operator}: backend {wanted!r} was asked for, but {failure.reason}"
+            del failure
+            raise NoBackendError(text) from cause
+        failed, (implementation, _) = implementation, _first_that_can(operator, arguments)
+        text = f"runs on {implementation.backend}: {failed.backend} can serve it, but {failure.reason}"
+        _warn_once((failed.backend, failure.reason), operator, text)
+        del failure
 
 
 def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, list[str]]) -> None:
@@ -156,22 +207,31 @@ def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, li
     given = [value for value in given if isinstance(value, torch.Tensor)]
     if any(tensor.dtype == torch.float64 for tensor in given):
         return
+    if any((backend, reason) in _warned for backend, reasons in refused.items() for reason in reasons):
+        # The call at which that backend did not start has said so.
+        return
     # What a backend for other devices would say is of no use here; `explain` has it.
     on_cpu = all(tensor.is_cpu for tensor in given)
     of_device = {backend: reasons for backend, reasons in refused.items() if (backend == "cpu") == on_cpu} or refused
     text = "; ".join(f"{backend}: {', '.join(reasons)}" for backend, reasons in of_device.items())
-    family = operator.removesuffix("_forward").removesuffix("_backward")
     # A library that is not there is said once, not once for each function that misses it.
-    key = ("", text) if on_cpu and cpu.unavailable() else (family, text)
+    key = ("", text) if on_cpu and cpu.unavailable() else (_family(operator), text)
+    _warn_once(key, operator, f"runs on plain torch, which is slower ({text})")
+
+
+def _family(operator: str) -> str:
+    return operator.removesuffix("_forward").removesuffix("_backward")
+
+
+def _warn_once(key: tuple[str, str], operator: str, text: str) -> None:
     if key in _warned:
         return
     _warned.add(key)
     level, name = _caller()
     name = name or next(
-        (name for name, public in _public_functions.items() if public.operator in (operator, f"{family}_forward")),
-        operator,
+        (name for name, public in _public_functions.items() if _family(public.operator) == _family(operator)), operator
     )
-    warnings.warn(f"velm_kernels: {name} runs on plain torch, which is slower ({text})", stacklevel=level)
+    warnings.warn(f"velm_kernels: {name} {text}", stacklevel=level)
 
 
 def _caller() -> tuple[int, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from velm_kernels.backends import Arguments, register, tensors_of
+from velm_kernels.backends.choice import Choice
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
 # its data layouts are tested on processors without the instruction; it is never chosen by itself. Operators that form
@@ -27,7 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _schemas: list[str] = []
 _defined: set[tuple[str, str]] = set()
 _loaded: dict[str, str] = {}
-_in_use: str | None = None
+_asked_for = Choice("velm_kernels_isa")
+_default: str | None = None
 
 
 def library_directory() -> Path:
@@ -115,32 +117,35 @@ def usable() -> list[str]:
 
 def in_use() -> str | None:
     """The instruction set whose library serves the operators, or None if no library can be used."""
-    global _in_use
-    if _in_use is None:
-        wanted = os.environ.get("VELM_CPU_ISA")
-        if wanted:
-            reason = why_not(wanted)
-            if reason:
-                raise RuntimeError(f"VELM_CPU_ISA={wanted}: {reason}")
-            _in_use = wanted
-        else:
-            _in_use = next((isa for isa in reversed(INSTRUCTION_SETS) if why_not(isa) is None), None)
-    return _in_use
+    global _default
+    asked = _asked_for.get()
+    if asked is not None:
+        return asked
+    # Kept here and not by functools.cache, which torch.compile would look behind.
+    if _default is None:
+        _default = _by_default()
+    return _default
+
+
+def _by_default() -> str | None:
+    wanted = os.environ.get("VELM_CPU_ISA")
+    if not wanted:
+        return next((isa for isa in reversed(INSTRUCTION_SETS) if why_not(isa) is None), None)
+    reason = why_not(wanted)
+    if reason:
+        raise RuntimeError(f"VELM_CPU_ISA={wanted}: {reason}")
+    return wanted
 
 
 @contextlib.contextmanager
 def use_isa(isa: str) -> Iterator[None]:
-    """The CPU operators called inside run on the library for ``isa`` (forward and backward alike)."""
-    global _in_use
+    """The CPU operators called inside run on the library for ``isa`` (forward and backward alike). Other threads and
+    asyncio tasks choose for themselves."""
     reason = why_not(isa)
     if reason:
         raise RuntimeError(f"use_isa: {reason}")
-    before = in_use()
-    _in_use = isa
-    try:
+    with _asked_for.use(isa):
         yield
-    finally:
-        _in_use = before
 
 
 def op(name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, register
+from velm_kernels.backends import Arguments, failures, register
 from velm_kernels.backends.cpu import DTYPES, define_all, library_directory, open_library
 
 NAMESPACES = {"cuda": "velm_cuda", "device_on_host": "velm_device_on_host"}
@@ -193,7 +193,15 @@ def register_cuda(
     for backend, namespace in NAMESPACES.items():
 
         def call(*args: Any, _namespace: str = namespace) -> Any:
-            return getattr(getattr(torch.ops, _namespace), operator).default(*prepare(args))
+            try:
+                return getattr(getattr(torch.ops, _namespace), operator).default(*prepare(args))
+            except RuntimeError as error:
+                # csrc/device/launch.h; everything else is no matter of starting a kernel.
+                of_cuda = re.search(r"velm: .*: cudaError", str(error))
+                failure = failures.of_launch(error, "the CUDA library") if of_cuda else None
+                if failure is None:
+                    raise
+                raise failure from error
 
         def why(arguments: Arguments, _backend: str = backend) -> list[str]:
             return reasons(_backend, operator, arguments) or more_reasons(arguments)

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, cpu, cuda, select
+from velm_kernels import backends
+from velm_kernels.backends import Arguments, cpu, cuda
 
 LIBRARY = torch.library.Library("velm", "DEF")
 
@@ -49,7 +50,7 @@ def declare(
         bound = dict(zip(names, values, strict=True))
         if check is not None:
             check(bound)
-        return select(name, bound, backend).call(*values)
+        return backends.run(name, bound, values, backend)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, register, tensors_of
+from velm_kernels.backends import Arguments, failures, register, tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Oldest architecture that the kernels are compiled for.
@@ -81,9 +81,9 @@ def why_not(device: torch.device) -> list[str]:
         return [f"no Triton kernels for {device.type} tensors"]
     if torch.version.hip is not None:
         return ["not tested on ROCm"]
-    major, minor = torch.cuda.get_device_capability(device)
-    if major * 10 + minor < OLDEST:
-        return [f"compute capability {major}.{minor} is older than {OLDEST // 10}.{OLDEST % 10}"]
+    capability = _capability(device.index)
+    if capability < OLDEST:
+        return [f"compute capability {capability / 10} is older than {OLDEST / 10}"]
     return []
 
 
@@ -108,9 +108,20 @@ def register_triton(operator: str, module: str, reasons: Callable[[Arguments], l
     The module, and triton with it, is imported at the first call."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"velm_kernels.{module}"), operator)(*args)
+        return _imported(f"velm_kernels.{module}", operator)(*args)
 
     register(operator, "triton", call, reasons)
+
+
+def _imported(module: str, function: str) -> Callable[..., Any]:
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        # Triton itself, or what this version of it does not know.
+        failure = failures.of_launch(error, "Triton")
+        if failure is None:
+            raise
+        raise failure from error
 
 
 _pretended: int | None = None
@@ -308,14 +319,13 @@ def cache_directory() -> Path:
 
 
 def _measure(run: Callable[[], None]) -> float:
-    """Milliseconds of one run; inf where the device refuses the block sizes."""
+    """Milliseconds of one run; inf where the compiler or the device refuses the block sizes."""
     import triton
-    from triton.runtime.errors import OutOfResources
 
     try:
         run()
         return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
-    except OutOfResources:
+    except failures.StartError:
         return float("inf")
 
 
@@ -404,10 +414,16 @@ def launch(
         _recorded.append(Launch(kind, kernel, grid, arguments, constants, config))
         return
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    if is_interpreted():
-        kernel[(grid,)](*arguments, **constants, **options)
-        return
-    # Triton launches on the current device, which need not be the one of the tensors.
-    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
-    with torch.cuda.device(device):
-        kernel[(grid,)](*arguments, **constants, **options, enable_fp_fusion=True)
+    try:
+        if is_interpreted():
+            kernel[(grid,)](*arguments, **constants, **options)
+            return
+        # Triton launches on the current device, which need not be the one of the tensors.
+        device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+        with torch.cuda.device(device):
+            kernel[(grid,)](*arguments, **constants, **options, enable_fp_fusion=True)
+    except Exception as error:
+        failure = failures.of_launch(error, f"Triton's kernel {kind!r}")
+        if failure is None:
+            raise
+        raise failure from error

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import velm_kernels
 from velm_kernels import backends, measure
-from velm_kernels.backends import cpu, cuda
+from velm_kernels.backends import cpu, cuda, failures
 from velm_kernels.cli import check_cases
 from velm_kernels.cli.check_cases import Check
 
@@ -191,9 +191,12 @@ def run(args: argparse.Namespace) -> int:
     failed = [result for result in results if result.status == "failed"]
     for result in failed:
         print(f"FAILED {result}")
+    # Passed over in silence by calls that may run elsewhere, but what is here should start.
+    for name, why in failures.listed():
+        print(f"FAILED {name}: {why}")
     served = sum(result.status != "not served" for result in results)
     print(f"{served - len(failed)} of {served} checks passed" + (f", {len(failed)} failed" if failed else ""))
-    return 1 if failed or broken or not served else 0
+    return 1 if failed or broken or failures.listed() or not served else 0
 
 
 def _with_progress(jobs: list[Any]) -> Iterator[Any]:

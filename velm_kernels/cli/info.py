@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -131,10 +132,15 @@ def _cuda_library() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
-    """What each backend would say to a small float32 call of cross_attention on the best device here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """What each backend says to a small float32 call of cross_attention on the best device here, on a GPU after one."""
+    device = "cpu" if cuda.why_no_gpu() else "cuda"
     query = torch.zeros(1, 1, 1, 16, device=device)
     rows = [("for float32 on", device)]
+    if device == "cuda":
+        # Whether kernels compile and launch shows only then; `explain` tells what was learnt.
+        for name in ("cuda", "triton"):
+            with contextlib.suppress(backends.NoBackendError), backends.use_backend(name):
+                velm_kernels.cross_attention(query, query, query)
     try:
         lines = backends.explain("cross_attention", query, query, query).splitlines()
     except RuntimeError as error:

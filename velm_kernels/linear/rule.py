@@ -14,6 +14,7 @@ import torch
 
 from velm_kernels import processors
 from velm_kernels.backends import cpu
+from velm_kernels.backends.choice import Choice
 from velm_kernels.processors import Processor
 
 PRODUCTS = ("velm", "torch")
@@ -21,7 +22,7 @@ PRODUCTS = ("velm", "torch")
 # Below this many rows a bfloat16 product is bound by reading the weight too, and a call costs more than it saves.
 BFLOAT16_ROWS = 8
 
-_forced: list[str] = []
+_asked_for = Choice("velm_kernels_product")
 
 
 def faster_than_torch(
@@ -68,22 +69,20 @@ def use_product(name: str) -> Iterator[None]:
     """Inside, the product ``name`` ("velm" or "torch") is taken whatever the rule says: for tests and benchmarks."""
     if name not in PRODUCTS:
         raise ValueError(f"use_product: expected one of {', '.join(PRODUCTS)}, given {name!r}")
-    _forced.append(name)
-    try:
+    with _asked_for.use(name):
         yield
-    finally:
-        _forced.pop()
 
 
 def forced_product() -> str | None:
     """What :func:`use_product` says, or None."""
-    return _forced[-1] if _forced else None
+    return _asked_for.get()
 
 
 def own_product(
     x_rows: int, in_features: int, out_features: int, dtype: torch.dtype, device: torch.device, training: bool
 ) -> bool:
     """What the operators ask: :func:`faster_than_torch`, unless :func:`use_product` says otherwise."""
-    if _forced:
-        return forced_product() == "velm"
+    asked = forced_product()
+    if asked is not None:
+        return asked == "velm"
     return faster_than_torch(x_rows, in_features, out_features, dtype, device, training)
