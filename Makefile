@@ -3,15 +3,17 @@
 # make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
 # make results trains the models of python_models with these kernels and in plain PyTorch
 # make bench   the benchmarks
+# make gpu     the first minutes on a GPU, without pip or network: build, check, benchmark (DEVICE=cpu rehearses it)
 # make lib     the operator libraries alone, for the interpreter named by PYTHON
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # Elsewhere than on a machine without a GPU, name the build of torch that fits it.
 TORCH ?= torch==2.13.0
 MAX_JOBS ?= $(shell nproc)
-# The architectures that the CUDA library is built for here, where there is nvcc. One, so that tests do not wait for
-# the others; pip install . builds all.
-export VELM_CUDA_ARCHS ?= 80
+# The architectures that the CUDA library is built for here, where there is nvcc: those of the GPUs that are here, one
+# where there is none, so that tests do not wait for the others; pip install . builds all.
+GPU_ARCHS := $(shell tools/gpu_architectures.sh)
+export VELM_CUDA_ARCHS ?= $(or $(GPU_ARCHS),80)
 BUILD ?= build
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
@@ -24,7 +26,7 @@ ISAS :=
 CUDA := $(VELM_BUILD_CUDA)
 # Without a GPU the tests want to know of the CUDA library that it compiles, links and asks for the right symbols; the
 # instances left out are compiled by tests/cuda when they change.
-SMALL = $(if $(wildcard /dev/nvidia0),OFF,$(TESTING))
+SMALL = $(if $(GPU_ARCHS),OFF,$(TESTING))
 CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) -DVELM_BUILD_CUDA=$(CUDA) -DVELM_CUDA_SMALL=$(SMALL) \
   $(CMAKE_ARGS)
 
@@ -34,7 +36,7 @@ STAMP := $(VENV)/.installed
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test lint format demo results bench lib clean
+.PHONY: setup test lint format demo results bench gpu lib clean
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -80,6 +82,10 @@ results: setup
 
 bench: setup
 	$(RUN) -m benchmarks $(BENCH_ARGS)
+
+# Needs no environment of its own: a bare image with torch will do.
+gpu:
+	@tools/first_gpu_run.sh
 
 lib:
 	cmake -S . -B $(BUILD) -G Ninja -DPython_EXECUTABLE=$(shell $(PYTHON) -c "import sys; print(sys.executable)") \

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, harness, linear, models, pooling, published, static
+from benchmarks import attention, fusion, harness, linear, models, pooling, published, static, terminal
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,9 +73,7 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Any, torch.dtype, str
 
 
 def table(rows: Sequence[harness.Row], title: str) -> Any:
-    from rich.table import Table
-
-    shown = Table(title=title, title_justify="left")
+    shown = terminal.table(title)
     shown.add_column("way", no_wrap=True)
     for name in ("ms", "quartiles", "of limit", "over best other", "for backward", "peak", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
@@ -109,11 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what ``args`` select; 0 if every way's numbers were right, else 1."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console()
-    console.width = max(console.width, 110)
+    console = terminal.console()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         static.show(console)
         return 0
@@ -136,17 +130,10 @@ def run(args: argparse.Namespace) -> int:
     )
     rows: list[harness.Row] = []
     failures: list[harness.Failure] = []
-    columns = (
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[now]}"),
-    )
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("measuring", total=len(jobs), now="")
+    with terminal.progress(console, len(jobs)) as now:
         for family, case, dtype, direction in jobs:
             name = f"{case.name} {str(dtype).removeprefix('torch.')} {direction}"
-            progress.update(bar, now=name)
+            now(name)
             torch._dynamo.reset()
             if isinstance(case, models.ModelCase):
                 new, failed = models.measure_model(case, dtype, direction, limits, settings)
@@ -160,7 +147,6 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"no figure: {failure}", style="red", markup=False)
             rows += new
             failures += failed
-            progress.advance(bar)
     if rows:
         try:
             from benchmarks import plots

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import velm_kernels
+from benchmarks import terminal
 from velm_kernels.backends import cuda
 
 TABLES = Path(__file__).parents[1] / "tests"
@@ -134,14 +135,12 @@ def show(console: Any) -> None:
     """Prints the tables."""
     # Read when the kernels run for the first time.
     os.environ.setdefault("DEVICE_ON_HOST_BANK_CONFLICTS", "1")
-    from rich.table import Table
-
     for title, path, named in (
         ("CUDA", TABLES / "cuda" / "resources.csv", ("source", "kernel")),
         ("Triton", TABLES / "triton" / "resources.csv", ("kernel", "level", "dtype", "head_dim")),
     ):
         architectures, found = _resources(path, named)
-        table = Table(title=f"{title}: registers a thread, shared memory a block, occupancy", title_justify="left")
+        table = terminal.table(f"{title}: registers a thread, shared memory a block, occupancy")
         for name in (*named, *(f"sm_{arch}" for arch in architectures)):
             table.add_column(name)
         for names, texts in found.items():
@@ -151,7 +150,7 @@ def show(console: Any) -> None:
     if reason is not None:
         console.print(f"no bytes counted: {reason}")
         return
-    table = Table(title="CUDA attention, forward, one key head of one batch entry", title_justify="left")
+    table = terminal.table("CUDA attention, forward, one key head of one batch entry")
     table.add_column("case")
     for name in ("dtype", "read", "written", "of the least", "matrix instructions", "bank conflicts"):
         table.add_column(name, justify="right")

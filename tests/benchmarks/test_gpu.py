@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import __main__ as command
-from benchmarks import attention, harness, peers, static
+from benchmarks import attention, harness, peers, static, terminal
 
 
 def fake_flash_attention() -> types.ModuleType:
@@ -84,8 +84,12 @@ def test_gpu_ways_are_timed_on_gpus_alone() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures where there is a GPU")
-def test_without_a_gpu_the_table_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("rich", [True, False])
+def test_without_a_gpu_the_table_is_printed(
+    rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(static, "traffic", lambda: iter(()))
+    monkeypatch.setattr(terminal, "HAS_RICH", rich and terminal.HAS_RICH)
     assert command.main(["--device", "cuda"]) == 0
     shown = capsys.readouterr().out
     assert "sm_90a" in shown and "sm_120" in shown and "spills" not in shown

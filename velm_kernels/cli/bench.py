@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -25,10 +24,6 @@ def run(args: argparse.Namespace) -> int:
             break
     else:
         print("velm bench: no benchmarks/ here; run it in a checkout of the velm_kernels repository", file=sys.stderr)
-        return 2
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if "rich" in missing:
-        print("velm bench needs rich (and matplotlib for its plots): pip install rich matplotlib", file=sys.stderr)
         return 2
     from benchmarks.__main__ import main  # type: ignore[import-not-found, unused-ignore]
 

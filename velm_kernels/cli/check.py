@@ -60,6 +60,7 @@ class Result:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=backends.ORDER, action="append", help="only this one (can be repeated)")
     parser.add_argument("--operator", action="append", help="only this one (can be repeated)")
+    parser.add_argument("--why", action="store_true", help="also say why a backend does not serve a check")
 
 
 def targets() -> tuple[list[Target], list[tuple[str, str]]]:
@@ -185,15 +186,22 @@ def run(args: argparse.Namespace) -> int:
         return 1
     jobs = [(check, dtype, target) for target in found for check in chosen for dtype in DTYPES]
     _expected.cache_clear()
-    results = [run_check(*job) for job in _with_progress(jobs)]
+    results = []
+    for job in _with_progress(jobs):
+        results.append(run_check(*job))
+        # At once: what comes after it may hang, or take the device down.
+        if results[-1].status == "failed":
+            print(f"FAILED {results[-1]}", flush=True)
     _expected.cache_clear()
     _print_table(results)
     failed = [result for result in results if result.status == "failed"]
-    for result in failed:
-        print(f"FAILED {result}")
     # Passed over in silence by calls that may run elsewhere, but what is here should start.
     for name, why in failures.listed():
         print(f"FAILED {name}: {why}")
+    if args.why:
+        for result in results:
+            if result.status == "not served":
+                print("not served:", " ".join(str(result).split()))
     served = sum(result.status != "not served" for result in results)
     print(f"{served - len(failed)} of {served} checks passed" + (f", {len(failed)} failed" if failed else ""))
     return 1 if failed or broken or failures.listed() or not served else 0
