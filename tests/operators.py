@@ -240,6 +240,13 @@ def _attention_pool(queries: int) -> Callable[..., Arguments]:
     return make
 
 
+def _packed_pool_meaning(x: Tensor, **others: Any) -> Tensor:
+    if len(others["cu_seqlens"]) > 1:
+        return pooling_reference.attention_pool(x, **others)
+    query, value_weight = others["query"], others["value_weight"]
+    return x.sum() + query.sum() + value_weight.new_zeros(0, len(query), len(value_weight))
+
+
 def _packed_pool(normal: Any, segments: int, tokens: int, dim: int, head_dim: int) -> Arguments:
     arguments = _attention_pool(1)(normal, segments * tokens, 1, dim, head_dim)
     del arguments["lengths"]
@@ -268,11 +275,11 @@ def _merged(normal: Any, batch: int, tokens: int, dim: int, metric_dim: int) -> 
 
 
 def _merge_tokens_meaning(x: Tensor, metric: Tensor, r: int, size: Tensor, protected: int) -> Any:
-    if len(x):
+    batch, tokens = size.shape
+    if batch and tokens:
         return pooling_reference.merge_tokens(x, metric, r, size, protected)
-    tokens = x.shape[1]
     none = x[:, : tokens - r] * size[:, : tokens - r, None]
-    return none, size[:, : tokens - r], torch.zeros(0, tokens, dtype=torch.long)
+    return none, size[:, : tokens - r], torch.zeros(batch, tokens, dtype=torch.long)
 
 
 def _unmerged(normal: Any, batch: int, tokens: int, merged: int, dim: int) -> Arguments:
@@ -384,8 +391,10 @@ def _compact(normal: Any, batch: int, regions: int, dx: int, dy: int, dim: int) 
     }
 
 
-def _compact_meaning(x: Tensor, **others: Any) -> Tensor:
-    return fusion_reference.compact_bilinear(x[:, None], **others)
+def _compact_meaning(x: Tensor, y: Tensor, dim: int, **others: Any) -> Tensor:
+    if not y.numel():  # nothing that torch.fft would take, or nothing to convolve with
+        return (x.sum() + y.sum()) * y.new_zeros(*y.shape[:2], dim)
+    return fusion_reference.compact_bilinear(x[:, None], y, dim=dim, **others)
 
 
 def _dropped(normal: Any, batch: int, rows: int, dim: int) -> Arguments:
@@ -467,15 +476,15 @@ CALLS = [
     ),
     Call(
         "attention_pool", "folded", _attention_pool(1), pooling_reference.attention_pool, _POOL,
-        {"batch": 2, "tokens": 7, "dim": 12, "head_dim": 8},
+        {"batch": 2, "tokens": 7, "dim": 12, "head_dim": 8}, ("head_dim",),
     ),
     Call(
         "attention_pool", "ordinary", _attention_pool(20), pooling_reference.attention_pool, _POOL,
         {"batch": 2, "tokens": 7, "dim": 12, "head_dim": 8}, ("head_dim",),
     ),
     Call(
-        "attention_pool", "packed", _packed_pool, pooling_reference.attention_pool, _POOL,
-        {"segments": 2, "tokens": 7, "dim": 12, "head_dim": 8},
+        "attention_pool", "packed", _packed_pool, _packed_pool_meaning, _POOL,
+        {"segments": 2, "tokens": 7, "dim": 12, "head_dim": 8}, ("head_dim",),
     ),
     Call("select_tokens", "", _selected, _select_meaning, ("x",), {"batch": 2, "tokens": 8, "dim": 12}),
     Call(

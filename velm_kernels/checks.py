@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -68,8 +69,21 @@ def number(name: str, value: Any, low: float, high: float, *, described: str) ->
 
 
 def reads_values(value: torch.Tensor) -> bool:
-    """Whether checks may read this tensor: on a GPU that would wait for it, and is done only under VELM_CHECK=1."""
-    return value.device.type == "cpu" or os.environ.get("VELM_CHECK") == "1"
+    """Whether checks may read this tensor: on a GPU that would wait for it, and is done only under VELM_CHECK=1.
+
+    Tensors without values (``meta``, fake), other subclasses, and tensors that a compiler, a tracer or a functional
+    transform records are never read.
+    """
+    if value.device.type != "cpu" and (value.is_meta or os.environ.get("VELM_CHECK") != "1"):
+        return False
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        return False
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 def values_between(name: str, value: torch.Tensor, low: int, high: int) -> None:
@@ -88,16 +102,28 @@ def as_int32(value: torch.Tensor) -> torch.Tensor:
     return value.to(torch.int32).contiguous()
 
 
-def autocast(*tensors: torch.Tensor | None) -> list[Any]:
-    """``tensors`` in the dtype of an enabled autocast for their device, or as they are."""
-    first = next(value for value in tensors if value is not None)
-    kind = first.device.type
-    if not torch.is_autocast_enabled(kind):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(kind)
+def autocast_enabled(device: torch.device) -> bool:
+    """``torch.is_autocast_enabled``, which raises for the one device without autocast that this library serves."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where torch's own operators take tensors in the dtypes that they have."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def autocast(*values: Any) -> list[Any]:
+    """The tensors among ``values`` in the dtype of an enabled autocast for the device of the first of them, or as they
+    are. What is no tensor is left to the checks that follow."""
+    first = next((value for value in values if isinstance(value, torch.Tensor)), None)
+    if first is None or not autocast_enabled(first.device):
+        return list(values)
+    dtype = torch.get_autocast_dtype(first.device.type)
     return [
-        value.to(dtype) if value is not None and value.is_floating_point() and value.dtype != torch.float64 else value
-        for value in tensors
+        value.to(dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        else value
+        for value in values
     ]
 
 

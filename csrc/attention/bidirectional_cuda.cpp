@@ -57,6 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward_op(Tensor query
   const auto direction = [&](const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                              uint32_t number) {
     Tensor out = empty_heads_last(query, value.size(3)), logsumexp = empty_of_rows(query, query.size(1));
+    if (query.size(1) == 0) return std::pair(out, logsumexp);
     AttentionForward p{};
     set_direction(p, query, key, value, mask, settings, number);
     p.out = rows_of(out);
@@ -108,6 +109,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
     MaybeTensor seed, Tensor out_a, Tensor out_b, Tensor logsumexp_a, Tensor logsumexp_b, double scale,
     double dropout_p, int64_t grad_mask) {
   const Current current(query_a);
+  if (query_a.size(1) == 0) {  // no heads: every gradient is empty
+    const auto empty = [&](int64_t bit, const Tensor& x) {
+      return grad_mask & bit ? empty_heads_last(x, x.size(3)) : nothing(x);
+    };
+    return {empty(kQueryA, query_a), empty(kQueryB, query_b), empty(kValueA, value_a), empty(kValueB, value_b)};
+  }
   const Stream stream = current.stream();
   const Settings settings{seed, scale, dropout_p};
   Direction a(query_a, query_b, value_b, mask_b, out_a, logsumexp_a, grad_out_a, grad_logsumexp_a, settings, 0, stream);

@@ -218,7 +218,8 @@ int64_t divide_up(int64_t a, int64_t b) {
 Tile tile_of(const GatedResidual& p, int width) {
   unsigned along = 1;
   while (along < kThreads && int64_t{along} * width < p.dim) along *= 2;
-  return {dim3(along, kThreads / along), static_cast<unsigned>(divide_up(p.dim, int64_t{along} * width)), 0, 0};
+  const int64_t column_blocks = std::max<int64_t>(1, divide_up(p.dim, int64_t{along} * width));
+  return {dim3(along, kThreads / along), static_cast<unsigned>(column_blocks), 0, 0};
 }
 
 // At most `most` rows for each thread, at least `least`, such that there are enough blocks.

@@ -13,6 +13,7 @@ from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import unit_last_stride
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 
@@ -114,7 +115,7 @@ def canonical(
             checks.same_device(name, mask, "query_a", query_a)
     dropout_p = checks.number("dropout_p", dropout_p, 0.0, 1.0, described="a number in [0, 1)")
     return {
-        **{name: value if value.stride(3) == 1 else value.contiguous() for name, value in tensors.items()},
+        **{name: unit_last_stride(value) for name, value in tensors.items()},
         "mask_a": None if mask_a is None else mask_a.contiguous(),
         "mask_b": None if mask_b is None else mask_b.contiguous(),
         "seed": checks.seed_tensor(dropout_p, seed, query_a.device),
@@ -209,7 +210,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 6
     if all(grad is None for grad in grads):
         return (None,) * 4 + nothing
-    grad_outs = [grad if grad is None or grad.stride(3) == 1 else grad.contiguous() for grad in grads[:2]]
+    grad_outs = [None if grad is None else unit_last_stride(grad) for grad in grads[:2]]
     grad_lses = [None if grad is None else grad.contiguous() for grad in grads[2:]]
     wanted = ctx.needs_input_grad[:4]
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)

@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import as_matrix
 
 GRAD_X, GRAD_GATE = 1, 2
 
@@ -62,17 +63,11 @@ def canonical(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None
         row_mask = checks.broadcastable("row_mask", row_mask, "the leading dimensions of x", leading)
         row_mask = row_mask.expand(leading).reshape(-1).contiguous()
     return {
-        "residual": _rows(residual),
-        "x": _rows(x),
+        "residual": as_matrix(residual),
+        "x": as_matrix(x),
         "gate": gate.reshape(-1).contiguous(),
         "row_mask": row_mask,
     }
-
-
-def _rows(x: Tensor) -> Tensor:
-    dim = x.shape[-1]
-    rows = x.reshape(x.numel() // dim if dim else 0, dim)
-    return rows if rows.stride(1) == 1 or dim <= 1 else rows.contiguous()
 
 
 def _out_dtype(residual: Tensor, x: Tensor) -> torch.dtype:

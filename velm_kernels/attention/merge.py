@@ -12,6 +12,7 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.layout import unit_last_stride
 
 GRAD_OUTS, GRAD_LOGSUMEXPS = 1, 2
 # One lane of a warp holds the logsumexp of one shard (csrc/attention/merge_cuda.h).
@@ -96,7 +97,7 @@ def canonical(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequence[Ten
         out_shards = [out.transpose(0, 1).unsqueeze(0) for out in out_shards]
         lse_shards = [lse.unsqueeze(0) for lse in lse_shards]
     return {
-        "outs": [out if out.stride(3) == 1 else out.contiguous() for out in out_shards],
+        "outs": [unit_last_stride(out) for out in out_shards],
         "logsumexps": [lse.contiguous() for lse in lse_shards],
     }
 
@@ -160,7 +161,7 @@ def _backward(
     logsumexps, logsumexp, outs = saved[: ctx.shards], saved[ctx.shards], saved[ctx.shards + 1 :]
     nothing: list[Tensor | None] = [None] * ctx.shards
     grad_outs, grad_lses = torch.ops.velm.merge_attention_backward(
-        grad_out if grad_out.stride(3) == 1 else grad_out.contiguous(),
+        unit_last_stride(grad_out),
         grad_logsumexp.contiguous(),
         list(outs),
         list(logsumexps),

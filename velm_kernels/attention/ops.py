@@ -12,6 +12,7 @@ from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend
 from velm_kernels.attention.schema import TENSOR_NAMES
 from velm_kernels.backends import Arguments, cpu, cuda, triton
+from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
 
@@ -223,7 +224,7 @@ def _canonical(
         mask = checks.broadcastable("mask", mask, layout, target)
     if bias is not None:
         checks.tensor("bias", bias)
-        if torch.is_autocast_enabled(query.device.type) and bias.dtype != query.dtype:
+        if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
             bias = bias.float()
         checks.dtype_in("bias", bias, (query.dtype, torch.float32))
         checks.same_device("bias", bias, "query", query)
@@ -374,7 +375,7 @@ def _settings(
             checks.tensor(name, weight)
             checks.shape(name, weight, "(head_dim,)", (head_dim,))
             checks.same_device(name, weight, "query", query)
-            if torch.is_autocast_enabled(query.device.type):
+            if checks.autocast_enabled(query.device):
                 weight = weight.to(query.dtype)
             checks.dtype_in(name, weight, (query.dtype,))
             weight = weight.contiguous()
@@ -396,12 +397,9 @@ def _settings(
     }
 
 
-def unit_last_stride(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
+def unit_last_strides(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
     """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
-    return [
-        value.contiguous() if index in large and value.shape[-1] > 1 and value.stride(-1) != 1 else value
-        for index, value in enumerate(args)
-    ]
+    return [unit_last_stride(value) if index in large else value for index, value in enumerate(args)]
 
 
 # What the kernels stream.
@@ -410,7 +408,7 @@ _LARGE = {"attention_forward": (0, 1, 2), "attention_backward": (0, 2, 3, 4, 2 +
 
 def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
     """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
-    return lambda *args: op(operator)(*unit_last_stride(args, _LARGE[operator]))
+    return lambda *args: op(operator)(*unit_last_strides(args, _LARGE[operator]))
 
 
 def _always(arguments: Arguments) -> list[str]:
@@ -422,6 +420,6 @@ backends.register("attention_backward", "reference", reference_backend.attention
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.triton_attention")
-    cuda.register_cuda(_operator, prepare=partial(unit_last_stride, large=_LARGE[_operator]))
+    cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
 backends.register_public("cross_attention", "attention_forward", _canonical)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

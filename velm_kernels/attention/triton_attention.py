@@ -21,10 +21,10 @@ from velm_kernels.attention.triton_problem import (
     matrix_strides,
     prepare,
     row_strides,
-    unit_rows,
 )
 from velm_kernels.attention.triton_tiles import Strides
 from velm_kernels.backends.triton import Config, dimension_class, launch, parts_of, sums_both
+from velm_kernels.layout import unit_last_stride
 
 # Splitting over keys starts where fewer programs than this would run, and gives each split at least this many tiles.
 FEW_PROGRAMS = 256
@@ -42,7 +42,7 @@ def norm_config(dim: int) -> Config:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     """`x` normalised over its last dimension where there is a weight, else `x` itself with a last stride of 1."""
-    x = unit_rows(x)
+    x = unit_last_stride(x)
     if weight is None:
         return x
     y = empty_like_heads(x, x.shape[-1])
@@ -57,7 +57,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 def rms_norm_backward(
     x: torch.Tensor, weight: torch.Tensor, grad_y: torch.Tensor, eps: float, wants_x: bool, wants_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    x = unit_rows(x)
+    x = unit_last_stride(x)
     dim = x.shape[-1]
     heads, length, rows = x.shape[1], x.shape[0 if x.dim() == 3 else 2], x.numel() // dim
     grad_x = empty_like_heads(x, dim) if wants_x else None
@@ -412,7 +412,7 @@ def attention_backward(
         return tuple(
             torch.zeros_like(given[name]) if wants[name] else grad_out.new_empty((0,)) for name in DIFFERENTIABLE
         )
-    grad_out, logsumexp = unit_rows(grad_out), given["logsumexp"]
+    grad_out, logsumexp = unit_last_stride(grad_out), given["logsumexp"]
     delta = delta_of(p, grad_out, grad_logsumexp, given["out"], logsumexp)
     b = Backward(p, grad_out, logsumexp, delta, given["scale"])
     grads: dict[str, torch.Tensor | None] = dict.fromkeys(DIFFERENTIABLE)

@@ -26,9 +26,9 @@ from velm_kernels.attention.triton_problem import (
     pack_bits,
     prepare,
     row_strides,
-    unit_rows,
 )
 from velm_kernels.backends.triton import Config, choose, launch, parts_of, piece, precision, sums_both
+from velm_kernels.layout import unit_last_stride
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 
@@ -176,14 +176,14 @@ def bidirectional_attention_backward(
         )
     ):
         has_gradient = grad_out is not None or grad_lse is not None
-        grad = torch.zeros_like(out) if grad_out is None else unit_rows(grad_out)
+        grad = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
         p = _direction(query, key, other, other_mask, None, scale, 0.0, number)
         delta = delta_of(p, grad, grad_lse, out, lse) if p.rows else torch.empty_like(lse)
         sides.append(
             {
                 "number": number,
-                "query": unit_rows(query),
-                "value": unit_rows(value),
+                "query": unit_last_stride(query),
+                "value": unit_last_stride(value),
                 "mask": None if mask is None else pack_bits(mask),
                 "logsumexp": lse,
                 "grad_out": grad,

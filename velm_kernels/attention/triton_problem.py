@@ -9,6 +9,7 @@ import torch
 
 from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
+from velm_kernels.layout import unit_last_stride
 
 LOG2E = 1.4426950408889634
 # Offsets inside one tile are 32-bit up to this row stride.
@@ -191,13 +192,8 @@ class Problem:
         return {"VALUE_DIM": self.value_dim, "BLOCK_DV": dimension_class(self.value_dim)}
 
 
-def unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a last stride of 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Problem:
-    value = unit_rows(given["value"])
+    value = unit_last_stride(given["value"])
     packed = given["cu_seqlens_q"] is not None
     heads, kv_heads = query.shape[1], key.shape[1]
     if packed:

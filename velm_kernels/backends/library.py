@@ -22,7 +22,8 @@ def autograd_inside() -> Iterator[None]:
     would change nothing.
     """
     with torch._C._PreserveDispatchKeyGuard(), torch.enable_grad():
-        torch._C._dispatch_tls_set_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality, False)
+        for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
         yield
 
 
@@ -50,7 +51,10 @@ def declare(
         bound = dict(zip(names, values, strict=True))
         if check is not None:
             check(bound)
-        return backends.run(name, bound, values, backend)
+        # Of what is made inside, autograd would take a transposed result for a view of a tensor that it has not seen,
+        # and the user could not change it in place.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return backends.run(name, bound, values, backend)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register,
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
 from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
+from velm_kernels.layout import as_matrix, product, unit_last_stride
 
 GRAD_X, GRAD_Y, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4, 8
 
@@ -102,30 +103,15 @@ def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
     if len(leading) >= 1 and leading[-1] > 1 and (len(beside) == 0 or beside[-1] == 1):
         batch, regions = leading[:-1], leading[-1]
         x = x.reshape(*(beside[:-1] if beside else ()), dx).expand(*batch, dx)
-        y = y.expand(*leading, dy).reshape(_product(batch), regions, dy)
-        return {"x": _rows(x), "y": _unit_stride(y), "weight": weight, "bias": _contiguous(bias)}
+        y = y.expand(*leading, dy).reshape(product(batch), regions, dy)
+        return {"x": as_matrix(x), "y": unit_last_stride(y), "weight": weight, "bias": _contiguous(bias)}
     x = x.reshape(*beside, dx).expand(*leading, dx)
     y = y.expand(*leading, dy)
-    return {"x": _rows(x), "y": _rows(y), "weight": weight, "bias": _contiguous(bias)}
+    return {"x": as_matrix(x), "y": as_matrix(y), "weight": weight, "bias": _contiguous(bias)}
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total = total * size
-    return total
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    return _unit_stride(x.reshape(_product(x.shape[:-1]), x.shape[-1]))
 
 
 def _fake_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -162,7 +148,7 @@ def _differentiate(name: str) -> None:
         wanted = ctx.needs_input_grad[:4]
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
         operator = getattr(torch.ops.velm, f"{name}_backward")
-        grads = operator(_unit_stride(grad), *ctx.saved_tensors, grad_mask, ctx.backend)
+        grads = operator(unit_last_stride(grad), *ctx.saved_tensors, grad_mask, ctx.backend)
         return (*(value if want else None for value, want in zip(grads, wanted, strict=True)), None)
 
     register_autograd(f"{name}_forward", backward, setup_context=_setup_context)
@@ -173,19 +159,19 @@ _differentiate("folded_bilinear")
 
 
 def _flops_forward(x_shape: Any, y_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return int(2 * x_shape[0] * _product(weight_shape))
+    return int(2 * x_shape[0] * product(weight_shape))
 
 
 def _flops_backward(
     grad_shape: Any, x_shape: Any, y_shape: Any, weight_shape: Any, grad_mask: int, *args: Any, **kwargs: Any
 ) -> int:
     products = bool(grad_mask & (GRAD_X | GRAD_Y)) + bool(grad_mask & GRAD_WEIGHT)
-    return int(2 * x_shape[0] * _product(weight_shape) * products)
+    return int(2 * x_shape[0] * product(weight_shape) * products)
 
 
 def _flops_folded_forward(x_shape: Any, y_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
     out, _, dy = weight_shape
-    return int(2 * x_shape[0] * (_product(weight_shape) + y_shape[1] * out * dy))
+    return int(2 * x_shape[0] * (product(weight_shape) + y_shape[1] * out * dy))
 
 
 def _flops_folded_backward(
@@ -194,7 +180,7 @@ def _flops_folded_backward(
     out, _, dy = weight_shape
     of_weight = bool(grad_mask & GRAD_X) + bool(grad_mask & GRAD_Y) + bool(grad_mask & GRAD_WEIGHT)
     of_regions = bool(grad_mask & GRAD_Y) + bool(grad_mask & (GRAD_X | GRAD_WEIGHT))
-    return int(2 * x_shape[0] * (_product(weight_shape) * of_weight + y_shape[1] * out * dy * of_regions))
+    return int(2 * x_shape[0] * (product(weight_shape) * of_weight + y_shape[1] * out * dy * of_regions))
 
 
 for _name, _formula in (

@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
+from velm_kernels.layout import unit_last_stride
 
 GRAD_V, GRAD_Q, GRAD_H, GRAD_BIAS = 1, 2, 4, 8
 GRAD_ATTENTION = 4
@@ -150,8 +151,8 @@ def canonical(
             checks.dtype_in(name, value, (v.dtype,))
             checks.same_device(name, value, "v", v)
     return {
-        "v": _unit_stride(v),
-        "q": _unit_stride(q),
+        "v": unit_last_stride(v),
+        "q": unit_last_stride(q),
         "h": h.contiguous(),
         "bias": None if bias is None else bias.contiguous(),
         **_masks(v, q, v_lengths, q_lengths, v_mask, q_mask),
@@ -188,8 +189,8 @@ def canonical_pool(
         raise ValueError(f"factor: expected a positive divisor of {k} features, given {factor}")
     attention = attention.unsqueeze(1) if len(shape) == 3 else attention
     return {
-        "v": _unit_stride(v),
-        "q": _unit_stride(q),
+        "v": unit_last_stride(v),
+        "q": unit_last_stride(q),
         "attention": attention.contiguous(),
         **_masks(v, q, v_lengths, q_lengths, v_mask, q_mask),
     }
@@ -204,10 +205,6 @@ def _check_pair(v: Tensor, q: Tensor) -> None:
             f"q: expected (batch, words, k) with batch = {v.shape[0]} and k = {v.shape[2]} as in v {tuple(v.shape)}, "
             f"given {tuple(q.shape)}"
         )
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 def _masks(

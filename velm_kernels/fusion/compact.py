@@ -12,6 +12,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, forced, reasons_against, register, register_public
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import count_sketch
+from velm_kernels.layout import unit_last_stride
 
 GRAD_X, GRAD_Y = 1, 2
 # Elements of sketches of one input that are worked on at a time: enough to hide what a transform costs whatever its
@@ -151,7 +152,7 @@ def _rows(x: Tensor, leading: tuple[int, ...]) -> Tensor:
         x = x.expand(*leading[:-1], 1, x.shape[-1]).reshape(batch, 1, x.shape[-1])
     else:
         x = x.expand(*leading, x.shape[-1]).reshape(batch, regions, x.shape[-1])
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+    return unit_last_stride(x)
 
 
 def _most_regions(x: Tensor, y: Tensor) -> int:

@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
+from velm_kernels.layout import as_matrix, unit_last_stride
 
 
 def dropout_residual(
@@ -58,17 +59,11 @@ def canonical(
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p: expected a probability in [0, 1), given {dropout_p}")
     return {
-        "x": _rows(x),
-        "residual": None if residual is None else _rows(residual),
+        "x": as_matrix(x),
+        "residual": None if residual is None else as_matrix(residual),
         "seed": checks.seed_tensor(dropout_p, seed, x.device),
         "dropout_p": float(dropout_p),
     }
-
-
-def _rows(x: Tensor) -> Tensor:
-    dim = x.shape[-1]
-    rows = x.reshape(x.numel() // dim if dim else 0, dim)
-    return rows if rows.stride(1) == 1 or dim <= 1 else rows.contiguous()
 
 
 def _fake_forward(x: Tensor, residual: Tensor | None, seed: Tensor, dropout_p: float, backend: str) -> Tensor:
@@ -95,7 +90,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (seed,) = ctx.saved_tensors
     grad_x = None
     if ctx.needs_input_grad[0]:
-        rows = grad if grad.stride(1) == 1 or grad.shape[1] <= 1 else grad.contiguous()
+        rows = unit_last_stride(grad)
         grad_x = torch.ops.velm.dropout_residual_backward(rows, seed, ctx.dropout_p, ctx.backend)
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 

@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
+from velm_kernels.layout import unit_last_stride
 
 GRAD_A, GRAD_B = 1, 2
 LAYOUTS = ("inner", "outer")
@@ -116,7 +117,7 @@ def _regions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     for size in leading[:-1]:
         batch = batch * size
     x = x.expand(*leading, x.shape[-1]).reshape(batch, leading[-1] if leading else 1, x.shape[-1])
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+    return unit_last_stride(x)
 
 
 def _fake_forward(

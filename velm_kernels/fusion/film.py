@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
+from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
 
 GRAD_X, GRAD_GAMMA, GRAD_BETA = 1, 2, 4
@@ -65,20 +66,17 @@ def canonical(
     if isinstance(gamma_offset, bool) or not isinstance(gamma_offset, (int, float)):
         raise TypeError(f"gamma_offset: expected a number, given {checks.describe(gamma_offset)}")
     if channels_first:
-        rows = x.reshape(batch, dim, _product(x.shape[2:])).transpose(1, 2)
+        rows = x.reshape(batch, dim, product(x.shape[2:])).transpose(1, 2)
     else:
         # One gamma for all: then all rows are regions of one entry, and its gradient is one sum.
         leading = (1, *x.shape[:-1]) if gamma.dim() == beta.dim() == 1 else x.shape[:-1]
         batch = leading[0]
-        rows = x.reshape(batch, _product(leading[1:]), dim)
+        rows = x.reshape(batch, product(leading[1:]), dim)
     # Which of the two last strides is 1; with one column or one region either may be said to be.
     regions_contiguous = rows.stride(1) == 1 and rows.stride(2) != 1 and dim > 1
     if not regions_contiguous and rows.stride(2) != 1 and dim > 1:
         rows = rows.contiguous()
-    gamma, beta = (
-        value if value.stride(1) == 1 or dim <= 1 else value.contiguous()
-        for value in (gamma.expand(batch, dim), beta.expand(batch, dim))
-    )
+    gamma, beta = (unit_last_stride(value.expand(batch, dim)) for value in (gamma, beta))
     return {
         "x": rows,
         "gamma": gamma,
@@ -86,13 +84,6 @@ def canonical(
         "regions_contiguous": regions_contiguous,
         "gamma_offset": float(gamma_offset),
     }
-
-
-def _product(sizes: Any) -> int:
-    product = 1
-    for size in sizes:
-        product = product * size
-    return product
 
 
 def empty_like_rows(x: Tensor, regions_contiguous: bool) -> Tensor:

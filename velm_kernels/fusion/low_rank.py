@@ -15,6 +15,7 @@ from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register,
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
+from velm_kernels.layout import unit_last_stride
 
 # Bits of grad_mask: the inputs, their factors, weight, bias.
 GRADIENTS = 2 * MOST_INPUTS + 2
@@ -113,13 +114,13 @@ def _numbers(rows: Sequence[Tensor | None], factor0: Tensor) -> int:
 def _rows(x: Tensor, own: tuple[int, ...], leading: tuple[int, ...]) -> Tensor:
     """``(rows, d)``: a row for each of the result, or one for all regions where the last leading dimension is 1."""
     if x.dim() == 2 and own == leading:
-        return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+        return unit_last_stride(x)
     own = (1,) * (len(leading) - len(own)) + own
     if leading and leading[-1] > 1 and own[-1] == 1:
         own, leading = own[:-1], leading[:-1]
     dim = x.shape[-1]
     x = x.reshape(*own, dim).expand(*leading, dim).reshape(math.prod(leading), dim)
-    return x if x.stride(1) == 1 or dim <= 1 else x.contiguous()
+    return unit_last_stride(x)
 
 
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:

@@ -43,13 +43,13 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
         if lengths is not None or mask is not None:
             name = "mask" if lengths is None else "lengths"
             raise ValueError(f"{name}: expected None for x without regions, given one")
-        with torch.autocast(x.device.type, enabled=False):
+        with checks.without_autocast(x.device):
             out: Tensor = _Outer.apply(x, y)
             return out
     live = _live(x, lengths, mask)
     if live is not None:
         x, y = (torch.where(live, value, 0.0) for value in (x, y))
-    with torch.autocast(x.device.type, enabled=False):
+    with checks.without_autocast(x.device):
         return torch.bmm(_wide(x).transpose(1, 2), _wide(y)).to(x.dtype)
 
 
@@ -73,7 +73,7 @@ class _Outer(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, y = ctx.saved_tensors
         wants_x, wants_y = ctx.needs_input_grad
-        with torch.autocast(grad.device.type, enabled=False):
+        with checks.without_autocast(grad.device):
             g = _wide(grad)
             grad_x = torch.bmm(g, _wide(y)[:, :, None])[..., 0].to(x.dtype) if wants_x else None
             grad_y = torch.bmm(_wide(x)[:, None, :], g)[:, 0].to(y.dtype) if wants_y else None
@@ -103,8 +103,7 @@ def _live(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | No
         checks.dtype_in("lengths", checks.tensor("lengths", lengths), checks.INTEGER_DTYPES)
         checks.shape("lengths", lengths, "(batch,)", (batch,))
         checks.same_device("lengths", lengths, "x", x)
-        if not torch.compiler.is_compiling():
-            checks.values_between("lengths", lengths, 0, regions)
+        checks.values_between("lengths", lengths, 0, regions)
         within = torch.arange(regions, device=x.device) < lengths[:, None]
         live = within if live is None else live & within
     return None if live is None else live[..., None]

@@ -12,6 +12,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import LIBRARY, declare
 from velm_kernels.fusion import reference
+from velm_kernels.layout import unit_last_stride
 
 # Gradients are asked for by the bits of an integer: 1 for the weights, 2 << i for feature i.
 GRAD_WEIGHTS = 1
@@ -109,7 +110,7 @@ def _rows(x: Tensor, shape: tuple[int, ...], regions: int) -> Tensor:
         x = x.expand(shape[0], *x.shape[1:]).reshape(shape[0], 1, shape[-1])
     else:
         x = x.expand(shape).reshape(shape[0], regions, shape[-1])
-    return x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
+    return unit_last_stride(x)
 
 
 def _fake_forward(features: list[Tensor], weights: Tensor, backend: str) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import as_matrix, unit_last_stride
 from velm_kernels.linear import cpu_backend, reference
 from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.linear.rule import own_product
@@ -117,24 +118,13 @@ def canonical(
         checks.same_device("residual", residual, "x", x)
         checks.shape("residual", residual, "(..., out_features)", (*x.shape[:-1], out_features))
     return {
-        "x": _rows(x),
-        "weight": _unit_stride(weight),
+        "x": as_matrix(x),
+        "weight": unit_last_stride(weight),
         "bias": None if bias is None else bias.contiguous(),
-        "residual": None if residual is None else _rows(residual),
+        "residual": None if residual is None else as_matrix(residual),
         "activation": activation or "",
         "save": False,
     }
-
-
-def _unit_stride(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 or matrix.shape[1] == 1 else matrix.contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows = rows * size
-    return _unit_stride(x.reshape(rows, x.shape[-1]))
 
 
 def _fake_forward(
@@ -212,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     if any(wanted):
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
         grads = torch.ops.velm.linear_backward(
-            _unit_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend
+            unit_last_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend
         )
         results[:3] = [value if want else None for value, want in zip(grads, wanted, strict=True)]
     if ctx.needs_input_grad[3]:

@@ -12,11 +12,11 @@ from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
 from velm_kernels.pooling.pool import (
     _live,
     _padded,
-    _product,
     check_values,
     checked_cu_seqlens,
     checked_integers,
@@ -169,7 +169,7 @@ def _folded(
     scale: float,
 ) -> Tensor:
     shared, queries, dim = query.shape[:-2], query.shape[-2], x.shape[-1]
-    outer = _product(shared)
+    outer = product(shared)
     # One product a head, over the queries of all rows.
     by_head = (query * scale).reshape(outer * queries, heads, key_weight.shape[0] // heads).transpose(0, 1)
     folded = torch.bmm(by_head, _heads_of(key_weight, heads)).view(heads, outer, queries, dim)
@@ -229,7 +229,7 @@ def _canonical_rows(
     x: Tensor, rows: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Arguments:
     return {
-        "x": x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous(),
+        "x": unit_last_stride(x),
         "rows": rows.contiguous(),
         "lengths": lengths,
         "mask": mask,
@@ -254,7 +254,7 @@ def canonical(
     """The arguments of the operator in the middle of the folded way, for :func:`velm_kernels.explain`."""
     given = (lengths, mask, cu_seqlens)
     tokens, _ = _checked(x, query, key_weight, value_weight, key_bias, value_bias, heads, given, scale)
-    return _canonical_rows(x, x.new_empty(_product(query.shape[:-2]), heads * query.shape[-2], x.shape[-1]), **tokens)
+    return _canonical_rows(x, x.new_empty(product(query.shape[:-2]), heads * query.shape[-2], x.shape[-1]), **tokens)
 
 
 def _fake_forward(
@@ -384,14 +384,14 @@ def _reference_backward(
 
 def _flops_forward(x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
     """Two products; packed tokens belong to one segment each."""
-    return int(4 * rows[1] * _product(x))
+    return int(4 * rows[1] * product(x))
 
 
 def _flops_backward(grad: Any, x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
     """Scores and gradients of weights, then two products for x and one for the rows where they are wanted."""
     grad_mask = kwargs.get("grad_mask", args[5] if len(args) > 5 else 3)
     products = 2 + 2 * bool(grad_mask & GRAD_X) + bool(grad_mask & GRAD_ROWS)
-    return int(2 * products * rows[1] * _product(x))
+    return int(2 * products * rows[1] * product(x))
 
 
 flops.register("attention_pool_forward", _flops_forward)

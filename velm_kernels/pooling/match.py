@@ -9,6 +9,7 @@ from torch import Tensor
 
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, triton
 from velm_kernels.backends.library import declare
+from velm_kernels.layout import unit_last_stride
 
 
 def _fake(a: Tensor, b: Tensor, backend: str) -> tuple[Tensor, Tensor]:
@@ -62,6 +63,6 @@ triton.register_triton(
 
 def match_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`velm::match_rows` of rows in any layout."""
-    a, b = (rows if rows.stride(2) == 1 or rows.shape[2] <= 1 else rows.contiguous() for rows in (a, b))
+    a, b = unit_last_stride(a), unit_last_stride(b)
     similarity, best = torch.ops.velm.match_rows(a, b, forced())
     return similarity, best

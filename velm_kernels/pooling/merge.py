@@ -9,6 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, forced, register_public
+from velm_kernels.layout import product
 from velm_kernels.pooling.match import match_rows
 from velm_kernels.pooling.rows import canonical as canonical_rows
 
@@ -85,13 +86,6 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
     return out.view(*indices.shape, merged.shape[-1])
 
 
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product = product * size
-    return product
-
-
 def _count(name: str, value: Any, high: int, described: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer, given {checks.describe(value)}")
@@ -108,7 +102,7 @@ def _canonical(
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
     leading, (tokens, dim) = tuple(x.shape[:-2]), x.shape[-2:]
-    batch = _product(leading)
+    batch = product(leading)
     checks.dtype_in("metric", checks.tensor("metric", metric), checks.FLOAT_DTYPES)
     if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"metric: expected {(*leading, tokens)} and its features, given {tuple(metric.shape)}")
@@ -160,7 +154,7 @@ def _where_to(metric: Tensor, r: int, protected: int) -> Tensor:
 def _transposed(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Which tokens go to each of the rows, rising: int64 ``(batch, tokens)``, and int32 ``(batch, rows + 1)`` where
     those of each row begin."""
-    ordered, source = index.sort(dim=1, stable=True)
+    ordered, source = index.contiguous().sort(dim=1, stable=True)
     bounds = torch.arange(rows + 1, device=index.device).expand(index.shape[0], rows + 1).contiguous()
     return source, torch.searchsorted(ordered, bounds).int()
 
@@ -177,7 +171,7 @@ def _canonical_unmerge(merged: Tensor, indices: Tensor) -> Arguments:
             f"given {tuple(indices.shape)}"
         )
     checks.same_device("indices", indices, "merged", merged)
-    batch, (rows, dim) = _product(tuple(merged.shape[:-2])), merged.shape[-2:]
+    batch, (rows, dim) = product(tuple(merged.shape[:-2])), merged.shape[-2:]
     index = indices.reshape(batch, indices.shape[-1])
     source, offsets = _transposed(index, rows)
     return canonical_rows(merged.reshape(batch, rows, dim), index.int(), None, None, source.int(), offsets, None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling.reference import GEM_EPS, MODES
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
@@ -123,13 +124,6 @@ def check_values(arguments: Arguments, tokens: int) -> None:
             )
 
 
-def _product(sizes: Any) -> int:
-    product = 1
-    for size in sizes:
-        product = product * size
-    return product
-
-
 def canonical_masked(
     x: Tensor,
     lengths: Tensor | None = None,
@@ -146,14 +140,14 @@ def canonical_masked(
         if x.dim() < 3:
             raise ValueError(f"x: expected (batch, dim, *spatial), given {tuple(x.shape)}")
         leading, spatial = tuple(x.shape[:1]), tuple(x.shape[2:])
-        tokens, dim = _product(spatial), x.shape[1]
+        tokens, dim = product(spatial), x.shape[1]
         rows = x.reshape(x.shape[0], dim, tokens).transpose(1, 2)
     else:
         if x.dim() < 2:
             raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
         leading, spatial = tuple(x.shape[:-2]), (x.shape[-2],)
         tokens, dim = x.shape[-2:]
-        rows = x.reshape(_product(leading), tokens, dim)
+        rows = x.reshape(product(leading), tokens, dim)
     if lengths is not None:
         lengths = checked_integers("lengths", lengths, x, "the leading dimensions of x", leading)
     if mask is not None:
@@ -179,7 +173,7 @@ def canonical_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: flo
     checks.dtype_in("x", checks.tensor("x", x, dims=2, layout="(tokens, dim)"), checks.FLOAT_DTYPES)
     number, p = checked_mode(mode, p)
     return {
-        "x": x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous(),
+        "x": unit_last_stride(x),
         "lengths": None,
         "mask": None,
         "cu_seqlens": checked_cu_seqlens(cu_seqlens, x),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.layout import unit_last_stride
 
 
 def gather_rows(
@@ -39,13 +40,18 @@ def canonical(
 ) -> Arguments:
     """The arguments of the operator, from those of :func:`gather_rows`, whose callers have checked them."""
     return {
-        "x": x if x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous(),
-        "index": index,
-        "offsets": offsets,
-        "weight": weight,
-        "back_index": back_index,
-        "back_offsets": back_offsets,
-        "back_weight": back_weight,
+        "x": unit_last_stride(x),
+        **{
+            name: None if value is None else value.contiguous()
+            for name, value in (
+                ("index", index),
+                ("offsets", offsets),
+                ("weight", weight),
+                ("back_index", back_index),
+                ("back_offsets", back_offsets),
+                ("back_weight", back_weight),
+            )
+        },
     }
 
 
@@ -91,7 +97,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, index, offsets, weight, back_index, back_offsets, back_weight = ctx.saved_tensors
-    grad = grad if grad.stride(2) == 1 or grad.shape[2] <= 1 else grad.contiguous()
+    grad = unit_last_stride(grad)
     grad_x = grad_weight = None
     operator = torch.ops.velm.gather_rows
     if ctx.needs_input_grad[0]:
