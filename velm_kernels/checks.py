@@ -13,10 +13,28 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
+# What a message shows of a string or a number.
+LONGEST_TEXT = 40
+
+
+def shown(value: Any) -> str:
+    """A string, number or bool as it is written, cut short."""
+    if type(value) is int and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "..."
+
+
 def describe(value: Any) -> str:
+    """What was given, in a few words: never what a list or an array holds."""
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.dtype} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    kind = type(value).__name__
+    if isinstance(value, (list, tuple)):
+        return f"{kind} of {len(value)}"
+    if isinstance(value, (str, bool, int, float, complex)):
+        return f"{kind} {shown(value)}"
+    return "None" if value is None else kind
 
 
 def tensor(name: str, value: Any, *, dims: int | None = None, layout: str = "") -> torch.Tensor:
@@ -27,6 +45,17 @@ def tensor(name: str, value: Any, *, dims: int | None = None, layout: str = "") 
     return value
 
 
+def tensors(name: str, value: Any, low: int, high: int | None = None) -> list[torch.Tensor]:
+    """The tensors of a list or another sequence, ``low`` to ``high`` of them."""
+    if isinstance(value, str) or not isinstance(value, (Sequence, torch.nn.ParameterList)):
+        raise TypeError(f"{name}: expected a sequence of tensors, given {describe(value)}")
+    if len(value) < low or (high is not None and len(value) > high):
+        raise ValueError(
+            f"{name}: expected {low}{' or more' if high is None else f' to {high}'} tensors, given {describe(value)}"
+        )
+    return [tensor(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} like {other_name}, given {value.device}")
@@ -34,7 +63,7 @@ def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Te
 
 def dtype_in(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if value.dtype not in dtypes:
-        expected = " or ".join(str(dtype) for dtype in dtypes)
+        expected = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
         raise TypeError(f"{name}: expected dtype {expected}, given {value.dtype}")
 
 
@@ -54,6 +83,29 @@ def broadcastable(name: str, value: torch.Tensor, layout: str, target: Sequence[
     return value.reshape((1,) * (len(target) - value.dim()) + tuple(value.shape))
 
 
+def shapes(values: Sequence[torch.Tensor], most: int = 8) -> str:
+    """The shapes of the first few of many tensors."""
+    listed = ", ".join(str(tuple(value.shape)) for value in values[:most])
+    return listed + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def mask(name: str, value: Any, layout: str, target: Sequence[int], like_name: str, like: torch.Tensor) -> torch.Tensor:
+    """A bool tensor on the device of ``like``, expanded to ``target``."""
+    dtype_in(name, tensor(name, value), (torch.bool,))
+    same_device(name, value, like_name, like)
+    return broadcastable(name, value, layout, target).expand(tuple(target))
+
+
+def integers(
+    name: str, value: Any, layout: str, expected: Sequence[int], like_name: str, like: torch.Tensor
+) -> torch.Tensor:
+    """A tensor of integers of the shape ``expected`` on the device of ``like``, as contiguous int32."""
+    dtype_in(name, tensor(name, value), INTEGER_DTYPES)
+    shape(name, value, layout, expected)
+    same_device(name, value, like_name, like)
+    return as_int32(value)
+
+
 def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
     """``torch.broadcast_shapes``, which takes longer than a small product, for shapes that most often are the same."""
     first, *others = map(tuple, shapes)
@@ -64,8 +116,40 @@ def number(name: str, value: Any, low: float, high: float, *, described: str) ->
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, given {describe(value)}")
     if not low <= value < high:
-        raise ValueError(f"{name}: expected {described}, given {value}")
+        raise ValueError(f"{name}: expected {described}, given {shown(value)}")
     return float(value)
+
+
+def probability(name: str, value: Any) -> float:
+    return number(name, value, 0.0, 1.0, described="a probability in [0, 1)")
+
+
+def integer(name: str, value: Any, low: int, high: int | None = None, *, described: str = "") -> int:
+    """An integer from ``low`` to ``high``, both included."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an integer, given {describe(value)}")
+    if value < low or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {described or limits}, given {shown(value)}")
+    return value  # type: ignore[return-value]
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, given {describe(value)}")
+    return value
+
+
+def choice(name: str, value: Any, names: Sequence[str], *, or_none: bool = False) -> Any:
+    """One of ``names``."""
+    if value is None and or_none:
+        return None
+    expected = f"{name}: expected one of {', '.join(names)}{' or None' if or_none else ''}"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, given {describe(value)}")
+    if value not in names:
+        raise ValueError(f"{expected}, given {shown(value)}")
+    return value
 
 
 def reads_values(value: torch.Tensor) -> bool:
@@ -129,14 +213,13 @@ def autocast(*values: Any) -> list[Any]:
 
 def seed_tensor(dropout_p: float, seed: int | torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
     """The int64 scalar that keys dropout, drawn from torch's generator if the user gave none; None without dropout."""
-    if dropout_p == 0.0:
-        return None
     if seed is None:
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        return None if dropout_p == 0.0 else torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(seed, torch.Tensor):
-        if seed.numel() != 1 or seed.is_floating_point():
+        if seed.numel() != 1 or seed.dtype not in INTEGER_DTYPES:
             raise ValueError(f"seed: expected an integer or an integer tensor with one element, given {describe(seed)}")
-        return seed.to(device=device, dtype=torch.int64).reshape(())
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an integer, given {describe(seed)}")
-    return torch.full((), seed, dtype=torch.int64, device=device)
+        if seed.is_meta and device.type != "meta":
+            raise ValueError(f"seed: expected a tensor with a value, given {describe(seed)}")
+        return None if dropout_p == 0.0 else seed.to(device=device, dtype=torch.int64).reshape(())
+    integer("seed", seed, -(2**63), 2**63 - 1)
+    return None if dropout_p == 0.0 else torch.full((), seed, dtype=torch.int64, device=device)

@@ -303,7 +303,12 @@ Q_A, Q_B = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 8)
         ((Q_A, Q_B, Q_A, Q_B.to("meta")), {}, ValueError, "value_b: expected device cpu like query_a, given meta"),
         ((Q_A, Q_B, Q_A, Q_B), {"mask_a": torch.ones(2, 5).bool()}, ValueError, r"mask_a: .*\(2, 4\), given \(2, 5\)"),
         ((Q_A, Q_B, Q_A, Q_B), {"mask_b": torch.ones(2, 5)}, TypeError, "mask_b: .*torch.bool, given torch.float32"),
-        ((Q_A, Q_B, Q_A, Q_B), {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a number in \[0, 1\), given 1"),
+        (
+            (Q_A, Q_B, Q_A, Q_B),
+            {"dropout_p": 1.0},
+            ValueError,
+            r"dropout_p: .* probability in \[0, 1\), given 1",
+        ),
         ((Q_A, Q_B, Q_A, Q_B), {"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed: expected an integer"),
     ],
 )

@@ -194,16 +194,16 @@ OUT, LSE = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)
 @pytest.mark.parametrize(
     ("outs", "lses", "error", "message"),
     [
-        ([], [], ValueError, "outs: expected at least one shard, given none"),
-        ([OUT, OUT], [LSE], ValueError, r"logsumexps: expected as many shards as outs \(2\), given 1"),
+        ([], [], ValueError, "outs: expected 1 or more tensors, given list of 0"),
+        ([OUT, OUT], [LSE], ValueError, r"logsumexps: expected as many shards as outs \(2\), given list of 1"),
         ([OUT, OUT[:, :2]], [LSE, LSE], ValueError, r"outs: .*\(2, 3, 4, 5\), given \(2, 2, 4, 5\)"),
         ([OUT], [LSE[:, :2]], ValueError, r"logsumexps: .*\(2, 3, 4\), given \(2, 2, 4\)"),
         ([OUT[0]], [LSE[0]], ValueError, r"logsumexps: .*\(4, 3\), given \(3, 4\)"),
         ([OUT[0, 0]], [LSE[0, 0]], ValueError, r"outs: .*given \(4, 5\)"),
         ([OUT, OUT.half()], [LSE, LSE], TypeError, "outs: .*torch.float32, given torch.float16"),
         ([OUT], [LSE.half()], TypeError, "logsumexps: .*torch.float32, given torch.float16"),
-        ([OUT.int()], [LSE], TypeError, "outs: .*torch.int32"),
-        (["a"], [LSE], TypeError, "outs: expected a tensor, given str"),
+        ([OUT.int()], [LSE], TypeError, r"outs\[0\]: .*torch.int32"),
+        (["a"], [LSE], TypeError, r"outs\[0\]: expected a tensor, given str"),
         ([OUT], [torch.empty(2, 3, 4, device="meta")], ValueError, "logsumexps: expected device cpu"),
     ],
 )

@@ -221,9 +221,9 @@ A, B, F, W = torch.ones(2, 3), torch.ones(2, 4), [torch.ones(6, 4, 5), torch.one
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (([A], F[:1], W), ValueError, "inputs: expected 2 to 4 tensors, given 1"),
+        (([A], F[:1], W), ValueError, "inputs: expected 2 to 4 tensors, given list of 1"),
         (([A, B], F[:1], W), ValueError, "factors: expected one for each of 2 inputs, given 1"),
-        (([A, B], F[0], W), ValueError, "factors: expected one"),
+        (([A, B], F[0], W), (TypeError, ValueError), "factors: expected (one|a sequence)"),
         (([A, B], [F[0], F[0]], W), ValueError, r"factors\[1\]: expected .* \(6, 5, 5\), given \(6, 4, 5\)"),
         (([A, B], [F[0], F[1][0]], W), ValueError, r"factors\[1\]: expected \(rank, 1 \+ d, out\)"),
         (([A, B], [F[0], F[1].half()], W), TypeError, r"factors\[1\]: expected dtype"),

@@ -270,9 +270,9 @@ def test_bad_arguments_of_film(arguments, error, message):
     ("arguments", "error", "message"),
     [
         ((X, torch.ones(1)), TypeError, "features: expected a sequence of tensors"),
-        (([], torch.ones(0)), ValueError, "features: expected 1 to 60 tensors, given 0"),
-        (([X, 1.0], torch.ones(2)), TypeError, "features: expected a tensor"),
-        (([X, X.half()], torch.ones(2)), TypeError, "features: expected dtype torch.float32"),
+        (([], torch.ones(0)), ValueError, "features: expected 1 to 60 tensors, given list of 0"),
+        (([X, 1.0], torch.ones(2)), TypeError, r"features\[1\]: expected a tensor"),
+        (([X, X.half()], torch.ones(2)), TypeError, r"features\[1\]: expected dtype torch.float32"),
         (([X, X[:, :3]], torch.ones(2)), ValueError, r"features: .*given \(2, 5, 6\), \(2, 3, 6\)"),
         (([X, X[..., :1]], torch.ones(2)), ValueError, "features: expected .*of one batch and dim"),
         (([X], torch.ones(2)), ValueError, r"weights: expected \(n,\) = \(1,\) or .*given \(2,\)"),

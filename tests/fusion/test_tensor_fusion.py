@@ -107,8 +107,8 @@ A, B = torch.ones(2, 3), torch.ones(2, 4)
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: tensor_fusion([A], torch.ones(5, 4)), ValueError, "inputs: expected 2 to 4 tensors, given 1"),
-        (lambda: tensor_fusion(A, torch.ones(5, 4)), ValueError, "inputs: "),
+        (lambda: tensor_fusion([A], torch.ones(5, 4)), ValueError, "inputs: expected 2 to 4 tensors, given list of 1"),
+        (lambda: tensor_fusion(A, torch.ones(5, 4)), TypeError, "inputs: "),
         (lambda: tensor_fusion([A, B], torch.ones(5, 12)), ValueError, r"weight: expected \(out, 4 \* 5\)"),
         (lambda: tensor_fusion([A, B.half()], torch.ones(5, 20)), TypeError, r"inputs\[1\]: expected dtype"),
         (lambda: tensor_fusion([A, B[:1].expand(3, 4)], torch.ones(5, 20)), ValueError, "inputs: .* broadcast"),

@@ -287,7 +287,7 @@ GOOD = {name: tensor.float() for name, tensor in inputs(torch.Generator(), 2, 5,
         (
             {"x": torch.randn(5, 12), "cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])},
             ValueError,
-            "cu_seqlens: expected neither lengths nor mask",
+            "(lengths|mask): expected None beside cu_seqlens",
         ),
     ],
 )

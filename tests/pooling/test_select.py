@@ -104,7 +104,7 @@ X, SCORES = torch.ones(2, 6, 4), torch.ones(2, 6)
         ((X, SCORES, 7), {}, ValueError, "k: expected 0 to tokens = 6, given 7"),
         ((X, SCORES, -1), {}, ValueError, "k: expected 0 to tokens = 6, given -1"),
         ((X, SCORES, 2.0), {}, TypeError, "k: expected an integer"),
-        ((X, SCORES, 2), {"max_k": 3}, ValueError, "max_k: expected only where k is a tensor"),
+        ((X, SCORES, 2), {"max_k": 3}, ValueError, "max_k: expected None where k is no tensor"),
         ((X, SCORES, torch.tensor([1, 2, 3])), {}, ValueError, r"k: expected .* = \(2,\), given \(3,\)"),
         ((X, SCORES, torch.tensor([1, 5])), {"max_k": 4}, ValueError, "k: expected values from 0 to 4, given 1 to 5"),
         ((X, SCORES, torch.tensor([1, 2])), {"max_k": 9}, ValueError, "max_k: expected 0 to tokens = 6, given 9"),

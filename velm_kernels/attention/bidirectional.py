@@ -74,6 +74,7 @@ def bidirectional_attention(
         scale=scale,
         dropout_p=dropout_p,
         seed=seed,
+        return_logsumexp=return_logsumexp,
     )
     results: tuple[Tensor, ...] = torch.ops.velm.bidirectional_attention_forward(*arguments.values(), forced())
     return tuple(results) if return_logsumexp else tuple(results[:2])
@@ -113,13 +114,15 @@ def canonical(
             checks.dtype_in(name, checks.tensor(name, mask), (torch.bool,))
             checks.shape(name, mask, f"(batch, {name[-1]})", (batch, length))
             checks.same_device(name, mask, "query_a", query_a)
-    dropout_p = checks.number("dropout_p", dropout_p, 0.0, 1.0, described="a number in [0, 1)")
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
+    checks.flag("return_logsumexp", return_logsumexp)
     return {
         **{name: unit_last_stride(value) for name, value in tensors.items()},
         "mask_a": None if mask_a is None else mask_a.contiguous(),
         "mask_b": None if mask_b is None else mask_b.contiguous(),
         "seed": checks.seed_tensor(dropout_p, seed, query_a.device),
-        "scale": head_dim**-0.5 if scale is None else float(scale),
+        "scale": scale,
         "dropout_p": dropout_p,
     }
 

@@ -60,11 +60,11 @@ def _shards(name: str, value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     if isinstance(value, Tensor):
         if value.dim() == 0:
             raise ValueError(f"{name}: expected shards in the first dimension, given shape ()")
-        shards = list(value.unbind(0))
-    else:
-        shards = list(value)
-    for shard in shards:
-        checks.dtype_in(name, checks.tensor(name, shard), checks.FLOAT_DTYPES)
+        checks.dtype_in(name, value, checks.FLOAT_DTYPES)
+        return list(value.unbind(0))
+    shards = checks.tensors(name, value, 1)
+    for i, shard in enumerate(shards):
+        checks.dtype_in(f"{name}[{i}]", shard, checks.FLOAT_DTYPES)
     return shards
 
 
@@ -73,9 +73,11 @@ def canonical(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequence[Ten
     out_shards = _shards("outs", outs)
     lse_shards = _shards("logsumexps", logsumexps)
     if not out_shards:
-        raise ValueError("outs: expected at least one shard, given none")
+        raise ValueError(f"outs: expected at least one shard, given {checks.describe(outs)}")
     if len(lse_shards) != len(out_shards):
-        raise ValueError(f"logsumexps: expected as many shards as outs ({len(out_shards)}), given {len(lse_shards)}")
+        raise ValueError(
+            f"logsumexps: expected as many shards as outs ({len(out_shards)}), given {checks.describe(logsumexps)}"
+        )
     first = out_shards[0]
     if first.dim() not in (3, 4):
         raise ValueError(

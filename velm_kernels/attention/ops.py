@@ -223,7 +223,7 @@ def _canonical(
         checks.same_device("mask", mask, "query", query)
         mask = checks.broadcastable("mask", mask, layout, target)
     if bias is not None:
-        checks.tensor("bias", bias)
+        checks.dtype_in("bias", checks.tensor("bias", bias), checks.FLOAT_DTYPES)
         if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
             bias = bias.float()
         checks.dtype_in("bias", bias, (query.dtype, torch.float32))
@@ -273,10 +273,8 @@ def _canonical_varlen(
     cu_seqlens_k = _integers("cu_seqlens_k", cu_seqlens_k, query, "(sequences + 1,)", entries)
     range_start, range_stop = _ranges(key_ranges, query, "(query_tokens,)", (tokens,))
     for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
-            raise TypeError(f"{name}: expected an integer, given {checks.describe(given)}")
-        if given is not None and given < 0:
-            raise ValueError(f"{name}: expected at least 0, given {given}")
+        if given is not None:
+            checks.integer(name, given, 0, 2**31 - 1)
     return {
         "query": query,
         "key": key,
@@ -357,18 +355,14 @@ def _settings(
 ) -> Arguments:
     """Checks the arguments that both layouts share; ``return_logsumexp`` costs the operator nothing and is not one."""
     head_dim = query.shape[-1]
-    for name, flag in (
-        ("is_causal", is_causal),
-        ("return_logsumexp", return_logsumexp),
-        ("return_key_mass", return_key_mass),
-    ):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: expected a bool, given {checks.describe(flag)}")
+    checks.flag("is_causal", is_causal)
+    checks.flag("return_logsumexp", return_logsumexp)
+    checks.flag("return_key_mass", return_key_mass)
     scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
     if softcap is not None:
         softcap = checks.number("softcap", softcap, 1e-30, 1e30, described="a number greater than 0")
     norm_eps = checks.number("norm_eps", norm_eps, 1e-30, 1e30, described="a number greater than 0")
-    dropout_p = checks.number("dropout_p", dropout_p, 0.0, 1.0, described="a probability in [0, 1)")
+    dropout_p = checks.probability("dropout_p", dropout_p)
     weights = []
     for name, weight in (("query_norm_weight", query_norm_weight), ("key_norm_weight", key_norm_weight)):
         if weight is not None:

@@ -50,7 +50,8 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     """
     if isinstance(x, Tensor):
         x, y, weight, bias = checks.autocast(x, y, weight, bias)
-        if isinstance(y, Tensor) and isinstance(weight, Tensor) and is_plain_torch(x, y, weight, bias):
+        fits = isinstance(y, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        if fits and is_plain_torch(x, y, weight, bias):
             return F.bilinear(x, y, weight, bias)
     arguments = canonical(x, y, weight, bias)
     folds = arguments["y"].dim() == 3
@@ -76,10 +77,10 @@ def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
     """Checks the arguments of :func:`bilinear` and returns those of the operator: rows of matrices, or for the folded
     operator ``x (batch, dx)`` and ``y (batch, regions, dy)``."""
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
-    for name, value in (("y", y), ("weight", weight), ("bias", bias)):
-        if value is not None:
-            checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
-            checks.same_device(name, value, "x", x)
+    others = {"y": y, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, value in others.items():
+        checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
+        checks.same_device(name, value, "x", x)
     checks.tensor("weight", weight, dims=3, layout="(out, dx, dy)")
     out, dx, dy = weight.shape
     for name, value, dim in (("x", x, dx), ("y", y, dy)):

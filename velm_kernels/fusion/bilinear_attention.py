@@ -156,7 +156,7 @@ def canonical(
         "h": h.contiguous(),
         "bias": None if bias is None else bias.contiguous(),
         **_masks(v, q, v_lengths, q_lengths, v_mask, q_mask),
-        "return_logits": bool(return_logits),
+        "return_logits": checks.flag("return_logits", return_logits),
     }
 
 
@@ -183,9 +183,7 @@ def canonical_pool(
         )
     checks.dtype_in("attention", attention, (v.dtype,))
     checks.same_device("attention", attention, "v", v)
-    if isinstance(factor, bool) or not isinstance(factor, int):
-        raise TypeError(f"factor: expected an integer, given {checks.describe(factor)}")
-    if factor < 1 or k % factor:
+    if checks.integer("factor", factor, 1) and k % factor:
         raise ValueError(f"factor: expected a positive divisor of {k} features, given {factor}")
     attention = attention.unsqueeze(1) if len(shape) == 3 else attention
     return {
@@ -218,19 +216,14 @@ def _masks(
     found: Arguments = {}
     for name, lengths in (("v_lengths", v_lengths), ("q_lengths", q_lengths)):
         if lengths is not None:
-            checks.dtype_in(name, checks.tensor(name, lengths), checks.INTEGER_DTYPES)
-            checks.shape(name, lengths, "(batch,)", v.shape[:1])
-            checks.same_device(name, lengths, "v", v)
-            lengths = checks.as_int32(lengths)
+            lengths = checks.integers(name, lengths, "(batch,)", v.shape[:1], "v", v)
         found[name] = lengths
     for name, mask, layout, like in (
         ("v_mask", v_mask, "(batch, regions)", v),
         ("q_mask", q_mask, "(batch, words)", q),
     ):
         if mask is not None:
-            checks.dtype_in(name, checks.tensor(name, mask), (torch.bool,))
-            checks.same_device(name, mask, "v", v)
-            mask = checks.broadcastable(name, mask, layout, like.shape[:2]).expand(like.shape[:2]).contiguous()
+            mask = checks.mask(name, mask, layout, like.shape[:2], "v", v).contiguous()
         found[name] = mask
     return found
 

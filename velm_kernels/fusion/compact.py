@@ -23,7 +23,8 @@ ELEMENTS_ON_CPU, ELEMENTS = 2**21, 2**24
 class Sketch(NamedTuple):
     """The hashes of a count sketch (Charikar et al., 2002): feature i goes to ``bucket[i]`` with ``sign[i]``.
 
-    ``bucket (features,)`` int32 or int64 from 0 to the size of the sketch, ``sign (features,)`` 1 or -1 in any dtype.
+    ``bucket (features,)`` int32 or int64 from 0 to the size of the sketch, ``sign (features,)`` 1 or -1, integer
+    or floating point.
     """
 
     bucket: Tensor
@@ -45,11 +46,14 @@ def make_sketch(
         seed: instead of a generator: the same hashes whenever it is given.
         device: where they are put; they are drawn on the CPU.
     """
-    if features < 0 or dim < 1:
-        raise ValueError(f"features, dim: expected at least 0 and 1, given {features} and {dim}")
+    checks.integer("features", features, 0)
+    checks.integer("dim", dim, 1, 2**31 - 1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, given {checks.describe(generator)}")
     if seed is not None:
+        checks.integer("seed", seed, -(2**63), 2**64 - 1)
         if generator is not None:
-            raise ValueError("seed: expected None beside a generator")
+            raise ValueError(f"seed: expected None beside a generator, given {checks.describe(seed)}")
         generator = torch.Generator().manual_seed(seed)
     index = torch.randint(0, dim, (features,), generator=generator)
     sign = torch.randint(0, 2, (features,), generator=generator) * 2.0 - 1.0
@@ -105,10 +109,7 @@ def canonical(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     checks.dtype_in("y", checks.tensor("y", y), (x.dtype,))
     checks.same_device("y", y, "x", x)
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim: expected an integer, given {checks.describe(dim)}")
-    if not 1 <= dim < 2**31:
-        raise ValueError(f"dim: expected 1 to 2^31 - 1, given {dim}")
+    checks.integer("dim", dim, 1, 2**31 - 1)
     if x.dim() == 0:
         raise ValueError("x: expected (..., dx), given ()")
     given = tuple(y.shape)
@@ -136,6 +137,7 @@ def _hashes(name: str, sketch: Sketch, x: Tensor) -> dict[str, Tensor]:
         raise TypeError(f"sketch_{name}: expected a Sketch (bucket, sign), given {checks.describe(sketch)}")
     index, sign = checks.tensor(f"sketch_{name}.bucket", sketch[0]), checks.tensor(f"sketch_{name}.sign", sketch[1])
     checks.dtype_in(f"sketch_{name}.bucket", index, (torch.int32, torch.int64))
+    checks.dtype_in(f"sketch_{name}.sign", sign, checks.FLOAT_DTYPES + checks.INTEGER_DTYPES)
     for part, value in (("bucket", index), ("sign", sign)):
         checks.shape(f"sketch_{name}.{part}", value, f"the features of {name}", x.shape[-1:])
         checks.same_device(f"sketch_{name}.{part}", value, name, x)

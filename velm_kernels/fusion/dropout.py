@@ -56,13 +56,12 @@ def canonical(
         checks.dtype_in("residual", checks.tensor("residual", residual), (x.dtype,))
         checks.same_device("residual", residual, "x", x)
         checks.shape("residual", residual, "the shape of x", x.shape)
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), given {dropout_p}")
+    dropout_p = checks.probability("dropout_p", dropout_p)
     return {
         "x": as_matrix(x),
         "residual": None if residual is None else as_matrix(residual),
         "seed": checks.seed_tensor(dropout_p, seed, x.device),
-        "dropout_p": float(dropout_p),
+        "dropout_p": dropout_p,
     }
 
 

@@ -91,23 +91,21 @@ def canonical(
             f"b: expected (..., {a.shape[-1]}) with leading dimensions that broadcast with those of a "
             f"{tuple(a.shape)}, given {tuple(b.shape)}"
         ) from None
-    if isinstance(factor, bool) or not isinstance(factor, int):
-        raise TypeError(f"factor: expected an integer, given {checks.describe(factor)}")
-    if factor < 1 or a.shape[-1] % factor:
+    if checks.integer("factor", factor, 1) and a.shape[-1] % factor:
         raise ValueError(f"factor: expected a positive divisor of {a.shape[-1]} features, given {factor}")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, given {layout!r}")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p: expected a probability in [0, 1), given {dropout_p}")
+    checks.choice("layout", layout, LAYOUTS)
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    checks.flag("power_norm", power_norm)
+    checks.flag("l2_norm", l2_norm)
     return {
         "a": _regions(a, leading),
         "b": _regions(b, leading),
         "seed": checks.seed_tensor(dropout_p, seed, a.device),
         "factor": factor,
         "inner": layout == "inner",
-        "power_norm": bool(power_norm),
-        "l2_norm": bool(l2_norm),
-        "dropout_p": float(dropout_p),
+        "power_norm": power_norm,
+        "l2_norm": l2_norm,
+        "dropout_p": dropout_p,
     }
 
 

@@ -52,7 +52,7 @@ def canonical(
 ) -> Arguments:
     """Checks the arguments of :func:`film` and returns those of the operator, ``(batch, regions, dim)``."""
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
-    layout = "(batch, dim, *spatial)" if channels_first else "(batch, ..., dim)"
+    layout = "(batch, dim, *spatial)" if checks.flag("channels_first", channels_first) else "(batch, ..., dim)"
     if x.dim() < 2:
         raise ValueError(f"x: expected {layout}, given {tuple(x.shape)}")
     batch, dim = x.shape[0], x.shape[1 if channels_first else -1]
@@ -63,8 +63,7 @@ def canonical(
             raise ValueError(
                 f"{name}: expected (batch, dim) = {(batch, dim)} or (dim,) = {(dim,)}, given {tuple(value.shape)}"
             )
-    if isinstance(gamma_offset, bool) or not isinstance(gamma_offset, (int, float)):
-        raise TypeError(f"gamma_offset: expected a number, given {checks.describe(gamma_offset)}")
+    gamma_offset = checks.number("gamma_offset", gamma_offset, -1e30, 1e30, described="a finite number")
     if channels_first:
         rows = x.reshape(batch, dim, product(x.shape[2:])).transpose(1, 2)
     else:
@@ -82,7 +81,7 @@ def canonical(
         "gamma": gamma,
         "beta": beta,
         "regions_contiguous": regions_contiguous,
-        "gamma_offset": float(gamma_offset),
+        "gamma_offset": gamma_offset,
     }
 
 

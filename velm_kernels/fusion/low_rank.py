@@ -74,9 +74,9 @@ def _prepared(
 ) -> tuple[Arguments, tuple[int, ...]]:
     """The arguments of the operator, and the leading dimensions of the result."""
     inputs, weight, bias, leading = checked_inputs(inputs, weight, bias, _leading)
-    if isinstance(factors, Tensor) or len(factors) != len(inputs):
-        given = checks.describe(factors) if isinstance(factors, Tensor) else f"{len(factors)}"
-        raise ValueError(f"factors: expected one for each of {len(inputs)} inputs, given {given}")
+    factors = checks.tensors("factors", factors, 1)
+    if len(factors) != len(inputs):
+        raise ValueError(f"factors: expected one for each of {len(inputs)} inputs, given {len(factors)} of them")
     for m, factor in enumerate(factors):
         checks.tensor(f"factors[{m}]", factor, dims=3, layout="(rank, 1 + d, out)")
     checks.tensor("weight", weight, dims=1, layout="(rank,)")

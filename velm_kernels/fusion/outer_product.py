@@ -41,8 +41,8 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
     _check(x, y)
     if x.dim() == 2:
         if lengths is not None or mask is not None:
-            name = "mask" if lengths is None else "lengths"
-            raise ValueError(f"{name}: expected None for x without regions, given one")
+            name, value = ("mask", mask) if lengths is None else ("lengths", lengths)
+            raise ValueError(f"{name}: expected None for x without regions, given {checks.describe(value)}")
         with checks.without_autocast(x.device):
             out: Tensor = _Outer.apply(x, y)
             return out
@@ -96,13 +96,9 @@ def _live(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor | No
     batch, regions, _ = x.shape
     live = None
     if mask is not None:
-        checks.dtype_in("mask", checks.tensor("mask", mask), (torch.bool,))
-        checks.same_device("mask", mask, "x", x)
-        live = checks.broadcastable("mask", mask, "(batch, regions)", (batch, regions)).expand(batch, regions)
+        live = checks.mask("mask", mask, "(batch, regions)", (batch, regions), "x", x)
     if lengths is not None:
-        checks.dtype_in("lengths", checks.tensor("lengths", lengths), checks.INTEGER_DTYPES)
-        checks.shape("lengths", lengths, "(batch,)", (batch,))
-        checks.same_device("lengths", lengths, "x", x)
+        lengths = checks.integers("lengths", lengths, "(batch,)", (batch,), "x", x)
         checks.values_between("lengths", lengths, 0, regions)
         within = torch.arange(regions, device=x.device) < lengths[:, None]
         live = within if live is None else live & within

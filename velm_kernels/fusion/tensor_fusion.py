@@ -58,7 +58,11 @@ def _sides(
             f"weight: expected (out, {' * '.join(map(str, sizes))}) = (out, {math.prod(sizes)}), "
             f"given {tuple(weight.shape)}"
         )
-    cut = min(range(1, len(sizes)), key=lambda m: math.prod(sizes[:m]) + math.prod(sizes[m:]))
+    cut, least = 1, math.prod(sizes)
+    for m in range(1, len(sizes)):
+        both = math.prod(sizes[:m]) + math.prod(sizes[m:])
+        if m == 1 or both < least:
+            cut, least = m, both
     left, right = _outer(inputs[:cut]), _outer(inputs[cut:])
     leading = checks.broadcast_shapes(left.shape[:-1], right.shape[:-1])
     # As many dimensions on both sides: a matrix beside three dimensions would be one row for several regions.
@@ -85,12 +89,10 @@ def checked_inputs(
 ) -> tuple[list[Tensor], Tensor, Tensor | None, tuple[int, ...]]:
     """The arguments in the dtype of autocast, checked but for the shapes of weight and bias, and the leading
     dimensions of the result, which ``leading`` finds or raises RuntimeError."""
-    if isinstance(inputs, Tensor) or not 2 <= len(inputs) <= MOST_INPUTS:
-        given = checks.describe(inputs) if isinstance(inputs, Tensor) else f"{len(inputs)}"
-        raise ValueError(f"inputs: expected 2 to {MOST_INPUTS} tensors, given {given}")
-    for m, x in enumerate(inputs):
-        checks.tensor(f"inputs[{m}]", x)
-    checks.tensor("weight", weight)
+    inputs = checks.tensors("inputs", inputs, 2, MOST_INPUTS)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if name == "weight" or value is not None:
+            checks.tensor(name, value)
     *inputs, weight, bias = checks.autocast(*inputs, weight, bias)
     for m, x in enumerate(inputs):
         checks.dtype_in(f"inputs[{m}]", x, (inputs[0].dtype,) if m else checks.FLOAT_DTYPES)
@@ -104,8 +106,7 @@ def checked_inputs(
     try:
         found = leading(inputs)
     except RuntimeError:
-        shapes = ", ".join(str(tuple(x.shape)) for x in inputs)
-        raise ValueError(f"inputs: expected leading dimensions that broadcast, given {shapes}") from None
+        raise ValueError(f"inputs: expected leading dimensions that broadcast, given {checks.shapes(inputs)}") from None
     return list(inputs), weight, bias, found
 
 

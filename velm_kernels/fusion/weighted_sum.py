@@ -42,20 +42,12 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Backward keeps the features only where the gradient of the weights is wanted.
     """
-    features = _listed(features)
-    if features:
-        *features, _ = checks.autocast(*features, None)
+    features = checks.autocast(*checks.tensors("features", features, 1, MOST_FEATURES))
     arguments = canonical(features, weights)
     out: Tensor = torch.ops.velm.weighted_sum_forward(*arguments.values(), forced())
     dims = max(value.dim() for value in features)
     leading = checks.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
     return out.view(leading)
-
-
-def _listed(features: Sequence[Tensor]) -> list[Any]:
-    if isinstance(features, Tensor) or not isinstance(features, Sequence):
-        raise TypeError(f"features: expected a sequence of tensors, given {checks.describe(features)}")
-    return list(features)
 
 
 def _with_regions(x: Tensor, dims: int) -> Tensor:
@@ -65,15 +57,12 @@ def _with_regions(x: Tensor, dims: int) -> Tensor:
 
 def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
     """Checks the arguments of :func:`weighted_sum` and returns those of the operator."""
-    features = _listed(features)
-    if not 1 <= len(features) <= MOST_FEATURES:
-        raise ValueError(f"features: expected 1 to {MOST_FEATURES} tensors, given {len(features)}")
+    features = checks.tensors("features", features, 1, MOST_FEATURES)
     first = features[0]
-    for value in features:
-        checks.dtype_in("features", checks.tensor("features", value), checks.FLOAT_DTYPES)
-        checks.dtype_in("features", value, (first.dtype,))
-        checks.same_device("features", value, "the first of them", first)
-    shapes = ", ".join(str(tuple(value.shape)) for value in features)
+    for i, value in enumerate(features):
+        checks.dtype_in(f"features[{i}]", value, (first.dtype,) if i else checks.FLOAT_DTYPES)
+        checks.same_device(f"features[{i}]", value, "features[0]", first)
+    given = features
     dims = max(value.dim() for value in features)
     try:
         if any(value.dim() not in (2, dims) for value in features):
@@ -85,7 +74,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
     except RuntimeError:
         raise ValueError(
             "features: expected (batch, ..., dim) of one batch and dim, with what is in between to broadcast, or "
-            f"(batch, dim), given {shapes}"
+            f"(batch, dim), given {checks.shapes(given)}"
         ) from None
     batch, count = shape[0], len(features)
     wide = torch.promote_types(first.dtype, torch.float32)

@@ -109,10 +109,7 @@ def canonical(
         checks.dtype_in("bias", checks.tensor("bias", bias), (x.dtype,))
         checks.same_device("bias", bias, "x", x)
         checks.shape("bias", bias, "(out_features,)", (out_features,))
-    if activation is not None and not isinstance(activation, str):
-        raise TypeError(f"activation: expected a name or None, given {checks.describe(activation)}")
-    if activation is not None and activation not in ACTIVATIONS[1:]:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])} or None, given {activation!r}")
+    checks.choice("activation", activation, ACTIVATIONS[1:], or_none=True)
     if residual is not None:
         checks.dtype_in("residual", checks.tensor("residual", residual), checks.FLOAT_DTYPES)
         checks.same_device("residual", residual, "x", x)

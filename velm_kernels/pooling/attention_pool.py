@@ -100,29 +100,32 @@ def _checked(
     scale: float | None,
 ) -> tuple[Arguments, float]:
     lengths, mask, cu_seqlens = given
+    checks.tensor("x", x)
+    for name, value in (("lengths", lengths), ("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if value is not None:
+            checks.tensor(name, value)
     packed = cu_seqlens is not None
     checks.tensor("x", x, dims=2 if packed else 3, layout="(tokens, d)" if packed else "(batch, tokens, d)")
     checks.dtype_in("x", x, checks.FLOAT_DTYPES)
     if cu_seqlens is not None:
         if lengths is not None or mask is not None:
-            raise ValueError("cu_seqlens: expected neither lengths nor mask beside it, given both")
+            name, value = ("mask", mask) if lengths is None else ("lengths", lengths)
+            raise ValueError(f"{name}: expected None beside cu_seqlens, given {checks.describe(value)}")
         cu_seqlens = checked_cu_seqlens(cu_seqlens, x)
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tokens, dim = x.shape[-2:]
     for name, weight in (("key_weight", key_weight), ("value_weight", value_weight)):
         checks.tensor(name, weight, dims=2, layout="(features, d)")
         checks.shape(name, weight, "(features, d)", (weight.shape[0], dim))
-    if isinstance(heads, bool) or not isinstance(heads, int):
-        raise TypeError(f"heads: expected an integer, given {checks.describe(heads)}")
+    checks.integer("heads", heads, 1)
     features, values = key_weight.shape[0], value_weight.shape[0]
-    if heads < 1 or features % heads or values % heads:
+    if features % heads or values % heads:
         raise ValueError(
             f"heads: expected a number that divides the {features} features of keys and the {values} of values, "
             f"given {heads}"
         )
     checks.tensor("query", query)
-    layouts = {2: (query.shape[0], features), 3: (batch, query.shape[-2] if query.dim() > 1 else 0, features)}
-    if query.dim() not in layouts or tuple(query.shape) != layouts[query.dim()]:
+    if query.dim() not in (2, 3) or query.shape[-1] != features or query.shape[:-2] not in ((), (batch,)):
         raise ValueError(
             f"query: expected (queries, features) or (batch, queries, features) with batch = {batch} and features = "
             f"{features}, given {tuple(query.shape)}"

@@ -79,7 +79,8 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
 
     Raises:
         TypeError: a dtype is not as above.
-        ValueError: a shape or a device is not as above. Indices out of range give zeros.
+        ValueError: a shape or a device is not as above. On the CPU, or with VELM_CHECK=1, also for
+            indices out of range; unchecked they give zeros.
     """
     arguments = _canonical_unmerge(merged, indices)
     out: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
@@ -87,11 +88,7 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
 
 
 def _count(name: str, value: Any, high: int, described: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, given {checks.describe(value)}")
-    if not 0 <= value <= high:
-        raise ValueError(f"{name}: expected 0 to {high}, {described}, given {value}")
-    return value  # type: ignore[return-value]
+    return checks.integer(name, value, 0, high, described=f"0 to {high}, {described}")
 
 
 def _canonical(
@@ -172,6 +169,7 @@ def _canonical_unmerge(merged: Tensor, indices: Tensor) -> Arguments:
         )
     checks.same_device("indices", indices, "merged", merged)
     batch, (rows, dim) = product(tuple(merged.shape[:-2])), merged.shape[-2:]
+    checks.values_between("indices", indices, 0, rows - 1)
     index = indices.reshape(batch, indices.shape[-1])
     source, offsets = _transposed(index, rows)
     return canonical_rows(merged.reshape(batch, rows, dim), index.int(), None, None, source.int(), offsets, None)

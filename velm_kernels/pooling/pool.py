@@ -81,26 +81,17 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
 
 
 def checked_mode(mode: str, p: float) -> tuple[int, float]:
-    if not isinstance(mode, str):
-        raise TypeError(f"mode: expected one of {', '.join(MODES)}, given {checks.describe(mode)}")
-    if mode not in MODES:
-        raise ValueError(f"mode: expected one of {', '.join(MODES)}, given {mode!r}")
+    checks.choice("mode", mode, MODES)
     return MODES.index(mode), checks.number("p", p, 1e-3, 1e3, described="a power from 0.001 to 1000")
 
 
 def checked_integers(name: str, given: Tensor, like: Tensor, layout: str, shape: tuple[int, ...]) -> Tensor:
-    checks.dtype_in(name, checks.tensor(name, given), checks.INTEGER_DTYPES)
-    checks.shape(name, given, layout, shape)
-    checks.same_device(name, given, "x", like)
-    return checks.as_int32(given.reshape(-1))
+    return checks.integers(name, given, layout, shape, "x", like).reshape(-1)
 
 
 def checked_mask(mask: Tensor, x: Tensor, layout: str, target: tuple[int, ...], rows: int, tokens: int) -> Tensor:
     """``mask`` broadcast to ``target``, as contiguous ``(rows, tokens)``."""
-    checks.dtype_in("mask", checks.tensor("mask", mask), (torch.bool,))
-    checks.same_device("mask", mask, "x", x)
-    mask = checks.broadcastable("mask", mask, layout, target)
-    return mask.expand(target).reshape(rows, tokens).contiguous()
+    return checks.mask("mask", mask, layout, target, "x", x).reshape(rows, tokens).contiguous()
 
 
 def checked_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
@@ -136,7 +127,7 @@ def canonical_masked(
     """Checks the arguments of :func:`masked_pool` and returns those of the operator."""
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     number, p = checked_mode(mode, p)
-    if channels_first:
+    if checks.flag("channels_first", channels_first):
         if x.dim() < 3:
             raise ValueError(f"x: expected (batch, dim, *spatial), given {tuple(x.shape)}")
         leading, spatial = tuple(x.shape[:1]), tuple(x.shape[2:])

@@ -71,11 +71,7 @@ def select_tokens(
 
 
 def _size(name: str, value: Any, high: int, described: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an integer, given {checks.describe(value)}")
-    if not 0 <= value <= high:
-        raise ValueError(f"{name}: expected 0 to {described} = {high}, given {value}")
-    return value  # type: ignore[return-value]
+    return checks.integer(name, value, 0, high, described=f"0 to {described} = {high}")
 
 
 def _canonical(
@@ -109,7 +105,7 @@ def _canonical(
     else:
         kept = _size("k", k, tokens, "tokens")
         if max_k is not None:
-            raise ValueError(f"max_k: expected only where k is a tensor, given {max_k} with k = {kept}")
+            raise ValueError(f"max_k: expected None where k is no tensor, given {checks.describe(max_k)}")
     index, inverse, indices, taken = torch.ops.velm.select_rows(
         scores.detach().reshape(rows, tokens), lengths, mask, wanted, kept
     )

@@ -35,12 +35,9 @@ def pixel_shuffle_tokens(
     The copy stays beside the projection: it takes a hundredth of its time on a CPU at the sizes of these models, and
     one product for each row of the squares, which needs no copy, takes twice to four times as long.
     """
-    checks.tensor("x", x)
+    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     for name, size in (("height", height), ("width", width), ("factor", factor)):
-        if isinstance(size, bool) or not isinstance(size, int):
-            raise TypeError(f"{name}: expected an integer, given {checks.describe(size)}")
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, given {size}")
+        checks.integer(name, size, 1, 2**31 - 1)
     if x.dim() < 2 or x.shape[-2] != height * width:
         raise ValueError(f"x: expected (..., {height} * {width} = {height * width}, dim), given {tuple(x.shape)}")
     if height % factor or width % factor:
@@ -51,7 +48,7 @@ def pixel_shuffle_tokens(
     joined = squares.reshape(*leading, rows * columns, factor * factor * dim).contiguous()
     if weight is None:
         if bias is not None:
-            raise ValueError("bias: expected only together with weight")
+            raise ValueError(f"bias: expected None without weight, given {checks.describe(bias)}")
         return joined
     if checks.tensor("weight", weight).dim() != 2 or weight.shape[1] != joined.shape[-1]:
         raise ValueError(
