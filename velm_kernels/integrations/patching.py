@@ -54,7 +54,7 @@ import torch
 from torch import nn
 
 from . import stacking
-from .plain import Absorbs, is_plain_tensor, why_aside
+from .plain import Absorbs, is_distributed, is_plain_tensor, why_aside
 from .report import Report
 
 Key = tuple[str, str]
@@ -213,7 +213,8 @@ def patch(model: nn.Module, only: str | Iterable[str] | None = None, strict: boo
     made: dict[type, type] = {}
     linears = [module for _, module in plan if isinstance(module, nn.Linear)]
     others = [module for _, module in plan if not isinstance(module, nn.Linear)]
-    _swap([(module, stacking.moved(type(module), _patched, made)) for module in others])
+    new = [module for module in others if not isinstance(module, Replacement)]
+    _swap([(module, stacking.moved(type(module), _patched, made)) for module in new])
     for module in others:
         vars(module).pop("velm_off", None)
     projections = importlib.import_module("velm_kernels.integrations.projections")
@@ -286,9 +287,8 @@ def _unpatched(cls: type) -> type | None:
 
 
 def _of(cls: type, keys: Iterable[Key]) -> type | None:
-    """Return the first class among `cls` and its bases that is declared in `keys`, as its library made it."""
-    found = next((base for base in cls.__mro__ if _key(base) in keys), None)
-    return getattr(found, "velm_original_class", found)
+    """Return the first class among `cls` and its bases that is declared in `keys`, or ours in its place."""
+    return next((base for base in cls.__mro__ if _key(base) in keys), None)
 
 
 def _known(model: nn.Module) -> list[tuple[str, nn.Module, type, str]]:
@@ -303,6 +303,7 @@ def _known(model: nn.Module) -> list[tuple[str, nn.Module, type, str]]:
     found: list[tuple[str, nn.Module, type, str]] = []
     for path, module in model.named_modules():
         known = _of(type(module), _REPLACEMENTS)
+        known = getattr(known, "velm_original_class", known)
         if known is nn.Linear:
             # The output projection of a MultiheadAttention, which is never called.
             if module in scoped and type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear:
@@ -331,6 +332,8 @@ def _selected(model: nn.Module, only: str | Iterable[str] | None) -> list[tuple[
 
 def _why_not(module: nn.Module, known: type) -> str | None:
     replacement = _REPLACEMENTS[_key(known)]
+    if isinstance(module, Replacement):  # switched off by `unpatch`, which could not take its class apart
+        return replacement.why_not(module)
     reason = stacking.why_not_movable(type(module), known, replacement.velm_methods)
     if reason is not None:
         return reason
@@ -343,7 +346,8 @@ def _why_not(module: nn.Module, known: type) -> str | None:
         if expected != found:
             return f"its {method} takes ({', '.join(found)}), the replacement is written for ({', '.join(expected)})"
     for name, parameter in module._parameters.items():
-        if parameter is not None and not is_plain_tensor(parameter):
+        # A distributed one may be whole in the forward, as under `fully_shard`: each call looks again.
+        if parameter is not None and not is_plain_tensor(parameter) and not is_distributed(parameter):
             return f"its {name} is a {type(parameter).__name__}"
     return replacement.why_not(module)
 

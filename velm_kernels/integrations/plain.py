@@ -40,6 +40,12 @@ def is_plain_tensor(x: Any) -> bool:
     return cls is Tensor or cls is nn.Parameter or (cls.__module__, cls.__qualname__) in _STAND_INS
 
 
+def is_distributed(x: Any) -> bool:
+    """Say whether `x` is a DTensor."""
+    cls = type(x)
+    return cls.__qualname__ == "DTensor" and cls.__module__.startswith("torch.distributed.")
+
+
 def are_plain(*values: Any) -> bool:
     """Say so of every one of `values` that is not None."""
     return all(x is None or is_plain_tensor(x) for x in values)

@@ -34,7 +34,7 @@ def why_not_movable(cls: type, known: type, methods: tuple[str, ...]) -> str | N
     for base in known.__mro__[: known.__mro__.index(nn.Module)]:
         own |= {name for name in vars(base) if not name.startswith("__")}
     for layer in cls.__mro__[: cls.__mro__.index(known)]:
-        for name in vars(layer).keys() & own:
+        for name in (_contents(layer) if issubclass(layer, known) else vars(layer)).keys() & own:
             return f"its class {cls.__name__} has a {name} of its own"
     return None
 
@@ -69,7 +69,15 @@ def can_move(cls: type, below: type) -> bool:
 
 
 def _contents(cls: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(cls).items() if name not in _NOT_COPIED}
+    """What the maker of `cls` put in it, without what its bases put into every class that comes from them: layers of
+    transformers wrap the forward of each."""
+    added = vars(type(cls)(cls.__name__, cls.__bases__, {})).keys() - {"__module__", "__doc__"}
+
+    def inherited(name: str, value: Any) -> bool:
+        below = next((vars(base)[name] for base in cls.__mro__[1:] if name in vars(base)), None)
+        return name in added and below is not None and getattr(value, "__wrapped__", None) is below
+
+    return {name: value for name, value in vars(cls).items() if name not in _NOT_COPIED and not inherited(name, value)}
 
 
 def _made_on_the_spot(cls: type) -> bool:

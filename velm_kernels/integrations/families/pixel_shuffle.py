@@ -5,6 +5,7 @@ The result is equal to the last bit.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from velm_kernels.pooling import pixel_shuffle_tokens
@@ -17,6 +18,9 @@ _INTERNVL = "transformers.models.internvl.modeling_internvl"
 
 
 def _fits(height: int, width: int, factor: int | float) -> bool:
+    # A trace would keep the sides of its example, where it has numbers at all.
+    if torch.jit.is_tracing():
+        return False
     return isinstance(factor, int) and factor >= 1 and not height % factor and not width % factor
 
 
