@@ -223,9 +223,6 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(grad if want else None for grad, want in zip(results, wanted, strict=True)) + nothing
 
 
-register_autograd("bidirectional_attention_forward", _backward, setup_context=_setup_context)
-
-
 def _flops_forward(query_a: Any, query_b: Any, value_a: Any, value_b: Any, *args: Any, **kwargs: Any) -> int:
     batch, heads, a, head_dim = query_a
     return int(2 * batch * heads * a * query_b[2] * (head_dim + value_a[3] + value_b[3]))
@@ -361,6 +358,9 @@ def _triton_reasons(arguments: Arguments) -> list[str]:
     return triton.common_reasons(arguments) + _too_wide(arguments)
 
 
+register_autograd(
+    "bidirectional_attention_forward", _backward, setup_context=_setup_context, meaning=_reference_forward
+)
 register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
 register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
 triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional", _triton_reasons)

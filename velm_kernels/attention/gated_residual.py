@@ -134,9 +134,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
     )
 
 
-register_autograd("gated_residual_forward", _backward, setup_context=_setup_context)
-
-
 def _reference_forward(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None) -> Tensor:
     dtype = _out_dtype(residual, x)
     wide = torch.promote_types(dtype, torch.float32)
@@ -166,6 +163,7 @@ def _reference_backward(
     return grad_x, grad_gate
 
 
+register_autograd("gated_residual_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 register("gated_residual_forward", "reference", _reference_forward, lambda arguments: [])
 register("gated_residual_backward", "reference", _reference_backward, lambda arguments: [])
 cpu.register_cpu("gated_residual_forward")

@@ -11,7 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
 GRAD_OUTS, GRAD_LOGSUMEXPS = 1, 2
@@ -174,9 +174,6 @@ def _backward(
     return grad_outs or nothing, grad_lses or nothing, None
 
 
-torch.library.register_autograd("velm::merge_attention_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
-
-
 def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -215,6 +212,7 @@ def _reference_backward(
     return grad_outs, grad_lses
 
 
+register_autograd("merge_attention_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 register("merge_attention_forward", "reference", _reference_forward, lambda arguments: [])
 register("merge_attention_backward", "reference", _reference_backward, lambda arguments: [])
 cpu.register_cpu("merge_attention_forward")

@@ -10,8 +10,9 @@ import torch
 
 from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend
-from velm_kernels.attention.schema import TENSOR_NAMES
+from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
 from velm_kernels.backends import Arguments, cpu, cuda, triton
+from velm_kernels.backends.library import register_autograd
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
@@ -409,6 +410,12 @@ def _always(arguments: Arguments) -> list[str]:
     return []
 
 
+register_autograd(
+    "attention_forward",
+    backward,
+    setup_context=save_for_backward,
+    meaning=reference_backend.attention_forward,
+)
 backends.register("attention_forward", "reference", reference_backend.attention_forward, _always)
 backends.register("attention_backward", "reference", reference_backend.attention_backward, _always)
 for _operator in ("attention_forward", "attention_backward"):

@@ -14,7 +14,7 @@ from velm_kernels.attention.schema import (
     empty_like_heads,
     extra_dtype,
 )
-from velm_kernels.backends import Arguments
+from velm_kernels.backends import Arguments, derivatives
 from velm_kernels.backends.library import autograd_inside
 
 
@@ -33,6 +33,12 @@ def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
         common |= {name: given[name] for name in ("key_lengths", "key_mask", "mask", "bias")}
         common["key_ranges"] = None if start is None else (start, stop)
         return [(common, slice(None), slice(None))]
+    if not (derivatives.readable(given["cu_seqlens_q"]) and derivatives.readable(given["cu_seqlens_k"])):
+        raise NotImplementedError(
+            "cross_attention_varlen: expected cu_seqlens_q and cu_seqlens_k that are the same for all entries of "
+            "torch.vmap, where it differentiates too, given others for each of them; what is padded instead of packed "
+            "goes to cross_attention with key_lengths, of any lengths"
+        )
     sequences = []
     offsets_q, offsets_k = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
     for sequence in range(len(offsets_q) - 1):
@@ -69,13 +75,13 @@ def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
-    query, value = given["query"], given["value"]
+    query = given["query"]
     out, logsumexp, key_mass = _call(given)
-    result = empty_like_heads(query, value.shape[-1])
-    result.copy_(out)
+    out = out.to(query.dtype)
     extra = extra_dtype(query)
     return (
-        result,
+        # As empty_like_heads has it in memory.
+        out.contiguous() if out.dim() == 3 else out.transpose(1, 2).contiguous().transpose(1, 2),
         logsumexp.to(extra).contiguous(),
         key_mass.to(extra).contiguous() if given["return_key_mass"] else query.new_empty((0,), dtype=extra),
     )

@@ -13,7 +13,7 @@ import torch
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, flops
-from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.library import declare
 
 _TENSORS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
@@ -115,7 +115,7 @@ declare(
 )
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     tensors = inputs[: len(TENSOR_NAMES)]
     out, logsumexp, _ = output
     ctx.save_for_backward(*tensors, out, logsumexp)
@@ -124,7 +124,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+def backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     wanted = [ctx.needs_input_grad[TENSOR_NAMES.index(name)] for name in DIFFERENTIABLE]
     count = len(TENSOR_NAMES) + len(SCALAR_NAMES) + 2
@@ -145,9 +145,6 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Ten
         if want:
             results[TENSOR_NAMES.index(name)] = grad
     return tuple(results)
-
-
-register_autograd("attention_forward", _backward, setup_context=_save_for_backward)
 
 
 def _flops_forward(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:

@@ -35,6 +35,7 @@ __all__ = [
     "select",
     "tensors_of",
     "use_backend",
+    "warn_of_plain_torch",
 ]
 
 ORDER = ("cuda", "triton", "cpu", "reference")
@@ -217,6 +218,16 @@ def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, li
     # A library that is not there is said once, not once for each function that misses it.
     key = ("", text) if on_cpu and cpu.unavailable() else (_family(operator), text)
     _warn_once(key, operator, f"runs on plain torch, which is slower ({text})")
+
+
+def warn_of_plain_torch(operator: str, args: Sequence[Any], why: str, wanted: str = "") -> None:
+    """Says once that a derivative of ``operator`` comes from plain torch, unless that is what the user asked for or
+    its arguments are float64, which always are computed so."""
+    import torch
+
+    given = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))]
+    if wanted != "reference" and not any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in given):
+        _warn_once((_family(operator), why), operator, f"runs on plain torch, which is slower ({why})")
 
 
 def _family(operator: str) -> str:

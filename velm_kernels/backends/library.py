@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from velm_kernels import backends
-from velm_kernels.backends import Arguments, cpu, cuda
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives
 
 LIBRARY = torch.library.Library("velm", "DEF")
+
+in_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 @contextlib.contextmanager
@@ -58,36 +61,68 @@ def declare(
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)
+    derivatives.register_vmap(LIBRARY, name)
 
 
 def register_autograd(
-    name: str, backward: Callable[..., tuple[Any, ...]], *, setup_context: Callable[[Any, tuple[Any, ...], Any], None]
+    name: str,
+    backward: Callable[..., tuple[Any, ...]],
+    *,
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    meaning: Callable[..., Any],
+    differentiable_backward: Callable[..., tuple[Any, ...]] | None = None,
 ) -> None:
-    """Makes ``backward`` the derivative of ``velm::name``, whose arguments are tensors and scalars, no lists.
+    """Makes ``backward`` the derivative of ``velm::name``, and ``meaning`` what its other derivatives are those of.
 
-    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens.
-    Torch's own, in a call that records gradients, looks through the schema for defaults that the caller left out: for
-    the twenty arguments of attention that takes ten times as long as all the rest, and these operators have none.
+    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens; for an
+    argument that is a list ``ctx.needs_input_grad`` has an element for each of the list's. Torch's own, in a call that
+    records gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of
+    attention that takes ten times as long as all the rest, and these operators have none.
+
+    ``meaning`` takes the arguments of the operator without ``backend`` and returns its results, by plain torch alone:
+    a pure function, every result new, that torch can differentiate to any order; results without a derivative are
+    detached. It serves where a derivative is asked for that no kernel has (:mod:`velm_kernels.backends.derivatives`).
+    Gradients that are differentiated again are those of ``meaning`` at the tensors that ``setup_context`` saved, and
+    at zeros in place of the others: none of the gradients depends on them, or backward would need them. Where backward
+    uses something else in their place, such as a result, ``differentiable_backward`` is what ``backward`` is, in plain
+    torch, or returns NotImplemented.
     """
     operator: torch._ops.OpOverload = getattr(torch.ops.velm, name).default
+    has_lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, keyset = args
+        *inputs, lengths, keyset = args
+        flat, inputs = inputs, inputs if lengths is None else derivatives.in_lists(inputs, lengths)
         with torch._C._AutoDispatchBelowAutograd():
             result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
             setup_context(ctx, tuple(inputs), result)
+        derivatives.remember(ctx, flat, lengths)
         return result
 
-    def backward_and_keyset(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        return (*backward(ctx, *grads), None)
+    def every_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        why = derivatives.why_not_backward(grads, has_lists)
+        if why is None:
+            found = backward(ctx, *grads)
+        elif differentiable_backward is None or (found := differentiable_backward(ctx, *grads)) is NotImplemented:
+            return (*derivatives.differentiable_gradients(name, meaning, ctx, grads, why), None, None, None)
+        else:
+            backends.warn_of_plain_torch(name, grads, why, ctx.chosen_backend)
+        return (*(found if ctx.lengths is None else derivatives.flat(found)), None, None)
 
     # Its name is what graphs of autograd and profiles show.
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_keyset)}
+    members = {"forward": staticmethod(forward), "backward": staticmethod(every_backward)}
     function: Any = type(f"velm_{name}_", (torch.autograd.Function,), members)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if in_functorch() is not None or forward_ad._current_level >= 0:
+            why = derivatives.why_meaning(args)
+            if why is not None:
+                return derivatives.by_meaning(name, meaning, args[:-1], why, args[-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args, keyset)
+            if not has_lists:
+                return function.apply(*args, None, keyset)
+            lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
+            return function.apply(*derivatives.flat(args), lengths, keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

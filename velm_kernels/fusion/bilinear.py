@@ -152,7 +152,7 @@ def _differentiate(name: str) -> None:
         grads = operator(unit_last_stride(grad), *ctx.saved_tensors, grad_mask, ctx.backend)
         return (*(value if want else None for value, want in zip(grads, wanted, strict=True)), None)
 
-    register_autograd(f"{name}_forward", backward, setup_context=_setup_context)
+    register_autograd(f"{name}_forward", backward, setup_context=_setup_context, meaning=folded.reference_forward)
 
 
 _differentiate("bilinear")

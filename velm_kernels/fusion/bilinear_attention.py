@@ -376,10 +376,6 @@ def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_chosen(grads, wanted), *([None] * 5))
 
 
-register_autograd("bilinear_attention_forward", _backward, setup_context=_setup_context)
-register_autograd("bilinear_attention_pool_forward", _pool_backward, setup_context=_setup_pool_context)
-
-
 def live_rows(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
     """Which rows of ``x (batch, rows, k)`` count, bool ``(batch, rows)``."""
     live = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
@@ -486,6 +482,13 @@ def _flops_pool_backward(grad: Any, v: Any, q: Any, attention: Any, *args: Any, 
     return _flops(v, q, attention[1]) * sum(bool(args[4] & bit) for bit in (GRAD_V, GRAD_Q, GRAD_ATTENTION))
 
 
+register_autograd("bilinear_attention_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
+register_autograd(
+    "bilinear_attention_pool_forward",
+    _pool_backward,
+    setup_context=_setup_pool_context,
+    meaning=_reference_pool_forward,
+)
 for _name, _function, _formula in (
     ("forward", _reference_forward, _flops_forward),
     ("backward", _reference_backward, _flops_backward),

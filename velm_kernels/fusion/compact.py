@@ -11,7 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, forced, reasons_against, register, register_public
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.fusion import count_sketch
+from velm_kernels.fusion import count_sketch, reference
 from velm_kernels.layout import unit_last_stride
 
 GRAD_X, GRAD_Y = 1, 2
@@ -206,7 +206,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x if wants_x else None, grad_y if wants_y else None, *([None] * 6)
 
 
-register_autograd("compact_bilinear_forward", _backward, setup_context=_setup_context)
+def _meaning(
+    x: Tensor, y: Tensor, index_x: Tensor, sign_x: Tensor, index_y: Tensor, sign_y: Tensor, dim: int
+) -> Tensor:
+    wide = sign_x.dtype
+    sketches = (index_x.long(), sign_x), (index_y.long(), sign_y)
+    return reference.compact_bilinear(x.to(wide), y.to(wide), *sketches, dim).to(x.dtype).contiguous()
 
 
 def _pieces(batch: int, regions: int, dim: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
@@ -311,6 +316,7 @@ def _register(backend: str) -> None:
     register("compact_bilinear_backward", backend, backward, reasons)
 
 
+register_autograd("compact_bilinear_forward", _backward, setup_context=_setup_context, meaning=_meaning)
 for _backend in count_sketch.BACKENDS:
     _register(_backend)
 register_public("compact_bilinear", "compact_bilinear_forward", canonical)

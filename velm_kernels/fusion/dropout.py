@@ -94,9 +94,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 
-register_autograd("dropout_residual_forward", _backward, setup_context=_setup_context)
-
-
 def _reference_forward(x: Tensor, residual: Tensor | None, seed: Tensor, dropout_p: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     wide_residual = None if residual is None else residual.to(wide)
@@ -107,6 +104,7 @@ def _reference_backward(grad: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
     return _reference_forward(grad, None, seed, dropout_p)
 
 
+register_autograd("dropout_residual_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 register("dropout_residual_forward", "reference", _reference_forward, lambda arguments: [])
 register("dropout_residual_backward", "reference", _reference_backward, lambda arguments: [])
 triton.register_triton("dropout_residual_forward", "fusion.triton_dropout")

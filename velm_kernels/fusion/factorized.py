@@ -175,9 +175,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a if wants_a else None, grad_b if wants_b else None, *([None] * 7)
 
 
-register_autograd("factorized_pool_forward", _backward, setup_context=_setup_context)
-
-
 def _reference_forward(
     a: Tensor,
     b: Tensor,
@@ -214,6 +211,7 @@ def _reference_backward(
     return tuple(g.to(a.dtype) if grad_mask >> bit & 1 else a.new_empty((0,)) for bit, g in enumerate(grads))  # type: ignore[return-value]
 
 
+register_autograd("factorized_pool_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
     register(f"factorized_pool_{_name}", "reference", _function, lambda arguments: [])
     triton.register_triton(f"factorized_pool_{_name}", "fusion.triton_factorized")

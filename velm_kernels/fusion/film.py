@@ -151,13 +151,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if ctx.grad_mask >> bit & 1 else None for bit, g in enumerate(grads)), None, None, None
 
 
-register_autograd("film_forward", _backward, setup_context=_setup_context)
-
-
 def _reference_forward(x: Tensor, gamma: Tensor, beta: Tensor, regions_contiguous: bool, gamma_offset: float) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     out = reference.film(x.to(wide), gamma.to(wide)[:, None], beta.to(wide)[:, None], gamma_offset)
-    return empty_like_rows(x, regions_contiguous).copy_(out)
+    out = out.to(x.dtype)
+    # As empty_like_rows has it in memory.
+    return out.transpose(1, 2).contiguous().transpose(1, 2) if regions_contiguous else out.contiguous()
 
 
 def _reference_backward(
@@ -181,6 +180,7 @@ def _reference_backward(
     return grads
 
 
+register_autograd("film_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
     register(f"film_{_name}", "reference", _function, lambda arguments: [])
     triton.register_triton(f"film_{_name}", "fusion.triton_modulation")

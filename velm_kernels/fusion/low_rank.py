@@ -179,9 +179,6 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return (*(value if want else None for value, want in zip(grads, wanted, strict=True)), None, None, None)
 
 
-register_autograd("low_rank_fusion_forward", _backward, setup_context=_setup_context)
-
-
 def _flops(shapes: Sequence[Any], factor_shape: Any) -> int:
     rank, _, out = factor_shape
     return int(sum(2 * x[0] * (1 + x[1]) * rank * out for x in shapes if x is not None))
@@ -239,6 +236,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+register_autograd("low_rank_fusion_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
     register(f"low_rank_fusion_{_name}", "reference", _function, lambda arguments: [])
     triton.register_triton(f"low_rank_fusion_{_name}", "fusion.triton_low_rank")

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
+from velm_kernels.backends import derivatives
+from velm_kernels.backends.library import in_functorch
 
 
 def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -44,6 +46,8 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
             name, value = ("mask", mask) if lengths is None else ("lengths", lengths)
             raise ValueError(f"{name}: expected None for x without regions, given {checks.describe(value)}")
         with checks.without_autocast(x.device):
+            if in_functorch() is not None or derivatives.has_tangent((x, y)):
+                return x[:, :, None] * y[:, None, :]
             out: Tensor = _Outer.apply(x, y)
             return out
     live = _live(x, lengths, mask)

@@ -68,9 +68,13 @@ def factorized_pool(
 ) -> Tensor:
     """``normalize(signed_sqrt(sum over the factor of dropout(a * b)))``, the last two where asked for."""
     z, _ = factorized_sums(a, b, factor, layout, dropout_p, seed)
+    # The derivatives are 0 where those of the formulas are infinite: at sums of 0, and at rows of them.
     if power_norm:
-        z = z.sign() * z.abs().sqrt()
-    return torch.nn.functional.normalize(z, dim=-1, eps=EPS) if l2_norm else z
+        z = torch.where(z == 0, 0.0, z.sign() * torch.where(z == 0, 1.0, z.abs()).sqrt())
+    if not l2_norm:
+        return z
+    some = (z != 0).any(-1, keepdim=True)
+    return torch.where(some, torch.nn.functional.normalize(torch.where(some, z, 1.0), dim=-1, eps=EPS), 0.0)
 
 
 def factorized_pool_gradient(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
-from velm_kernels.backends.library import LIBRARY, declare
+from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
 
@@ -160,9 +160,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | Non
     return wanted, grad_weights if ctx.grad_mask & GRAD_WEIGHTS else None, None
 
 
-torch.library.register_autograd("velm::weighted_sum_forward", _backward, setup_context=_setup_context, lib=LIBRARY)
-
-
 def _reference_forward(features: list[Tensor], weights: Tensor) -> Tensor:
     out = reference.weighted_sum([value.to(weights.dtype) for value in features], weights[:, None])
     return out.to(features[0].dtype).contiguous()
@@ -182,6 +179,7 @@ def _reference_backward(
     return grads, grad_weights
 
 
+register_autograd("weighted_sum_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
     register(f"weighted_sum_{_name}", "reference", _function, lambda arguments: [])
     triton.register_triton(f"weighted_sum_{_name}", "fusion.triton_modulation")

@@ -186,12 +186,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         saved = output[1] if save else output[0]
     ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
     ctx.activation, ctx.backend = activation, backend
-    ctx.mark_non_differentiable(output[1])
+    # What is saved is a result like the other: the gradients that come from it depend on x, weight and bias through it.
+    if not save:
+        ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     results: list[Tensor | None] = [None] * 7
+    if grad_saved is not None:
+        return _differentiable_backward(ctx, grad, grad_saved)
     if grad is None:
         return tuple(results)
     x, weight, saved = ctx.saved_tensors
@@ -207,7 +211,36 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     return tuple(results)
 
 
-register_autograd("linear_forward", _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What :func:`_backward` computes, also from the gradient of what was saved, which only gradients of it have."""
+    results: list[Tensor | None] = [None] * 7
+    x, weight, saved = ctx.saved_tensors
+    given = grad if grad is not None else grad_saved
+    if given is None or not any(ctx.needs_input_grad):
+        return tuple(results)
+    wide = torch.promote_types(given.dtype, torch.float32)
+    with checks.without_autocast(given.device):
+        of_value = reference.from_value(ctx.activation, given.dtype)
+        grad_z = None
+        if grad is not None:
+            grad_z = grad.to(wide)
+            if saved is not None:
+                grad_z = reference.activation_gradient(grad_z, saved.to(wide), ctx.activation, of_value)
+        if grad_saved is not None:
+            more = grad_saved.to(wide)
+            if of_value:
+                more = reference.activation_gradient(more, saved.to(wide), ctx.activation, of_value)
+            grad_z = more if grad_z is None else grad_z + more
+        assert grad_z is not None
+        if ctx.needs_input_grad[0]:
+            results[0] = (grad_z @ weight.to(wide)).to(given.dtype)
+        if ctx.needs_input_grad[1]:
+            results[1] = (grad_z.transpose(0, 1) @ x.to(wide)).to(given.dtype)
+        if ctx.needs_input_grad[2]:
+            results[2] = grad_z.sum(0).to(given.dtype)
+        if ctx.needs_input_grad[3]:
+            results[3] = grad
+    return tuple(results)
 
 
 def _flops_forward(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
@@ -257,6 +290,13 @@ def _reference_backward(
     return grad_x, grad_weight, grad_bias
 
 
+register_autograd(
+    "linear_forward",
+    _backward,
+    setup_context=_setup_context,
+    meaning=_reference_forward,
+    differentiable_backward=_differentiable_backward,
+)
 register("linear_forward", "reference", _reference_forward, lambda arguments: [])
 register("linear_backward", "reference", _reference_backward, lambda arguments: [])
 register("linear_forward", "cpu", cpu_backend.forward, cpu_backend.reasons)

@@ -327,18 +327,18 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return grad_x if wants_x else None, grad_rows if wants_rows else None, None, None, None, None
 
 
-register_autograd("attention_pool_forward", _backward, setup_context=_setup_context)
-
-
 def _reference_forward(
     x: Tensor, rows: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, live, _ = _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
-    scores = (rows.to(wide) @ x.transpose(1, 2)).masked_fill(~live[:, None], -torch.inf)
-    logsumexp = scores.logsumexp(-1) if x.shape[1] else scores.new_full(scores.shape[:2], -torch.inf)
-    weights = torch.where(live[:, None], (scores - logsumexp[..., None]).exp(), 0.0)
-    return (weights @ x).to(dtype), logsumexp
+    # Of no token at all, a sum of others: its gradient is not NaN.
+    some = live.any(-1)[:, None, None]
+    scores = torch.where(live[:, None] | ~some, rows.to(wide) @ x.transpose(1, 2), -torch.inf)
+    logsumexp = scores.logsumexp(-1, keepdim=True)
+    weights = torch.where(live[:, None], (scores - logsumexp).exp(), 0.0)
+    logsumexp = torch.where(some, logsumexp.detach(), -torch.inf)[..., 0]
+    return (weights @ x).to(dtype).contiguous(), logsumexp.contiguous()
 
 
 def _rows_of_tokens(
@@ -400,6 +400,7 @@ def _flops_backward(grad: Any, x: Any, rows: Any, *args: Any, **kwargs: Any) -> 
 flops.register("attention_pool_forward", _flops_forward)
 flops.register("attention_pool_backward", _flops_backward)
 
+register_autograd("attention_pool_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 register("attention_pool_forward", "reference", _reference_forward, lambda arguments: [])
 register("attention_pool_backward", "reference", _reference_backward, lambda arguments: [])
 for _name in ("attention_pool_forward", "attention_pool_backward"):

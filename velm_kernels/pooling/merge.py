@@ -132,20 +132,23 @@ def _canonical(
 
 def _where_to(metric: Tensor, r: int, protected: int) -> Tensor:
     """int64 ``(batch, tokens)``: the row of the result that each token goes to."""
-    batch, tokens = metric.shape[:2]
+    batch = metric.shape[0]
     # The first of A and of B that are not protected.
     first_a, first_b = protected + protected % 2, protected + 1 - protected % 2
     a, b = metric[:, first_a::2], metric[:, first_b::2]
-    index = torch.arange(tokens, device=metric.device).expand(batch, tokens).clone()
     similarity, best = match_rows(a, b)
     # For each of A its place when they are sorted by falling similarity.
     order = similarity.sort(dim=1, descending=True, stable=True).indices
-    is_merged = torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, :r], True)
+    is_merged = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, :r], True)
     left_before = (~is_merged).long().cumsum(1) - 1
     begin_b = protected + a.shape[1] - r
-    index[:, first_a::2] = torch.where(is_merged, begin_b + best.long(), protected + left_before)
-    index[:, first_b::2] = begin_b + torch.arange(b.shape[1], device=metric.device)
-    return index
+    of_a = torch.where(is_merged, begin_b + best.long(), protected + left_before)
+    of_b = (begin_b + torch.arange(b.shape[1], device=metric.device)).expand(batch, b.shape[1])
+    # By turns, the one at an even place first; one of them may have one more.
+    first, second = (of_a, of_b) if first_a < first_b else (of_b, of_a)
+    pairs = torch.stack([first[:, : second.shape[1]], second], 2).flatten(1)
+    before = torch.arange(protected, device=metric.device).expand(batch, protected)
+    return torch.cat([before, pairs, first[:, second.shape[1] :]], 1)
 
 
 def _transposed(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:

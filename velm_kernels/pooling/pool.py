@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import product, unit_last_stride
+from velm_kernels.pooling import reference
 from velm_kernels.pooling.reference import GEM_EPS, MODES
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
@@ -255,14 +256,20 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     return grad_x, None, None, None, None, None, None, None
 
 
-register_autograd("pool_forward", _backward, setup_context=_setup_context)
+def _differentiable_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
+    tokens_contiguous, mode, p, _ = ctx.settings
+    # Of a maximum the index is kept and not x.
+    if mode != MAX:
+        return NotImplemented
+    arguments: list[Any] = [*ctx.saved_tensors, ctx.tokens, tokens_contiguous, mode, p]
+    return _gradient(grad, *arguments), None, None, None, None, None, None, None
 
 
 def _padded(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed tokens as ``(segments, longest, dim)``, and where in ``x`` each comes from (-1 where from nowhere)."""
     bounds = cu_seqlens.long()
     lengths = bounds.diff()
-    longest = int(lengths.max()) if len(lengths) else 0
+    longest = int(lengths.max()) if len(lengths) and derivatives.readable(lengths) else len(x) if len(lengths) else 0
     position = torch.arange(longest, device=x.device)
     source = torch.where(position < lengths[:, None], bounds[:-1, None] + position, -1)
     return x[source.clamp(min=0)] if len(x) else x.new_zeros(*source.shape, x.shape[1]), source
@@ -273,7 +280,7 @@ def _live(segments: int, tokens: int, lengths: Tensor | None, mask: Tensor | Non
     return live if lengths is None else live & (torch.arange(tokens, device=device) < lengths[:, None])
 
 
-def _reference_forward(
+def _meaning(
     x: Tensor,
     lengths: Tensor | None,
     mask: Tensor | None,
@@ -282,30 +289,41 @@ def _reference_forward(
     mode: int,
     p: float,
 ) -> tuple[Tensor, Tensor]:
-    from velm_kernels.pooling import reference
-
     dtype = x.dtype
     if cu_seqlens is not None:
         x, source = _padded(x, cu_seqlens)
         mask = source >= 0
     wide = x.to(torch.promote_types(dtype, torch.float32))
-    out = reference.masked_pool(wide, lengths, mask, MODES[mode], p)
-    stats = _stats(x, tuple(out.shape), mode)
-    if mode == MAX:
+    if mode == MAX and x.shape[1]:
         live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
-        if x.shape[1]:
-            index = torch.where(live, wide, -torch.inf).max(1)
-            # An index of torch is that of any of equal ones.
-            equal = live & ((wide == index.values[:, None]) | (wide.isnan() & index.values.isnan()[:, None]))
-            stats = torch.where(live.any(1), equal.to(torch.uint8).argmax(1), -1).int()
-        else:
-            stats.fill_(-1)
-    elif mode in (LOGSUMEXP, GEM):
-        stats.copy_(out)
+        values = wide.detach()
+        largest = torch.where(live, values, -torch.inf).amax(1, keepdim=True)
+        # The first of equal ones: torch's own index is that of any of them.
+        equal = live & ((values == largest) | (values.isnan() & largest.isnan()))
+        first = equal.to(torch.uint8).argmax(1)
+        some = live.any(1)
+        out = torch.where(some, wide.gather(1, first[:, None])[:, 0], 0.0)
+        return out.to(dtype), torch.where(some, first, -1).int()
+    out = reference.masked_pool(wide, lengths, mask, MODES[mode], p)
+    stats = out.detach() if mode in (LOGSUMEXP, GEM) else x.new_empty((0,), dtype=wide.dtype)
+    if mode == MAX:
+        stats = x.new_full(tuple(out.shape), -1, dtype=torch.int32)
     return out.to(dtype).contiguous(), stats
 
 
-def _reference_backward(
+def _reference_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, stats = _meaning(*arguments)
+    # The result and what is kept of it are two tensors.
+    return out, stats.clone()
+
+
+def _reference_backward(*arguments: Any) -> Tensor:
+    *_, tokens_contiguous, _, _ = arguments
+    grad_x = _gradient(*arguments)
+    return grad_x.transpose(1, 2).contiguous().transpose(1, 2) if tokens_contiguous else grad_x.contiguous()
+
+
+def _gradient(
     grad: Tensor,
     x: Tensor | None,
     stats: Tensor,
@@ -317,13 +335,13 @@ def _reference_backward(
     mode: int,
     p: float,
 ) -> Tensor:
-    result = empty_gradient(grad, tokens, cu_seqlens is not None, tokens_contiguous)
+    """The gradient of x, in plain torch that can be differentiated."""
     source = None
     if cu_seqlens is not None:
         x, source = _padded(grad.new_zeros(tokens, grad.shape[1]) if x is None else x, cu_seqlens)
         mask = source >= 0
     elif x is None:
-        x = grad.new_zeros(result.shape)
+        x = grad.new_zeros(grad.shape[0], tokens, grad.shape[1])
     wide = torch.promote_types(grad.dtype, torch.float32)
     live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
     g, x = grad.to(wide)[:, None], torch.where(live, x.to(wide), 0.0)
@@ -341,8 +359,11 @@ def _reference_backward(
         parts = parts / live.sum(1, keepdim=True).clamp(min=1)
     parts = torch.where(live, parts, 0.0).to(grad.dtype)
     if source is None:
-        return result.copy_(parts)
-    return result.index_copy_(0, source[source >= 0], parts[source >= 0])
+        return parts
+    # One row more, for what comes from nowhere.
+    places = torch.where(source >= 0, source, tokens).reshape(-1)
+    rows = parts.reshape(-1, parts.shape[2])
+    return parts.new_zeros(tokens + 1, parts.shape[2]).index_add(0, places, rows)[:tokens]
 
 
 def _too_long(arguments: Arguments) -> list[str]:
@@ -350,6 +371,13 @@ def _too_long(arguments: Arguments) -> list[str]:
     return [] if tokens < 2**31 else [f"x has {tokens} tokens, and kernels count them in 32 bits"]
 
 
+register_autograd(
+    "pool_forward",
+    _backward,
+    setup_context=_setup_context,
+    meaning=_meaning,
+    differentiable_backward=_differentiable_backward,
+)
 register("pool_forward", "reference", _reference_forward, lambda arguments: [])
 register("pool_backward", "reference", _reference_backward, lambda arguments: [])
 for _name in ("pool_forward", "pool_backward"):

@@ -108,10 +108,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, None, None, None, None, None, grad_weight, None
 
 
-register_autograd("gather_rows", _backward, setup_context=_setup_context)
-
-
-def _reference(
+def _meaning(
     x: Tensor,
     index: Tensor,
     offsets: Tensor | None,
@@ -120,20 +117,29 @@ def _reference(
     back_offsets: Tensor | None,
     back_weight: Tensor | None,
 ) -> Tensor:
-    out = _result(x, index, offsets)
-    if not x.shape[1]:
-        return out.zero_()
     wide = torch.promote_types(x.dtype, torch.float32)
-    taken = x.gather(1, index.clamp(min=0).long()[..., None].expand(-1, -1, x.shape[2])).to(wide)
-    taken = torch.where(index[..., None] >= 0, taken, 0.0)
-    if weight is not None:
-        taken = taken * weight[..., None]
-    if offsets is None:
-        return out.copy_(taken)
-    entries = torch.arange(index.shape[1], device=x.device).expand(index.shape).contiguous()
-    row = torch.searchsorted(offsets.long(), entries, right=True) - 1
-    sums = taken.new_zeros(out.shape).scatter_add_(1, row[..., None].expand_as(taken), taken)
-    return out.copy_(sums)
+    rows = index.shape[1] if offsets is None else offsets.shape[1] - 1
+    if back_offsets is None:
+        # Each row of x goes to one of the result, or behind the last one. The weights that have a gradient are these.
+        taken = x.to(wide) if back_weight is None else x.to(wide) * back_weight[..., None]
+        row = torch.where(back_index >= 0, back_index, rows).long()
+    else:
+        # One row more, for what is nothing.
+        taken = torch.cat([x.to(wide), x.new_zeros(x.shape[0], 1, x.shape[2], dtype=wide)], 1)
+        taken = taken.gather(1, _along(torch.where(index >= 0, index, x.shape[1]).long(), x))
+        if weight is not None:
+            taken = taken * weight[..., None]
+        if offsets is None:
+            return taken.to(x.dtype)
+        entries = torch.arange(index.shape[1], device=x.device).expand(index.shape).contiguous()
+        row = torch.searchsorted(offsets.long(), entries, right=True) - 1
+    sums = taken.new_zeros(x.shape[0], rows + 1, x.shape[2]).scatter_add(1, _along(row, x), taken)
+    return sums[:, :rows].to(x.dtype).contiguous()
+
+
+def _along(index: Tensor, x: Tensor) -> Tensor:
+    """``(batch, entries)`` for all columns of x."""
+    return index[..., None].expand(*index.shape, x.shape[2])
 
 
 def _too_many(arguments: Arguments) -> list[str]:
@@ -141,7 +147,8 @@ def _too_many(arguments: Arguments) -> list[str]:
     return [] if rows < 2**31 else [f"there are {rows} rows, and kernels count them in 32 bits"]
 
 
-register("gather_rows", "reference", _reference, lambda arguments: [])
+register_autograd("gather_rows", _backward, setup_context=_setup_context, meaning=_meaning)
+register("gather_rows", "reference", _meaning, lambda arguments: [])
 cpu.register_cpu("gather_rows", reasons=lambda arguments: cpu.common_reasons(arguments) + _too_many(arguments))
 cuda.register_cuda("gather_rows", _too_many)
 triton.register_triton(

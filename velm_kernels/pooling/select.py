@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, forced, register_public
+from velm_kernels.backends import Arguments, derivatives, forced, register_public
 from velm_kernels.backends.library import LIBRARY
 from velm_kernels.pooling.pool import checked_integers, checked_mask
 from velm_kernels.pooling.rows import canonical as canonical_rows
@@ -174,4 +174,5 @@ def _fake_select_rows(
 
 LIBRARY.impl("select_rows", _select_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("velm::select_rows", _fake_select_rows, lib=LIBRARY)
+derivatives.register_vmap(LIBRARY, "select_rows")
 register_public("select_tokens", "gather_rows", canonical)
