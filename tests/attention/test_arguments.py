@@ -97,7 +97,7 @@ def test_bad_packing(cu_q: list[int], cu_k: list[int], more: dict[str, Any], wor
 
 
 def test_unknown_backend_and_forced_backend() -> None:
-    expected = "use_backend: expected one of cuda, triton, cpu, reference, given 'gpu'"
+    expected = "use_backend: expected one of cuda, triton, cpu, torch, reference, given 'gpu'"
     with pytest.raises(ValueError, match=expected), velm_kernels.use_backend("gpu"):
         pass
     double = {name: tensor.double() for name, tensor in inputs().items()}

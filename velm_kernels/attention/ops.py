@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from velm_kernels import backends, checks
-from velm_kernels.attention import reference_backend
+from velm_kernels.attention import reference_backend, torch_attention  # noqa: F401, which registers itself
 from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
 from velm_kernels.backends import Arguments, cpu, cuda, triton
 from velm_kernels.backends.library import register_autograd

@@ -1,9 +1,10 @@
 """Which implementations of an operator exist here, what each accepts, and which one is taken.
 
-Every operator has up to four implementations, tried in this order: ``cuda``, ``triton``, ``cpu``, ``reference``. One
-more, ``device_on_host`` (the CUDA kernels on threads of the host), is for tests and only taken where it is asked for.
-An implementation answers for given arguments with a list of reasons why it cannot serve them; the first one whose
-list is empty is taken. The choice depends on the arguments alone, never on a timing.
+An operator has up to five implementations: ``cuda``, ``triton``, ``cpu``, ``torch`` (kernels of torch that compute
+exactly this) and ``reference`` (its meaning, by torch in steps). One more, ``device_on_host`` (the CUDA kernels on
+threads of the host), is for tests and only taken where it is asked for. An implementation answers for given arguments
+with a list of reasons why it cannot serve them; the first one whose list is empty is taken, in an order that depends on
+operator and device (:mod:`velm_kernels.backends.order`). The choice depends on the arguments alone, never on a timing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from velm_kernels.backends import failures
+from velm_kernels.backends import failures, order
 from velm_kernels.backends.choice import Choice
 from velm_kernels.backends.failures import NoBackendError
 
@@ -38,7 +39,8 @@ __all__ = [
     "warn_of_plain_torch",
 ]
 
-ORDER = ("cuda", "triton", "cpu", "reference")
+# All that calls are served by; in which order, module `order` says.
+ORDER = ("cuda", "triton", "cpu", "torch", "reference")
 ON_REQUEST = ("device_on_host",)
 
 # Packages whose lines a warning does not point at: the user wrote the line that called them.
@@ -126,10 +128,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def reasons_against(operator: str, arguments: Arguments, wanted: str = "") -> dict[str, list[str]]:
-    """For every backend in the order they are tried: why it cannot serve ``arguments`` (empty: it can).
+    """Why each backend cannot serve ``arguments`` (empty: it can); first those that are tried, in their order.
 
     ``wanted`` is listed too if it is one that is only taken on request."""
-    listed = ORDER + tuple(name for name in ON_REQUEST if name == wanted)
+    tried = order.of(operator, arguments)
+    listed = tried + tuple(
+        name for name in ORDER + ON_REQUEST if name not in tried and (name in ORDER or name == wanted)
+    )
     return {backend: _reasons(operator, backend, arguments) for backend in listed}
 
 
@@ -151,7 +156,7 @@ def select(operator: str, arguments: Arguments, wanted: str = "") -> Implementat
             ) from failures.cause_of(operator, wanted, arguments)
         return _implementations[operator][wanted]
     taken, refused = _first_that_can(operator, arguments)
-    if taken.backend == "reference":
+    if taken.backend == "reference" or (taken.backend == "torch" and "cpu" in refused):
         _warn_of_fallback(operator, arguments, refused)
     return taken
 
@@ -160,7 +165,7 @@ def _first_that_can(operator: str, arguments: Arguments) -> tuple[Implementation
     """The first implementation that has no reasons against it, and the reasons of those before it."""
     found = _implementations.get(operator, {})
     refused: dict[str, list[str]] = {}
-    for backend in ORDER:
+    for backend in order.of(operator, arguments):
         if backend not in found:
             continue
         reasons = _reasons(operator, backend, arguments)
@@ -270,7 +275,7 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     public = _public_functions[name]
     wanted = forced()
     reasons = reasons_against(public.operator, public.canonical(*args, **kwargs), wanted)
-    taken = wanted or next(backend for backend in ORDER if not reasons[backend])
+    taken = wanted or next(backend for backend in reasons if not reasons[backend])
     lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
     width = max(map(len, reasons)) + 1
     for backend, why in reasons.items():

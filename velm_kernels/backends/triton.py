@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, failures, register, tensors_of
+from velm_kernels.backends import Arguments, devices, failures, register, tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Oldest architecture that the kernels are compiled for.
@@ -81,7 +81,7 @@ def why_not(device: torch.device) -> list[str]:
         return [f"no Triton kernels for {device.type} tensors"]
     if torch.version.hip is not None:
         return ["not tested on ROCm"]
-    capability = _capability(device.index)
+    capability = devices.capability(device.index)
     if capability < OLDEST:
         return [f"compute capability {capability / 10} is older than {OLDEST / 10}"]
     return []
@@ -146,19 +146,13 @@ def is_recording() -> bool:
     return _recorded is not None
 
 
-@functools.lru_cache(maxsize=64)
-def _capability(index: int | None) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    return major * 10 + minor
-
-
 def architecture(device: torch.device) -> int:
     """The column of `TABLE` for a device: 0 for the interpreter, else 80, 90, 100 or 120."""
     if _pretended is not None:
         return _pretended
     if device.type != "cuda" or is_interpreted():
         return 0
-    capability = _capability(device.index)
+    capability = devices.capability(device.index)
     if capability >= 120:
         return 120
     if capability >= 100:

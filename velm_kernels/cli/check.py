@@ -73,6 +73,7 @@ def targets() -> tuple[list[Target], list[tuple[str, str]]]:
         else:
             missing.append((f"cpu ({isa})", reason))
     device = "cpu" if cuda.why_no_gpu() else "cuda"
+    found.append(Target("torch", device=device))
     query = torch.zeros(1, 1, 1, 16, device=device)
     for name in ("triton", "cuda"):
         with velm_kernels.use_backend(name):

@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import as_matrix, unit_last_stride
-from velm_kernels.linear import cpu_backend, reference
+from velm_kernels.linear import cpu_backend, reference, torch_backend  # noqa: F401, which registers itself
 from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.linear.rule import own_product
 
@@ -73,8 +73,10 @@ def _is_plain_torch(x: Tensor, out_features: int) -> bool:
 
     Under torch.compile the graph keeps the operator, whose choice may then depend on sizes known at run time.
     """
-    if torch.compiler.is_compiling() or forced() or x.device.type != "cpu" or x.dtype not in cpu.DTYPES:
+    if torch.compiler.is_compiling() or forced() or x.dtype not in cpu.DTYPES:
         return False
+    if x.device.type != "cpu":
+        return True
     in_features = x.shape[-1]
     rows = x.numel() // in_features if in_features else 0
     return not own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad)
