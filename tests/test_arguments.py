@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .operators import CALLS, Arguments, Call
+import velm_kernels
+
+from .operators import CALLS, MODULES, Arguments, Call, ModuleCall
 
 LONGEST = 300
 
@@ -35,7 +37,7 @@ def wrong_kinds(annotation: str) -> Iterator[tuple[str, Any]]:
     # Also of a sequence of tensors the first one is named.
     yield r"list of 40000|float 0\.25", [0.25] * 40_000
     if "Tensor" not in annotation or not re.search("Sequence|tuple|Sketch", annotation):
-        yield "list", [tensors] * 3
+        yield r"list|\(2, 3\)", [tensors] * 3
     yield "ndarray", numpy.ones((2, 3))
     yield "object", object()
     yield "dict", {"x": tensors}
@@ -145,4 +147,60 @@ def test_functions_refuse_wrong_arguments(call: Call) -> None:
     found: list[str] = []
     for name, parameter in parameters.items():
         found += complaints(call.function, call.arguments(), name, str(parameter.annotation), list(parameters))
+    assert not found, "\n".join(found)
+
+
+def test_other_functions_refuse_wrong_arguments() -> None:
+    model, tensors = torch.nn.Linear(2, 2), torch.randn(2, 3)
+    found: list[str] = []
+    for name in ("features", "dim", "seed", "generator"):
+        annotation = "int | None" if name == "seed" else "int" if name != "generator" else "torch.Generator | None"
+        given = {"features": 4, "dim": 8}
+        found += complaints(velm_kernels.make_sketch, given, name, annotation, ["features", "dim", "seed"])
+    for wrong, kind in ((3, "int"), (0.5, "float"), (tensors, r"\(2, 3\)"), ([3], "int"), (object(), "object")):
+        found += filter(None, [complaint(lambda w=wrong: velm_kernels.patch(model, only=w), ["only"], kind, True)])
+    for function in (velm_kernels.patch, velm_kernels.unpatch):
+        for wrong in (None, "text", [model], tensors):
+            kind = r"\(2, 3\)" if wrong is tensors else type(wrong).__name__.replace("NoneType", "None")
+            found += filter(None, [complaint(lambda w=wrong, f=function: f(w), ["model"], kind, True)])
+    found += filter(None, [complaint(lambda: velm_kernels.patch(model, strict=1), ["strict"], "int", True)])
+    for wrong in (None, 3, [1.0] * 1000):
+        found += filter(None, [complaint(lambda w=wrong: velm_kernels.explain(w), ["name"], None, True)])
+
+        def use(wrong: Any = wrong) -> None:
+            with velm_kernels.use_backend(wrong):
+                pass
+
+        found += filter(None, [complaint(use, ["use_backend"], None, True)])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("call", MODULES, ids=str)
+def test_constructors_refuse_wrong_arguments(call: ModuleCall) -> None:
+    parameters = inspect.signature(call.type).parameters
+    names = list(parameters)
+    found: list[str] = []
+    for name, parameter in parameters.items():
+        annotation = str(parameter.annotation)
+        if annotation != "Any" and annotation != "Parameter" and parameter.annotation is not inspect.Parameter.empty:
+            found += complaints(call.type, call.constructor, name, annotation, names)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("call", MODULES, ids=str)
+def test_modules_refuse_wrong_arguments(call: ModuleCall) -> None:
+    module, arguments = call.module(), call.arguments()
+    parameters = inspect.signature(call.type.forward).parameters
+    found: list[str] = []
+    if isinstance(arguments, tuple):
+        for n, given in enumerate(arguments):
+            for of in (lambda value, n=n: module(*arguments[:n], value, *arguments[n + 1 :]),):
+                names = ["inputs", "weight", "bias"]
+                found += complaints(lambda inputs, of=of: of(inputs), {"inputs": given}, "inputs", "Tensor", names)
+    else:
+        # What is wrong beside parameters may be said of these.
+        names = [*parameters, "weight", "key_weight", "value_weight", "key", "value"]
+        for name, parameter in parameters.items():
+            if name != "self":
+                found += complaints(module, arguments, name, str(parameter.annotation), names)
     assert not found, "\n".join(found)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from velm_kernels.backends import NoBackendError
 
 from .conftest import Backend, every_backend_once
-from .operators import CALLS, Arguments, Call, differentiable_results, results
+from .operators import CALLS, MODULES, Arguments, Call, ModuleCall, call_module, differentiable_results, results
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 
@@ -57,6 +57,28 @@ def test_tensors_without_values_give_results_and_gradients_that_look_the_same(ca
         with counter:
             got = forward_and_backward(call, call.requiring_gradients(call.arguments(device="meta")))
     assert [looks(tensors) for tensors in got] == wanted
+
+
+@pytest.mark.parametrize("call", MODULES, ids=str)
+def test_modules_without_values(call: ModuleCall) -> None:
+    """As accelerate's init_empty_weights and torchinfo run them."""
+    real = call.module()
+    with torch.device("meta"):
+        module = call.module()
+    assert {name: (p.shape, p.dtype) for name, p in module.state_dict().items()} == {
+        name: (p.shape, p.dtype) for name, p in real.state_dict().items()
+    }
+    arguments = call.arguments()
+    meta = tree_map_only(Tensor, lambda x: x.to("meta"), arguments)
+    found = []
+    for of, given in ((real, arguments), (module, meta)):
+        outs = results(call_module(of, given))
+        grads = []
+        if parameters := list(of.parameters()):
+            sums = [out.sum() for out in outs if out.requires_grad]
+            grads = [g for g in torch.autograd.grad(sums, parameters, allow_unused=True) if g is not None]
+        found.append((looks(outs), looks(tuple(grads))))
+    assert found[1] == found[0]
 
 
 @every_call

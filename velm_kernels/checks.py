@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -50,15 +51,33 @@ def tensors(name: str, value: Any, low: int, high: int | None = None) -> list[to
     if isinstance(value, str) or not isinstance(value, (Sequence, torch.nn.ParameterList)):
         raise TypeError(f"{name}: expected a sequence of tensors, given {describe(value)}")
     if len(value) < low or (high is not None and len(value) > high):
-        raise ValueError(
-            f"{name}: expected {low}{' or more' if high is None else f' to {high}'} tensors, given {describe(value)}"
-        )
+        wanted = f"{low} or more" if high is None else f"{low}" if high == low else f"{low} to {high}"
+        raise ValueError(f"{name}: expected {wanted} tensors, given {describe(value)}")
     return [tensor(f"{name}[{i}]", item) for i, item in enumerate(value)]
+
+
+def features(name: str, value: Any, layout: str, size: int, like: Any = None, dims: int | None = None) -> torch.Tensor:
+    """What a module is given: floating point, ``size`` features, on the device of ``like`` if that is a tensor (what a
+    quantised layer has under the name of its weight may be none)."""
+    dtype_in(name, tensor(name, value, dims=dims, layout=layout), FLOAT_DTYPES)
+    if value.dim() == 0 or value.shape[-1] != size:
+        raise ValueError(f"{name}: expected {layout} with {size} features, given {tuple(value.shape)}")
+    if isinstance(like, torch.Tensor):
+        same_device(name, value, "the parameters", like)
+    return value
 
 
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} like {other_name}, given {value.device}")
+
+
+def ranges(name: str, value: Any) -> None:
+    """A pair of tensors that two more checks are for."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair of tensors (start, stop), given {describe(value)}")
+    for i, item in enumerate(value):
+        dtype_in(f"{name}[{i}]", tensor(f"{name}[{i}]", item), INTEGER_DTYPES)
 
 
 def dtype_in(name: str, value: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -112,10 +131,21 @@ def broadcast_shapes(*shapes: Sequence[int]) -> tuple[int, ...]:
     return first if all(other == first for other in others) else tuple(torch.broadcast_shapes(first, *others))
 
 
+def leading(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, *shapes: Sequence[int]) -> None:
+    """``shapes``, the leading dimensions of ``value`` and ``like`` as they stand beside each other, broadcast."""
+    try:
+        broadcast_shapes(*shapes)
+    except RuntimeError:
+        raise ValueError(
+            f"{name}: expected leading dimensions that broadcast with those of {like_name} {tuple(like.shape)}, "
+            f"given {tuple(value.shape)}"
+        ) from None
+
+
 def number(name: str, value: Any, low: float, high: float, *, described: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, given {describe(value)}")
-    if not low <= value < high:
+    if not low <= value < high:  # type: ignore[operator]
         raise ValueError(f"{name}: expected {described}, given {shown(value)}")
     return float(value)
 
@@ -126,10 +156,10 @@ def probability(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any, low: int, high: int | None = None, *, described: str = "") -> int:
     """An integer from ``low`` to ``high``, both included."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, numbers.Integral)):
         raise TypeError(f"{name}: expected an integer, given {describe(value)}")
-    if value < low or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"{low} to {high}"
+    if value < low or (high is not None and value > high):  # type: ignore[operator]
+        limits = f"at least {low}" if high is None or high >= 2**31 - 1 > value else f"{low} to {high}"
         raise ValueError(f"{name}: expected {described or limits}, given {shown(value)}")
     return value  # type: ignore[return-value]
 

@@ -193,7 +193,7 @@ def test_key_mass_of_a_module() -> None:
     [
         (lambda: velm_kernels.CrossAttention(25, 4), "embed_dim: expected a multiple of num_heads = 4, given 25"),
         (lambda: velm_kernels.CrossAttention(24, 4, num_kv_heads=3), "num_heads: expected a multiple of num_kv_heads"),
-        (lambda: velm_kernels.CrossAttention(24, 4, dropout=1.0), "dropout: expected a number in"),
+        (lambda: velm_kernels.CrossAttention(24, 4, dropout=1.0), "dropout: expected a probability in"),
         (lambda: velm_kernels.CoAttention(24, 16, 5), "inner_dim: expected a multiple of num_heads = 5, given 16"),
         (lambda: velm_kernels.BidirectionalAttention(24, 16, 30, 4), "inner_dim: expected a multiple of num_heads"),
     ],

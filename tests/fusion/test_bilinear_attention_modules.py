@@ -95,7 +95,7 @@ def test_dropout_only_in_training_and_bad_arguments():
     assert not torch.equal(module(v, q)[0], module(v, q)[0])
     module.eval()
     assert torch.equal(module(v, q)[0], module(v, q, None)[0])
-    with pytest.raises(ValueError, match=r"dropout: expected two probabilities in \[0, 1\), given \[0.2\]"):
+    with pytest.raises(ValueError, match=r"dropout: expected two probabilities in \[0, 1\), given list of 1"):
         BilinearAttention(9, 7, 5, 2, dropout=[0.2])
     with pytest.raises(ValueError, match="dropout: "):
         BilinearAttentionPool(9, 7, 5, dropout=1.0)

@@ -77,7 +77,7 @@ def test_only(only, expected):
 
 def test_only_that_selects_nothing_is_an_error():
     model, _ = build("vilt")
-    with pytest.raises(ValueError, match="'lxmert' selects no module"):
+    with pytest.raises(ValueError, match="given 'lxmert', which selects no module"):
         velm_kernels.patch(model, only=["vilt", "lxmert"])
     with pytest.raises(TypeError, match="only: expected strings, got int"):
         velm_kernels.patch(model, only=[3])

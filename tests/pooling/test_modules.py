@@ -53,7 +53,7 @@ def test_attention_pool_2d_is_clips() -> None:
 def test_attention_pool_refuses_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="heads: expected a divisor of dim = 8, given 3"):
         velm_kernels.AttentionPool(8, 3)
-    with pytest.raises(ValueError, match=r"x: expected \(..., tokens, 8\), given \(2, 5, 7\)"):
+    with pytest.raises(ValueError, match=r"x: expected \(batch, tokens, dim\) with 8 features, given \(2, 5, 7\)"):
         velm_kernels.AttentionPool(8, 2)(torch.randn(2, 5, 7))
 
 

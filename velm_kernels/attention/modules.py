@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
 from velm_kernels.attention.bidirectional import bidirectional_attention
 from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.ops import cross_attention
+from velm_kernels.constructors import checked
 from velm_kernels.linear import MLP, Linear
 
 
@@ -19,10 +21,18 @@ def _divide(name: str, total: int, by_name: str, by: int) -> int:
     return total // by
 
 
-def _probability(name: str, value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a number in [0, 1), given {value}")
-    return float(value)
+def _check_streams(
+    a: Tensor, b: Tensor, dim_a: int, dim_b: int, mask_a: Tensor | None, mask_b: Tensor | None, like: Any = None
+) -> None:
+    checks.features("states_a", a, "(batch, a, dim_a)", dim_a, like, 3)
+    checks.features("states_b", b, "(batch, b, dim_b)", dim_b, like, 3)
+    if b.shape[0] != a.shape[0]:
+        raise ValueError(f"states_b: expected (batch, b, dim_b) with batch = {a.shape[0]}, given {tuple(b.shape)}")
+    for name, mask, states in (("mask_a", mask_a, a), ("mask_b", mask_b, b)):
+        if mask is not None:
+            checks.shape(name, checks.tensor(name, mask), f"(batch, {name[-1]})", states.shape[:2])
+            checks.dtype_in(name, mask, (torch.bool,))
+            checks.same_device(name, mask, name.replace("mask", "states"), states)
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
@@ -54,6 +64,7 @@ class CrossAttention(nn.Module):
     Projections start as Xavier uniform with zero biases, norm weights as ones.
     """
 
+    @checked(num_heads=1, num_kv_heads=1, head_dim=1)
     def __init__(
         self,
         embed_dim: int,
@@ -75,7 +86,7 @@ class CrossAttention(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _divide("num_heads", num_heads, "num_kv_heads", self.num_kv_heads)
         self.head_dim = _divide("embed_dim", embed_dim, "num_heads", num_heads) if head_dim is None else head_dim
-        self.dropout, self.norm_eps = _probability("dropout", dropout), norm_eps
+        self.dropout, self.norm_eps = checks.probability("dropout", dropout), norm_eps
         self.q_proj = Linear(embed_dim, num_heads * self.head_dim, bias=bias, **factory)
         self.k_proj = Linear(self.kv_dim, self.num_kv_heads * self.head_dim, bias=bias, **factory)
         self.v_proj = Linear(self.kv_dim, self.num_kv_heads * self.head_dim, bias=bias, **factory)
@@ -124,6 +135,9 @@ class CrossAttention(nn.Module):
         Returns:
             ``(batch, queries, embed_dim)``, or that and the key mass.
         """
+        like = self.q_proj.weight
+        checks.features("hidden_states", hidden_states, "(batch, queries, embed_dim)", self.embed_dim, like, 3)
+        checks.features("encoder_hidden_states", encoder_hidden_states, "(batch, keys, kv_dim)", self.kv_dim, like, 3)
         results = cross_attention(
             _split(self.q_proj(hidden_states), self.num_heads),
             _split(self.k_proj(encoder_hidden_states), self.num_kv_heads),
@@ -176,6 +190,7 @@ class GatedCrossAttention(nn.Module):
         Others as in :class:`CrossAttention`.
     """
 
+    @checked(num_heads=1, num_kv_heads=1, head_dim=1)
     def __init__(
         self,
         embed_dim: int,
@@ -230,8 +245,15 @@ class GatedCrossAttention(nn.Module):
         Returns:
             ``(batch, queries, embed_dim)``.
         """
-        if row_mask is None and key_ranges is not None:
-            row_mask = key_ranges[1] > key_ranges[0]
+        embed_dim, like = self.attention.embed_dim, self.attention_gate
+        checks.features("hidden_states", hidden_states, "(batch, queries, embed_dim)", embed_dim, like, 3)
+        if key_ranges is not None:
+            checks.ranges("key_ranges", key_ranges)
+            rows = tuple(hidden_states.shape[:2])
+            for i, bound in enumerate(key_ranges):
+                checks.shape(f"key_ranges[{i}]", bound, "(batch, queries)", rows)
+                checks.same_device(f"key_ranges[{i}]", bound, "hidden_states", hidden_states)
+            row_mask = key_ranges[1] > key_ranges[0] if row_mask is None else row_mask
         branch = self.attention(
             self.attention_norm(hidden_states),
             encoder_hidden_states,
@@ -258,6 +280,7 @@ class CoAttention(nn.Module):
         layer_norm_eps: of both layer norms.
     """
 
+    @checked(num_heads=1)
     def __init__(
         self,
         dim_a: int,
@@ -294,6 +317,8 @@ class CoAttention(nn.Module):
         Returns:
             ``(batch, a, dim_a)`` and ``(batch, b, dim_b)``.
         """
+        dim_a, dim_b, like = self.attention_a.embed_dim, self.attention_b.embed_dim, self.norm_a.weight
+        _check_streams(states_a, states_b, dim_a, dim_b, mask_a, mask_b, like)
         branch_a = self.attention_a(states_a, states_b, key_mask=mask_b)
         branch_b = self.attention_b(states_b, states_a, key_mask=mask_a)
         return self.norm_a(states_a + branch_a), self.norm_b(states_b + branch_b)
@@ -314,6 +339,7 @@ class BidirectionalAttention(nn.Module):
         layer_norm_eps: of both layer norms.
     """
 
+    @checked(num_heads=1)
     def __init__(
         self,
         dim_a: int,
@@ -330,7 +356,7 @@ class BidirectionalAttention(nn.Module):
         super().__init__()
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         _divide("inner_dim", inner_dim, "num_heads", num_heads)
-        self.inner_dim, self.num_heads, self.dropout = inner_dim, num_heads, _probability("dropout", dropout)
+        self.inner_dim, self.num_heads, self.dropout = inner_dim, num_heads, checks.probability("dropout", dropout)
         self.norm_a = nn.LayerNorm(dim_a, eps=layer_norm_eps, **factory)
         self.norm_b = nn.LayerNorm(dim_b, eps=layer_norm_eps, **factory)
         self.query_a = Linear(dim_a, inner_dim, bias=bias, **factory)
@@ -339,8 +365,8 @@ class BidirectionalAttention(nn.Module):
         self.value_b = Linear(dim_b, inner_dim, bias=bias, **factory)
         self.out_a = Linear(inner_dim, dim_a, bias=bias, **factory)
         self.out_b = Linear(inner_dim, dim_b, bias=bias, **factory)
-        self.scale_a = nn.Parameter(torch.full((dim_a,), layer_scale, **factory))
-        self.scale_b = nn.Parameter(torch.full((dim_b,), layer_scale, **factory))
+        self.scale_a = nn.Parameter(torch.full((dim_a,), float(layer_scale), **factory))
+        self.scale_b = nn.Parameter(torch.full((dim_b,), float(layer_scale), **factory))
         for name in ("query_a", "query_b", "value_a", "value_b", "out_a", "out_b"):
             _reset_projection(getattr(self, name))
 
@@ -358,6 +384,7 @@ class BidirectionalAttention(nn.Module):
         Returns:
             ``(batch, a, dim_a)`` and ``(batch, b, dim_b)``.
         """
+        _check_streams(states_a, states_b, self.scale_a.shape[0], self.scale_b.shape[0], mask_a, mask_b, self.scale_a)
         normed_a, normed_b = self.norm_a(states_a), self.norm_b(states_b)
         out_a, out_b = bidirectional_attention(
             _split(self.query_a(normed_a), self.num_heads),

@@ -330,8 +330,7 @@ def _ranges(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if key_ranges is None:
         return None, None
-    if not isinstance(key_ranges, (tuple, list)) or len(key_ranges) != 2:
-        raise TypeError(f"key_ranges: expected a pair of tensors (start, stop), given {checks.describe(key_ranges)}")
+    checks.ranges("key_ranges", key_ranges)
     start = _integers("key_ranges[0]", key_ranges[0], query, layout, expected)
     return start, _integers("key_ranges[1]", key_ranges[1], query, layout, expected)
 

@@ -108,6 +108,8 @@ def forced() -> str:
 
 
 def _checked_name(name: str, source: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"{source}: expected one of {', '.join(ORDER)}, given {type(name).__name__}")
     if name and name not in ORDER + ON_REQUEST:
         raise ValueError(f"{source}: expected one of {', '.join(ORDER)}, given {name!r}")
     return name
@@ -270,6 +272,8 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
 
     >>> print(velm_kernels.explain("cross_attention", query, key, value))
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected the name of an operator, given {type(name).__name__}")
     if name not in _public_functions:
         raise ValueError(f"explain: expected one of {', '.join(sorted(_public_functions))}, given {name!r}")
     public = _public_functions[name]

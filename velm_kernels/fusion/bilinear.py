@@ -62,10 +62,10 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
     """The leading dimensions of the result; those of a row of x for every region of y count as broadcast."""
-    return checks.broadcast_shapes(_beside(x, y), y.shape[:-1])
+    return checks.broadcast_shapes(beside(x, y), y.shape[:-1])
 
 
-def _beside(x: Tensor, y: Tensor) -> tuple[int, ...]:
+def beside(x: Tensor, y: Tensor) -> tuple[int, ...]:
     """The leading dimensions of x as they stand beside those of y."""
     leading = tuple(x.shape[:-1])
     if len(leading) == 1 and y.dim() == 3 and leading[0] == y.shape[0]:
@@ -99,14 +99,14 @@ def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
         ) from None
     if weight.stride(2) != 1 and dy > 1:
         weight = weight.contiguous()
-    beside = _beside(x, y)
+    of_x = beside(x, y)
     # One row of x for all regions: the last leading dimension.
-    if len(leading) >= 1 and leading[-1] > 1 and (len(beside) == 0 or beside[-1] == 1):
+    if len(leading) >= 1 and leading[-1] > 1 and (len(of_x) == 0 or of_x[-1] == 1):
         batch, regions = leading[:-1], leading[-1]
-        x = x.reshape(*(beside[:-1] if beside else ()), dx).expand(*batch, dx)
+        x = x.reshape(*(of_x[:-1] if of_x else ()), dx).expand(*batch, dx)
         y = y.expand(*leading, dy).reshape(product(batch), regions, dy)
         return {"x": as_matrix(x), "y": unit_last_stride(y), "weight": weight, "bias": _contiguous(bias)}
-    x = x.reshape(*beside, dx).expand(*leading, dx)
+    x = x.reshape(*of_x, dx).expand(*leading, dx)
     y = y.expand(*leading, dy)
     return {"x": as_matrix(x), "y": as_matrix(y), "weight": weight, "bias": _contiguous(bias)}
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool, live_rows
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.linear import linear
@@ -44,17 +47,26 @@ def _dropped(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 def _checked_dropout(dropout: Sequence[float]) -> tuple[float, float]:
-    if len(dropout) != 2 or not all(0 <= p < 1 for p in dropout):
-        raise ValueError(f"dropout: expected two probabilities in [0, 1), given {list(dropout)}")
-    return float(dropout[0]), float(dropout[1])
+    if len(dropout) != 2:
+        raise ValueError(f"dropout: expected two probabilities in [0, 1), given {checks.describe(list(dropout))}")
+    return checks.probability("dropout[0]", dropout[0]), checks.probability("dropout[1]", dropout[1])
 
 
-def _without_padding(x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
+def _checked(name: str, x: Tensor, layer: _Projection) -> Tensor:
+    (projection,) = layer.main.values()
+    weight = cast(_WeightNormLinear, projection).weight_v
+    rows = "regions" if name == "v" else "words"
+    return checks.features(name, x, f"(batch, {rows}, {name}_dim)", weight.shape[1], weight, 3)
+
+
+def _without_padding(name: str, x: Tensor, lengths: Tensor | None, mask: Tensor | None) -> Tensor:
     """Zeros where a row does not count: padding may hold NaN, which must not reach the gradients of weights."""
     if lengths is None and mask is None:
         return x
+    if lengths is not None:
+        lengths = checks.integers(f"{name}_lengths", lengths, "(batch,)", x.shape[:1], name, x)
     if mask is not None:
-        mask = mask.expand(x.shape[:2])
+        mask = checks.mask(f"{name}_mask", mask, "the first dimensions of " + name, x.shape[:2], name, x)
     return torch.where(live_rows(x, lengths, mask)[..., None], x, 0.0)
 
 
@@ -100,6 +112,7 @@ class BilinearAttention(nn.Module):
         regions that are all zeros, and ``v_mask=None`` none. What does not count may hold NaN.
     """
 
+    @checked(factor=1)
     def __init__(
         self,
         x_dim: int,
@@ -124,8 +137,9 @@ class BilinearAttention(nn.Module):
         v_lengths: Tensor | None = None,
         q_lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        v, q = _checked("v", v, self.logits.v_net), _checked("q", q, self.logits.q_net)
         mask = ((v != 0).any(-1) if v_mask else None) if isinstance(v_mask, bool) else v_mask
-        v, q = _without_padding(v, v_lengths, mask), _without_padding(q, q_lengths, q_mask)
+        v, q = _without_padding("v", v, v_lengths, mask), _without_padding("q", q, q_lengths, q_mask)
         maps, logits = self.logits(v, q, v_mask=mask, q_mask=q_mask, v_lengths=v_lengths, q_lengths=q_lengths)
         return maps, logits
 
@@ -157,6 +171,7 @@ class BilinearAttentionPool(nn.Module):
         ``q_mask``, ``v_lengths`` and ``q_lengths`` as in the function.
     """
 
+    @checked(factor=1)
     def __init__(self, v_dim: int, q_dim: int, h_dim: int, dropout: float = 0.2, factor: int = 1) -> None:
         super().__init__()
         self.factor = factor
@@ -175,7 +190,8 @@ class BilinearAttentionPool(nn.Module):
         v_lengths: Tensor | None = None,
         q_lengths: Tensor | None = None,
     ) -> Tensor:
-        v, q = _without_padding(v, v_lengths, v_mask), _without_padding(q, q_lengths, q_mask)
+        v, q = _checked("v", v, self.v_net), _checked("q", q, self.q_net)
+        v, q = _without_padding("v", v, v_lengths, v_mask), _without_padding("q", q, q_lengths, q_mask)
         return bilinear_attention_pool(
             self.v_net(v),
             self.q_net(q),

@@ -8,6 +8,8 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.factorized import factorized_pool
 from velm_kernels.fusion.pair import PairFusion, project, root_and_norm
@@ -35,6 +37,7 @@ class Tucker(PairFusion):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -88,8 +91,7 @@ class _Chunked(PairFusion):
             dropout_pre_lin=dropout_pre_lin,
             dropout_output=dropout_output,
         )
-        if pos_norm not in self.positions:
-            raise ValueError(f"pos_norm: expected one of {', '.join(self.positions)}, given {pos_norm!r}")
+        checks.choice("pos_norm", pos_norm, self.positions)
         self.chunks, self.shared, self.pos_norm = chunks, shared, pos_norm
         self.sizes_list = chunk_sizes(mm_dim, chunks)
         self.make_linears(mm_dim, mm_dim, shared)
@@ -129,6 +131,7 @@ class BlockTucker(_Chunked):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked(chunks=1)
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -176,6 +179,7 @@ class Block(_Chunked):
         as in :class:`BlockTucker`.
     """
 
+    @checked(chunks=1, rank=1)
     def __init__(
         self,
         input_dims: Sequence[int],

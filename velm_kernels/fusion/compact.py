@@ -46,7 +46,7 @@ def make_sketch(
         seed: instead of a generator: the same hashes whenever it is given.
         device: where they are put; they are drawn on the CPU.
     """
-    checks.integer("features", features, 0)
+    checks.integer("features", features, 0, 2**31 - 1)
     checks.integer("dim", dim, 1, 2**31 - 1)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator, given {checks.describe(generator)}")

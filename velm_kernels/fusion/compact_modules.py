@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.compact import Sketch, compact_bilinear, make_sketch
 from velm_kernels.fusion.pair import PairFusion, checked_pair
 
@@ -55,6 +56,7 @@ class MCB(PairFusion):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked(mm_dim=1)
     def __init__(
         self,
         input_dims: Sequence[int],

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.factorized import factorized_pool
-from velm_kernels.fusion.pair import PairFusion, checked_dropout, checked_pair, project
+from velm_kernels.fusion.pair import PairFusion, checked_pair, project
 
 
 class MFB(PairFusion):
@@ -35,6 +37,7 @@ class MFB(PairFusion):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked(factor=1)
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -50,7 +53,7 @@ class MFB(PairFusion):
     ) -> None:
         super().__init__(input_dims, output_dim, mm_dim, activ_input, activ_output, dropout_input, 0.0, dropout_output)
         self.factor, self.normalize = factor, normalize
-        self.dropout_pre_norm = checked_dropout("dropout_pre_norm", dropout_pre_norm)
+        self.dropout_pre_norm = checks.probability("dropout_pre_norm", dropout_pre_norm)
         self.make_linears(mm_dim * factor, mm_dim)
 
     def fuse(self, a: Tensor, b: Tensor) -> Tensor:
@@ -74,6 +77,7 @@ class MLB(MFB):
         as in :class:`MFB`.
     """
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -89,7 +93,7 @@ class MLB(MFB):
         super().__init__(
             input_dims, output_dim, mm_dim, 1, activ_input, activ_output, normalize, dropout_input, 0.0, dropout_output
         )
-        self.dropout_pre_lin = checked_dropout("dropout_pre_lin", dropout_pre_lin)
+        self.dropout_pre_lin = checks.probability("dropout_pre_lin", dropout_pre_lin)
 
 
 class MFH(PairFusion):
@@ -112,6 +116,7 @@ class MFH(PairFusion):
     linear0_1: nn.Linear
     linear1_1: nn.Linear
 
+    @checked(factor=1)
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -183,6 +188,7 @@ class Mutan(PairFusion):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked(rank=1)
     def __init__(
         self,
         input_dims: Sequence[int],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.constructors import checked
 from velm_kernels.fusion import reference
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
@@ -208,6 +209,7 @@ class FiLM(nn.Module):
         the shape of x.
     """
 
+    @checked()
     def __init__(
         self,
         condition_dim: int,
@@ -228,6 +230,16 @@ class FiLM(nn.Module):
             self.linear.bias[self.features :] = 0.0
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        size = self.linear.weight.shape[1]
+        checks.features("condition", condition, "(batch, condition_dim)", size, self.linear.weight, 2)
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+        if x.dim() < 2 or x.shape[1 if self.channels_first else -1] != self.features or len(x) != len(condition):
+            layout = "(batch, features, *spatial)" if self.channels_first else "(batch, ..., features)"
+            raise ValueError(
+                f"x: expected {layout} with batch = {len(condition)} and features = {self.features}, "
+                f"given {tuple(x.shape)}"
+            )
+        checks.same_device("x", x, "condition", condition)
         gamma, beta = linear(condition, self.linear.weight, self.linear.bias).chunk(2, -1)
         return film(x, gamma, beta, channels_first=self.channels_first)
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from velm_kernels.fusion.bilinear import bilinear
+from velm_kernels import checks
+from velm_kernels.constructors import checked
+from velm_kernels.fusion.bilinear import beside, bilinear
 from velm_kernels.fusion.low_rank import low_rank_fusion
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, tensor_fusion
 
@@ -22,15 +24,37 @@ class Bilinear(nn.Bilinear):
         and ``(batch, in1_features)`` goes with ``(batch, regions, in2_features)`` too.
     """
 
+    @checked()
+    def __init__(
+        self,
+        in1_features: int,
+        in2_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in1_features, in2_features, out_features, bias, device=device, dtype=dtype)
+
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        checks.features("input1", input1, "(..., in1_features)", self.in1_features, self.weight)
+        checks.features("input2", input2, "(..., in2_features)", self.in2_features, self.weight)
+        checks.leading("input2", input2, "input1", input1, beside(input1, input2), input2.shape[:-1])
         return bilinear(input1, input2, self.weight, self.bias)
 
 
 def _checked_dims(input_dims: Sequence[int]) -> list[int]:
     dims = list(input_dims)
-    if not 2 <= len(dims) <= MOST_INPUTS or any(dim < 0 for dim in dims):
-        raise ValueError(f"input_dims: expected 2 to {MOST_INPUTS} sizes, given {dims}")
+    if not 2 <= len(dims) <= MOST_INPUTS:
+        raise ValueError(f"input_dims: expected 2 to {MOST_INPUTS} sizes, given {checks.describe(dims)}")
     return dims
+
+
+def _check_inputs(inputs: Sequence[Tensor], dims: Sequence[int], like: Tensor) -> None:
+    if len(inputs) != len(dims):
+        raise ValueError(f"inputs: expected {len(dims)} tensors, given {len(inputs)}")
+    for m, (x, dim) in enumerate(zip(inputs, dims, strict=True)):
+        checks.features(f"inputs[{m}]", x, "(..., d)", dim, like)
 
 
 class TensorFusion(nn.Module):
@@ -49,6 +73,7 @@ class TensorFusion(nn.Module):
         one ``(..., d)`` a modality to ``(..., out_features)``.
     """
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -70,6 +95,7 @@ class TensorFusion(nn.Module):
             nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        _check_inputs(inputs, self.input_dims, self.weight)
         return tensor_fusion(inputs, self.weight, self.bias)
 
     def extra_repr(self) -> str:
@@ -93,6 +119,7 @@ class LowRankFusion(nn.Module):
         one ``(..., d)`` a modality to ``(..., out_features)``.
     """
 
+    @checked(rank=1)
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -104,8 +131,6 @@ class LowRankFusion(nn.Module):
     ) -> None:
         super().__init__()
         self.input_dims = _checked_dims(input_dims)
-        if rank < 1:
-            raise ValueError(f"rank: expected a positive number, given {rank}")
         shapes = [(rank, 1 + dim, out_features) for dim in self.input_dims]
         self.factors = nn.ParameterList([torch.empty(shape, device=device, dtype=dtype) for shape in shapes])
         self.weight = nn.Parameter(torch.empty(rank, device=device, dtype=dtype))
@@ -120,6 +145,7 @@ class LowRankFusion(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        _check_inputs(inputs, self.input_dims, self.weight)
         return low_rank_fusion(inputs, list(self.factors), self.weight, self.bias)
 
     def extra_repr(self) -> str:

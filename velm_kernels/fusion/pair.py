@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.factorized import factorized_pool
 from velm_kernels.linear import linear
@@ -26,6 +28,7 @@ class PairFusion(nn.Module):
     linear_out: nn.Linear
     normalize = False
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -38,19 +41,19 @@ class PairFusion(nn.Module):
         dropout_output: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(input_dims) != 2:
-            raise ValueError(f"input_dims: expected 2 sizes, given {list(input_dims)}")
+        checked_dims(input_dims)
         self.input_dims, self.output_dim, self.mm_dim = list(input_dims), output_dim, mm_dim
         self.activ_input = checked_activation("activ_input", activ_input)
         self.activ_output = checked_activation("activ_output", activ_output)
-        self.dropout_input = checked_dropout("dropout_input", dropout_input)
-        self.dropout_pre_lin = checked_dropout("dropout_pre_lin", dropout_pre_lin)
-        self.dropout_output = checked_dropout("dropout_output", dropout_output)
+        self.dropout_input = checks.probability("dropout_input", dropout_input)
+        self.dropout_pre_lin = checks.probability("dropout_pre_lin", dropout_pre_lin)
+        self.dropout_output = checks.probability("dropout_output", dropout_output)
 
     def make_linears(self, width: int, joint: int, shared: bool = False) -> None:
         """The projections to ``width`` features, the same one twice if shared, and the one from ``joint`` features."""
         if shared and self.input_dims[0] != self.input_dims[1]:
-            raise ValueError(f"shared: expected equal input_dims for a shared projection, given {self.input_dims}")
+            given = f"{self.input_dims[0]} and {self.input_dims[1]}"
+            raise ValueError(f"shared: expected equal input_dims for a shared projection, given {given}")
         self.linear0 = nn.Linear(self.input_dims[0], width)
         self.linear1 = self.linear0 if shared else nn.Linear(self.input_dims[1], width)
         self.linear_out = nn.Linear(joint, self.output_dim)
@@ -78,28 +81,31 @@ class PairFusion(nn.Module):
 
 def checked_pair(x: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Both tensors; every row of a matrix goes with all regions of its entry in three dimensions beside it."""
-    if isinstance(x, Tensor) or len(x) != 2:
-        given = f"a tensor {tuple(x.shape)}" if isinstance(x, Tensor) else f"{len(x)}"
-        raise ValueError(f"x: expected a pair of tensors, given {given}")
+    x = checks.tensors("x", x, 2, 2)
     for m, (value, dim) in enumerate(zip(x, dims, strict=True)):
-        if value.dim() == 0 or value.shape[-1] != dim:
-            raise ValueError(f"x[{m}]: expected (..., {dim}), given {tuple(value.shape)}")
+        checks.features(f"x[{m}]", value, f"(..., d_{m})", dim)
     a, b = x
+    checks.same_device("x[1]", b, "x[0]", a)
+    if a.dtype != b.dtype and not checks.autocast_enabled(a.device):
+        raise TypeError(f"x[1]: expected dtype {a.dtype} as x[0], given {b.dtype}")
     if {a.dim(), b.dim()} == {2, 3}:
-        return (a[:, None], b) if a.dim() == 2 else (a, b[:, None])
+        a, b = a if a.dim() == 3 else a[:, None], b if b.dim() == 3 else b[:, None]
+    checks.leading("x[1]", x[1], "x[0]", x[0], a.shape[:-1], b.shape[:-1])
     return a, b
+
+
+def checked_dims(input_dims: Sequence[int]) -> list[int]:
+    """The features of two modalities."""
+    if len(input_dims) != 2:
+        raise ValueError(f"input_dims: expected 2 sizes, given {checks.describe(list(input_dims))}")
+    return list(input_dims)
 
 
 def checked_activation(name: str, value: str | None) -> str:
     if value and not callable(getattr(F, value, None)):
-        raise ValueError(f"{name}: expected the name of a function of torch.nn.functional or None, given {value!r}")
+        given = checks.shown(value)
+        raise ValueError(f"{name}: expected the name of a function of torch.nn.functional or None, given {given}")
     return value or ""
-
-
-def checked_dropout(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: expected a probability in [0, 1), given {value}")
-    return value
 
 
 def project(layer: nn.Linear, x: Tensor, activation: str = "") -> Tensor:

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout import dropout_residual
 from velm_kernels.fusion.pair import (
     PairFusion,
     checked_activation,
-    checked_dropout,
+    checked_dims,
     checked_pair,
     project,
     root_and_norm,
@@ -43,6 +45,7 @@ class LinearSum(PairFusion):
         ``(batch, d)`` goes with ``(batch, regions, d)``.
     """
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -90,6 +93,7 @@ class ConcatMLP(nn.Module):
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast.
     """
 
+    @checked()
     def __init__(
         self,
         input_dims: Sequence[int],
@@ -99,12 +103,10 @@ class ConcatMLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if len(input_dims) != 2:
-            raise ValueError(f"input_dims: expected 2 sizes, given {list(input_dims)}")
-        self.input_dims, self.output_dim = list(input_dims), output_dim
+        self.input_dims, self.output_dim = checked_dims(input_dims), output_dim
         self.dimensions = [*dimensions, output_dim]
         self.activation = checked_activation("activation", activation)
-        self.dropout = checked_dropout("dropout", dropout)
+        self.dropout = checks.probability("dropout", dropout)
         sizes = [sum(input_dims), *self.dimensions]
         layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         # Under the published names, mlp.linears.<layer>.

@@ -53,6 +53,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from velm_kernels import checks
+
 from . import stacking
 from .plain import Absorbs, is_distributed, is_plain_tensor, why_aside
 from .report import Report
@@ -192,7 +194,8 @@ def patch(model: nn.Module, only: str | Iterable[str] | None = None, strict: boo
         RuntimeError: `strict` and something known was left.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, given {checks.describe(model)}")
+    checks.flag("strict", strict)
     _load_families()
     report = Report(type(model).__name__)
     plan: list[tuple[str, nn.Module]] = []
@@ -233,7 +236,7 @@ def unpatch(model: nn.Module) -> int:
     and a warning says so.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"model: expected a torch.nn.Module, given {checks.describe(model)}")
     projections = importlib.import_module("velm_kernels.integrations.projections")
     replaced = [(path, module) for path, module in model.named_modules() if is_replaced(module)]
     made: dict[type, type] = {}
@@ -317,15 +320,20 @@ def _selected(model: nn.Module, only: str | Iterable[str] | None) -> list[tuple[
     known = _known(model)
     if only is None:
         return known
+    if not isinstance(only, Iterable) or isinstance(only, torch.Tensor):
+        raise TypeError(f"only: expected a string, several or None, given {checks.describe(only)}")
     patterns = [only] if isinstance(only, str) else list(only)
     selected: set[str] = set()
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"only: expected strings, got {type(pattern).__name__}")
+            raise TypeError(f"only: expected strings, given {checks.describe(pattern)} among them")
         hits = {path for path, _, _, family in known if family == pattern or fnmatch.fnmatchcase(path, pattern)}
         if not hits:
             present = sorted({family for _, _, _, family in known})
-            raise ValueError(f"only: {pattern!r} selects no module that could be replaced; families here: {present}")
+            raise ValueError(
+                f"only: expected family names ({', '.join(present) or 'none is known here'}) or patterns of module "
+                f"paths, given {checks.shown(pattern)}, which selects no module that could be replaced"
+            )
         selected |= hits
     return [entry for entry in known if entry[0] in selected]
 

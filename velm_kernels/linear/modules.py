@@ -7,14 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.linear.ops import linear
 from velm_kernels.linear.reference import ACTIVATIONS
-
-
-def _checked_activation(activation: str | None) -> str | None:
-    if activation is not None and activation not in ACTIVATIONS[1:]:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])} or None, given {activation!r}")
-    return activation
 
 
 class Linear(nn.Linear):
@@ -31,6 +27,7 @@ class Linear(nn.Linear):
         ``(..., in_features)`` and, if given, residual ``(..., out_features)`` to ``(..., out_features)``.
     """
 
+    @checked()
     def __init__(
         self,
         in_features: int,
@@ -42,9 +39,10 @@ class Linear(nn.Linear):
         activation: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.activation = _checked_activation(activation)
+        self.activation = checks.choice("activation", activation, ACTIVATIONS[1:], or_none=True)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        checks.features("input", input, "(..., in_features)", self.in_features)
         return linear(input, self.weight, self.bias, self.activation, residual)
 
     def extra_repr(self) -> str:
@@ -64,6 +62,7 @@ class MLP(nn.Module):
         ``(..., dim)`` and, if given, residual ``(..., dim)`` to ``(..., dim)``.
     """
 
+    @checked()
     def __init__(
         self,
         dim: int,
@@ -75,10 +74,11 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        hidden = 4 * dim if hidden_dim is None else hidden_dim
+        self.dim, hidden = dim, 4 * dim if hidden_dim is None else hidden_dim
         self.up = Linear(dim, hidden, activation=activation, **options)
         self.down = Linear(hidden, dim, **options)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        checks.features("x", x, "(..., dim)", self.dim)
         out: Tensor = self.down(self.up(x), residual)
         return out

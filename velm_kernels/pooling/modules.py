@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
+from velm_kernels.constructors import checked
 from velm_kernels.linear import MLP, linear
 from velm_kernels.pooling.attention_pool import attention_pool
 from velm_kernels.pooling.pool import checked_mode, masked_pool, segment_pool
@@ -23,6 +25,7 @@ class MaskedPool(nn.Module):
         ``(batch, dim)``.
     """
 
+    @checked()
     def __init__(self, mode: str = "mean", p: float = 3.0, channels_first: bool = False) -> None:
         super().__init__()
         checked_mode(mode, p)
@@ -42,6 +45,7 @@ class SegmentPool(nn.Module):
         ``(tokens, dim)`` and ``(segments + 1,)`` to ``(segments, dim)``.
     """
 
+    @checked()
     def __init__(self, mode: str = "mean", p: float = 3.0) -> None:
         super().__init__()
         checked_mode(mode, p)
@@ -54,6 +58,14 @@ class SegmentPool(nn.Module):
         return f"{self.mode!r}, p={self.p}"
 
 
+def check_tokens(x: Tensor, cu_seqlens: Tensor | None, dim: int, like: Tensor) -> None:
+    if cu_seqlens is None:
+        checks.features("x", x, "(batch, tokens, dim)", dim, like, 3)
+    else:
+        checks.tensor("cu_seqlens", cu_seqlens)
+        checks.features("x", x, "(tokens, dim)", dim, like, 2)
+
+
 def attend(
     attention: nn.MultiheadAttention, query: Tensor, x: Tensor, *, even: Tensor | None = None, **tokens: Any
 ) -> Tensor:
@@ -63,8 +75,7 @@ def attend(
     tokens all have the same weight; tokens: lengths, mask (True where a token counts), cu_seqlens as there. Without
     dropout of weights.
     """
-    if x.shape[-1] != attention.kdim:
-        raise ValueError(f"x: expected (..., tokens, {attention.kdim}), given {tuple(x.shape)}")
+    check_tokens(x, tokens.get("cu_seqlens"), attention.kdim, query)
     if attention.in_proj_weight is not None:
         query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
     else:
@@ -79,6 +90,11 @@ def attend(
         query = query.expand(even.shape[0], *query.shape[-2:]).masked_fill(even, 0.0)
     out = attention_pool(x, query, key_weight, value_weight, biases[1], biases[2], heads=attention.num_heads, **tokens)
     return linear(out, attention.out_proj.weight, attention.out_proj.bias)
+
+
+def _check_divides(name: str, heads: int, dim_name: str, dim: int) -> None:
+    if dim % heads:
+        raise ValueError(f"{name}: expected a divisor of {dim_name} = {dim}, given {heads}")
 
 
 class AttentionPool(nn.Module):
@@ -96,6 +112,7 @@ class AttentionPool(nn.Module):
         tokens gives the bias of the output projection.
     """
 
+    @checked(heads=1)
     def __init__(
         self,
         dim: int,
@@ -106,8 +123,7 @@ class AttentionPool(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise ValueError(f"heads: expected a divisor of dim = {dim}, given {heads}")
+        _check_divides("heads", heads, "dim", dim)
         self.query = nn.Parameter(torch.empty(queries, dim, device=device, dtype=dtype))
         nn.init.normal_(self.query, std=dim**-0.5)
         self.attention = nn.MultiheadAttention(dim, heads, bias=bias, batch_first=True, device=device, dtype=dtype)
@@ -138,8 +154,10 @@ class AttentionPool2d(nn.Module):
         ValueError: the map has other channels or another number of pixels, from forward.
     """
 
+    @checked(spacial_dim=1, num_heads=1, embed_dim=1)
     def __init__(self, spacial_dim: int, embed_dim: int, num_heads: int, output_dim: int | None = None) -> None:
         super().__init__()
+        _check_divides("num_heads", num_heads, "embed_dim", embed_dim)
         self.positional_embedding = nn.Parameter(torch.randn(spacial_dim**2 + 1, embed_dim) / embed_dim**0.5)
         self.k_proj = nn.Linear(embed_dim, embed_dim)
         self.q_proj = nn.Linear(embed_dim, embed_dim)
@@ -149,6 +167,8 @@ class AttentionPool2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions, channels = self.positional_embedding.shape
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+        checks.same_device("x", x, "the parameters", self.positional_embedding)
         if x.dim() != 4 or x.shape[1] != channels or x.shape[2] * x.shape[3] != positions - 1:
             raise ValueError(
                 f"x: expected (batch, {channels}, height, width) with height * width = {positions - 1}, "
@@ -177,8 +197,12 @@ class ProbePool(nn.Module):
         ``(batch, tokens, dim)``, or ``(tokens, dim)`` with ``cu_seqlens``, to ``(batch, dim)``.
     """
 
+    @checked(heads=1)
     def __init__(self, dim: int, heads: int, hidden_dim: int, activation: str = "gelu_tanh", eps: float = 1e-6) -> None:
         super().__init__()
+        _check_divides("heads", heads, "dim", dim)
+        # Refuses an activation that there is not.
+        MLP(1, 1, activation)
         self.probe = nn.Parameter(torch.randn(1, 1, dim))
         self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
         self.layernorm = nn.LayerNorm(dim, eps=eps)
@@ -186,8 +210,6 @@ class ProbePool(nn.Module):
         self.mlp.fc1 = nn.Linear(dim, hidden_dim)
         self.mlp.fc2 = nn.Linear(hidden_dim, dim)
         self.activation = activation
-        # Refuses an activation that there is not.
-        MLP(1, 1, activation)
 
     def forward(
         self,
@@ -218,10 +240,14 @@ class AttentionalPooler(nn.Module):
         ``(batch, n_queries, d_model)``.
     """
 
+    @checked(n_head=1)
     def __init__(
         self, d_model: int, context_dim: int, n_head: int = 8, n_queries: int = 256, norm_layer: Any = nn.LayerNorm
     ) -> None:
         super().__init__()
+        _check_divides("n_head", n_head, "d_model", d_model)
+        if not callable(norm_layer):
+            raise TypeError(f"norm_layer: expected what makes a layer norm, given {checks.describe(norm_layer)}")
         self.query = nn.Parameter(torch.randn(n_queries, d_model))
         self.attn = nn.MultiheadAttention(d_model, n_head, kdim=context_dim, vdim=context_dim, batch_first=True)
         self.ln_q = norm_layer(d_model)
@@ -234,5 +260,6 @@ class AttentionalPooler(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
+        check_tokens(x, cu_seqlens, self.attn.kdim, self.query)
         query = self.ln_q(self.query)
         return attend(self.attn, query, self.ln_k(x), lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
 from velm_kernels.attention import cross_attention
+from velm_kernels.constructors import checked
 from velm_kernels.linear import linear
 from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.pooling.merge import MergedTokens, merge_tokens
@@ -40,18 +42,13 @@ class TokenMerge(nn.Module):
         ``(..., tokens, dim)`` to a :class:`velm_kernels.MergedTokens` of ``(..., tokens - r, dim)``.
     """
 
+    @checked()
     def __init__(self, r: int | None = None, ratio: float | None = None, protected: int = 0) -> None:
         super().__init__()
         if (r is None) == (ratio is None):
             raise ValueError(f"r: expected one of r and ratio, given {r} and {ratio}")
-        if r is not None and (isinstance(r, bool) or not isinstance(r, int)):
-            raise TypeError(f"r: expected an integer, given {r!r}")
-        if r is not None and r < 0:
-            raise ValueError(f"r: expected at least 0, given {r}")
         if ratio is not None and not 0 < ratio <= 0.5:
             raise ValueError(f"ratio: expected a number greater than 0 and at most 0.5, given {ratio}")
-        if protected < 0:
-            raise ValueError(f"protected: expected at least 0, given {protected}")
         self.r, self.ratio, self.protected = r, ratio, protected
 
     def forward(self, x: Tensor, metric: Tensor | None = None, previous: MergedTokens | None = None) -> MergedTokens:
@@ -63,6 +60,10 @@ class TokenMerge(nn.Module):
             previous: what the call before this one returned, whose ``tokens`` have become ``x``: its sizes go on, and
                 the indices returned are those of the tokens that the first call got.
         """
+        if checks.tensor("x", x).dim() < 2:
+            raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
+        if previous is not None and not isinstance(previous, MergedTokens):
+            raise TypeError(f"previous: expected MergedTokens or None, given {checks.describe(previous)}")
         tokens = x.shape[-2]
         wanted = self.r if self.r is not None else int(self.ratio * tokens)  # type: ignore[operator]
         r = min(wanted, max(tokens - self.protected, 0) // 2)
@@ -156,6 +157,7 @@ class PerceiverResampler(nn.Module):
         ``(batch, tokens, dim)`` to ``(batch, n_latents, dim)``. A row without tokens has its latents to attend to.
     """
 
+    @checked(heads=1, head_dim=1)
     def __init__(
         self,
         dim: int,
@@ -170,8 +172,7 @@ class PerceiverResampler(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS[1:]:
-            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])}, given {activation!r}")
+        checks.choice("activation", activation, ACTIVATIONS[1:])
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.latents = nn.Parameter(torch.randn(n_latents, dim, **factory))
         hidden = 4 * dim if hidden_dim is None else hidden_dim
@@ -193,6 +194,11 @@ class PerceiverResampler(nn.Module):
             lengths: ``(batch,)`` integers: only the first so many tokens count.
             mask: ``(batch, tokens)`` bool; tokens where it is False do not count. What does not count may be NaN.
         """
+        checks.features("x", x, "(batch, tokens, dim)", self.latents.shape[1], self.latents, 3)
+        if lengths is not None:
+            lengths = checks.integers("lengths", lengths, "(batch,)", x.shape[:1], "x", x)
+        if mask is not None:
+            mask = checks.mask("mask", mask, "(batch, tokens)", x.shape[:2], "x", x)
         latents = self.latents.expand(x.shape[0], *self.latents.shape)
         count = self.latents.shape[0]
         if lengths is not None or mask is not None:
