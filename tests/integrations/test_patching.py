@@ -79,15 +79,15 @@ def test_only_that_selects_nothing_is_an_error():
     model, _ = build("vilt")
     with pytest.raises(ValueError, match="given 'lxmert', which selects no module"):
         velm_kernels.patch(model, only=["vilt", "lxmert"])
-    with pytest.raises(TypeError, match="only: expected strings, got int"):
+    with pytest.raises(TypeError, match="only: expected strings, given int 3"):
         velm_kernels.patch(model, only=[3])
     assert not any(is_replaced(module) for module in model.modules())
 
 
 def test_what_is_not_a_module_is_refused():
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, given dict"):
         velm_kernels.patch({})
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, got dict"):
+    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module, given dict"):
         velm_kernels.unpatch({})
 
 

@@ -362,7 +362,7 @@ def _gradient(
         return parts
     # One row more, for what comes from nowhere.
     places = torch.where(source >= 0, source, tokens).reshape(-1)
-    rows = parts.reshape(-1, parts.shape[2])
+    rows = parts.reshape(len(places), parts.shape[2])
     return parts.new_zeros(tokens + 1, parts.shape[2]).index_add(0, places, rows)[:tokens]
 
 
