@@ -1,19 +1,25 @@
-"""What every test uses: the backends that exist here, and how hypothesis searches."""
+"""What every test uses: the backends and devices that exist here, and how hypothesis searches."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+import torch.overrides
+import torch.utils._device
 
 import velm_kernels
 from velm_kernels.backends import cpu, cuda
+
+TESTS = os.path.dirname(__file__) + os.sep
 
 hypothesis.settings.register_profile(
     "velm",
@@ -29,18 +35,76 @@ hypothesis.settings.load_profile("velm")
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend as the tests see it: for the CPU, one for every instruction set."""
+    """A backend as the tests see it: for the CPU, one for every instruction set.
+
+    Where ``device`` is another one than the CPU, a test with a parameter ``backend`` makes its tensors there: see
+    :class:`MadeOn`.
+    """
 
     name: str
     isa: str | None = None
+    device: str = "cpu"
 
     def __str__(self) -> str:
+        if self.device != "cpu":
+            return f"{self.name}-device"
         return (self.isa and f"{self.name}-{self.isa}") or self.name
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        with velm_kernels.use_backend(self.name), cpu.use_isa(self.isa) if self.isa else contextlib.nullcontext():
+        mode = torch.overrides._get_current_function_mode()
+        with (
+            velm_kernels.use_backend(self.name),
+            cpu.use_isa(self.isa) if self.isa else contextlib.nullcontext(),
+            mode.of_tests_alone() if isinstance(mode, MadeOn) else contextlib.nullcontext(),
+        ):
             yield
+
+
+class MadeOn(torch.overrides.TorchFunctionMode):
+    """Tensors that are made without a device come to ``device``, with the values that they would have on the CPU:
+    generators of the tests are those of the CPU.
+
+    Inside of ``backend.use()`` that holds for what a test makes itself: the library has to know where its tensors
+    belong.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.tests_alone = False
+
+    @contextlib.contextmanager
+    def of_tests_alone(self) -> Iterator[None]:
+        before, self.tests_alone = self.tests_alone, True
+        yield
+        self.tests_alone = before
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        makes = function in torch.utils._device._device_constructors() and kwargs.get("device") is None
+        if not makes or (self.tests_alone and not sys._getframe(1).f_code.co_filename.startswith(TESTS)):
+            return function(*args, **kwargs)
+        wanted = kwargs.pop("requires_grad", False)
+        made = function(*args, **kwargs | {"device": "cpu"}).to(self.device)
+        return made.requires_grad_() if wanted else made
+
+
+def compile_without_modes(compile_: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` whose results are called without :class:`MadeOn`, which it would trace."""
+
+    def compiled(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        function = compile_(*args, **kwargs)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with torch.overrides._pop_mode_temporarily():
+                return function(*args, **kwargs)
+
+        return call
+
+    return compiled
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,6 +116,10 @@ CPU_BACKENDS = [Backend("cpu", isa) for isa in (*cpu.INSTRUCTION_SETS, *EMULATED
 if only := os.environ.get("VELM_CPU_ISA"):
     CPU_BACKENDS = [backend for backend in CPU_BACKENDS if backend.isa == only]
 BACKENDS = [Backend("triton")] if INTERPRETED else [Backend("reference"), *CPU_BACKENDS]
+# On the GPU, where there is one: "triton" has every operator, "cuda" those that "device_on_host" has.
+ON_GPU = torch.cuda.is_available() and not INTERPRETED
+TRITON = [Backend("triton", device="cuda")] if ON_GPU else []
+CUDA = [Backend("cuda", device="cuda")] if ON_GPU else []
 
 # The CUDA kernels on threads of the host, for the operators that have any.
 DEVICE_ON_HOST = pytest.param(
@@ -61,13 +129,14 @@ DEVICE_ON_HOST = pytest.param(
     ),
 )
 
-every_backend_with_cuda = pytest.mark.parametrize(
-    "backend", BACKENDS if INTERPRETED else [*BACKENDS, DEVICE_ON_HOST], ids=str
-)
-every_backend = pytest.mark.parametrize("backend", BACKENDS, ids=str)
+# Where the CUDA kernels run.
+CUDA_KERNELS = [*CUDA, DEVICE_ON_HOST]
+with_cuda = [] if INTERPRETED else [*TRITON, *CUDA_KERNELS]
+every_backend_with_cuda = pytest.mark.parametrize("backend", [*BACKENDS, *with_cuda], ids=str)
+every_backend = pytest.mark.parametrize("backend", [*BACKENDS, *TRITON], ids=str)
 # For what happens in torch before an operator reaches its library: one CPU library is like another.
 ONCE = BACKENDS if INTERPRETED else [Backend("reference"), *CPU_BACKENDS[-1:]]
-every_backend_once = pytest.mark.parametrize("backend", ONCE if INTERPRETED else [*ONCE, DEVICE_ON_HOST], ids=str)
+every_backend_once = pytest.mark.parametrize("backend", [*ONCE, *with_cuda], ids=str)
 every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
 
 
@@ -95,6 +164,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         dropped = set(twice)
         items[:] = [item for item in items if item not in dropped]
         config.hook.pytest_deselected(items=twice)
+
+
+@pytest.fixture(autouse=True)
+def _made_on_the_backends_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    backend = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
+    device = getattr(backend, "device", "cpu")
+    if device == "cpu":
+        yield
+        return
+    monkeypatch.setattr(torch, "compile", compile_without_modes(torch.compile))
+    with MadeOn(device):
+        yield
 
 
 @pytest.fixture(autouse=True)

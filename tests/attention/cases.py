@@ -117,7 +117,7 @@ class Case:
     def visible(self, masking: dict[str, Any], bias: torch.Tensor | None) -> torch.Tensor:
         """Bool ``(batch, heads, queries, keys)``."""
         visible = reference.visible_keys(
-            self.batch, self.queries, self.keys, torch.device("cpu"), is_causal=self.is_causal, **masking
+            self.batch, self.queries, self.keys, torch.empty(0).device, is_causal=self.is_causal, **masking
         ).expand(self.batch, self.heads, self.queries, self.keys)
         return visible if bias is None else visible & (bias != -torch.inf)
 

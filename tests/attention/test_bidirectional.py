@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
 from tests.conftest import (
-    DEVICE_ON_HOST,
+    CUDA_KERNELS,
     INTERPRETED,
     Backend,
     every_backend_once,
@@ -168,7 +168,7 @@ def test_numbers(backend: Backend, **case: Any) -> None:
     check(backend, **case)
 
 
-@pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
 @pytest.mark.parametrize(
     "case",
     [
@@ -189,7 +189,7 @@ def test_cuda_tiles(backend: Backend, case: dict[str, Any]) -> None:
     check(backend, **ORDINARY | {"a": 35, "b": 67, "heads": 2, "seed": 2} | case)
 
 
-@pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
 def test_cuda_refuses_what_is_too_wide(backend: Backend) -> None:
     tensors = [torch.randn(1, 1, 3, dim) for dim in (8, 8, 257, 8)]
     with backend.use(), pytest.raises(velm_kernels.backends.NoBackendError, match="257"):

@@ -7,7 +7,7 @@ import torch.utils.flop_counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import CPU_BACKENDS, DEVICE_ON_HOST, INTERPRETED, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import Bilinear, bilinear, bilinear_rule, folded, reference
 from velm_kernels.linear import rule
@@ -76,7 +76,7 @@ def test_shapes_that_are_cut(backend, sizes):
     _check(backend, _inputs(*sizes, torch.float32))
 
 
-@pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
 @pytest.mark.parametrize(
     ("sizes", "dtype"),
     [
@@ -158,7 +158,7 @@ def test_layouts(backend):
     torch.testing.assert_close(expected, F.bilinear(x, y, row_strided))
 
 
-@pytest.mark.parametrize("backend", [*CPU_BACKENDS, DEVICE_ON_HOST], ids=str)
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, *CUDA_KERNELS], ids=str)
 def test_other_rows_and_what_lies_behind_them_change_nothing(backend):
     """A row that is not finite stays alone, and memory past the end of a row is not read."""
     x, y, weight, _ = _inputs(40, 13, 17, 5, torch.float32)

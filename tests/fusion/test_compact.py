@@ -112,6 +112,7 @@ def test_is_unbiased():
 @every_backend_with_cuda
 def test_strided_and_empty(backend):
     hashes = make_sketch(8, 12, seed=0), make_sketch(8, 12, seed=1)
+    nothing = make_sketch(0, 12)
     x, y = _randn(0, 4, 3, 20).transpose(0, 1)[..., ::2][..., :8], _randn(1, 8).expand(3, 4, 8)
     with backend.use():
         got = compact_bilinear(x, y, *hashes, 12)
@@ -121,7 +122,6 @@ def test_strided_and_empty(backend):
             out = compact_bilinear(leaf, torch.zeros(shape), *hashes, 12)
             out.sum().backward()
             assert out.shape == (*shape[:-1], 12) and leaf.grad.shape == shape
-        nothing = make_sketch(0, 12)
         out = compact_bilinear(torch.zeros(2, 0), torch.ones(2, 8), nothing, hashes[1], 12)
         assert (out == 0).all() and out.shape == (2, 12)
 

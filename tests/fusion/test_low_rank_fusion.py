@@ -8,7 +8,7 @@ import torch.utils.flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import DEVICE_ON_HOST, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, low_rank_products, reference
 
@@ -77,9 +77,9 @@ def test_any_shape(backend, data):
         _check(backend, tensors, wanted and [name == wanted for name in names])
 
 
-CUDA = pytest.mark.parametrize("backend", [DEVICE_ON_HOST], ids=str)
+CUDA = pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
 # Of 64 rows and columns, or in the interpreter of 16.
-TILES = [Backend("triton")] if INTERPRETED else [DEVICE_ON_HOST]
+TILES = [Backend("triton")] if INTERPRETED else CUDA_KERNELS
 THREE = [(3, 33), (3, 23, 70), (3, 23, 130)]
 SEVERAL_TILES = (
     [

@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import BACKENDS, ONCE, Backend, every_cpu_backend
+from tests.conftest import BACKENDS, ONCE, TRITON, Backend, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.linear import reference
 from velm_kernels.linear.rule import PRODUCTS, use_product
@@ -31,10 +31,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded")
 
 # The reference has no choice of product; the CPU libraries have two.
-ROUTES = [(backend, product) for backend in BACKENDS for product in (PRODUCTS if backend.name == "cpu" else ("torch",))]
+ROUTES = [
+    (backend, product)
+    for backend in [*BACKENDS, *TRITON]
+    for product in (PRODUCTS if backend.name == "cpu" else ("torch",))
+]
 every_route = pytest.mark.parametrize(("backend", "product"), ROUTES, ids=lambda value: str(value))
 every_route_once = pytest.mark.parametrize(
-    ("backend", "product"), [route for route in ROUTES if route[0] in ONCE], ids=lambda value: str(value)
+    ("backend", "product"), [route for route in ROUTES if route[0] in [*ONCE, *TRITON]], ids=lambda value: str(value)
 )
 
 
