@@ -86,7 +86,7 @@ def main() -> int:
     library = args.out / "libvelm_cuda.so"
     run([args.nvcc, "-shared", "-cudart=static", *map(str, objects.values()), f"-L{args.build}", f"-L{location[0]}/lib",
          "-Xlinker=--as-needed,--no-undefined,--version-script=cmake/exports.map", "-ltorch_cuda", "-ltorch_cpu",
-         "-lc10", "-o", str(library)])  # fmt: skip
+         "-o", str(library)])  # fmt: skip
     (args.out / "cuda_not_built.txt").unlink(missing_ok=True)
     print(f"built {library} for {args.archs}")
     return 0

@@ -4,8 +4,8 @@
 # with it. CHECK_OPERATORS names some operators, CHECK_BACKENDS backends.
 set -u
 mkdir -p "$OUT/check"
-export LIMIT_ONE_CHECK=${LIMIT_ONE_CHECK:-150} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-default="cuda triton"
+export JOBS=${JOBS:-$(nproc)} LIMIT_ONE_CHECK=${LIMIT_ONE_CHECK:-150} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+default="cuda triton torch"
 if [ "$DEVICE" = cpu ]; then default=cpu; fi
 pairs=$("$PYTHON" - ${CHECK_BACKENDS:-$default} << 'PYTHON_PROGRAM'
 import os
