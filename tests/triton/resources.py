@@ -86,6 +86,7 @@ TOGETHER = ("grad_key_value", "grad_side")
 ALONE = ("grad_key", "grad_value", "grad_side_query", "grad_side_value")
 # Kernels that read each element once.
 STREAMING = (
+    "linear_epilogue",
     "linear_grad",
     "gated_residual",
     "gated_residual_backward",
@@ -121,7 +122,6 @@ BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
 # Kernels with products whose block sizes are fixed.
 PRODUCTS = (
-    "linear",
     *BILINEAR,
     *LOW_RANK,
     "attention_pool_products",

@@ -27,7 +27,7 @@ def test_signatures_are_those_of_a_launch(level: str, monkeypatch: pytest.Monkey
     options = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True, "debug": False, "instrumentation_mode": ""}
     if level == "others":
         launches = resources.others(torch.float16, 90)
-        assert {"linear", "dropout_residual", "rms_norm_backward"} <= set(launches)
+        assert {"linear_epilogue", "dropout_residual", "rms_norm_backward"} <= set(launches)
     else:
         launches = resources.attention(level, torch.float16, 64, 90)
         assert {"forward", "grad_query", "grad_key_value"} <= set(launches)

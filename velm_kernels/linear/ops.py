@@ -40,8 +40,8 @@ def linear(
     Under autocast x, weight and bias are cast to its dtype, as by ``torch.nn.functional.linear``.
 
     Returns:
-        ``(..., out_features)``, contiguous, in x's dtype. Products accumulate in float32, and the activation sees them
-        before they are rounded.
+        ``(..., out_features)``, contiguous, in x's dtype. Products accumulate in float32; in 16 bits the activation
+        sees them rounded where the product is torch's, as in plain torch.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -50,7 +50,8 @@ def linear(
     Backward keeps x, weight and, only for an activation, one tensor of the output's size: the pre-activation, or for
     relu, and for tanh except in 16 bits, the activation's value, which is the output itself if there is no residual.
     What needs no gradient is neither kept nor computed. On the CPU the product runs in this library or in torch, by
-    the fixed rule of :func:`velm_kernels.linear.faster_than_torch`.
+    the fixed rule of :func:`velm_kernels.linear.faster_than_torch`; on GPUs it is torch's (cuBLASLt, with the epilogues
+    that it has), and where several steps follow it, Triton makes one pass of them.
     """
     x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
     arguments = canonical(x, weight, bias, activation, residual)

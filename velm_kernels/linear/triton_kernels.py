@@ -1,11 +1,11 @@
-"""Triton kernels of linear: the product with its epilogue, and the gradient in front of the products of backward."""
+"""Triton kernels of linear: what comes after the product of forward, and before those of backward."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from velm_kernels.attention.triton_tiles import product_add, round_to, tanh, wide
+from velm_kernels.attention.triton_tiles import round_to, tanh, wide
 
 
 @triton.jit
@@ -56,66 +56,32 @@ def _slope(b_saved, ACTIVATION: tl.constexpr, FROM_VALUE: tl.constexpr):
 
 
 @triton.jit
-def linear_kernel(
-    x,
-    weight,
-    bias,
+def linear_epilogue_kernel(
+    z,
     residual,
     out,
-    saved,
-    x_stride,
-    weight_stride,
+    value,
     residual_stride,
     rows,
-    out_features,
-    in_features,
-    row_blocks,
+    features,
     column_blocks,
     ACTIVATION: tl.constexpr,
-    SAVES_VALUE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """out = activation(x weight^T + bias) + residual, and in `saved`, where given, what backward needs of it."""
-    # Programs that run together share rows of x and of weight in the cache.
-    pid = tl.program_id(0)
-    in_group = GROUP * column_blocks
-    first_row_block = (pid // in_group) * GROUP
-    group_rows = tl.minimum(row_blocks - first_row_block, GROUP)
-    start_m = (first_row_block + (pid % in_group) % group_rows) * BLOCK_M
-    start_n = ((pid % in_group) // group_rows) * BLOCK_N
-    b_i = tl.arange(0, BLOCK_M)
-    b_j = tl.arange(0, BLOCK_N)
-    b_k = tl.arange(0, BLOCK_K)
-    b_in_m = start_m + b_i < rows
-    b_in_n = start_n + b_j < out_features
-    # 64-bit offsets of tiles, 32-bit ones inside of them.
-    p_x = x + wide(start_m) * x_stride + (b_i[:, None] * x_stride + b_k[None, :])
-    p_w = weight + wide(start_n) * weight_stride + (b_j[:, None] * weight_stride + b_k[None, :])
-    b_acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start_k in tl.range(0, in_features, BLOCK_K):
-        b_in_k = start_k + b_k < in_features
-        b_x = tl.load(p_x + start_k, mask=b_in_m[:, None] & b_in_k[None, :], other=0.0)
-        b_w = tl.load(p_w + start_k, mask=b_in_n[:, None] & b_in_k[None, :], other=0.0)
-        b_acc = product_add(b_x, tl.trans(b_w), b_acc, PRECISION)
-    if bias is not None:
-        b_acc += tl.load(bias + start_n + b_j, mask=b_in_n, other=0.0).to(tl.float32)[None, :]
-    b_ok = b_in_m[:, None] & b_in_n[None, :]
-    first = wide(start_m) * out_features + start_n
-    b_at = b_i[:, None] * out_features + b_j[None, :]
-    b_out = _activate(b_acc, ACTIVATION)
-    if saved is not None:
-        if SAVES_VALUE:
-            tl.store(saved + first + b_at, round_to(b_out, saved.dtype.element_ty), mask=b_ok)
-        else:
-            tl.store(saved + first + b_at, round_to(b_acc, saved.dtype.element_ty), mask=b_ok)
+    """out = activation(z) + residual, and the activation's value for backward; residual and value may be None. out may
+    be z."""
+    b_i = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_j = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_ok = (b_i < rows)[:, None] & (b_j < features)[None, :]
+    b_at = wide(b_i)[:, None] * features + b_j[None, :]
+    b_out = _activate(tl.load(z + b_at, mask=b_ok, other=0.0).to(tl.float32), ACTIVATION)
+    if value is not None:
+        tl.store(value + b_at, round_to(b_out, value.dtype.element_ty), mask=b_ok)
     if residual is not None:
-        p_r = residual + wide(start_m) * residual_stride + start_n + (b_i[:, None] * residual_stride + b_j[None, :])
-        b_out += tl.load(p_r, mask=b_ok, other=0.0).to(tl.float32)
-    tl.store(out + first + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
+        p_residual = residual + wide(b_i)[:, None] * residual_stride + b_j[None, :]
+        b_out += tl.load(p_residual, mask=b_ok, other=0.0).to(tl.float32)
+    tl.store(out + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
 
 
 @triton.jit

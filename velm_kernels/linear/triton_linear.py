@@ -1,7 +1,6 @@
 """linear by Triton kernels: the launches, for tensors in canonical form.
 
-The product runs in Triton where there is an epilogue to fuse into it. A product alone, and those of backward, are
-torch's: they are near the limit there.
+The products are torch's, which are near the limit of a GPU. Triton does what would be several passes of torch in one.
 """
 
 from __future__ import annotations
@@ -9,20 +8,13 @@ from __future__ import annotations
 import torch
 
 from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
-from velm_kernels.attention.triton_problem import NARROW_STRIDE, cdiv
-from velm_kernels.backends.triton import Config, choose, launch, precision
+from velm_kernels.attention.triton_problem import cdiv
+from velm_kernels.backends.triton import Config, launch
 from velm_kernels.linear.reference import from_value
-from velm_kernels.linear.triton_kernels import linear_grad_kernel, linear_kernel
+from velm_kernels.linear.triton_kernels import linear_epilogue_kernel, linear_grad_kernel
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
-# Columns of x and weight a step, by element size.
-STEP = {2: 64, 4: 32}
 TILE = Config(16, 128, 4, 1)
-
-
-def _near_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` in rows near enough for 32-bit offsets inside of a tile."""
-    return x if x.stride(0) < NARROW_STRIDE else x.contiguous()
 
 
 def linear_forward(
@@ -33,47 +25,30 @@ def linear_forward(
     activation: str,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`velm::linear_forward`: torch's product, or the Triton one where an epilogue can be fused."""
+    """`velm::linear_forward`: torch's product with its bias, then one pass for the rest."""
+    z = torch.nn.functional.linear(x, weight, bias)
     if not activation and residual is None:
-        return torch.nn.functional.linear(x, weight, bias), x.new_empty((0,))
-    x, weight = _near_rows(x), _near_rows(weight)
-    residual = None if residual is None else _near_rows(residual)
-    rows, out_features = x.shape[0], weight.shape[0]
-    out = x.new_empty((rows, out_features))
-    saved = x.new_empty((rows, out_features) if save else (0,))
-
-    def run(config: Config) -> None:
-        row_blocks, column_blocks = cdiv(rows, config.block_m), cdiv(out_features, config.block_n)
-        arguments = (
-            x,
-            weight,
-            bias,
-            residual,
-            out,
-            saved if save else None,
-            x.stride(0),
-            weight.stride(0),
-            residual.stride(0) if residual is not None else None,
-            rows,
-            out_features,
-            x.shape[1],
-            row_blocks,
-            column_blocks,
-        )
-        constants = {
-            "ACTIVATION": activation,
-            "SAVES_VALUE": from_value(activation, x.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": STEP[x.dtype.itemsize],
-            "GROUP": 8,
-            "PRECISION": precision(x.dtype),
-        }
-        launch("linear", linear_kernel, row_blocks * column_blocks, arguments, constants, config)
-
-    variant = f"{activation},{residual is not None},{save}"
-    run(choose("linear", "plain", x.dtype, 64, x.device, (rows, out_features, x.shape[1]), variant, run))
-    return out, saved
+        return z, x.new_empty((0,))
+    rows, features = z.shape
+    of_value = from_value(activation, x.dtype)
+    kept = x.new_empty((0,))
+    if save:
+        kept = torch.empty_like(z) if of_value else z
+    out = torch.empty_like(z) if kept is z else z
+    row_blocks, column_blocks = cdiv(rows, TILE.block_m), cdiv(features, TILE.block_n)
+    arguments = (
+        z,
+        residual,
+        out,
+        kept if save and of_value else None,
+        residual.stride(0) if residual is not None else None,
+        rows,
+        features,
+        column_blocks,
+    )
+    constants = {"ACTIVATION": activation, "BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}
+    launch("linear_epilogue", linear_epilogue_kernel, row_blocks * column_blocks, arguments, constants, TILE)
+    return out, kept
 
 
 def linear_backward(
