@@ -275,6 +275,9 @@ inline int __ffs(uint32_t x) {
 inline float __fdividef(float a, float b) {
   return a / b;
 }
+inline float __fmul_rn(float a, float b) {
+  return a * b;
+}
 inline float __expf(float x) {
   return std::exp(x);
 }
@@ -294,4 +297,11 @@ template <class T>
   requires std::is_arithmetic_v<T>
 constexpr T max(T a, T b) {
   return a < b ? b : a;
+}
+// Of a number and NaN these are the number, as fminf and fmaxf are.
+inline float min(float a, float b) {
+  return fminf(a, b);
+}
+inline float max(float a, float b) {
+  return fmaxf(a, b);
 }

@@ -10,6 +10,7 @@
 #include "device_on_host/block.h"
 #include "device_on_host/collectives.h"
 #include "device_on_host/numbers.h"
+#include "device_on_host/tensor_core.h"
 
 namespace device_on_host {
 namespace {
@@ -148,9 +149,11 @@ void multiply(Warp& warp, bool wide, const Decode& decode) {
       b[wide ? member + i * 4 : 2 * member + i % 2 + i / 2 * 8][group] = decode(m.b, i);
     for (unsigned i = 0; i < 4; ++i) d[group + i / 2 * 8][2 * member + i % 2] = m.d[i];
   }
+  const unsigned block = wide ? kBlockTf32 : kBlock16;
   for (unsigned row = 0; row < 16; ++row)
-    for (unsigned k = 0; k < K; ++k)
-      for (unsigned column = 0; column < 8; ++column) d[row][column] += a[row][k] * b[k][column];
+    for (unsigned column = 0; column < 8; column += columns::kWidth)
+      for (unsigned k = 0; k < K; k += block)
+        columns::add_block(&d[row][column], &a[row][k], &b[k][column], 8, static_cast<int>(block));
   for (unsigned lane = 0; lane < kLanes; ++lane)
     for (unsigned i = 0; i < 4; ++i) payload<Matrix>(warp, lane).d[i] = d[lane / 4 + i / 2 * 8][2 * (lane % 4) + i % 2];
 }

@@ -111,23 +111,24 @@ struct Fragments {
   }
 };
 
-// t = a W of one i for 16 columns from `column` on. A tile of W has the columns of the results below each other,
+// t = a W of one i for 8 or 16 columns from `column` on. A tile of W has the columns of the results below each other,
 // kBackward: side by side.
-template <class T, bool kBackward>
-DEVICE_INLINE void multiply_columns(float (&t)[2][2][4], const Fragments<T>& a, const Shared<T>& tile, int column,
+template <class T, bool kBackward, int kEights>
+DEVICE_INLINE void multiply_columns(float (&t)[2][kEights][4], const Fragments<T>& a, const Shared<T>& tile, int column,
                                     int products) {
 #pragma unroll
   for (int k = 0; k < Fragments<T>::kCount; ++k) {
     if (k >= products) break;
-    uint32_t b[4];
+    uint32_t b[2 * kEights];
     if constexpr (!kBackward) {
+      static_assert(kEights == 2);
       const int lane = static_cast<int>(threadIdx.x) % 32, row = column + lane % 8 + lane / 16 * 8;
       ldmatrix<4>(b, pointer_cast<__half>(tile + row * kDepth<T>) + ((2 * k + lane / 8 % 2) ^ swap_of(row)) * 8);
     } else {
-      load_columns<T>(b, tile, column, k);
+      load_columns<T, 2 * kEights>(b, tile, column, k);
     }
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+    for (int n = 0; n < kEights; ++n) {
       Operand<T, 2> one;
 #pragma unroll
       for (int i = 0; i < 2; ++i) one.set(i, b[2 * n + i]);
@@ -251,20 +252,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBackward ? 3 : 2
 #pragma unroll
         for (int q = 0; q < 4; ++q) x[q] = shared.x[i][warp_row + 8 * q + group];
         [[maybe_unused]] float of_x[4] = {};
+        // Columns that are computed at once: of float32 there are no registers for more.
+        constexpr int kEights = sizeof(T) == 4 && kBackward ? 1 : 2;
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) {
-          if (warp_column + 16 * pair >= columns) break;
-          float t[2][2][4] = {};
-          multiply_columns<T, kBackward>(t, a, shared.ring[slot], warp_column + 16 * pair, products);
+        for (int first_n = 0; first_n < 4; first_n += kEights) {
+          if (warp_column + 8 * first_n >= columns) break;
+          float t[2][kEights][4] = {};
+          multiply_columns<T, kBackward, kEights>(t, a, shared.ring[slot], warp_column + 8 * first_n, products);
 #pragma unroll
           for (int m = 0; m < 2; ++m)
 #pragma unroll
-            for (int n = 0; n < 2; ++n)
+            for (int n = 0; n < kEights; ++n)
 #pragma unroll
               for (int e = 0; e < 4; ++e) {
-                sum[m][2 * pair + n][e] = fmaf(x[2 * m + e / 2], t[m][n][e], sum[m][2 * pair + n][e]);
+                float& to = sum[m][first_n + n][e];
+                to = fmaf(x[2 * m + e / 2], t[m][n][e], to);
                 if constexpr (kBackward)
-                  of_x[2 * m + e / 2] = fmaf(y[m][2 * pair + n][e], t[m][n][e], of_x[2 * m + e / 2]);
+                  of_x[2 * m + e / 2] = fmaf(y[m][first_n + n][e], t[m][n][e], of_x[2 * m + e / 2]);
               }
         }
         if constexpr (kBackward) {

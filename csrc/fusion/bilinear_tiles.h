@@ -97,16 +97,18 @@ DEVICE_INLINE void load_rows(Operand<T, 4>& a, const Shared<T>& tile, int first_
   for (int i = 0; i < 4; ++i) a.set(i, words[i]);
 }
 
-// What product k of 16 columns of the results takes from a tile that has these columns side by side.
-template <class T>
-DEVICE_INLINE void load_columns(uint32_t (&b)[4], const Shared<T>& tile, int column, int k) {
+// What product k of 8 or 16 columns of the results (kWords 2 or 4) takes from a tile that has these columns side by
+// side. In 16 bits of 16.
+template <class T, int kWords>
+DEVICE_INLINE void load_columns(uint32_t (&b)[kWords], const Shared<T>& tile, int column, int k) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if constexpr (sizeof(T) == 2) {
+    static_assert(kWords == 4);
     const int row = 16 * k + lane % 16;
     ldmatrix_transposed<4>(b, tile + (row * kTile + ((column / 8 + lane / 16) ^ swap_of(row)) * kChunk<T>));
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kWords; ++i) {
       const int row = 8 * k + lane % 4 + 4 * (i % 2);
       const float value = tile[row * kTile + ((column + i / 2 * 8 + lane / 4) ^ (swap_of(row) * kChunk<T>))];
       b[i] = __float_as_uint(value);

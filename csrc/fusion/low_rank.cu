@@ -82,7 +82,7 @@ DEVICE_INLINE void multiply_tiles(float (&t)[2][4][4], const Shared<T>& x, const
     for (int pair = 0; pair < 2; ++pair) {
       if (first_column + 16 * pair >= columns) break;
       uint32_t b[4];
-      load_columns<T>(b, factor, first_column + 16 * pair, k);
+      load_columns<T, 4>(b, factor, first_column + 16 * pair, k);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
         Operand<T, 2> right;

@@ -1,9 +1,12 @@
-// mma.sync and ldmatrix: every lane's fragment against the layouts of the PTX ISA, element by element.
+// mma.sync and ldmatrix: every lane's fragment against the layouts of the PTX ISA, element by element, and how tensor
+// cores add.
 
 #include <cmath>
+#include <limits>
 
 #include "device/matrix.h"
 #include "device/numbers.h"
+#include "device_on_host/tensor_core.h"
 #include "tests/device_on_host/testing.h"
 
 using namespace velm::device;
@@ -107,9 +110,28 @@ void check_mma(Index (*a_of)(int, int), Index (*b_of)(int, int)) {
     for (int i = 0; i < 4; ++i) {
       const Index at = d_of_all(lane, i);
       float expected = problem.d[at.row][at.column];
-      for (int k = 0; k < K; ++k) expected += problem.a[at.row][k] * problem.b[k][at.column];
+      constexpr int kBlock = sizeof(T) == 4 ? 4 : 8;
+      for (int first = 0; first < K; first += kBlock) {
+        float b[kBlock];
+        for (int k = 0; k < kBlock; ++k) b[k] = problem.b[first + k][at.column];
+        expected = device_on_host::add_block(expected, &problem.a[at.row][first], b, kBlock);
+      }
       CHECK(__uint_as_float(registers[static_cast<size_t>(lane * 16 + 8 + i)]) == expected);
     }
+}
+
+// One block of products with 1, as the definition has it and as instructions compute it.
+float sum_of(float c, std::vector<float> terms) {
+  const auto count = static_cast<int>(terms.size());
+  const std::vector<float> ones(terms.size(), 1.0f);
+  const float expected = device_on_host::add_block(c, terms.data(), ones.data(), count);
+  constexpr int kWidth = device_on_host::columns::kWidth;
+  const std::vector<float> many(terms.size() * kWidth, 1.0f);
+  float fast[kWidth];
+  for (float& x : fast) x = c;
+  device_on_host::columns::add_block(fast, terms.data(), many.data(), kWidth, count);
+  for (const float x : fast) CHECK(x == expected || (x != x && expected != expected));
+  return expected;
 }
 
 __global__ void part_of_an_mma() {
@@ -178,6 +200,98 @@ TEST(mma_layouts) {
   check_mma<__half, multiply<__half, 8>, 8>(a_of_k8, b_of_k8);
   check_mma<__nv_bfloat16, multiply<__nv_bfloat16, 8>, 8>(a_of_k8, b_of_k8);
   check_mma<float, multiply_tf32, 8>(a_of_tf32, b_of_tf32);
+}
+
+// Fasi et al., "Numerical behavior of NVIDIA tensor cores", sections 3.2 to 3.4, with the bits of an A100.
+TEST(tensor_cores_cut_off) {
+  const float unit = 0x1p-23f;
+  // Towards zero, never to nearest.
+  CHECK(sum_of(1.0f, {0.75f * unit}) == 1.0f && sum_of(-1.0f, {-0.75f * unit}) == -1.0f);
+  CHECK(sum_of(1.0f, {1.75f * unit}) == 1.0f + unit && sum_of(-1.0f, {-1.75f * unit}) == -1.0f - unit);
+  // One bit more is there while a block is added: halves of the last unit count, quarters are lost.
+  CHECK(sum_of(1.0f, {unit / 2, unit / 2}) == 1.0f + unit);
+  CHECK(sum_of(1.0f, {unit / 4, unit / 4, unit / 4, unit / 4}) == 1.0f);
+  CHECK(sum_of(1.0f, {-unit / 4}) == 1.0f && sum_of(1.0f, {-unit / 2}) == 1.0f - unit / 2);
+  // The largest decides, whether it is the accumulator or a product, and whatever the order.
+  CHECK(sum_of(unit / 4, {1.0f, unit / 4, unit / 4, unit / 4}) == 1.0f);
+  CHECK(sum_of(0.0f, {unit / 4, unit / 2, 1.0f, unit / 2}) == 1.0f + unit);
+  // Not normalised in between: what the largest cancels with comes too late for what was cut off.
+  CHECK(sum_of(0.0f, {1.0f, -1.0f, unit / 4}) == 0.0f && sum_of(0.0f, {1.0f, -1.0f, unit / 2}) == unit / 2);
+  // Exponents are those of the factors: 1.5 * 1.5 is 2.25 with that of 1.
+  const float a[] = {1.5f, unit, unit, unit, unit}, b[] = {1.5f, 0.5f, 0.5f, 0.5f, 0.5f};
+  CHECK(device_on_host::add_block(0.0f, a, b, 5) == 2.25f + 2 * unit);
+}
+
+TEST(tensor_cores_keep_what_is_not_finite) {
+  const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(sum_of(infinity, {1.0f}) == infinity && sum_of(1.0f, {-infinity, 2.0f}) == -infinity);
+  CHECK(std::isnan(sum_of(infinity, {-infinity})) && std::isnan(sum_of(1.0f, {nan, 1.0f})));
+  CHECK(std::isnan(sum_of(nan, {0.0f})) && sum_of(0x1.fffffep127f, {0x1.fffffep127f}) == infinity);
+  CHECK(sum_of(0.0f, {0x1p-149f, 0x1p-149f}) == 0x1p-148f && sum_of(0x1p-140f, {0.0f}) == 0x1p-140f);
+  CHECK(sum_of(0x1p-80f, {0x1.8p-81f, 0x1p-100f}) == 0x1.c0001p-80f);
+}
+
+// What instructions compute, some columns at once, by the definition.
+TEST(tensor_cores_in_columns) {
+  const auto draw = [](int range) {
+    if (random_bits() % 16 == 0) return 0.0f;
+    const int exponent = static_cast<int>(random_bits() % static_cast<unsigned>(2 * range + 1)) - range;
+    return __uint_as_float(device_on_host::float_to_tf32(std::ldexp(random_number(), exponent)));
+  };
+  for (const int range : {1, 12, 40, 70})
+    for (int i = 0; i < 20000; ++i) {
+      const int count = i % 2 ? 8 : 4;
+      constexpr int kWidth = device_on_host::columns::kWidth;
+      float a[8], b[8][kWidth], c[kWidth];
+      for (int k = 0; k < count; ++k) {
+        a[k] = draw(range);
+        for (float& x : b[k]) x = draw(range);
+      }
+      for (float& x : c) x = draw(range) * random_number();
+      float expected[kWidth];
+      for (int column = 0; column < kWidth; ++column) {
+        float of_column[8];
+        for (int k = 0; k < count; ++k) of_column[k] = b[k][column];
+        expected[column] = device_on_host::add_block(c[column], a, of_column, count);
+      }
+      device_on_host::columns::add_block(c, a, b[0], kWidth, count);
+      for (int column = 0; column < kWidth; ++column) CHECK(c[column] == expected[column]);
+    }
+}
+
+// The order of blocks, and how many products are in one: behind a sum that no longer has units, 1 is lost.
+TEST(tensor_cores_add_block_by_block) {
+  const auto of_16_bits = [](std::vector<float> a, float factor) {
+    std::vector<uint32_t> registers(16 * 32);
+    for (int lane = 0; lane < 4; ++lane)
+      for (int i = 0; i < 8; ++i)
+        if (a_of_k16(lane, i).row == 0)
+          put<__half>(&registers[static_cast<size_t>(lane) * 16], i, a[static_cast<size_t>(a_of_k16(lane, i).column)]);
+    for (int lane = 0; lane < 4; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const float x = a[static_cast<size_t>(b_of_k16(lane, i).row)];
+        put<__half>(&registers[static_cast<size_t>(lane) * 16 + 4], i, std::fabs(x) == factor ? factor : 1.0f);
+      }
+    launch<multiply<__half, 16>>(1, 32, 0, nullptr, global(registers));
+    return __uint_as_float(registers[8]);
+  };
+  // 2^24 and seven ones, of which the last is cut off; then -2^24.
+  std::vector<float> a(16);
+  a[0] = 4096.0f;
+  a[8] = -4096.0f;
+  for (size_t i = 1; i < 8; ++i) a[i] = 1.0f;
+  CHECK(of_16_bits(a, 4096.0f) == 6.0f);
+  // All in one block: none is lost.
+  a[8] = 0.0f;
+  a[7] = -4096.0f;
+  CHECK(of_16_bits(a, 4096.0f) == 6.0f);
+  a[6] = 0.0f;
+  CHECK(of_16_bits(a, 4096.0f) == 5.0f);
+}
+
+TEST(largest_of_a_number_and_nan) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  CHECK(max(nan, 1.0f) == 1.0f && max(1.0f, nan) == 1.0f && fmaxf(nan, 1.0f) == 1.0f && min(nan, 1.0f) == 1.0f);
 }
 
 TEST(tf32_ignores_the_lower_bits) {
