@@ -17,6 +17,7 @@ set(VELM_KERNEL_SOURCES
   attention/key_mass.cu
   attention/merge.cu
   attention/norm.cu
+  attention/row_sums.cu
   fusion/bilinear.cu
   fusion/bilinear_attention.cu
   fusion/bilinear_attention_products.cu

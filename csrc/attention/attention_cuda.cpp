@@ -107,10 +107,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
   set_problem(p, a, query_normed, key_normed);
   p.out = rows_of(out);
   p.logsumexp = span_of(logsumexp);
+  MaybeTensor shift;
+  if (return_key_mass) shift = empty_of_rows(query, query.size(1));
+  p.shift = span_of(shift);
   run_forward(p, query, current.stream());
   if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
   Tensor key_mass = empty_of_rows(key, query.size(1));
-  attention_key_mass(p, span_of(logsumexp), span_of(key_mass), current.stream());
+  attention_key_mass(p, p.logsumexp, p.shift, span_of(key_mass), current.stream());
   return {out, logsumexp, key_mass};
 }
 
@@ -175,11 +178,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
 
   AttentionBackward p{};
   set_problem(p, a, query_normed, key_normed);
-  Tensor delta = empty_of_rows(query, query.size(1));
+  Tensor delta = empty_of_rows(query, query.size(1)), shift = empty_of_rows(query, query.size(1));
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
   p.logsumexp = span_of(logsumexp);
   p.delta = span_of(delta);
+  p.shift = span_of(shift);
   if (grad_logsumexp) {
     const Tensor& g = *grad_logsumexp;
     p.grad_logsumexp = g.dim() == 2 ? RowSpan{span_of(g), 0, g.stride(0), g.stride(1)}
@@ -194,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
   p.wide_grad_query = wide_query.has_value();
   p.wide_grad_key = wide_key.has_value();
   if (wants(kValue)) p.grad_value = rows_of(grad_value);
-  if (grad_mask & ~kValue) attention_delta(p, current.stream());
+  attention_delta(p, current.stream());
   if (wants(kBias)) {
     p.grad_bias = matrix_of(grad_bias);
     for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);

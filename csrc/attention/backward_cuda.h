@@ -8,8 +8,8 @@ namespace velm::cuda {
 
 struct AttentionBackward : Attention {
   RowSpan out, grad_out;
-  // Floats of rows, as the forward pass leaves them; `delta` is filled by attention_delta.
-  Span logsumexp, delta;
+  // Floats of rows, as the forward pass leaves them; `delta` and `shift` are filled by attention_delta.
+  Span logsumexp, delta, shift;
   // Null for none; its last stride is in `row`.
   RowSpan grad_logsumexp;
   // Where a gradient goes on through a norm it is kept in float32. Null gradients are not wanted.
@@ -20,10 +20,23 @@ struct AttentionBackward : Attention {
   int64_t bias_size[4];
 };
 
-// delta = sum of grad_out * out - grad_logsumexp of each row; with p the weights and dp = grad_out . value the gradient
-// of a score is p * (dp - delta) (Dao et al., 2022). 0 for a row that sees nothing.
+// With p the weights and dp = grad_out . value the gradient of a score is p * (dp - delta), where delta = sum of p dp -
+// grad_logsumexp of each row. 0 for a row that sees nothing.
+//
+// The sum is that of grad_out * out too (Dao et al., 2022), but of an output that was rounded: in a row whose weight is
+// nearly all on one key dp - delta is much smaller than either, and of 16 bits nothing but the rounding is left. So it
+// is made of the very products that it is subtracted from, where that costs little (attention_sums_rows): two products
+// more for each tile of scores, beside the eight of the gradients.
+//
+// A weight is exp(score - logsumexp), and a float as large as 32 is rounded by up to 2e-6, which is then that of all
+// weights of the row. `shift` is what is missing, in base 2, so that weights sum up to 1; 0 where the sums are not
+// made.
 void attention_delta(const AttentionBackward& problem, Stream stream);
-// These need delta.
+// Whether it is: where all rows of a key head fit in a block, or all keys in a few tiles.
+inline bool attention_sums_rows(const AttentionBackward& p) {
+  return p.heads / p.kv_heads * p.longest_queries <= 64 || p.longest_keys <= 256;
+}
+// These need delta and shift.
 // Also the gradient of the bias, which here must broadcast nowhere.
 void attention_grad_query(const AttentionBackward& problem, Stream stream);
 void attention_grad_key(const AttentionBackward& problem, Stream stream);
@@ -32,7 +45,8 @@ void attention_grad_value(const AttentionBackward& problem, Stream stream);
 void attention_grad_bias(const AttentionBackward& problem, const Span& partials, Stream stream);
 int64_t attention_bias_partials(const AttentionBackward& problem);
 
-// Floats (batch, heads, keys), or (heads, keys) of packed sequences.
-void attention_key_mass(const Attention& problem, const Span& logsumexp, const Span& key_mass, Stream stream);
+// Floats (batch, heads, keys), or (heads, keys) of packed sequences; with what attention_forward leaves.
+void attention_key_mass(const Attention& problem, const Span& logsumexp, const Span& shift, const Span& key_mass,
+                        Stream stream);
 
 }  // namespace velm::cuda

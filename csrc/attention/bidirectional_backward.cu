@@ -43,7 +43,7 @@ struct Storage {
   SharedArray<T, Of::kRows * kDim> query, value, grad_out;
   SharedArray<T, kSlots, Of::kColumns * kDim> ring;
   // Of the tile in use and the next.
-  SharedArray<float, 2, Of::kColumns> logsumexp, delta;
+  SharedArray<float, 2, Of::kColumns> logsumexp, shift, delta;
 };
 
 // Of the rows of one side.
@@ -51,7 +51,7 @@ template <class T>
 struct Upstream {
   Rows<const T> grad_out;
   int width;
-  ReadOnly<float> logsumexp, delta;
+  RowStatistics of_rows;
 };
 
 // `x` is attention of x over y, `y` of y over x.
@@ -92,8 +92,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int row = start + thread, table = start / kColumns % 2;
         if (thread < kColumns) {
           const int64_t at = row < x.keys ? rows_y + row : 0;
-          cp_async<4>(&shared.logsumexp[table][thread], up_y.logsumexp + at, row < x.keys ? 4 : 0);
-          cp_async<4>(&shared.delta[table][thread], up_y.delta + at, row < x.keys ? 4 : 0);
+          const int size = row < x.keys ? 4 : 0;
+          cp_async<4>(&shared.logsumexp[table][thread], up_y.of_rows.logsumexp + at, size);
+          cp_async<4>(&shared.shift[table][thread], up_y.of_rows.shift + at, size);
+          cp_async<4>(&shared.delta[table][thread], up_y.of_rows.delta + at, size);
         }
       } else if (slot == kGradSlot) {
         copy(up_y.grad_out, y.value_dim, up_y.width);
@@ -110,14 +112,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // Whether y may attend to the two rows of a thread, and whether they attend to anything.
   bool open[2], live[2];
-  float logsumexp[2], delta[2];
+  float logsumexp[2], shift[2], delta[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = first_row + warp_row + group + 8 * half;
     const bool is_row = row < x.queries;
     open[half] = is_row && (!y.key_mask || y.key_mask[index * int64_t{x.queries} + row]);
-    logsumexp[half] = is_row ? up_x.logsumexp[rows_x + row] * kLog2E : -kInfinity;
-    delta[half] = is_row ? float{up_x.delta[rows_x + row]} : 0.0f;
+    logsumexp[half] = is_row ? float{up_x.of_rows.logsumexp[rows_x + row]} : -kInfinity;
+    shift[half] = is_row ? float{up_x.of_rows.shift[rows_x + row]} : 0.0f;
+    delta[half] = is_row ? float{up_x.of_rows.delta[rows_x + row]} : 0.0f;
     live[half] = logsumexp[half] != -kInfinity;
   }
 
@@ -188,15 +191,17 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float lse = shared.logsumexp[table][warp_column + 8 * j + 2 * member + i] * kLog2E;
+        const float lse = shared.logsumexp[table][warp_column + 8 * j + 2 * member + i];
+        const float of_lse = shared.shift[table][warp_column + 8 * j + 2 * member + i];
         const bool is_open = open_columns >> (2 * j + i) & 1, is_live = live_columns >> (2 * j + i) & 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& ds = s[j][2 * half + i];
-          const float score = ds * x.product;
+          const float score = x.scales ? ds * x.product : ds;
           // Selected, as what is hidden may be NaN.
-          ds = is_open && live[half] ? exp2_approximate(score - logsumexp[half]) * of_x[j][2 * half + i] : 0.0f;
-          if (open[half] && is_live) ds = fmaf(exp2_approximate(score - lse), of_y[j][2 * half + i], ds);
+          ds = is_open && live[half] ? weight_of(score, x.unit, logsumexp[half], shift[half]) * of_x[j][2 * half + i]
+                                     : 0.0f;
+          if (open[half] && is_live) ds = fmaf(weight_of(score, x.unit, lse, of_lse), of_y[j][2 * half + i], ds);
         }
       }
     // What neither attends nor is attended to is not read.
@@ -231,7 +236,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total[j][i] *= scale;
+    for (int i = 0; i < 4; ++i) {
+      // A row that neither attends nor is attended to: zero times what others are may be NaN.
+      total[j][i] = live[i / 2] || open[i / 2] ? total[j][i] * scale : 0.0f;
+    }
   if (splits > 1) {
     store_wide_rows<kDim>(total, x.head_dim, [&](int row) {
       const int query = first_row + warp_row + row;
@@ -271,8 +279,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Upstream<T> upstream_of(const AttentionBackward& p) {
-  return {rows_of<const T>(p.grad_out), copy_width(p.grad_out, p.dtype), global<const float>(p.logsumexp),
-          global<const float>(p.delta)};
+  return {rows_of<const T>(p.grad_out), copy_width(p.grad_out, p.dtype), statistics_of(p)};
 }
 
 struct Grid {

@@ -76,7 +76,7 @@ enum Wanted : int64_t { kQueryA = 1, kQueryB = 2, kValueA = 4, kValueB = 8 };
 // One direction, what its kernels take, and the tensors made for it.
 struct Direction {
   AttentionBackward problem{};
-  Tensor grad_out, delta;
+  Tensor grad_out, delta, shift;
   // Whether its output or its logsumexp was used.
   bool is_used, out_is_used;
 
@@ -85,6 +85,7 @@ struct Direction {
             const Settings& settings, uint32_t number, Stream stream)
       : grad_out(grad_out ? *grad_out : nothing(query)),
         delta(nothing(query)),
+        shift(nothing(query)),
         is_used(grad_out || grad_logsumexp),
         out_is_used(grad_out.has_value()) {
     AttentionBackward& p = problem;
@@ -92,10 +93,12 @@ struct Direction {
     if (!is_used) return;
     if (!grad_out) this->grad_out = zeros_heads_last(out);
     delta = empty_of_rows(query, query.size(1));
+    shift = empty_of_rows(query, query.size(1));
     p.out = rows_of(out);
     p.grad_out = rows_of(this->grad_out);
     p.logsumexp = span_of(logsumexp);
     p.delta = span_of(delta);
+    p.shift = span_of(shift);
     if (grad_logsumexp)
       p.grad_logsumexp = {span_of(*grad_logsumexp), grad_logsumexp->stride(0), grad_logsumexp->stride(1),
                           grad_logsumexp->stride(2)};

@@ -16,7 +16,6 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kRows = 16 * kWarps;
 constexpr unsigned kAll = 0xffffffffu;
 constexpr float kInfinity = __builtin_huge_valf();
-// Scores are kept times log2(e), so that every exponential is one exp2.
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <class T>
@@ -53,8 +52,13 @@ struct Inputs {
   // A random word below this drops its weight.
   uint32_t drop_below;
   float keep_scale;
-  // A score is `product` * (q . k), or with a softcap `cap` * tanh(`product` * (q . k)).
+  // A score is `product` * (q . k), or with a softcap `cap` * tanh(`product` * (q . k)), and then the bias. Where the
+  // scale is all that is between the two, kernels keep q . k as it is and scale what they subtract from it: the
+  // difference to a maximum or a logsumexp is rounded once, however large the scores are.
+  bool scales;
   float product, cap;
+  // What is kept times `unit` is a score, and times `unit_base_2` one in base 2.
+  float unit, unit_base_2;
   bool causal;
 
   DEVICE_INLINE bool hides_within_rows() const { return key_mask || mask.data || bias.data || wide_bias.data; }
@@ -140,8 +144,12 @@ inline Inputs<T> inputs_of(const Attention& p) {
   a.direction = p.direction;
   a.drop_below = static_cast<uint32_t>(p.dropout_p * 4294967296.0);
   a.keep_scale = p.seed ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 1.0f;
-  a.product = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale * double{kLog2E});
-  a.cap = static_cast<float>(p.softcap * double{kLog2E});
+  a.product = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
+  a.cap = static_cast<float>(p.softcap);
+  // The largest of products is the largest of scores only if the scale is positive.
+  a.scales = p.softcap > 0 || p.bias.data || !(a.product > 0.0f);
+  a.unit = a.scales ? 1.0f : a.product;
+  a.unit_base_2 = static_cast<float>((a.scales ? 1.0 : p.scale) * 1.4426950408889634);
   a.causal = p.is_causal;
   return a;
 }

@@ -9,7 +9,7 @@ namespace velm::cuda {
 // What belongs to the queries of a tile. They arrive by asynchronous copies, zeros for queries past the end.
 template <int kColumns>
 struct ColumnTable {
-  SharedArray<float, kColumns> logsumexp, delta;
+  SharedArray<float, kColumns> logsumexp, shift, delta;
   SharedArray<int, kColumns> start, stop;
 };
 
@@ -78,13 +78,13 @@ struct KeyBlock {
 
   // Begins to copy the table of the queries from `start` on.
   template <int kColumns>
-  DEVICE_INLINE void copy_table(ColumnTable<kColumns>& table, int head, int start, const ReadOnly<float>& logsumexp,
-                                const ReadOnly<float>& delta) const {
+  DEVICE_INLINE void copy_table(ColumnTable<kColumns>& table, int head, int start, const RowStatistics& from) const {
     const int i = static_cast<int>(threadIdx.x), query = start + i, size = query < s.queries ? 4 : 0;
     if (i >= kColumns) return;
     const int64_t at = size ? s.row_number(a, head, query) : 0;
-    cp_async<4>(&table.logsumexp[i], logsumexp + at, size);
-    if (delta) cp_async<4>(&table.delta[i], delta + at, size);
+    cp_async<4>(&table.logsumexp[i], from.logsumexp + at, size);
+    cp_async<4>(&table.shift[i], from.shift + at, size);
+    if (from.delta) cp_async<4>(&table.delta[i], from.delta + at, size);
     if (a.range_start) {
       const int64_t range = size ? s.query_number(a, query) : 0;
       cp_async<4>(&table.start[i], a.range_start + range, size);

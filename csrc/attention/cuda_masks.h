@@ -1,6 +1,7 @@
 // Which keys the rows of a block see, and what that makes of their scores.
 #pragma once
 
+#include "attention/backward_cuda.h"
 #include "attention/cuda_arguments.h"
 #include "device/philox.h"
 #include "device/predicated.h"
@@ -104,22 +105,36 @@ DEVICE_INLINE int next_tile(const HorizonOf<kCount>& horizon, const Inputs<T>& a
   return tile;
 }
 
-// Of the two rows of a thread, logsumexp in base 2 and delta: infinity and 0 where there is nothing, so that weights
-// are 0. `first_row` is the row of the warp in the table.
+// What backward knows of rows: the logsumexp, its `shift` (backward_cuda.h) and delta.
+struct RowStatistics {
+  ReadOnly<float> logsumexp, shift, delta;
+};
+
+inline RowStatistics statistics_of(const AttentionBackward& p) {
+  return {global<const float>(p.logsumexp), global<const float>(p.shift), global<const float>(p.delta)};
+}
+
+// The weight of a score as kernels keep it. `shift` is what the logsumexp, a float, is short of, in base 2.
+DEVICE_INLINE float weight_of(float score, float unit, float logsumexp, float shift) {
+  return exp2_approximate(fmaf(fmaf(score, unit, -logsumexp), kLog2E, shift));
+}
+
+// Of the two rows of a thread: infinity and 0 where there is nothing, so that weights are 0. `first_row` is the row of
+// the warp in the table.
 template <class T, int kCount>
-DEVICE_INLINE void read_rows(float (&logsumexp)[2], float (&delta)[2], const Inputs<T>& a, const Sequence& s,
-                             RowsOfBlock<kCount>& rows, int first_row, const ReadOnly<float>& from_logsumexp,
-                             const ReadOnly<float>& from_delta) {
+DEVICE_INLINE void read_rows(float (&logsumexp)[2], float (&shift)[2], float (&delta)[2], const Inputs<T>& a,
+                             const Sequence& s, RowsOfBlock<kCount>& rows, int first_row, const RowStatistics& from) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     logsumexp[half] = kInfinity;
-    delta[half] = 0.0f;
+    shift[half] = delta[half] = 0.0f;
     const int row = first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half, query = rows.query[row];
     if (query < 0) continue;
     const int64_t at = s.row_number(a, rows.head[row], query);
-    const float of_row = from_logsumexp[at];
-    if (of_row != -kInfinity) logsumexp[half] = of_row * kLog2E;
-    delta[half] = from_delta[at];
+    const float of_row = from.logsumexp[at];
+    if (of_row != -kInfinity) logsumexp[half] = of_row;
+    if (from.shift) shift[half] = from.shift[at];
+    if (from.delta) delta[half] = from.delta[at];
   }
 }
 
@@ -135,7 +150,7 @@ DEVICE_INLINE float tanh_smooth(float x) {
   return fabsf(x) < 0.625f ? series : far;
 }
 
-// Products q . k to scores.
+// Products q . k to scores without their bias; where Inputs::scales.
 template <int kTiles>
 DEVICE_INLINE void scale_scores(float (&s)[kTiles][4], float product, float cap) {
 #pragma unroll
@@ -169,7 +184,7 @@ template <class B>
 DEVICE_INLINE float biased(float x, const ReadOnly<B>& from) {
   const float bias = to_float(load_if(x != -kInfinity, from, from_float<B>(0.0f)));
   // Selected, as what -inf hides may be NaN.
-  return bias == -kInfinity ? -kInfinity : x + bias * kLog2E;
+  return bias == -kInfinity ? -kInfinity : x + bias;
 }
 
 // Adds the bias of one row, from the thread's first key on, to the scores `first` and the next of each tile.

@@ -69,8 +69,8 @@ struct Grid {
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
-    forward_kernel(const Inputs<T> a, const Rows<T> out, const Global<float> logsumexp, int out_width, const Grid grid,
-                   const Partials partials) {
+    forward_kernel(const Inputs<T> a, const Rows<T> out, const Global<float> logsumexp, const Global<float> shift,
+                   int out_width, const Grid grid, const Partials partials) {
   using Of = Shape<sizeof(T), kDim>;
   constexpr int kKeys = Of::kKeys, kTiles = kKeys / 8, kSlots = Of::kSlots;
   auto& shared = dynamic_shared<Storage<T, kDim>>();
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     const bool sees = start < warp_hi && start + kKeys > warp_lo;
     if (sees) {
       multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
-      scale_scores(p, a.product, a.cap);
+      if (a.scales) scale_scores(p, a.product, a.cap);
       seen = kAll;
       if (a.hides_within_rows() || !horizon.all_see(start, kKeys)) {
         uint64_t open = ~uint64_t{0};
@@ -154,16 +154,17 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
         for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
         most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-        // A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf).
-        const float shift = most == -kInfinity ? 0.0f : most;
-        decay[half] = exp2_approximate(highest[half] - shift);
+        // A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf). NaN passes by the maximum,
+        // and by way of the sum becomes all of the row.
+        const float base = most == -kInfinity ? 0.0f : __fmul_rn(most, a.unit_base_2);
+        decay[half] = exp2_approximate(__fmul_rn(highest[half], a.unit_base_2) - base);
         highest[half] = most;
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < kTiles; ++j)
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            p[j][i] = exp2_approximate(p[j][i] - shift);
+            p[j][i] = exp2_approximate(fmaf(p[j][i], a.unit_base_2, -base));
             sum += p[j][i];
           }
         sums[half] = sums[half] * decay[half] + sum;
@@ -206,12 +207,18 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     const float scale = empty ? 0.0f : a.keep_scale / sum;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
-      total_out[j][2 * half] *= scale;
-      total_out[j][2 * half + 1] *= scale;
+      // Zero times what other rows see may be NaN.
+      total_out[j][2 * half] = empty ? 0.0f : total_out[j][2 * half] * scale;
+      total_out[j][2 * half + 1] = empty ? 0.0f : total_out[j][2 * half + 1] * scale;
     }
     const int row = warp_row + group + 8 * half;
-    if (member == 0 && shared.rows.query[row] >= 0)
-      logsumexp[number_of(row)] = empty ? -kInfinity : (highest[half] + log2f(sum)) * kLn2;
+    if (member != 0 || shared.rows.query[row] < 0) continue;
+    // The sum is that of exponentials relative to the maximum as it was rounded in base 2.
+    const float base = __fmul_rn(highest[half], a.unit_base_2);
+    const float of_sum = fmaf(fmaf(highest[half], a.unit_base_2, -base), -kLn2, logf(sum));
+    const float lse = fmaf(highest[half], a.unit, of_sum);
+    logsumexp[number_of(row)] = empty ? -kInfinity : lse;
+    if (shift) shift[number_of(row)] = empty ? 0.0f : -kLog2E * (fmaf(highest[half], a.unit, -lse) + of_sum);
   }
   if (grid.splits > 1) {
     // The logsumexp tells that there is nothing.
@@ -234,26 +241,35 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
 // split.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    merge_splits_kernel(const Partials partials, const ReadOnly<float> partial_logsumexp, int splits, const Rows<T> out,
-                        const Global<float> logsumexp, int heads, int queries, int dim, int out_width) {
+    merge_splits_kernel(const Partials partials, const ReadOnly<float> partial_logsumexp,
+                        const ReadOnly<float> partial_shift, int splits, const Rows<T> out,
+                        const Global<float> logsumexp, const Global<float> shift, int heads, int queries, int dim,
+                        int out_width) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (at >= partials.rows) return;
   const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
   const int query = static_cast<int>(at % queries);
 
-  float mine = -kInfinity;
-  if (lane < splits) mine = partial_logsumexp[lane * partials.rows + at];
+  float mine = -kInfinity, my_shift = 0.0f;
+  if (lane < splits) {
+    mine = partial_logsumexp[lane * partials.rows + at];
+    my_shift = partial_shift[lane * partials.rows + at];
+  }
   float highest = mine;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, step));
   const float base = highest == -kInfinity ? 0.0f : highest;
   // Of a NaN the sum makes a NaN, which the maximum passed over.
-  float weight = expf(mine - base);
+  float weight = exp2f(fmaf(mine - base, kLog2E, -my_shift));
   const float sum = warp_sum(weight);
   const bool empty = sum == 0.0f;
   weight = empty ? 0.0f : weight / sum;
-  if (lane == 0) logsumexp[at] = empty ? -kInfinity : base + logf(sum);
+  if (lane == 0) {
+    const float of_sum = logf(sum), lse = base + of_sum;
+    logsumexp[at] = empty ? -kInfinity : lse;
+    if (shift) shift[at] = empty ? 0.0f : -kLog2E * ((base - lse) + of_sum);
+  }
 
   const Global<T> to = out.at(batch, head, query);
   for (int first = 0; first < dim; first += 32 * kWide) {
@@ -301,7 +317,7 @@ int64_t rows_of_all(const AttentionForward& p) {
 
 int64_t attention_forward_partials(const AttentionForward& p) {
   const int splits = grid_of(p).splits;
-  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p.value_dim) + 1);
+  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p.value_dim) + 2);
 }
 
 void attention_forward(const AttentionForward& p, Stream stream) {
@@ -312,24 +328,25 @@ void attention_forward(const AttentionForward& p, Stream stream) {
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     const auto out = rows_of<T>(p.out);
-    const auto logsumexp = global<float>(p.logsumexp);
+    const auto logsumexp = global<float>(p.logsumexp), shift = global<float>(p.shift);
     const int out_width = copy_width(p.out, p.dtype);
     Partials partials{};
-    auto split_logsumexp = logsumexp;
+    auto split_logsumexp = logsumexp, split_shift = shift;
     if (grid.splits > 1) {
       partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p.value_dim)};
       split_logsumexp = partials.out + grid.splits * partials.rows * partials.stride;
+      split_shift = split_logsumexp + grid.splits * partials.rows;
     }
     with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
       launch<forward_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
-                                      inputs_of<T>(p), out, split_logsumexp, out_width, grid, partials);
+                                      inputs_of<T>(p), out, split_logsumexp, split_shift, out_width, grid, partials);
     });
     if (grid.splits > 1)
       launch<merge_splits_kernel<T>>(static_cast<unsigned>((partials.rows + kWarps - 1) / kWarps), kThreads, 0, stream,
-                                     partials, ReadOnly<float>(split_logsumexp), grid.splits, out, logsumexp,
-                                     static_cast<int>(p.heads), static_cast<int>(p.queries),
-                                     static_cast<int>(p.value_dim), out_width);
+                                     partials, ReadOnly<float>(split_logsumexp), ReadOnly<float>(split_shift),
+                                     grid.splits, out, logsumexp, shift, static_cast<int>(p.heads),
+                                     static_cast<int>(p.queries), static_cast<int>(p.value_dim), out_width);
   });
 }
 

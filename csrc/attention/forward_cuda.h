@@ -9,6 +9,8 @@ struct AttentionForward : Attention {
   RowSpan out;
   // Floats (batch, heads, queries), or (heads, queries) of packed sequences.
   Span logsumexp;
+  // As many floats, or none: what the logsumexp, as a float, is short of (backward_cuda.h).
+  Span shift;
   // As many floats as attention_forward_partials says.
   Span partials;
 };

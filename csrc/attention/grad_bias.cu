@@ -41,7 +41,7 @@ template <class T>
 struct Gradients {
   Rows<const T> grad_out;
   int grad_out_width;
-  ReadOnly<float> logsumexp, delta;
+  RowStatistics of_rows;
   // (splits, elements of the bias)
   Global<float> partials;
 };
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       kept_weights<kTiles>(kept, a, shared.table, index, warp_row, start);
       drop_weights(e, kept);
     }
-    float logsumexp[2], delta[2];
-    read_rows(logsumexp, delta, a, s, shared.table, warp_row, g.logsumexp, g.delta);
+    float logsumexp[2], shift[2], delta[2];
+    read_rows(logsumexp, shift, delta, a, s, shared.table, warp_row, g.of_rows);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
@@ -127,7 +127,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        sums[j][i] += p[j][i] == -kInfinity ? 0.0f : exp2_approximate(p[j][i] - logsumexp[i / 2]) * e[j][i];
+        sums[j][i] +=
+            p[j][i] == -kInfinity ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
   }
 
   const int64_t rows = plan.sums_rows ? 1 : a.queries, columns = plan.sums_columns ? 1 : a.keys;
@@ -240,8 +241,7 @@ void attention_grad_bias(const AttentionBackward& p, const Span& partials, Strea
     Gradients<T> g{};
     g.grad_out = rows_of<const T>(p.grad_out);
     g.grad_out_width = copy_width(p.grad_out, p.dtype);
-    g.logsumexp = global<const float>(p.logsumexp);
-    g.delta = global<const float>(p.delta);
+    g.of_rows = statistics_of(p);
     g.partials = global<float>(partials);
     launch<grad_bias_kernel<T, kDim>>(static_cast<unsigned>(plan.blocks), kThreads, sizeof(Storage<T, kDim>), stream,
                                       inputs_of<T>(p), g, plan);

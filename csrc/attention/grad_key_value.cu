@@ -38,7 +38,7 @@ template <class T>
 struct Gradients {
   Rows<const T> grad_out;
   int grad_out_width;
-  ReadOnly<float> logsumexp, delta;
+  RowStatistics of_rows;
   // One of the two.
   Rows<T> to;
   Rows<float> wide_to;
@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
   constexpr int kBlockRows = Of::kBlockRows, kBlockThreads = Of::kBlockThreads;
   constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
   auto& shared = dynamic_shared<Storage<T, kDim, kKind>>();
-  const int thread = static_cast<int>(threadIdx.x), member = thread % 4, warp_row = thread / 32 * 16;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, member = lane % 4;
+  const int warp_row = thread / 32 * 16;
 
   const int key_block = static_cast<int>(blockIdx.x) % key_blocks, kv_heads = a.heads / a.group;
   const int kv_head = static_cast<int>(blockIdx.x) / key_blocks % kv_heads, first_head = kv_head * a.group;
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
     if (second) {
       ahead = keys.template next<kQueries>(ahead + 1, a.group);
     } else {
-      keys.template copy_table<kQueries>(shared.tables[ahead_table], head, start, g.logsumexp, g.delta);
+      keys.template copy_table<kQueries>(shared.tables[ahead_table], head, start, g.of_rows);
       ahead_table = ahead_table + 1 == Of::kTables ? 0 : ahead_table + 1;
     }
   };
@@ -96,6 +97,8 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
   for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
   const bool hides = keys.hides();
 
+  // Whether a query sees the two keys of the thread: those that none sees are left alone by what is NaN in others.
+  bool is_seen[2] = {};
   float total[kDim / 8][4] = {};
   while (tile != kNoTile) {
     const int head = first_head + tile / tiles_of_head, start = tile % tiles_of_head * kQueries, following = ahead;
@@ -126,27 +129,36 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
 
     float p[kTiles][4] = {};
     multiply_transposed<T, kDim, kTiles>(p, shared.key, warp_row, shared.ring[slot], a.head_dim);
-    scale_scores(p, a.product, 0.0f);
+    if (a.scales) scale_scores(p, a.product, 0.0f);
     if (a.cap != 0.0f) cap_scores(p, a.cap, e, kKind == kKeyGradient);
     unsigned seen = kAll;
     if (hides || !keys.template all_see<kQueries>(columns, start, warp_key)) {
       keys.template mask<kTiles>(p, columns, head, start, warp_key);
       seen = seen_keys(p);
+#pragma unroll
+      for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) is_seen[i / 2] |= p[j][i] != -kInfinity;
+    } else {
+      is_seen[0] = is_seen[1] = true;
     }
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float logsumexp = columns.logsumexp[8 * j + 2 * member + i] * kLog2E;
+        const float logsumexp = columns.logsumexp[8 * j + 2 * member + i];
+        const float shift = columns.shift[8 * j + 2 * member + i];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& x = p[j][2 * half + i];
-          // What is hidden has no logsumexp perhaps, and may be NaN in e.
-          x = x == -kInfinity ? 0.0f : exp2_approximate(x - logsumexp);
+          // What is hidden has no logsumexp perhaps, and may be NaN in e; of what is seen a NaN there is a result.
+          const bool is_hidden = x == -kInfinity;
+          x = weight_of(x, a.unit, logsumexp, shift);
           if constexpr (kKind == kKeyGradient)
-            x = x == 0.0f ? 0.0f : x * e[j][2 * half + i];
+            x *= e[j][2 * half + i];
           else if (a.seed && !(kept[2 * i + half] >> 4 * j & 1))
             x = 0.0f;
+          x = is_hidden ? 0.0f : x;
         }
       }
 
@@ -160,9 +172,11 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
   }
 
 #pragma unroll
+  for (int half = 0; half < 2; ++half) is_seen[half] = (__ballot_sync(kAll, is_seen[half]) >> (lane & ~3) & 15) != 0;
+#pragma unroll
   for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) total[j][i] *= g.scale;
+    for (int i = 0; i < 4; ++i) total[j][i] = is_seen[i / 2] ? total[j][i] * g.scale : 0.0f;
   const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
   if (g.wide_to.data) {
     store_wide_rows<kDim>(total, dim, [&](int row) {
@@ -197,8 +211,7 @@ Gradients<T> gradients_of(const AttentionBackward& p) {
   Gradients<T> g{};
   g.grad_out = rows_of<const T>(p.grad_out);
   g.grad_out_width = copy_width(p.grad_out, p.dtype);
-  g.logsumexp = global<const float>(p.logsumexp);
-  g.delta = global<const float>(p.delta);
+  g.of_rows = statistics_of(p);
   return g;
 }
 
@@ -222,7 +235,7 @@ void attention_grad_value(const AttentionBackward& p, Stream stream) {
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     Gradients<T> g = gradients_of<T>(p);
-    g.delta = nullptr;
+    g.of_rows.delta = nullptr;
     g.scale = p.seed ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 1.0f;
     g.to = rows_of<T>(p.grad_value);
     g.to_width = copy_width(p.grad_value, p.dtype);

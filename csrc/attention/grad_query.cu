@@ -6,7 +6,6 @@
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
 #include "device/launch.h"
-#include "device/reduce.h"
 
 namespace velm::cuda {
 namespace {
@@ -31,7 +30,7 @@ template <class T>
 struct Gradients {
   Rows<const T> grad_out;
   int grad_out_width;
-  ReadOnly<float> logsumexp, delta;
+  RowStatistics of_rows;
   // One of the two.
   Rows<T> query;
   Rows<float> wide_query;
@@ -87,8 +86,8 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
   };
 #pragma unroll 1
   for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
-  float logsumexp[2], delta[2];
-  read_rows(logsumexp, delta, a, s, shared.rows, warp_row, g.logsumexp, g.delta);
+  float logsumexp[2], shift[2], delta[2];
+  read_rows(logsumexp, shift, delta, a, s, shared.rows, warp_row, g.of_rows);
 
   float grad[kDim / 8][4] = {};
   while (tile != kNoTile) {
@@ -110,7 +109,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
     const Shared<T> keys = shared.ring[ring.next(copy, kSlots % 2 != 0)];
     float p[kTiles][4] = {};
     multiply_transposed<T, kDim, kTiles>(p, shared.query, warp_row, keys, a.head_dim);
-    scale_scores(p, a.product, 0.0f);
+    if (a.scales) scale_scores(p, a.product, 0.0f);
     if (a.cap != 0.0f) cap_scores(p, a.cap, e, g.wants_query);
     unsigned seen = kAll;
     if (a.hides_within_rows() || !horizon.all_see(start, kKeys)) {
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        p[j][i] = p[j][i] == -kInfinity ? 0.0f : exp2_approximate(p[j][i] - logsumexp[i / 2]) * e[j][i];
+        p[j][i] = p[j][i] == -kInfinity ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
     const auto store_bias = [&](const auto& bias, auto convert) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -152,7 +151,10 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
 #pragma unroll
   for (int j = 0; j < kDim / 8; ++j)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) grad[j][i] *= g.scale;
+    for (int i = 0; i < 4; ++i) {
+      // Rows that see nothing: zero times what other rows see may be NaN.
+      grad[j][i] = logsumexp[i / 2] == kInfinity ? 0.0f : grad[j][i] * g.scale;
+    }
   if (g.wide_query.data) {
     store_wide_rows<kDim>(grad, a.head_dim, [&](int row) {
       const int query = shared.rows.query[warp_row + row];
@@ -167,43 +169,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
   }
 }
 
-// One warp a row.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    delta_kernel(const Rows<const T> out, const Rows<const T> grad_out, const Rows<const float> grad_logsumexp,
-                 const ReadOnly<float> logsumexp, const Global<float> delta, int64_t count, int heads, int queries,
-                 int dim) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t at = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
-  if (at >= count) return;
-  const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
-  const int query = static_cast<int>(at % queries);
-  float sum = 0.0f;
-  // A row that sees nothing has no gradient, whatever stands in its grad_out.
-  if (__any_sync(kAll, lane == 0 && logsumexp[at] != -kInfinity)) {
-    const auto x = out.at(batch, head, query), y = grad_out.at(batch, head, query);
-    for (int d = lane; d < dim; d += 32) sum = fmaf(to_float(x[d]), to_float(y[d]), sum);
-    if (grad_logsumexp.data && lane == 0) sum -= grad_logsumexp.at(batch, head, query)[0];
-  }
-  sum = warp_sum(sum);
-  if (lane == 0) delta[at] = sum;
-}
-
 }  // namespace
-
-void attention_delta(const AttentionBackward& p, Stream stream) {
-  // Of packed sequences all tokens are one batch entry.
-  const int64_t count = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
-  if (count == 0) return;
-  with_type(p.dtype, [&](auto t) {
-    using T = decltype(t);
-    launch<delta_kernel<T>>(static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, stream,
-                            rows_of<const T>(p.out), rows_of<const T>(p.grad_out),
-                            rows_of<const float>(p.grad_logsumexp), global<const float>(p.logsumexp),
-                            global<float>(p.delta), count, static_cast<int>(p.heads), static_cast<int>(p.queries),
-                            static_cast<int>(p.value_dim));
-  });
-}
 
 void attention_grad_query(const AttentionBackward& p, Stream stream) {
   with_type(p.dtype, [&](auto t) {
@@ -217,8 +183,7 @@ void attention_grad_query(const AttentionBackward& p, Stream stream) {
       Gradients<T> g{};
       g.grad_out = rows_of<const T>(p.grad_out);
       g.grad_out_width = copy_width(p.grad_out, p.dtype);
-      g.logsumexp = global<const float>(p.logsumexp);
-      g.delta = global<const float>(p.delta);
+      g.of_rows = statistics_of(p);
       if (wants_query) {
         g.wants_query = true;
         g.scale = static_cast<float>(p.scale);

@@ -23,7 +23,7 @@ struct Storage {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
-    key_mass_kernel(const Inputs<T> a, const ReadOnly<float> logsumexp, const Global<float> key_mass, int key_blocks) {
+    key_mass_kernel(const Inputs<T> a, const RowStatistics of_rows, const Global<float> key_mass, int key_blocks) {
   constexpr int kTiles = kQueries<T> / 8;
   auto& shared = dynamic_shared<Storage<T>>();
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, group = lane / 4, member = lane % 4;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                                      a.query.at(s.batch, head, s.first_query + start) + ahead_part * kPart, a.query.row,
                                      s.queries - start, columns_of(ahead_part), a.query_width);
     if (ahead_part == 0) {
-      keys.template copy_table<kQueries<T>>(shared.tables[ahead_table], head, start, logsumexp, nullptr);
+      keys.template copy_table<kQueries<T>>(shared.tables[ahead_table], head, start, of_rows);
       ahead_table ^= 1;
     }
     if (++ahead_part < parts) return;
@@ -80,19 +80,20 @@ __global__ void __launch_bounds__(kThreads, 2)
       const Shared<T> queries = shared.ring[ring.next(copy)];
       multiply_transposed<T, kPart, kTiles>(p, shared.key[part], warp_row, queries, columns_of(part));
     }
-    scale_scores(p, a.product, a.cap);
+    if (a.scales) scale_scores(p, a.product, a.cap);
     if (hides || !keys.template all_see<kQueries<T>>(columns, start, warp_key))
       keys.template mask<kTiles>(p, columns, head, start, warp_key);
 #pragma unroll
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float of_query = columns.logsumexp[8 * j + 2 * member + i] * kLog2E;
+        const float logsumexp = columns.logsumexp[8 * j + 2 * member + i];
+        const float shift = columns.shift[8 * j + 2 * member + i];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float x = p[j][2 * half + i];
           // What is hidden has no logsumexp perhaps.
-          total[half] += x == -kInfinity ? 0.0f : exp2_approximate(x - of_query);
+          total[half] += x == -kInfinity ? 0.0f : weight_of(x, a.unit, logsumexp, shift);
         }
       }
   }
@@ -109,13 +110,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void attention_key_mass(const Attention& p, const Span& logsumexp, const Span& key_mass, Stream stream) {
+void attention_key_mass(const Attention& p, const Span& logsumexp, const Span& shift, const Span& key_mass,
+                        Stream stream) {
   const int64_t key_blocks = (p.longest_keys + kRows - 1) / kRows, blocks = p.batch * p.heads * key_blocks;
   if (blocks == 0) return;
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     launch<key_mass_kernel<T>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T>), stream, inputs_of<T>(p),
-                               global<const float>(logsumexp), global<float>(key_mass), static_cast<int>(key_blocks));
+                               RowStatistics{global<const float>(logsumexp), global<const float>(shift), nullptr},
+                               global<float>(key_mass), static_cast<int>(key_blocks));
   });
 }
 

@@ -105,7 +105,11 @@ def block_threads(instance: str) -> int:
     """Threads of a block, by the source's own constants; tests/device_on_host/test_traffic.py compares."""
     if instance.startswith(("pair_maps_kernel", "pair_slopes_kernel")):
         return 512
-    return 64 if instance in ("grad_query_kernel<float, 256>", "grad_key_value_kernel<float, 256, 0>") else 128
+    return (
+        64
+        if re.match(r"(grad_query|row_sums)_kernel<float, 256>|grad_key_value_kernel<float, 256, 0>", instance)
+        else 128
+    )
 
 
 def dynamic_shared(instance: str) -> int:
@@ -122,12 +126,12 @@ def dynamic_shared(instance: str) -> int:
             (size, dim), (64 if size == 2 else 32, 2)
         )
         return tile + slots * keys * dim * size + 1024
-    if kernel == "grad_query_kernel":
+    if kernel in ("grad_query_kernel", "row_sums_kernel"):
         keys = 16 if rows == 32 else 32 if size == 4 or dim == 256 else 64
         return 2 * tile + 2 * keys * dim * size + 16 * rows
     if kernel == "grad_side_kernel":
         rows, columns = 64 if size * dim <= 256 else 32, 64 if size * dim == 128 else 32
-        return 3 * (rows + columns) * dim * size + 4 * columns * 4
+        return 3 * (rows + columns) * dim * size + 6 * columns * 4
     if kernel == "grad_bias_kernel":
         keys, stages = (16, 1) if size == 4 and dim == 256 else (32 if size == 4 or dim == 256 else 64, 2)
         return stages * (tile + keys * dim * size) + 1024 + 4 * keys * 4
@@ -135,12 +139,12 @@ def dynamic_shared(instance: str) -> int:
         of_key = found.group(4) == "0"
         few = dim == 256 and (size == 4 or of_key)
         queries = 16 if few else 32 if size == 4 or dim == 256 else 64
-        return tile + (tile if of_key else 8 * size) + 2 * queries * dim * size + 2 * queries * 16
+        return tile + (tile if of_key else 8 * size) + 2 * queries * dim * size + 2 * queries * 20
     if kernel == "match_rows_kernel":
         return 2 * (64 + 32) * 64 * size
     if kernel == "key_mass_kernel":
         queries = 32 if size == 4 else 64
-        return 4 * 64 * 64 * size + 2 * queries * 64 * size + 2 * queries * 16
+        return 4 * 64 * 64 * size + 2 * queries * 64 * size + 2 * queries * 20
     return 0
 
 

@@ -72,7 +72,7 @@ def test_missing_matrix_instructions_are_noticed(source: str) -> None:
     # Also where the table says that there were none.
     assert resources.complaints(key, without, with_products) == resources.complaints(key, without, without) != []
     assert resources.complaints(("norm", *key[1:]), without, with_products)
-    assert resources.complaints(("grad_query", "delta_kernel<float>", "80"), without, without) == []
+    assert resources.complaints(("row_sums", "delta_kernel<float>", "80"), without, without) == []
 
 
 def test_the_compilers_are_understood() -> None:

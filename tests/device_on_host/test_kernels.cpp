@@ -126,7 +126,8 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   auto bias = random_values<float>(keys);
   std::vector<T> query(raw.size()), out(raw.size()), grad_query(raw.size()), grad_key(key.size()),
       grad_value(key.size());
-  std::vector<float> lse(static_cast<size_t>(queries)), delta(lse.size()), grad_bias(bias.size()), mass(bias.size());
+  std::vector<float> lse(static_cast<size_t>(queries)), delta(lse.size()), shift(lse.size()), grad_bias(bias.size()),
+      mass(bias.size());
   std::vector<unsigned char> mask(static_cast<size_t>(keys), 1);
   for (size_t j = 0; j < mask.size(); j += 3) {
     mask[j] = 0;
@@ -157,14 +158,16 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   set(p);
   p.out = rows_of(out, queries);
   p.logsumexp = span(lse);
+  p.shift = span(shift);
   attention_forward(p, nullptr);
-  attention_key_mass(p, span(lse), span(mass), nullptr);
+  attention_key_mass(p, span(lse), span(shift), span(mass), nullptr);
   AttentionBackward b{};
   set(b);
   b.out = p.out;
   b.grad_out = rows_of(grad, queries);
   b.logsumexp = span(lse);
   b.delta = span(delta);
+  b.shift = span(shift);
   b.grad_query = rows_of(grad_query, queries);
   b.grad_key = rows_of(grad_key, keys);
   b.grad_value = rows_of(grad_value, keys);
@@ -280,7 +283,7 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
   struct Side {
     int64_t rows;
     std::vector<T> query, value, out, grad;
-    std::vector<float> lse, delta;
+    std::vector<float> lse, delta, shift;
     std::vector<unsigned char> mask;
   };
   const auto side = [&](int64_t rows) {
@@ -290,6 +293,7 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
            random_values<T>(rows * dim),
            std::vector<T>(count * dim),
            random_values<T>(rows * dim),
+           std::vector<float>(count),
            std::vector<float>(count),
            std::vector<float>(count),
            std::vector<unsigned char>(count, 1)};
@@ -327,6 +331,7 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
     p.grad_out = rows_of(from.grad);
     p.logsumexp = f.logsumexp;
     p.delta = span(from.delta);
+    p.shift = span(from.shift);
     attention_delta(p, nullptr);
     return p;
   };
