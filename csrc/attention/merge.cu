@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   if (lane < a.shards) mine = a.shard[lane].logsumexp[row];
   const float highest = warp_max(mine);
   const float base = highest == -kInfinity ? 0.0f : highest;
-  // Of a NaN the sum makes a NaN, which the maximum passed over.
-  float weight = lane < a.shards ? expf(mine - base) : 0.0f;
+  // Of a NaN the sum makes a NaN, which the maximum passed over. Of infinities it makes infinity, and weights of NaN.
+  float weight = lane >= a.shards ? 0.0f : mine == base ? 1.0f : expf(mine - base);
   const float sum = warp_sum(weight);
   const bool empty = sum == 0.0f;
-  weight = empty ? 0.0f : weight / sum;
+  weight = empty ? 0.0f : base == kInfinity ? mine - mine : weight / sum;
   if (lane == 0) logsumexp[row] = empty ? -kInfinity : base + logf(sum);
 
   const Global<T> to = row_of(out, at);

@@ -191,7 +191,7 @@ struct MapStorage {
   SharedArray<float, 32> largest;
 };
 
-// The largest in a block, in every thread.
+// The largest in a block, in every thread. NaN is passed over.
 DEVICE_INLINE float block_max(float value, SharedArray<float, 32>& storage) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
@@ -233,8 +233,9 @@ __global__ void __launch_bounds__(kMapThreads, 2) pair_maps_kernel(const Maps<T>
   total = block_sum(total * expf(largest - base), shared.sum);
   const float scale = total == 0.0f ? 0.0f : 1.0f / total;
   for (int at = thread; at < size; at += kMapThreads) {
-    const float score = sums[at];
-    p.maps[first + at] = from_float<T>(expf(score - base) * scale);
+    // A NaN is that of all pairs, but not of what is no pair.
+    const float score = sums[at], weight = pairs.counts(at) ? expf(score - base) * scale : 0.0f;
+    p.maps[first + at] = from_float<T>(weight);
   }
 }
 

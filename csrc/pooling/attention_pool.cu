@@ -117,24 +117,29 @@ __global__ void __launch_bounds__(kThreads, 8)
   }
 }
 
-// Of one row: scores to weights, and gradients of weights to those of scores.
-template <class T>
+// Of one row: scores to weights, and gradients of weights to those of scores. What is taken off the gradients, the sum
+// of weight * gradient, is that of grad * out too, but `out` may be of 16 bits: where nearly all weight is on one token
+// no more than its rounding would be left. Both sums are those of the weights as they are computed here.
 __global__ void __launch_bounds__(kThreads, 8)
-    softmax_backward_kernel(Global<float> weights, Global<float> grad_weights, ReadOnly<T> grad, ReadOnly<T> out,
-                            ReadOnly<float> logsumexp, Tokens tokens, int64_t rows, int64_t dim, unsigned row_blocks) {
+    softmax_backward_kernel(Global<float> weights, Global<float> grad_weights, ReadOnly<float> logsumexp, Tokens tokens,
+                            int64_t rows, unsigned row_blocks) {
   const int64_t segment = blockIdx.x / row_blocks, row = int64_t{blockIdx.x % row_blocks} * kWarps + threadIdx.y;
   if (row >= rows) return;
   const int64_t number = segment * rows + row, at = row_of_weights(tokens, segment, row, rows);
-  float delta = 0.0f;
-  for (int64_t c = threadIdx.x; c < dim; c += 32)
-    delta = fmaf(to_float(grad[number * dim + c]), to_float(out[number * dim + c]), delta);
-  delta = warp_sum(delta);
   const float lse = logsumexp[number];
-  const int64_t end = last_token(tokens, segment);
-  for (int64_t n = tokens.begin(segment) + threadIdx.x; n < end; n += 32) {
+  const int64_t begin = tokens.begin(segment), end = last_token(tokens, segment);
+  float total = 0.0f, product = 0.0f;
+  for (int64_t n = begin + threadIdx.x; n < end; n += 32) {
+    if (!counts(tokens, segment, n)) continue;
+    const float weight = expf(weights[at + n] - lse);
+    total += weight;
+    product = fmaf(weight, grad_weights[at + n], product);
+  }
+  const float scale = 1.0f / warp_sum(total), delta = warp_sum(product) * scale;
+  for (int64_t n = begin + threadIdx.x; n < end; n += 32) {
     float weight = 0.0f, slope = 0.0f;
     if (counts(tokens, segment, n)) {
-      weight = expf(weights[at + n] - lse);
+      weight = expf(weights[at + n] - lse) * scale;
       slope = weight * (grad_weights[at + n] - delta);
     }
     weights[at + n] = weight;
@@ -225,8 +230,12 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (column >= dim) continue;
 #pragma unroll
-    for (int t = 0; t < kTokensBackward; ++t)
-      if (first + t < end) grad_x[(segment_of_x + first + t) * dim + column] = from_float<T>(sum[t]);
+    for (int t = 0; t < kTokensBackward; ++t) {
+      if (first + t >= end) continue;
+      // Nothing of a NaN gradient comes to a token that does not count, whose weight is 0.
+      const float value = counts(tokens, segment, first + t) ? sum[t] : 0.0f;
+      grad_x[(segment_of_x + first + t) * dim + column] = from_float<T>(value);
+    }
   }
 }
 
@@ -293,10 +302,9 @@ void attention_pool_backward(const AttentionPool& p, Stream stream) {
     if (p.segments != 0) {
       products<T>(p, grid, p.queries, p.is_shared, p.weights, stream);
       products<T>(p, grid, p.grad, false, p.grad_weights, stream);
-      launch<softmax_backward_kernel<T>>(
-          static_cast<unsigned>(p.segments) * grid.softmax_blocks, dim3(32, kWarps), 0, stream,
-          global<float>(p.weights), global<float>(p.grad_weights), global<const T>(p.grad), global<const T>(p.out),
-          global<const float>(p.logsumexp), tokens_of(p), p.rows, p.dim, grid.softmax_blocks);
+      launch<softmax_backward_kernel>(static_cast<unsigned>(p.segments) * grid.softmax_blocks, dim3(32, kWarps), 0,
+                                      stream, global<float>(p.weights), global<float>(p.grad_weights),
+                                      global<const float>(p.logsumexp), tokens_of(p), p.rows, grid.softmax_blocks);
       if (p.grad_x)
         launch<tokens_kernel<T>>(static_cast<unsigned>(p.segments) * grid.splits * grid.column_blocks, kThreads, 0,
                                  stream, global<const float>(p.weights), global<const float>(p.grad_weights),

@@ -21,15 +21,16 @@ constexpr int kMostWidth = 8;
 constexpr int kTokensBackward = 4;
 constexpr float kEps = 1e-6f, kLargest = 3.402823466e38f;
 
-// What some tokens of a column amount to: a sum in `a`; the largest in `a` and its token, -1 for none; the largest and
-// the sum of exp(x - a) in `b`.
+// What some tokens of a column amount to: a sum in `a`; the largest in `a` and its token, -1 for none; of logsumexp the
+// largest and the sum of exp(x - a) in `b`; of gem the sum of (b x)^p in `a`, `b` one over the largest, so that no
+// power overflows or is lost whatever p is. NaN is no maximum, and comes by way of the sums.
 struct State {
   float a, b;
   int token;
 };
 
 DEVICE_INLINE State nothing(PoolMode mode) {
-  return {mode == kPoolLogSumExp ? -kLargest : 0.0f, 0.0f, -1};
+  return {mode == kPoolLogSumExp ? -kLargest : 0.0f, mode == kPoolGem ? INFINITY : 0.0f, -1};
 }
 
 DEVICE_INLINE float power(float x, float p) {
@@ -40,17 +41,30 @@ DEVICE_INLINE void add(State& state, PoolMode mode, float p, float x, int token)
   if (mode == kPoolMax) {
     if (state.token < 0 || x > state.a || (x != x && state.a == state.a)) state = {x, 0.0f, token};
   } else if (mode == kPoolLogSumExp) {
-    // NaN does not get into the largest, but into the sum.
-    const float largest = x > state.a ? x : state.a;
-    state.b = state.b * expf(state.a - largest) + expf(x - largest);
-    state.a = largest;
-  } else {
+    if (x > state.a) {
+      state.b = state.b * expf(state.a - x) + 1.0f;
+      state.a = x;
+    } else {
+      // Of infinities the difference is NaN.
+      state.b += x == state.a ? 1.0f : expf(x - state.a);
+    }
+  } else if (mode == kPoolGem) {
     // In this order NaN is kept.
-    state.a += mode == kPoolGem ? power(x < kEps ? kEps : x, p) : x;
+    x = x < kEps ? kEps : x;
+    const bool is_another_infinity = x == INFINITY && state.b == 0.0f;
+    const float ratio = is_another_infinity ? 1.0f : x * state.b;
+    if (ratio > 1.0f) {
+      state.b = 1.0f / x;
+      state.a = state.a * power(1.0f / ratio, p) + 1.0f;
+    } else {
+      state.a += power(ratio, p);
+    }
+  } else {
+    state.a += x;
   }
 }
 
-DEVICE_INLINE void join(State& state, PoolMode mode, const State& other) {
+DEVICE_INLINE void join(State& state, PoolMode mode, float p, const State& other) {
   if (mode == kPoolMax) {
     if (other.token < 0) return;
     const bool is_nan = state.a != state.a, other_is_nan = other.a != other.a;
@@ -58,8 +72,14 @@ DEVICE_INLINE void join(State& state, PoolMode mode, const State& other) {
     if (state.token < 0 || (ties ? other.token < state.token : !is_nan && !(other.a <= state.a))) state = other;
   } else if (mode == kPoolLogSumExp) {
     const float largest = other.a > state.a ? other.a : state.a;
-    state.b = state.b * expf(state.a - largest) + other.b * expf(other.a - largest);
+    const float mine = state.a == largest ? state.b : state.b * expf(state.a - largest);
+    state.b = mine + (other.a == largest ? other.b : other.b * expf(other.a - largest));
     state.a = largest;
+  } else if (mode == kPoolGem) {
+    const float least = other.b < state.b ? other.b : state.b;
+    const float mine = state.b == least ? state.a : state.a * power(least / state.b, p);
+    state.a = mine + (other.b == least ? other.a : other.a * power(least / other.b, p));
+    state.b = least;
   } else {
     state.a += other.a;
   }
@@ -67,10 +87,10 @@ DEVICE_INLINE void join(State& state, PoolMode mode, const State& other) {
 
 DEVICE_INLINE float result(const State& state, PoolMode mode, float p, int count) {
   if (count == 0) return 0.0f;
-  if (mode == kPoolLogSumExp) return state.a == INFINITY ? state.a : state.a + logf(state.b);
+  if (mode == kPoolLogSumExp) return state.a + logf(state.b);
   const float value = mode == kPoolMean || mode == kPoolGem ? state.a / static_cast<float>(count) : state.a;
   if (mode != kPoolGem) return value;
-  const float root = powf(value, 1.0f / p);
+  const float root = powf(value, 1.0f / p) / state.b;
   return root < kEps ? kEps : root;
 }
 
@@ -128,7 +148,7 @@ __global__ void __launch_bounds__(kThreads)
     const int at = k * kAlong + static_cast<int>(threadIdx.x);
     for (int y = 1; y < kRows; ++y) {
       const State other{shared.a[y][at], shared.b[y][at], shared.token[y][at]};
-      join(state[k], mode, other);
+      join(state[k], mode, p, other);
     }
     write<T>(state[k], mode, p, count, out, stats, segment * dim + column + k);
   }
@@ -157,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
     other.a = __shfl_xor_sync(0xffffffffu, state.a, step);
     other.b = __shfl_xor_sync(0xffffffffu, state.b, step);
     other.token = __shfl_xor_sync(0xffffffffu, state.token, step);
-    join(state, mode, other);
+    join(state, mode, p, other);
   }
   if (threadIdx.x == 0) write<T>(state, mode, p, count, out, stats, number);
 }
