@@ -177,3 +177,35 @@ def test_the_readme_has_the_table() -> None:
         assert ampere == small and hopper == blackwell
         for cell, line in zip(told[words], (ampere, hopper), strict=True):
             assert cell.startswith(f"`{line[0]}`"), (words, cell)
+
+
+def test_calls_on_the_cpu_neither_open_the_cuda_library_nor_look_for_gpus(monkeypatch) -> None:
+    def asked(*args: Any) -> str:
+        raise AssertionError("asked")
+
+    for name in ("why_not", "why_no_gpu", "why_not_on"):
+        monkeypatch.setattr(cuda, name, asked)
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    query = torch.ones(1, 2, 3, 16)
+    velm_kernels.cross_attention(query, query, query, softcap=30.0)
+    assert "cuda      no: query is on cpu" in velm_kernels.explain("cross_attention", query, query, query)
+
+
+def test_the_age_of_gpu_and_driver_is_asked_once(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or (7, 5))
+    monkeypatch.setattr(cuda, "why_not", lambda backend: None)
+    cuda.why_not_on.cache_clear()
+    devices.capability.cache_clear()
+    try:
+        with FakeTensorMode():
+            x = on_gpu(2, 3, 8)
+            for _ in range(3):
+                told = velm_kernels.explain("gated_residual", x, x, on_gpu(1))
+        assert "cuda      no: compute capability 7.5 is older than 8.0" in told
+        assert "triton    no: compute capability 7.5 is older than 8.0" in told
+        # Once for the library, once for everything else.
+        assert asked == [0, 0]
+    finally:
+        cuda.why_not_on.cache_clear()
+        devices.capability.cache_clear()

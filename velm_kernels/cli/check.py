@@ -152,7 +152,9 @@ def run_check(check: Check, dtype: torch.dtype, target: Target) -> Result:
             float("inf"),
             f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}",
         )
-    same = all(torch.equal(one, two) for one, two in zip(got, again, strict=True))
+    # Of torch's own kernels on GPUs gradients are so only under torch.use_deterministic_algorithms.
+    promised = len(got) - len(check.wanted) if target.backend == "torch" and target.device != "cpu" else len(got)
+    same = all(torch.equal(one, two) for one, two in zip(got[:promised], again[:promised], strict=True))
     got = [tensor.cpu() for tensor in got]
     worst, problem = 0.0, "" if same else "two runs give different bits"
     errors = _errors(got, exact)

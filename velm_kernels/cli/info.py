@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -132,15 +131,22 @@ def _cuda_library() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[tuple[str, str]]:
-    """What each backend says to a small float32 call of cross_attention on the best device here, on a GPU after one."""
-    device = "cpu" if cuda.why_no_gpu() else "cuda"
-    query = torch.zeros(1, 1, 1, 16, device=device)
-    rows = [("for float32 on", device)]
+    """What each backend says to a small call of cross_attention on the best device here, on a GPU after a trial."""
+    device, dtype = ("cpu", torch.float32) if cuda.why_no_gpu() else ("cuda", torch.float16)
+    query = torch.zeros(1, 1, 1, 16, device=device, dtype=dtype)
+    rows = [("for", f"{str(dtype).removeprefix('torch.')} on {device}")]
     if device == "cuda":
         # Whether kernels compile and launch shows only then; `explain` tells what was learnt.
-        for name in ("cuda", "triton"):
-            with contextlib.suppress(backends.NoBackendError), backends.use_backend(name):
-                velm_kernels.cross_attention(query, query, query)
+        for name in ("cuda", "triton", "torch"):
+            try:
+                with backends.use_backend(name):
+                    velm_kernels.cross_attention(query, query, query)
+                torch.cuda.synchronize()
+            except backends.NoBackendError:
+                pass
+            except Exception as error:
+                first = str(error).partition("\n")[0]
+                return [*rows, (name, f"fails, and the GPU with it: {type(error).__name__}: {first}")]
     try:
         lines = backends.explain("cross_attention", query, query, query).splitlines()
     except RuntimeError as error:
