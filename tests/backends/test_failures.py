@@ -139,6 +139,17 @@ def test_other_errors_are_raised(break_cpu, error: Exception) -> None:
     assert not failures.some()
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, getattr(torch, "AcceleratorError", RuntimeError)])
+def test_a_device_that_torch_has_no_code_for_is_a_reason(break_cpu, kind) -> None:
+    try:
+        error = kind("CUDA error: no kernel image is available for execution on the device")
+    except TypeError:
+        pytest.skip("this torch makes none by hand")
+    break_cpu("attention_forward", error)
+    with pytest.warns(UserWarning, match="cpu can serve it, but a kernel does not start: .*no kernel image"):
+        velm_kernels.cross_attention(*inputs())
+
+
 def test_nothing_of_the_call_is_kept(break_cpu) -> None:
     try:
         raise start_error()

@@ -60,12 +60,15 @@ def some() -> bool:
 
 def of_launch(error: Exception, what: str) -> StartError | None:
     """What an error that came out of compiling or launching ``what`` means: None if it is to be raised as it is."""
-    if isinstance(error, (StartError, torch.OutOfMemoryError, getattr(torch, "AcceleratorError", ()))):
+    if isinstance(error, (StartError, torch.OutOfMemoryError)):
         return None
-    if _RAISED.search(str(error)):
+    text = str(error)
+    of_device = bool(_EVERYWHERE.search(text))
+    # What torch raises for errors of the device is mostly of a kernel that ran before.
+    if not of_device and (_RAISED.search(text) or isinstance(error, getattr(torch, "AcceleratorError", ()))):
         return None
-    everywhere = isinstance(error, (ImportError, OSError, subprocess.SubprocessError))
-    return StartError(f"{what} does not start: {_told(error)}", everywhere or bool(_EVERYWHERE.search(str(error))))
+    everywhere = of_device or isinstance(error, (ImportError, OSError, subprocess.SubprocessError))
+    return StartError(f"{what} does not start: {_told(error)}", everywhere)
 
 
 def of_call(error: Exception) -> StartError | None:
@@ -78,7 +81,8 @@ def of_call(error: Exception) -> StartError | None:
         failure.__cause__ = error.__cause__
         return failure
     of_triton = type(error).__module__.split(".")[0] == "triton"
-    return of_launch(error, "a kernel") if of_triton else None
+    of_device = isinstance(error, RuntimeError) and _EVERYWHERE.search(str(error))
+    return of_launch(error, "a kernel") if of_triton or of_device else None
 
 
 def remember(operator: str, backend: str, arguments: dict[str, Any], failure: StartError) -> BaseException:
