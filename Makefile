@@ -1,5 +1,6 @@
 # make setup   the environment (.venv with pinned packages) and the build; the commands below begin with it
 # make test    format, lint and type checks, then every test
+# make triton-versions  compiles every Triton kernel for every architecture by every supported version of Triton
 # make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
 # make results trains the models of python_models with these kernels and in plain PyTorch
 # make bench   the benchmarks
@@ -19,6 +20,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESULTS_ARGS ?=
 BENCH_ARGS ?=
+TRITON_ARGS ?=
 
 # Named every time, because what was configured last stays in force.
 TESTING := ON
@@ -36,7 +38,7 @@ STAMP := $(VENV)/.installed
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test lint format demo results bench gpu lib clean
+.PHONY: setup test triton-versions lint format demo results bench gpu lib clean
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -65,6 +67,10 @@ format: setup
 # One torch thread for each of the parallel test processes: more would only wait for each other.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal $(PYTEST_ARGS)
+
+# Hours of one core the first time; TRITON_ARGS="--versions 3.6 --arch 80 --kernel forward" compiles some of it.
+triton-versions: setup
+	$(RUN) -m tests.triton.versions --jobs $(MAX_JOBS) $(TRITON_ARGS)
 
 # The library of this processor alone: the demo runs on it, and a newcomer should not wait for others to be compiled.
 demo: ISAS := native

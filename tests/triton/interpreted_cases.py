@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import velm_kernels
-from tests.numbers import assert_accurate
+from tests.numbers import assert_accurate, relative_rms
 from velm_kernels.backends import triton as triton_backend
 
 pytestmark = pytest.mark.skipif(not triton_backend.is_interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -187,3 +187,145 @@ def test_same_bits_every_time() -> None:
             out = velm_kernels.cross_attention(*leaves[:3], bias=leaves[3])
         runs.append([out, *torch.autograd.grad(out.sum(), leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_large_scores() -> None:
+    """What is rounded is the difference of scores from the largest, and from logsumexp, not the scores in base 2."""
+    torch.manual_seed(0)
+    inputs = [3 * randn(1, 2, 18, 64), 3 * randn(1, 2, 40, 64), randn(1, 2, 40, 16)]
+    assert (inputs[0] @ inputs[1].transpose(-1, -2)).abs().max() / 8 > 30
+    compare(lambda q, k, v: velm_kernels.cross_attention(q, k, v, return_logsumexp=True), inputs)
+    compare(lambda q, k, v: velm_kernels.cross_attention(q, k, v, is_causal=True, softcap=50.0), inputs)
+    sides = [3 * randn(1, 1, 18, 64), 3 * randn(1, 1, 20, 64), randn(1, 1, 18, 16), randn(1, 1, 20, 16)]
+    compare(velm_kernels.bidirectional_attention, sides)
+
+    # Of scores between 1000 and 1040, rounded to base 2 each, weights would be off by 4e-5.
+    bias = 1000 + 10 * torch.arange(40).remainder(5) + randn(1, 1, 18, 40)
+    zeros, value = torch.zeros(1, 1, 18, 64), randn(1, 1, 40, 16)
+    with velm_kernels.use_backend("triton"):
+        out, logsumexp = velm_kernels.cross_attention(
+            zeros, torch.zeros(1, 1, 40, 64), value, bias=bias, return_logsumexp=True
+        )
+    exact = torch.softmax(bias.double(), -1) @ value.double()
+    assert_accurate("out", out, torch.softmax(bias, -1) @ value, exact)
+    assert torch.equal(logsumexp, torch.logsumexp(bias.double(), -1).float())
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_rows_that_are_nearly_one_key(queries: int, dropout_p: float) -> None:
+    """In 16 bits, where of dp - delta of the one key the rounding of the result would be all that is left."""
+    torch.manual_seed(2)
+    inputs = [3 * randn(1, 2, queries, 64), 3 * randn(1, 2, 50, 64), 3 * randn(1, 2, 50, 16)]
+    lengths, results = torch.tensor([47]), []
+    for backend, dtype in (("triton", torch.float16), ("reference", torch.float64)):
+        leaves = [x.half().to(dtype).requires_grad_() for x in inputs]
+        with velm_kernels.use_backend(backend):
+            out = velm_kernels.cross_attention(*leaves, key_lengths=lengths, dropout_p=dropout_p, seed=4)
+            # Two directions at once, of which both have few rows.
+            both = velm_kernels.bidirectional_attention(
+                leaves[0], leaves[1][:, :, :queries], *[leaves[2][:, :, :queries]] * 2
+            )
+        results.append(
+            [
+                *torch.autograd.grad(out.square().sum(), leaves),
+                *torch.autograd.grad(sum(x.square().sum() for x in both), leaves),
+            ]
+        )
+    for got, exact in zip(*results, strict=True):
+        assert relative_rms(got, exact) < 4 * torch.finfo(torch.float16).eps
+
+
+def test_many_rows_in_16_bits() -> None:
+    """More than those that have the sum of grad * out from the products."""
+    torch.manual_seed(0)
+    inputs = [randn(1, 1, 70, 16), randn(1, 1, 20, 16), randn(1, 1, 20, 16)]
+    compare(lambda q, k, v: velm_kernels.cross_attention(q, k, v, return_logsumexp=True), [x.half() for x in inputs])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_stay_in_their_row(value: float) -> None:
+    """One entry of a bias reaches exactly the row that reads it, and of the keys those that the row sees."""
+    torch.manual_seed(0)
+    query, key, values, bias = randn(1, 1, 20, 16), randn(1, 1, 20, 16), randn(1, 1, 20, 16), randn(1, 1, 20, 20)
+    row, seen = 5, torch.arange(20) <= 5
+    runs = []
+    for entry in (0.0, value):
+        bias = bias.clone()
+        bias[0, 0, row, 2] = entry
+        leaves = [x.clone().requires_grad_() for x in (query, key, values, bias)]
+        with velm_kernels.use_backend("triton"):
+            out, logsumexp, mass = velm_kernels.cross_attention(
+                *leaves[:3], bias=leaves[3], is_causal=True, return_logsumexp=True, return_key_mass=True
+            )
+        runs.append([x[0, 0] for x in (out, logsumexp, mass, *torch.autograd.grad(out.sum(), leaves))])
+    (out, lse, mass, dq, dk, dv, dbias) = runs[1]
+    others = torch.arange(20) != row
+    for clean, got, untouched in zip(
+        runs[0], runs[1], (others, others, ~seen, others, ~seen, ~seen, others), strict=True
+    ):
+        assert clean.isfinite().all() or clean is runs[0][1]
+        assert torch.equal(clean[untouched], got[untouched])
+    assert out[row].isnan().all() and dq[row].isnan().all() and dk[seen].isnan().all()
+    assert lse[row].isnan() if value != value else lse[row] == torch.inf
+    assert torch.equal(dbias[row].isnan(), seen) and (dbias[row, ~seen] == 0).all()
+    # Of an infinity the other weights are 0.
+    expected = seen if value != value else torch.arange(20) == 2
+    assert torch.equal(mass.isnan(), expected) and torch.equal(dv.isnan().all(1), expected)
+
+
+@pytest.mark.parametrize("values", [(torch.nan,), (torch.inf,), (torch.nan, torch.inf), (-torch.inf,)])
+def test_nan_and_infinity_in_reductions(values: tuple[float, ...]) -> None:
+    torch.manual_seed(0)
+    x = randn(2, 40, 20)
+    for i, value in enumerate(values):
+        x[0, 3 + 20 * i] = value
+    lengths = torch.tensor([38, 7])
+    live = torch.arange(40)[:, None] < 38
+    for mode in ("mean", "sum", "max", "logsumexp"):
+        with velm_kernels.use_backend("triton"):
+            got = velm_kernels.masked_pool(x, lengths, mode=mode)
+        with velm_kernels.use_backend("reference"):
+            torch.testing.assert_close(got, velm_kernels.masked_pool(x, lengths, mode=mode), equal_nan=True)
+    for p in (1.0, 3.0, 2.5):
+        with velm_kernels.use_backend("triton"):
+            got = velm_kernels.masked_pool(x, lengths, mode="gem", p=p)
+        clamped = torch.where(live, x[0].double().clamp(min=1e-6) ** p, 0.0)
+        torch.testing.assert_close(got[0], ((clamped.sum(0) / 38) ** (1 / p)).float(), equal_nan=True)
+        assert got[1].isfinite().all()
+
+    outs, lses = [randn(1, 1, 4, 20) for _ in range(3)], [randn(1, 1, 4) for _ in range(3)]
+    for i, value in enumerate(values):
+        lses[i][0, 0, 2] = value
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = [lse.clone().requires_grad_() for lse in lses]
+        with velm_kernels.use_backend(backend):
+            out, lse = velm_kernels.merge_attention(outs, leaves)
+        results.append([out, lse, *torch.autograd.grad(out.sum(), leaves)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, equal_nan=True)
+
+    v, q, h = randn(2, 30, 40), randn(2, 5, 40), randn(3, 40)
+    v[0, 4, 7] = values[0]
+    with velm_kernels.use_backend("triton"):
+        maps = velm_kernels.bilinear_attention(v, q, h, q_lengths=torch.tensor([3, 5]))
+    with velm_kernels.use_backend("reference"):
+        expected = velm_kernels.bilinear_attention(v, q, h, q_lengths=torch.tensor([3, 5]))
+    assert not maps[0].isfinite().all() and (maps[0, :, :, 3:] == 0).all()
+    torch.testing.assert_close(maps, expected, equal_nan=True)
+
+
+def test_gem_of_large_values_and_large_powers() -> None:
+    for value, p in ((100.0, 20.0), (1e4, 10.0), (1e20, 3.0), (3e38, 999.0), (1e-5, 900.0)):
+        x = torch.full((1, 4, 8), value, requires_grad=True)
+        with velm_kernels.use_backend("triton"):
+            out = velm_kernels.masked_pool(x, mode="gem", p=p)
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert (out == value).all() and (grad == 0.25).all()
+    torch.manual_seed(0)
+    x = 0.9 + 0.2 * torch.rand(1, 33, 20)
+    for p in (300.0, 0.5):
+        with velm_kernels.use_backend("triton"):
+            got = velm_kernels.masked_pool(x, mode="gem", p=p)
+        torch.testing.assert_close(got, ((x.double() ** p).mean(1) ** (1 / p)).float(), rtol=1e-6, atol=0)

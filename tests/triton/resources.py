@@ -7,7 +7,9 @@
 
 `resources.csv` has a row for each kernel, level, element type, head dimension and architecture: block sizes, warps and
 pipeline stages, registers a thread, bytes of spilled registers, bytes of shared memory a block, the fraction of a
-multiprocessor's threads that can be resident, and the matrix instructions in the PTX.
+multiprocessor's threads that can be resident, the matrix instructions in the PTX, and the version of Triton that
+compiled it. Other versions are asked only whether every instance compiles, fits and spills nothing
+(`python -m tests.triton.versions`).
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
 do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
 from velm_kernels.attention import triton_attention, triton_bidirectional, triton_small
@@ -132,10 +135,12 @@ PRODUCTS = (
     "bilinear_attention_side",
     "bilinear_attention_joint",
 )
+# And those that float32 has no need of.
+IN_16_BITS = ("delta_of_products",)
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
-COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)))
+COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)), "triton")
 
 # Few enough for one query to be split over its keys.
 BATCH, HEADS, QUERIES, TOKENS = 4, 16, 1024, 1024
@@ -189,7 +194,12 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
     given |= {"query_norm_weight": _empty(WIDEST, dtype=dtype), "key_norm_weight": _empty(WIDEST, dtype=dtype)}
     tensors = [given[name] for name in TENSOR_NAMES]
     scalars = [given[name] for name in SCALAR_NAMES]
+    many = _arguments("plain", dtype, WIDEST)
+    many_tensors = [many[name] for name in TENSOR_NAMES]
     with pretend(arch) as launches:
+        # With many queries for the delta of the result, with few for that of the products.
+        out, logsumexp, _ = triton_attention.attention_forward(*many_tensors, *scalars, False)
+        triton_attention.attention_backward(out, logsumexp, *many_tensors, out, logsumexp, *scalars, 1)
         out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, False)
         triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, 63)
         outs, logsumexps = [out] * shards, [logsumexp] * shards
@@ -269,7 +279,7 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
                     has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
                     if has_entry and is_launched(kind, getattr(torch, dtype), dim):
                         yield kind, level, dtype, dim, arch
-            for kind in PRODUCTS:
+            for kind in (*PRODUCTS, *(IN_16_BITS if size == 2 else ())):
                 yield kind, "plain", dtype, WIDEST, arch
         if "float16" in dtypes:
             for kind in STREAMING:
@@ -293,6 +303,23 @@ def measure(key: Key) -> tuple[str, Resources]:
     return f"{c.block_m}x{c.block_n}x{c.num_stages}", resources(launch, key[-1])
 
 
+def measure_or_say_why(key: Key) -> tuple[str, Resources | None, str]:
+    """The same, or None and the last line of what the compiler says."""
+    try:
+        return *measure(key), ""
+    except Exception as error:
+        while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+            error = error.__cause__
+        return "", None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def version_of_table() -> str:
+    """The version of Triton that compiled all rows."""
+    with FILE.open() as file:
+        (version,) = {row["triton"] for row in csv.DictReader(file)}
+    return version
+
+
 def read() -> dict[Key, tuple[str, Resources]]:
     table = {}
     if FILE.exists():
@@ -312,7 +339,7 @@ def write(table: dict[Key, tuple[str, Resources]]) -> None:
         writer.writerow(COLUMNS)
         for key in sorted((key for key in table if key in order), key=order.__getitem__):
             blocks, found = table[key]
-            writer.writerow((*key, blocks, *astuple(found)))
+            writer.writerow((*key, blocks, *astuple(found), triton.__version__))
 
 
 def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
@@ -324,7 +351,7 @@ def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
         found.append(f"needs {now.shared_bytes} bytes of shared memory, the limit is {SHARED_LIMIT[key[-1]]}")
     if now.matrix == "none" and key[0] not in STREAMING:
         found.append("has no matrix instructions")
-    if before is not None:
+    if before is not None and triton.__version__ == version_of_table():
         # Registers move a little with every edit; what counts is how many blocks fit.
         if now.registers > before.registers + 16 or now.occupancy < before.occupancy:
             found.append(
@@ -354,7 +381,11 @@ def main() -> int:
     if chosen.missing:
         keys = [key for key in keys if key not in table]
     with ProcessPoolExecutor(chosen.jobs) as pool:
-        for key, (blocks, now) in zip(keys, pool.map(measure, keys)):
+        for key, (blocks, now, why_not) in zip(keys, pool.map(measure_or_say_why, keys)):
+            if now is None:
+                failed.append(f"{' '.join(map(str, key))}: {why_not}")
+                print(failed[-1], flush=True)
+                continue
             before = None if chosen.write else table.get(key, (blocks, None))[1]
             found = complaints(key, now, before)
             failed += found
@@ -362,7 +393,8 @@ def main() -> int:
             table[key] = blocks, now
             if chosen.write:
                 write(table)
-    print(f"{len(keys)} instances, {len(failed)} complaints")
+    print(f"Triton {triton.__version__}: {len(keys)} instances, {len(failed)} complaints")
+    print(*failed, sep="\n")
     return bool(failed)
 
 

@@ -12,7 +12,7 @@ from velm_kernels.attention.schema import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_N
 from velm_kernels.attention.triton_forward import attention_forward_kernel, key_mass_kernel, merge_splits_kernel
 from velm_kernels.attention.triton_grad_bias import grad_bias_kernel, sum_partials_kernel
 from velm_kernels.attention.triton_grad_key_value import grad_key_value_kernel
-from velm_kernels.attention.triton_grad_query import delta_kernel, grad_query_kernel
+from velm_kernels.attention.triton_grad_query import delta_kernel, delta_of_products_kernel, grad_query_kernel
 from velm_kernels.attention.triton_norm import rms_norm_backward_kernel, rms_norm_kernel
 from velm_kernels.attention.triton_problem import (
     Problem,
@@ -34,6 +34,10 @@ NORM_STEPS = 16
 # Elements of a tile of the norm: more would not fit the registers of backward.
 NORM_TILE = 2048
 BIAS_PROGRAMS = 512
+# In 16 bits, delta comes from the products of scores and values, once more, where so few query rows share a key head:
+# such launches wait for keys and values, which the cache has the second time. With more rows the two products would be
+# two of nine, and the rows that need them are few among them.
+EXACT_DELTA_ROWS = 64
 
 
 def norm_config(dim: int) -> Config:
@@ -152,6 +156,7 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             row_strides(out),
             p.logsumexp_strides,
             p.masks,
+            p.dropout,
             p.scaling,
             p.sizes,
             blocks,
@@ -249,11 +254,14 @@ class Backward:
 def delta_of(
     p: Problem, grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, out: torch.Tensor, logsumexp: torch.Tensor
 ) -> torch.Tensor:
+    """The row sums of grad_out * out, less grad_logsumexp."""
     delta = torch.empty_like(logsumexp)
-    config = Config(32, 0, 4, 1)
     strides = None
     if grad_logsumexp is not None:
         strides = Strides(*(0,) * (3 - grad_logsumexp.dim()), *grad_logsumexp.stride())
+    if p.dtype != torch.float32 and p.sizes.group * p.queries <= EXACT_DELTA_ROWS:
+        return _delta_of_products(p, grad_out, grad_logsumexp, strides, logsumexp, delta)
+    config = Config(32, 0, 4, 1)
     arguments = (
         grad_out,
         out,
@@ -276,6 +284,44 @@ def delta_of(
         {"BLOCK_M": config.block_m} | p.value_rows(),
         config,
     )
+    return delta
+
+
+def _delta_of_products(
+    p: Problem,
+    grad_out: torch.Tensor,
+    grad_logsumexp: torch.Tensor | None,
+    grad_logsumexp_strides: Strides | None,
+    logsumexp: torch.Tensor,
+    delta: torch.Tensor,
+) -> torch.Tensor:
+    if p.packed:
+        # Tokens outside of every sequence, if there are any.
+        delta.zero_()
+    config = Config(16, 32, 4, 2)
+    blocks = cdiv(p.queries, config.block_m)
+    arguments = (
+        p.query,
+        p.key,
+        p.value,
+        grad_out,
+        logsumexp,
+        grad_logsumexp,
+        delta,
+        row_strides(p.query),
+        row_strides(p.key),
+        row_strides(p.value),
+        row_strides(grad_out),
+        grad_logsumexp_strides,
+        p.logsumexp_strides,
+        p.masks,
+        p.dropout,
+        p.scaling,
+        p.sizes,
+        blocks,
+    )
+    constants = p.constants(config, grad_out) | p.value_constants()
+    launch("delta_of_products", delta_of_products_kernel, p.batch * p.heads * blocks, arguments, constants, config)
     return delta
 
 
@@ -304,6 +350,7 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
             matrix_strides(grad_bias),
             p.logsumexp_strides,
             p.masks,
+            p.dropout,
             p.scaling,
             p.sizes,
             b.scale,
@@ -346,12 +393,13 @@ def grad_key_value(
                 *(None if grad is None else row_strides(grad) for grad in grads),
                 p.logsumexp_strides,
                 p.masks,
+                p.dropout,
                 p.scaling,
                 p.sizes,
                 b.scale,
                 blocks,
             )
-            constants = b.constants(config, *stored) | {"PARTS": parts}
+            constants = b.constants(config, *stored) | {"PARTS": parts, "FIRST_PART": p.first_part}
             programs = p.batch * p.kv_heads * blocks * parts
             launch(kind, grad_key_value_kernel, programs, arguments, constants, config)
 
@@ -380,6 +428,7 @@ def broadcast_grad_bias(b: Backward, bias: torch.Tensor) -> torch.Tensor:
             *b.input_strides(),
             p.logsumexp_strides,
             p.masks,
+            p.dropout,
             p.scaling,
             p.sizes,
             bias.shape[1],

@@ -18,7 +18,6 @@ from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.attention.triton_attention import delta_of, forward
 from velm_kernels.attention.triton_bidirectional_kernels import grad_side_kernel
 from velm_kernels.attention.triton_problem import (
-    LOG2E,
     NARROW_STRIDE,
     Problem,
     cdiv,
@@ -49,7 +48,7 @@ def _direction(
     p = prepare(given, query, key)
     if seed is None:
         return p
-    return replace(p, masks=p.masks._replace(dropout=dropout_of(seed, dropout_p, number)))
+    return replace(p, dropout=dropout_of(seed, dropout_p, number))
 
 
 def bidirectional_attention_forward(
@@ -134,7 +133,6 @@ def _grad_side(
                 length_x,
                 length_y,
                 scale,
-                scale * LOG2E,
                 blocks,
             )
             programs = batch * heads * blocks * parts
@@ -177,7 +175,7 @@ def bidirectional_attention_backward(
     ):
         has_gradient = grad_out is not None or grad_lse is not None
         grad = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
-        p = _direction(query, key, other, other_mask, None, scale, 0.0, number)
+        p = _direction(query, key, other, other_mask, seed, scale, dropout_p, number)
         delta = delta_of(p, grad, grad_lse, out, lse) if p.rows else torch.empty_like(lse)
         sides.append(
             {

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
-from .triton_tiles import base2, dropped, grad_scores, open_rows, round_to, wide
+from .triton_tiles import grad_scores, kept_weights, open_rows, probabilities, round_to, unless_empty, wide
 
 
 @triton.jit
@@ -41,7 +41,6 @@ def grad_side_kernel(
     length_x,
     length_y,
     scale,
-    scale_base2,
     row_blocks,
     HAS_X: tl.constexpr,
     HAS_Y: tl.constexpr,
@@ -104,33 +103,28 @@ def grad_side_kernel(
         p_qy = row_of(query_y, query_y_strides, b, head, start_y)
         qy = rows(p_qy, b_j, query_y_strides.row, b_open_y | b_live_y, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
-        b_s = product_of_rows(qx, qy, HEAD_DIM, BLOCK_D, PRECISION) * scale_base2
+        b_s = product_of_rows(qx, qy, HEAD_DIM, BLOCK_D, PRECISION) * scale
         b_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if HAS_X and (grad_query is not None):
-            b_visible = b_open_y[None, :] & b_live_x[:, None]
+            b_s_x = tl.where(b_open_y[None, :] & b_live_x[:, None], b_s, -float("inf"))
             p_vy = row_of(value_y, value_y_strides, b, head, start_y)
             vy = rows(p_vy, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, WIDE)
-            b_p = tl.where(b_visible, tl.exp2(b_s - base2(b_lse_x)[:, None]), 0.0)
-            b_p = dropped(b_p, dropout_x, head_index, b_x, start_y, BLOCK_N, False)
+            b_shift_x = unless_empty(b_lse_x)[:, None]
+            b_p = probabilities(b_s_x, b_shift_x, dropout_x, head_index, b_x, start_y, True, BLOCK_N, False)
             b_dp = product_of_rows(dox, vy, DIM_Y, BLOCK_Y, PRECISION)
-            b_ds_x, _b_dqk = grad_scores(b_p, b_dp, b_delta_x[:, None], None, dropout_x, False)
-            b_ds += b_ds_x
+            b_ds += grad_scores(b_p, b_dp, b_delta_x[:, None], dropout_x, True)
         if HAS_Y:
-            b_seen = b_open_x[:, None] & b_live_y[None, :]
+            b_s_y = tl.where(b_open_x[:, None] & b_live_y[None, :], b_s, -float("inf"))
             p_doy = row_of(grad_out_y, grad_out_y_strides, b, head, start_y)
             doy = rows(p_doy, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, WIDE)
-            b_p_y = tl.where(b_seen, tl.exp2(b_s - base2(b_lse_y)[None, :]), 0.0)
             # To direction y the rows of x are keys.
-            b_p_y = dropped(b_p_y, dropout_y, head_index, b_y, start_x, BLOCK_M, True)
+            b_shift_y = unless_empty(b_lse_y)[None, :]
+            b_p_y = probabilities(b_s_y, b_shift_y, dropout_y, head_index, b_y, start_x, True, BLOCK_M, True)
             if grad_query is not None:
                 b_dp_y = product_of_rows(vx, doy, DIM_X, BLOCK_X, PRECISION)
-                b_ds_y, _b_dqk_y = grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], None, dropout_y, False)
-                b_ds += b_ds_y
+                b_ds += grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], dropout_y, True)
             if grad_value is not None:
-                b_weight = b_p_y
-                if dropout_y is not None:
-                    b_weight = tl.where(b_p_y > 0.0, b_p_y * dropout_y.keep_scale, 0.0)
-                b_weight = round_to(b_weight, grad_out_y.dtype.element_ty)
+                b_weight = round_to(kept_weights(b_p_y, dropout_y), grad_out_y.dtype.element_ty)
                 dv = add_weighted(dv, None, b_weight, doy, part, DIM_X, BLOCK_X, PARTS, PRECISION)
         if grad_query is not None:
             b_ds = round_to(b_ds, query_y.dtype.element_ty)

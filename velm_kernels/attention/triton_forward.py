@@ -17,17 +17,17 @@ from .triton_products import (
 )
 from .triton_tiles import (
     LN2,
-    base2,
+    LOG2E,
     extents,
-    has_part,
-    is_settled,
     kept,
     key_rows_ok,
     key_tiles,
+    probabilities,
     query_block,
     round_to,
     scores,
     seen_keys,
+    unless_empty,
     wide,
 )
 
@@ -36,6 +36,7 @@ from .triton_tiles import (
 def _attend(
     accs,
     b_max,
+    b_shift,
     b_sum,
     q,
     p_k,
@@ -43,6 +44,7 @@ def _attend(
     stride_k,
     stride_v,
     masks,
+    dropout,
     scaling,
     block,
     b_head_index,
@@ -60,9 +62,8 @@ def _attend(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax over the key tiles from `first` to `last`. GUARDED: values that no row of the tile sees are not
-    read."""
-    READS_SOME: tl.constexpr = MASKED or (masks.key_mask is not None)
+    """Online softmax over the key tiles from `first` to `last`: `b_max` is the largest score of a row, `b_shift` that
+    in base 2. GUARDED: values that no row of the tile sees are not read."""
     b_j = tl.arange(0, BLOCK_N)
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
@@ -70,27 +71,25 @@ def _attend(
         k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-        b_s, _b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
-        # [BM]
+        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
+        # [BM]. NaN is never the largest; it gets into the sum.
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        if READS_SOME:
-            # A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf).
-            b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
-        else:
-            b_shift = b_new_max
-        # [BM, BN]
-        b_p = tl.exp2(b_s - b_shift[:, None])
-        b_decay = tl.exp2(b_max - b_shift)
+        # 0 for a row that has seen nothing yet, exp2(-inf - 0) = 0, and for one with an infinite score.
+        b_new_shift = tl.where(tl.abs(b_new_max) == float("inf"), 0.0, b_new_max * LOG2E)
+        # [BM, BN]. The product is not rounded, as its last place is larger the larger the score is.
+        b_p = tl.exp2(tl.fma(b_s, LOG2E, -b_new_shift[:, None]))
+        b_decay = tl.where(b_max == -float("inf"), 0.0, tl.exp2(b_shift - b_new_shift))
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
-        if masks.dropout is not None:
-            b_p = tl.where(kept(masks.dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
+        b_shift = b_new_shift
+        if dropout is not None:
+            b_p = tl.where(kept(dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
         if GUARDED:
             b_ok = seen_keys(b_s)
         v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         b_p = round_to(b_p, p_v.dtype.element_ty)
         accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
-    return accs, b_max, b_sum
+    return accs, b_max, b_shift, b_sum
 
 
 @triton.jit
@@ -107,12 +106,14 @@ def attention_forward_kernel(
     out_strides,
     logsumexp_strides,
     masks,
+    dropout,
     scaling,
     sizes,
     query_blocks,
     splits,
     split_keys,
     CAUSAL: tl.constexpr,
+    FIRST_PART: tl.constexpr,
     GUARDED: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -131,10 +132,11 @@ def attention_forward_kernel(
     PACKED: the rows are (query head of the group, query), so that the heads that share a key head read it once.
     SPLIT: the program handles `split_keys` keys only; `out` (splits, rows of logsumexp, VALUE_DIM) and `logsumexp`
     (splits, ...) are float32 partial results for `merge_splits_kernel`. PARTS programs share the columns of `out`.
-    `flags` and GUARDED: see `report_nan`.
+    `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`.
     """
-    if is_settled(flags, GUARDED):
-        return
+    if GUARDED:  # noqa: SIM102
+        if tl.load(flags + tl.program_id(0)) == 0:
+            return
     part = tl.program_id(0) % PARTS
     rest = tl.program_id(0) // PARTS
     row_block = rest % query_blocks
@@ -178,7 +180,7 @@ def attention_forward_kernel(
         # split_keys is a multiple of BLOCK_N.
         lo = tl.maximum(lo, split * split_keys)
         hi = tl.minimum(hi, (split + 1) * split_keys)
-    bounds = key_tiles(masks, lo, hi, full_lo, full_hi, BLOCK_N, GUARDED)
+    bounds = key_tiles(lo, hi, full_lo, full_hi, BLOCK_N, FIRST_PART)
 
     # The rows of a block may belong to several heads.
     p_q = row_of(query, query_strides, b, 0, e.start_q)
@@ -190,45 +192,50 @@ def attention_forward_kernel(
 
     accs = zero_pieces(BLOCK_M, VALUE_DIM, BLOCK_DV, PARTS)
     b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    b_shift = tl.zeros((BLOCK_M,), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for masks_part in tl.static_range(3):
-        if has_part(masks, masks_part, GUARDED):
-            accs, b_max, b_sum = _attend(
-                accs,
-                b_max,
-                b_sum,
-                q,
-                p_k,
-                p_v,
-                key_strides.row,
-                value_strides.row,
-                masks,
-                scaling,
-                block,
-                b * sizes.heads + b_head,
-                part,
-                bounds[masks_part],
-                bounds[masks_part + 1],
-                masks_part != 1,
-                GUARDED,
-                HEAD_DIM,
-                VALUE_DIM,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_DV,
-                PARTS,
-                WIDE,
-                PRECISION,
-            )
+    for masks_part in tl.static_range(FIRST_PART, 3):
+        accs, b_max, b_shift, b_sum = _attend(
+            accs,
+            b_max,
+            b_shift,
+            b_sum,
+            q,
+            p_k,
+            p_v,
+            key_strides.row,
+            value_strides.row,
+            masks,
+            dropout,
+            scaling,
+            block,
+            b * sizes.heads + b_head,
+            part,
+            bounds[masks_part],
+            bounds[masks_part + 1],
+            masks_part != 1,
+            GUARDED,
+            HEAD_DIM,
+            VALUE_DIM,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_DV,
+            PARTS,
+            WIDE,
+            PRECISION,
+        )
     if flags is not None and not GUARDED:
         report_nan(flags, accs)
 
     # NaN and inf sums are results; only a sum of exactly nothing is an empty row.
     b_empty = b_sum == 0.0
     b_scale = 1.0 / tl.where(b_empty, 1.0, b_sum)
-    if masks.dropout is not None:
-        b_scale = b_scale * masks.dropout.keep_scale
-    b_lse = tl.where(b_empty, -float("inf"), (b_max + tl.log2(tl.where(b_empty, 1.0, b_sum))) * LN2)
+    if dropout is not None:
+        b_scale = b_scale * dropout.keep_scale
+    # What the rounding of the shift has left in the sum is taken out of its logarithm.
+    b_base = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
+    b_log = tl.log2(tl.where(b_empty, 1.0, b_sum)) - tl.fma(b_base, LOG2E, -b_shift)
+    b_lse = tl.where(b_empty, -float("inf"), b_base + b_log * LN2)
 
     b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + e.start_q + b_m
     if SPLIT:
@@ -270,7 +277,7 @@ def merge_splits_kernel(
         b_lse = tl.load(partial_logsumexp + b_at, mask=b_in, other=-float("inf"))
         b_out = tl.load(partial_out + (b_at * VALUE_DIM)[:, None] + b_dv[None, :], mask=b_ok, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse)
-        b_shift = tl.where(b_new_max == -float("inf"), 0.0, b_new_max)
+        b_shift = tl.where(tl.abs(b_new_max) == float("inf"), 0.0, b_new_max)
         b_decay = tl.exp(b_max - b_shift)
         b_weight = tl.exp(b_lse - b_shift)
         b_acc = b_acc * b_decay[:, None] + b_out * b_weight[:, None]
@@ -341,7 +348,8 @@ def key_mass_kernel(
             q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s, _b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, BLOCK_N)
-            b_mass += tl.sum(tl.exp2(b_s - base2(b_lse)[None, :]), 1)
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, BLOCK_N)
+            b_lse = unless_empty(b_lse)[None, :]
+            b_mass += tl.sum(probabilities(b_s, b_lse, None, 0, b_m, start_n, True, BLOCK_N, True), 1)
     p_mass = key_mass + wide(b) * mass_strides.batch + wide(head) * mass_strides.head + e.start_k + start_n
     tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < e.keys)

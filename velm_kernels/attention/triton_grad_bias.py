@@ -7,14 +7,13 @@ import triton.language as tl
 
 from .triton_products import product_of_rows, row_of, rows
 from .triton_tiles import (
-    base2,
-    dropped,
     grad_scores,
     key_rows_ok,
-    may_hide,
+    probabilities,
     query_block,
     round_to,
     scores,
+    unless_empty,
     wide,
 )
 
@@ -34,6 +33,7 @@ def grad_bias_kernel(
     grad_out_strides,
     logsumexp_strides,
     masks,
+    dropout,
     scaling,
     sizes,
     bias_heads,
@@ -99,15 +99,14 @@ def grad_bias_kernel(
             do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
             k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
             v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
-            b_lse = base2(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))
+            b_lse = unless_empty(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))[:, None]
             b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
             b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
-            b_p = tl.exp2(b_s - b_lse[:, None])
-            b_p = dropped(b_p, masks.dropout, b * sizes.heads + head, b_m, start_n, BLOCK_N, False)
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
+            head_index = b * sizes.heads + head
+            b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, True, BLOCK_N, False)
             b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
-            b_ds, _b_dqk = grad_scores(b_p, b_dp, b_delta[:, None], b_tanh, masks.dropout, may_hide(masks))
-            b_sum += b_ds
+            b_sum += grad_scores(b_p, b_dp, b_delta[:, None], dropout, True)
 
     bias_rows = queries
     bias_columns = keys

@@ -7,16 +7,16 @@ import triton.language as tl
 
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
-    base2,
-    dropped,
     extents,
+    grad_products,
     grad_scores,
-    is_one_part,
+    kept_weights,
     key_rows_ok,
-    may_hide,
+    probabilities,
     query_block,
     round_to,
     scores,
+    unless_empty,
     wide,
 )
 
@@ -34,6 +34,7 @@ def _grad_key_value_tiles(
     stride_q,
     stride_do,
     masks,
+    dropout,
     scaling,
     b_ok,
     b,
@@ -59,6 +60,7 @@ def _grad_key_value_tiles(
     PRECISION: tl.constexpr,
 ):
     """Adds the query tiles from `first` to `last` of one head to the gradients of the (scaled) key and of value."""
+    HIDES: tl.constexpr = MASKED or (masks.key_mask is not None)
     b_i = tl.arange(0, BLOCK_M)
     for tile in tl.range(first, last):
         start_m = tile * BLOCK_M
@@ -77,19 +79,16 @@ def _grad_key_value_tiles(
             do = rows(p_do + wide(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s, b_tanh = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, BLOCK_N)
-            b_p = tl.exp2(b_s - base2(b_lse)[None, :])
-            b_p = dropped(b_p, masks.dropout, head_index, b_m, start_n, BLOCK_N, True)
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, BLOCK_N)
+            b_lse = unless_empty(b_lse)[None, :]
+            b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, HIDES, BLOCK_N, True)
             if WANTS_VALUE:
-                b_weight = b_p
-                if masks.dropout is not None:
-                    b_weight = tl.where(b_p > 0.0, b_p * masks.dropout.keep_scale, 0.0)
-                b_weight = round_to(b_weight, p_do.dtype.element_ty)
+                b_weight = round_to(kept_weights(b_p, dropout), p_do.dtype.element_ty)
                 dv = add_weighted(dv, None, b_weight, do, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
             if WANTS_KEY:
                 b_dp = product_of_rows(v, do, VALUE_DIM, BLOCK_DV, PRECISION)
-                _b_ds, b_dqk = grad_scores(b_p, b_dp, b_delta[None, :], b_tanh, masks.dropout, may_hide(masks))
-                b_dqk = round_to(b_dqk, p_q.dtype.element_ty)
+                b_ds = grad_scores(b_p, b_dp, b_delta[None, :], dropout, HIDES)
+                b_dqk = round_to(grad_products(b_ds, b_p, b_qk, scaling, HIDES), p_q.dtype.element_ty)
                 dk = add_weighted(dk, None, b_dqk, q, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     return dk, dv
 
@@ -112,11 +111,13 @@ def grad_key_value_kernel(
     grad_value_strides,
     logsumexp_strides,
     masks,
+    dropout,
     scaling,
     sizes,
     scale,
     key_blocks,
     CAUSAL: tl.constexpr,
+    FIRST_PART: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -128,7 +129,7 @@ def grad_key_value_kernel(
     PRECISION: tl.constexpr,
 ):
     """One block of keys of one key head: the query heads of its group one behind the other. PARTS programs share the
-    columns of the gradients."""
+    columns of the gradients. FIRST_PART: see `key_tiles`."""
     WANTS_KEY: tl.constexpr = grad_key is not None
     WANTS_VALUE: tl.constexpr = grad_value is not None
     kv_heads = sizes.heads // sizes.group
@@ -157,7 +158,7 @@ def grad_key_value_kernel(
     dv = zero_pieces(BLOCK_N, VALUE_DIM, BLOCK_DV, PARTS)
 
     # Query tiles [first, full) need masks, [full, last) see all of these keys.
-    HAS_FULL: tl.constexpr = (not is_one_part(masks, False)) and (masks.range_start is None)
+    HAS_FULL: tl.constexpr = FIRST_PART == 1
     first = 0
     if CAUSAL:
         first = start_n // BLOCK_M
@@ -188,6 +189,7 @@ def grad_key_value_kernel(
                 query_strides.row,
                 grad_out_strides.row,
                 masks,
+                dropout,
                 scaling,
                 b_ok,
                 b,

@@ -11,7 +11,6 @@ from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, S
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
 
-LOG2E = 1.4426950408889634
 # Offsets inside one tile are 32-bit up to this row stride.
 NARROW_STRIDE = 1 << 23
 
@@ -32,6 +31,12 @@ def matrix_strides(x: torch.Tensor | None) -> MatrixStrides | None:
     if x is None:
         return None
     return MatrixStrides(*(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride())))
+
+
+def _masks_strides(name: str, dimensions: tuple[str, ...], x: torch.Tensor | None) -> dict[str, Any]:
+    """The strides of `mask` or `bias` as fields of `Masks`."""
+    strides = matrix_strides(x) or (None,) * len(dimensions)
+    return {f"{name}_{dimension}": stride for dimension, stride in zip(dimensions, strides)}
 
 
 def aligned_empty(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
@@ -91,6 +96,7 @@ class Problem:
     key: torch.Tensor
     value: torch.Tensor
     masks: Masks
+    dropout: Dropout | None
     scaling: Scaling
     sizes: Sizes
     batch: int
@@ -135,9 +141,18 @@ class Problem:
         return m.range_start is not None or m.mask is not None or m.bias is not None
 
     @property
+    def first_part(self) -> int:
+        """The first part of `key_tiles` that there can be. Where a mask or a bias is read in any case, all tiles are
+        treated alike, one loop instead of three; without ranges every block begins with keys that all its rows see."""
+        m = self.masks
+        if m.mask is not None or m.bias is not None:
+            return 2
+        return 1 if m.range_start is None else 0
+
+    @property
     def level(self) -> str:
         """How much the kernels do beside the products, which decides how large their tiles may be."""
-        is_loaded = self.hides_columns or self.masks.dropout is not None or self.scaling.cap is not None
+        is_loaded = self.hides_columns or self.dropout is not None or self.scaling.cap is not None
         return "loaded" if is_loaded else "plain"
 
     @property
@@ -160,10 +175,11 @@ class Problem:
     ) -> None:
         """Launch `kernel`, and what has reported NaN in `flags` again. That is rarely anything: smaller tiles that are
         not prefetched, which make room for reading keys twice, cost nothing."""
-        launch(kind, kernel, grid, arguments, constants | {"GUARDED": False}, config)
+        constants = constants | {"GUARDED": False, "FIRST_PART": self.first_part}
+        launch(kind, kernel, grid, arguments, constants, config)
         if flags is not None:
             config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
-            constants = constants | {"GUARDED": True, "BLOCK_N": config.block_n}
+            constants = constants | {"GUARDED": True, "FIRST_PART": 2, "BLOCK_N": config.block_n}
             launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
 
     def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
@@ -213,16 +229,15 @@ def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Pr
         key_mask=key_mask,
         key_words=None if key_mask is None else key_mask.stride(0),
         mask=mask,
-        mask_strides=matrix_strides(mask),
+        **_masks_strides("mask", ("batch", "head", "row", "word"), mask),
         bias=bias,
-        bias_strides=matrix_strides(bias),
-        dropout=dropout_of(given["seed"], given["dropout_p"]) if drops else None,
+        **_masks_strides("bias", ("batch", "head", "row"), bias),
     )
     softcap, scale = given["softcap"], given["scale"]
     if softcap > 0:
-        scaling = Scaling(product=scale / softcap, cap=softcap * LOG2E)
+        scaling = Scaling(product=scale / softcap, cap=softcap)
     else:
-        scaling = Scaling(product=scale * LOG2E, cap=None)
+        scaling = Scaling(product=scale, cap=None)
     present = [name for name in ("key_lengths", "range_start", "key_mask", "mask", "bias") if given[name] is not None]
     present += [
         name
@@ -239,6 +254,7 @@ def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Pr
         key=key,
         value=value,
         masks=masks,
+        dropout=dropout_of(given["seed"], given["dropout_p"]) if drops else None,
         scaling=scaling,
         sizes=Sizes(
             heads, heads // kv_heads if kv_heads else 1, total_q, total_k, given["cu_seqlens_q"], given["cu_seqlens_k"]

@@ -15,14 +15,19 @@ import triton.language as tl
 from .triton_tiles import product, product_add, round_to, wide
 
 
-class Rows(NamedTuple):
-    """Rows of row-major matrices, each `b_offset` elements behind `p`. Where `b_ok` is not None, those that are not are
-    not read and count as zeros. `b_x` [rows, BLOCK]: the rows themselves, None where they are wider."""
+class Loaded(NamedTuple):
+    """Rows of a matrix [rows, BLOCK], read."""
+
+    b_x: Any
+
+
+class Unread(NamedTuple):
+    """Rows of row-major matrices, each `b_offset` elements behind `p`. Those that are not `b_ok` are not read and count
+    as zeros."""
 
     p: Any
     b_offset: Any
     b_ok: Any
-    b_x: Any
 
 
 @triton.constexpr_function
@@ -36,30 +41,24 @@ def load_piece(p_x, b_offset, b_ok, first, WIDTH: tl.constexpr, WHOLE: tl.conste
     """Columns from `first` on of rows of `WIDTH`, zeros behind them; WHOLE: there are as many. -> [rows, BLOCK]"""
     b_column = first + tl.arange(0, BLOCK)
     p_piece = p_x + b_offset[:, None] + b_column[None, :]
-    if b_ok is not None:
-        if WHOLE:
-            return tl.load(p_piece, mask=b_ok[:, None], other=0.0)
-        else:
-            return tl.load(p_piece, mask=b_ok[:, None] & (b_column < WIDTH)[None, :], other=0.0)
+    if WHOLE:
+        return tl.load(p_piece, mask=b_ok[:, None], other=0.0)
     else:
-        if WHOLE:
-            return tl.load(p_piece)
-        else:
-            return tl.load(p_piece, mask=(b_column < WIDTH)[None, :], other=0.0)
+        return tl.load(p_piece, mask=b_ok[:, None] & (b_column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def rows_at(p_x, b_offset, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The `Rows` of `WIDTH` columns that start at `b_offset`."""
+    """The rows of `WIDTH` columns that start at `b_offset`: `Loaded`, or `Unread` where they are wider than BLOCK."""
     if WIDTH > BLOCK:
-        return Rows(p_x, b_offset, b_ok, None)
+        return Unread(p_x, b_offset, b_ok)
     else:
-        return Rows(p_x, b_offset, b_ok, load_piece(p_x, b_offset, b_ok, 0, WIDTH, WIDTH == BLOCK, BLOCK))
+        return Loaded(load_piece(p_x, b_offset, b_ok, 0, WIDTH, WIDTH == BLOCK, BLOCK))
 
 
 @triton.jit
 def rows(p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The `Rows` number `b_row` of a matrix at `p_x`. WIDE: their offsets need 64 bits."""
+    """The rows number `b_row` of a matrix at `p_x`. WIDE: their offsets need 64 bits."""
     if WIDE:
         b_row = b_row.to(tl.int64)
     return rows_at(p_x, b_row * stride_row, b_ok, WIDTH, BLOCK)
@@ -67,7 +66,7 @@ def rows(p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def product_of_rows(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """Scalar products of the `Rows` `x` and `y`. -> [rows of x, rows of y]"""
+    """Scalar products of the rows `x` and `y`. -> [rows of x, rows of y]"""
     if WIDTH > BLOCK:
         WHOLE: tl.constexpr = WIDTH % BLOCK == 0
         b_sum = tl.zeros((x.b_offset.shape[0], y.b_offset.shape[0]), tl.float32)
@@ -108,7 +107,7 @@ def add_weighted(
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`sums`, times `b_decay` where that is not None, plus the `Rows` `x` summed with `b_weight` [sums, rows of x]; of
+    """`sums`, times `b_decay` where that is not None, plus the rows `x` summed with `b_weight` [sums, rows of x]; of
     all columns this `part`."""
     PART: tl.constexpr = part_of(WIDTH, BLOCK, PARTS)
     pieces = ()

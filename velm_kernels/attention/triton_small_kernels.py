@@ -130,7 +130,8 @@ def merge_kernel(
     b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     for shard in tl.static_range(SHARDS):
         b_max = tl.maximum(b_max, tl.load(logsumexps[shard] + b_row, mask=b_in, other=-float("inf")))
-    b_shift = tl.where(b_max == -float("inf"), 0.0, b_max)
+    # NaN is not the largest, but it gets into the sum; so does an infinity that nothing is taken from.
+    b_shift = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for shard in tl.static_range(SHARDS):

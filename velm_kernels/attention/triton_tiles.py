@@ -4,7 +4,10 @@ Blocks are written `b_...`, pointers `p_...`. A tile is addressed by query indic
 expanded to two dimensions, so that the same helpers serve tiles of queries x keys `[BM, BN]` and of keys x queries
 `[BN, BM]`.
 
-Scores live in the base-2 domain (multiplied by log2(e)), so that every exponential is one `exp2`.
+Two things that Triton 3.6 cannot do shape these files. A helper returns tensors and tuples of them: a constant that is
+returned would become a tensor, and None an error. So what is known at compile time is asked where it is needed, or
+handed down as a constant. And a tuple inside of a tuple loses its constants, 1 and None, in the body of a loop; so
+tuples hold none.
 """
 
 from __future__ import annotations
@@ -20,6 +23,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Larger than every index, small enough that adding a block size cannot overflow int32.
 FAR = tl.constexpr(1 << 30)
+# Terms that a product of float32 sums in tensor cores at the most, before it is added to others. Simulated with
+# truncation at 4096 keys and head_dim 128, relative errors of a weighted sum are 2.6e-7 with 32 terms, 2.8e-7 with 64,
+# 4.3e-7 with 128 and 3.9e-5 where all are summed there; of torch's float32 3.6e-7.
+LONGEST_CHAIN = tl.constexpr(64)
+# The sign of a float32 among its bits.
+SIGN = tl.constexpr(-(1 << 31))
 
 
 class Strides(NamedTuple):
@@ -53,7 +62,8 @@ class Dropout(NamedTuple):
 class Masks(NamedTuple):
     """Everything that restricts or shifts scores. Absent parts are None and cost nothing: a variant is compiled without
     them. `key_mask` (batch, words) and `mask` hold the bits of 64 keys a word (`pack_bits_kernel`); the rows of `bias`
-    lie on multiples of 16 bytes, their elements one behind the other."""
+    lie on multiples of 16 bytes, their elements one behind the other. What follows `mask` and `bias` are their strides:
+    0 where they broadcast, `mask_word` that of the words of a row."""
 
     lengths: Any
     range_start: Any
@@ -61,10 +71,14 @@ class Masks(NamedTuple):
     key_mask: Any
     key_words: Any
     mask: Any
-    mask_strides: Any
+    mask_batch: Any
+    mask_head: Any
+    mask_row: Any
+    mask_word: Any
     bias: Any
-    bias_strides: Any
-    dropout: Any
+    bias_batch: Any
+    bias_head: Any
+    bias_row: Any
 
 
 class Sizes(NamedTuple):
@@ -91,9 +105,8 @@ class Extents(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A block of queries of one batch entry. Its rows, in front of which stand `rows` rows of the range arrays, see
-    keys [b_lo, b_hi) each and [lo, hi) together; the pointers are those of its rows of `masks.mask` and
-    `masks.bias`."""
+    """A block of queries of one batch entry with `queries` queries and `keys` keys. Its rows see keys [b_lo, b_hi) each
+    and [lo, hi) together."""
 
     b: Any
     b_head: Any
@@ -102,14 +115,13 @@ class Block(NamedTuple):
     b_hi: Any
     lo: Any
     hi: Any
+    queries: Any
     keys: Any
-    p_mask: Any
-    p_bias: Any
 
 
 class Scaling(NamedTuple):
-    """Without a softcap: `product` = scale * log2(e), the other two None. With one: `product` = scale / softcap,
-    `cap` = softcap * log2(e), so that s = cap * tanh(product * q.k)."""
+    """Without a softcap: `product` = scale, `cap` None. With one: `product` = scale / softcap, `cap` = softcap, so that
+    s = cap * tanh(product * q.k)."""
 
     product: Any
     cap: Any
@@ -134,22 +146,25 @@ def round_to(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
-def product(b_a, b_b, PRECISION: tl.constexpr):
-    """Matrix product with float32 accumulation."""
+def product_add(b_a, b_b, b_acc, PRECISION: tl.constexpr):
+    """`b_acc` plus a matrix product.
+
+    Tensor cores truncate their sums, so that one over thousands of keys that is kept in them loses a hundred times what
+    float32 does. In 16 bits nobody sees it. For float32, the three products of "tf32x3" begin at zero and are added to
+    `b_acc` by an ordinary addition, which rounds (Ootomo and Yokota, 2022), and what is summed before is short:
+    tests/triton/test_accumulation.py looks for both in what the compiler makes of it."""
     if INTERPRETED:
         # The interpreter multiplies the bit patterns of bfloat16.
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), input_precision="ieee")
+        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
     else:
-        return tl.dot(b_a, b_b, input_precision=PRECISION)
+        tl.static_assert(PRECISION != "tf32x3" or b_a.shape[1] <= LONGEST_CHAIN)
+        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
 
 
 @triton.jit
-def product_add(b_a, b_b, b_acc, PRECISION: tl.constexpr):
-    """`b_acc` plus a matrix product."""
-    if INTERPRETED:
-        return tl.dot(b_a.to(tl.float32), b_b.to(tl.float32), b_acc, input_precision="ieee")
-    else:
-        return tl.dot(b_a, b_b, b_acc, input_precision=PRECISION)
+def product(b_a, b_b, PRECISION: tl.constexpr):
+    """Matrix product with float32 accumulation."""
+    return product_add(b_a, b_b, tl.zeros((b_a.shape[0], b_b.shape[1]), tl.float32), PRECISION)
 
 
 @triton.jit
@@ -261,54 +276,27 @@ def kept(dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST:
 
 @triton.jit
 def matrix_rows(x, strides, b, b_head, b_m):
-    """Pointers to the rows of what broadcasts to (batch, heads, queries, keys); None of nothing."""
-    if x is None:
-        return None
-    else:
-        return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_m) * strides.row
+    """Pointers to the rows of what broadcasts to (batch, heads, queries, keys)."""
+    return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_m) * strides.row
 
 
 @triton.jit
 def query_block(masks, b, b_head, first_row, queries, keys, b_m, CAUSAL: tl.constexpr):
-    """The `Block` of the queries `b_m` and (full_lo, full_hi) of `block_bounds`."""
+    """The `Block` of the queries `b_m` and (full_lo, full_hi) of `block_bounds`. `first_row` rows of the range arrays
+    stand in front of them."""
     b_lo, b_hi = row_bounds(masks, b, first_row, queries, keys, b_m, CAUSAL)
     lo, hi, full_lo, full_hi = block_bounds(b_lo, b_hi, b_m < queries)
-    # Rows past the end see nothing; they read what the last one reads.
-    b_at = tl.minimum(b_m, queries - 1)
-    p_mask = matrix_rows(masks.mask, masks.mask_strides, b, b_head, b_at)
-    p_bias = matrix_rows(masks.bias, masks.bias_strides, b, b_head, b_at)
-    return Block(b, b_head, b_m, b_lo, b_hi, lo, hi, keys, p_mask, p_bias), full_lo, full_hi
+    return Block(b, b_head, b_m, b_lo, b_hi, lo, hi, queries, keys), full_lo, full_hi
 
 
 @triton.jit
-def may_hide(masks):
-    """Whether keys between the first and the last one that a block of queries sees may be seen by none of them."""
-    return (masks.mask is not None) or (masks.bias is not None) or (masks.range_start is not None)
-
-
-@triton.jit
-def is_one_part(masks, GUARDED: tl.constexpr):
-    """Whether all key tiles are treated alike, as any of them may hide any key from any query."""
-    return GUARDED or (masks.mask is not None) or (masks.bias is not None)
-
-
-@triton.jit
-def has_part(masks, part: tl.constexpr, GUARDED: tl.constexpr):
-    """Whether a variant has a loop for this one of the three parts of `key_tiles`."""
-    if is_one_part(masks, GUARDED):
-        return part == 2
-    else:
-        return part > 0 or (masks.range_start is not None)
-
-
-@triton.jit
-def key_tiles(masks, lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr, GUARDED: tl.constexpr):
+def key_tiles(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr, FIRST_PART: tl.constexpr):
     """Three parts of the key tiles of a block of queries, as the four numbers where they begin and end: those before
-    and behind need masks, those between are seen whole by every row. Where a mask or a bias is read in any case, all
-    tiles are in the last part: one loop instead of three."""
+    and behind need masks, those between are seen whole by every row. With `FIRST_PART` 2 all are in the last part, with
+    1 none is in the first (`Problem.first_part`)."""
     first = lo // BLOCK_N
     last = tl.maximum(tl.cdiv(hi, BLOCK_N), first)
-    if is_one_part(masks, GUARDED):
+    if FIRST_PART == 2:
         return first, first, first, last
     else:
         full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), first), last)
@@ -348,27 +336,28 @@ def scores(
     KEYS_FIRST: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores in the base-2 domain of a tile of products `b_qk`, -inf where not visible, and the tanh of a softcap.
+    """Scores of a tile of products `b_qk`, -inf where not visible.
 
     `b_ok` [BN] is what `key_rows_ok` says of the keys; KEYS_FIRST: the tile is [BN, BM]. A tile that is not `MASKED`
     lies inside [b_lo, b_hi) of all of its rows."""
-    b_tanh: tl.constexpr = None
+    b_s = b_qk * scaling.product
     if scaling.cap is not None:
-        b_tanh = tanh(b_qk * scaling.product)
-        b_s = b_tanh * scaling.cap
-    else:
-        b_s = b_qk * scaling.product
-
+        b_s = tanh(b_s) * scaling.cap
     b_j = tl.arange(0, BLOCK_N)
     b_n = along_keys(start_n + b_j, KEYS_FIRST)
+    # Rows past the end see nothing; they read what the last one reads.
+    b_m = tl.minimum(block.b_m, block.queries - 1)
     if masks.bias is not None:
-        p_tile = along_queries(block.p_bias + start_n, KEYS_FIRST) + along_keys(b_j, KEYS_FIRST)
+        strides = Strides(masks.bias_batch, masks.bias_head, masks.bias_row)
+        p_rows = matrix_rows(masks.bias, strides, block.b, block.b_head, b_m)
+        p_tile = along_queries(p_rows + start_n, KEYS_FIRST) + along_keys(b_j, KEYS_FIRST)
         b_bias = tl.load(p_tile, mask=b_n < block.keys, other=0.0).to(tl.float32)
         # Selected, as what is hidden by -inf may be NaN.
-        b_s = tl.where(b_bias == -float("inf"), -float("inf"), b_s + b_bias * LOG2E)
+        b_s = tl.where(b_bias == -float("inf"), -float("inf"), b_s + b_bias)
     if masks.mask is not None:
-        b_open = open_keys(block.p_mask, masks.mask_strides.column, start_n, BLOCK_N, KEYS_FIRST)
-        b_s = tl.where(b_open, b_s, -float("inf"))
+        strides = Strides(masks.mask_batch, masks.mask_head, masks.mask_row)
+        p_rows = matrix_rows(masks.mask, strides, block.b, block.b_head, b_m)
+        b_s = tl.where(open_keys(p_rows, masks.mask_word, start_n, BLOCK_N, KEYS_FIRST), b_s, -float("inf"))
     if masks.key_mask is not None:
         b_s = tl.where(along_keys(b_ok, KEYS_FIRST), b_s, -float("inf"))
     if MASKED:
@@ -376,7 +365,7 @@ def scores(
         if masks.range_start is not None:
             b_visible = b_visible & (b_n >= along_queries(block.b_lo, KEYS_FIRST))
         b_s = tl.where(b_visible, b_s, -float("inf"))
-    return b_s, b_tanh
+    return b_s
 
 
 @triton.jit
@@ -387,65 +376,88 @@ def open_rows(words, b, row_words, start, BLOCK: tl.constexpr):
 
 @triton.jit
 def key_rows_ok(masks, b, start_n, lo, hi, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
-    """Which of the keys from `start_n` on may be read at all. -> [BN] or None when all may"""
-    b_ok: tl.constexpr = None
+    """Which of the keys from `start_n` on may be read at all. -> [BN]"""
+    b_ok = tl.full((BLOCK_N,), True, tl.int1)
     if MASKED:
         b_n = start_n + tl.arange(0, BLOCK_N)
         b_ok = (b_n >= lo) & (b_n < hi)
     if masks.key_mask is not None:
-        b_open = open_rows(masks.key_mask, b, masks.key_words, start_n, BLOCK_N)
-        b_ok = b_open if b_ok is None else b_ok & b_open
+        b_ok = b_ok & open_rows(masks.key_mask, b, masks.key_words, start_n, BLOCK_N)
     return b_ok
 
 
 @triton.jit
 def seen_keys(b_s):
     """Which keys of a tile of scores some query sees. -> [BN]"""
-    return tl.max(b_s, 0) != -float("inf")
+    return tl.max((b_s != -float("inf")).to(tl.int32), 0) > 0
 
 
 @triton.jit
-def is_settled(flags, GUARDED: tl.constexpr):
-    """Whether a program of a GUARDED launch has nothing to do again."""
-    if GUARDED:
-        return tl.load(flags + tl.program_id(0)) == 0
-    else:
-        return False
+def unless_empty(b_lse):
+    """logsumexp for `probabilities`: inf in an empty row, in front of which every score is nothing."""
+    return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
 
 
 @triton.jit
-def base2(b_lse):
-    """logsumexp in the base-2 domain, such that exp2(s - it) is 0 in an empty row, where s = -inf."""
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse * LOG2E)
+def probabilities(
+    b_s,
+    b_lse,
+    dropout,
+    b_head_index,
+    b_m,
+    start_n,
+    HIDES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS_FIRST: tl.constexpr,
+):
+    """exp(b_s - b_lse), where `b_lse` comes from `unless_empty` and has the tile's two dimensions. The difference is
+    rounded, not the scores in base 2, whose last place is larger the larger they are.
 
-
-@triton.jit
-def dropped(b_p, dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """Probabilities with the sign telling which of them dropout keeps, so that no mask stays live beside them; as they
-    are without dropout."""
+    With dropout the sign is set of what it drops, so that no mask stays live beside it. HIDES: the tile may hide
+    something; that becomes -0.0, whatever stands in `b_lse`."""
+    b_p = tl.exp2((b_s - b_lse) * LOG2E)
     if dropout is not None:
-        return tl.where(kept(dropout, b_head_index, b_m, start_n, BLOCK_N, KEYS_FIRST), b_p, -b_p)
+        # By the bits: NaN has a sign too, and not always the same one.
+        b_bits = b_p.to(tl.int32, bitcast=True)
+        b_kept = kept(dropout, b_head_index, b_m, start_n, BLOCK_N, KEYS_FIRST)
+        b_p = tl.where(b_kept, b_bits & ~SIGN, b_bits | SIGN).to(tl.float32, bitcast=True)
+    if HIDES:
+        b_p = tl.where(b_s == -float("inf"), -0.0, b_p)
+    return b_p
+
+
+@triton.jit
+def kept_weights(b_p, dropout):
+    """The weights of values, of what `probabilities` says."""
+    if dropout is not None:
+        return tl.where(b_p.to(tl.int32, bitcast=True) < 0, 0.0, b_p * dropout.keep_scale)
     else:
         return b_p
 
 
 @triton.jit
-def grad_scores(b_p, b_dp, b_delta, b_tanh, dropout, HIDES: tl.constexpr):
+def grad_scores(b_p, b_dp, b_delta, dropout, HIDES: tl.constexpr):
     """With dp = grad_out . value and delta = sum(grad_out * out) - grad_logsumexp the gradient of a score is
-    p * (dp - delta) (Dao et al., 2022). `b_p` comes from `dropped`; HIDES: dp of what nobody sees may be NaN.
-
-    -> (gradient of the scores after softcap and bias, gradient of the products), both without the scale."""
+    p * (dp - delta) (Dao et al., 2022). `b_p` and HIDES as in `probabilities`: of what is hidden, dp and delta may be
+    NaN."""
+    b_bits = b_p.to(tl.int32, bitcast=True)
     if dropout is not None:
-        b_dp = tl.where(b_p > 0.0, b_dp * dropout.keep_scale, 0.0)
+        b_dp = tl.where(b_bits < 0, 0.0, b_dp * dropout.keep_scale)
     b_ds = tl.abs(b_p) * (b_dp - b_delta)
     if HIDES:
-        b_ds = tl.where(b_p == 0.0, 0.0, b_ds)
-    b_dqk = b_ds
-    if b_tanh is not None:
-        b_dqk = b_ds * (1.0 - b_tanh * b_tanh)
+        b_ds = tl.where(b_bits == SIGN, 0.0, b_ds)
+    return b_ds
+
+
+@triton.jit
+def grad_products(b_ds, b_p, b_qk, scaling, HIDES: tl.constexpr):
+    """The gradient of the products, without the scale, from that of the scores behind a softcap and a bias."""
+    if scaling.cap is not None:
+        b_tanh = tanh(b_qk * scaling.product)
+        b_ds = b_ds * (1.0 - b_tanh * b_tanh)
         if HIDES:
-            b_dqk = tl.where(b_p == 0.0, 0.0, b_dqk)
-    return b_ds, b_dqk
+            b_ds = tl.where(b_p.to(tl.int32, bitcast=True) == SIGN, 0.0, b_ds)
+    return b_ds
 
 
 @triton.jit

@@ -129,10 +129,10 @@ def bilinear_attention_forward(
     scores, maps = p.empty(torch.float32), p.empty(v.dtype)
     logits = p.empty(v.dtype) if return_logits else None
     p.scores(h, bias, float("-inf"), scores)
-    size = p.regions * p.words
-    grid = p.batch * p.glimpses if size else 0
+    grid = p.batch * p.glimpses if p.regions * p.words else 0
+    arguments = (scores, maps, logits, p.v_live, p.q_live, p.glimpses, p.regions, p.words)
     constants = {"BLOCK": SOFTMAX.block_m}
-    launch("bilinear_attention_softmax", softmax_kernel, grid, (scores, maps, logits, size), constants, SOFTMAX)
+    launch("bilinear_attention_softmax", softmax_kernel, grid, arguments, constants, SOFTMAX)
     return maps, v.new_empty(0) if logits is None else logits
 
 

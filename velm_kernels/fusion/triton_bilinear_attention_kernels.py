@@ -78,14 +78,17 @@ def scores_kernel(
 
 
 @triton.jit
-def softmax_kernel(scores, maps, logits, size, BLOCK: tl.constexpr):
-    """The softmax over all pairs of a glimpse; 0 where none counts."""
+def softmax_kernel(scores, maps, logits, v_live, q_live, glimpses, regions, words, BLOCK: tl.constexpr):
+    """The softmax over all pairs of a glimpse that count; 0 for the others, and where none counts."""
+    size = regions * words
+    b = tl.program_id(0) // glimpses
     p_scores = scores + wide(tl.program_id(0)) * size
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, size, BLOCK):
         b_at = start + tl.arange(0, BLOCK)
         b_score = tl.load(p_scores + b_at, mask=b_at < size, other=float("-inf"))
+        # NaN is not the largest, but it gets into the sum.
         b_new = tl.maximum(b_largest, b_score)
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp(b_largest - b_base) + tl.exp(b_score - b_base)
@@ -93,12 +96,13 @@ def softmax_kernel(scores, maps, logits, size, BLOCK: tl.constexpr):
     largest = tl.max(b_largest, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.sum(b_sum * tl.exp(b_largest - base), 0)
-    scale = tl.where(total == 0.0, 0.0, 1.0 / tl.where(total == 0.0, 1.0, total))
+    scale = 1.0 / total
     for start in tl.range(0, size, BLOCK):
         b_at = start + tl.arange(0, BLOCK)
         b_in = b_at < size
+        b_ok = b_in & _live(v_live, b, b_at // words, regions) & _live(q_live, b, b_at % words, words)
         b_score = tl.load(p_scores + b_at, mask=b_in, other=float("-inf"))
-        b_map = tl.exp(b_score - base) * scale
+        b_map = tl.where(b_ok, tl.exp(b_score - base) * scale, 0.0)
         tl.store(maps + wide(tl.program_id(0)) * size + b_at, round_to(b_map, maps.dtype.element_ty), mask=b_in)
         if logits is not None:
             b_logit = round_to(b_score, logits.dtype.element_ty)

@@ -126,8 +126,8 @@ def attention_pool_backward(
     m.products(rows, m.weights)
     # With one segment `grad` looks as if it were shared, and is read alike.
     m.products(grad, grad_weights)
-    softmax = (m.weights, grad_weights, grad, out, logsumexp, m.tokens, m.count, m.dim)
-    constants = {"BLOCK": SOFTMAX.block_m, "BLOCK_D": SOFTMAX.block_m}
+    softmax = (m.weights, grad_weights, logsumexp, m.tokens, m.count)
+    constants = {"BLOCK": SOFTMAX.block_m}
     grid = m.segments * m.count
     launch("attention_pool_softmax_backward", softmax_backward_kernel, grid, softmax, constants, SOFTMAX)
     grad_x, grad_rows = x.new_empty((0,)), rows.new_empty((0,))

@@ -108,29 +108,30 @@ def softmax_kernel(weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def softmax_backward_kernel(
-    weights, grad_weights, grad, out, logsumexp, tokens, rows, dim, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Of one row: scores to weights, and gradients of weights to those of scores."""
+def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
+    """Of one row: scores to weights, and gradients of weights to those of scores. What is taken off them is the sum of
+    the very same products: that of the gradient with the result, which is rounded, leaves little of the difference
+    where one token has nearly all of the weight."""
     segment, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    at = wide(segment) * rows + row
-    b_delta = tl.zeros((BLOCK_D,), tl.float32)
-    for column in tl.range(0, dim, BLOCK_D):
-        b_column = column + tl.arange(0, BLOCK_D)
-        b_grad = tl.load(grad + at * dim + b_column, mask=b_column < dim, other=0.0).to(tl.float32)
-        b_delta += b_grad * tl.load(out + at * dim + b_column, mask=b_column < dim, other=0.0).to(tl.float32)
-    delta, lse = tl.sum(b_delta, 0), tl.load(logsumexp + at)
+    lse = tl.load(logsumexp + wide(segment) * rows + row)
     start, count = _token_range(tokens, segment)
     p_row = _weight_rows(weights, tokens, segment, row, rows) + start
     p_grad = _weight_rows(grad_weights, tokens, segment, row, rows) + start
+    b_delta = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, count, BLOCK):
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
         b_score = tl.load(p_row + b_token, mask=b_live, other=float("-inf"))
         b_weight = tl.where(b_live, tl.exp(b_score - lse), 0.0)
-        b_grad = tl.load(p_grad + b_token, mask=b_live, other=0.0)
+        b_delta += b_weight * tl.load(p_grad + b_token, mask=b_live, other=0.0)
         tl.store(p_row + b_token, b_weight, mask=b_token < count)
-        tl.store(p_grad + b_token, b_weight * (b_grad - delta), mask=b_token < count)
+    delta = tl.sum(b_delta, 0)
+    for first in tl.range(0, count, BLOCK):
+        b_token = first + tl.arange(0, BLOCK)
+        b_live = _live(tokens, segment, b_token, count)
+        b_weight = tl.load(p_row + b_token, mask=b_live, other=0.0)
+        b_grad = tl.load(p_grad + b_token, mask=b_live, other=0.0)
+        tl.store(p_grad + b_token, tl.where(b_live, b_weight * (b_grad - delta), 0.0), mask=b_token < count)
 
 
 @triton.jit

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from velm_kernels.attention.triton_problem import cdiv
@@ -49,6 +51,9 @@ def pool_forward(
     segments = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     out, stats = x.new_empty((segments, dim)), _stats(x, (segments, dim), mode)
     tile = TILE_OF_COLUMNS if tokens_contiguous else TILE
+    if mode == GEM:
+        # Two powers of every element take registers.
+        tile = replace(tile, block_m=tile.block_m // 2)
     dim_blocks = cdiv(dim, tile.block_n)
     of_segment = _tokens(lengths, mask, cu_seqlens, tokens, segments)
     arguments = (x, out, stats, of_segment, _strides(x), p, dim, dim_blocks)

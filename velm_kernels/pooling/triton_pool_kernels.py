@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.attention.triton_tiles import FAR, round_to, wide
+from velm_kernels.attention.triton_tiles import FAR, LOG2E, round_to, wide
 
 MEAN = tl.constexpr(0)
 SUM = tl.constexpr(1)
@@ -15,7 +15,9 @@ MAX = tl.constexpr(2)
 LOGSUMEXP = tl.constexpr(3)
 GEM = tl.constexpr(4)
 EPS = tl.constexpr(1e-6)
-LOWEST = tl.constexpr(-3.4028234663852886e38)
+LARGEST = tl.constexpr(3.4028234663852886e38)
+LEAST_NORMAL = tl.constexpr(1.1754943508222875e-38)
+SQRT2 = tl.constexpr(1.4142135623730951)
 
 
 class Tokens(NamedTuple):
@@ -53,11 +55,40 @@ def _bounds(tokens, segment):
 
 
 @triton.jit
+def _log2(b_x):
+    """log2 of what is not negative, to a relative error of 1e-7 near 1 too, where the device's own instruction has an
+    absolute one: powers of hundreds multiply it."""
+    b_is_small = b_x < LEAST_NORMAL
+    b_bits = tl.where(b_is_small, b_x * 8388608.0, b_x).to(tl.int32, bitcast=True)
+    b_exponent = (b_bits >> 23) - tl.where(b_is_small, 150, 127)
+    b_m = ((b_bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    # The mantissa lies between the roots of 1/2 and 2.
+    b_is_large = b_m > SQRT2
+    b_m = tl.where(b_is_large, 0.5 * b_m, b_m)
+    b_exponent = (b_exponent + b_is_large.to(tl.int32)).to(tl.float32)
+    # ln(m) = 2 artanh(s) with |s| < 0.172; what is left out is below 1e-8 of it.
+    b_s = (b_m - 1.0) / (b_m + 1.0)
+    b_z = b_s * b_s
+    b_series = b_z * (1.0 / 9.0) + 1.0 / 7.0
+    b_series = b_series * b_z + 1.0 / 5.0
+    b_series = b_series * b_z + 1.0 / 3.0
+    b_log = (b_series * b_z * b_s + b_s) * (2.0 * LOG2E) + b_exponent
+    # Infinity and NaN, and 0.
+    return tl.where(b_x == 0.0, float("-inf"), tl.where(b_x < float("inf"), b_log, b_x))
+
+
+@triton.jit
 def _power(b_x, power, CUBE: tl.constexpr):
     if CUBE:
         return b_x * b_x * b_x
     else:
-        return tl.exp2(power * tl.log2(b_x))
+        return tl.exp2(power * _log2(b_x))
+
+
+@triton.jit
+def _ratio(b_x, b_y):
+    """A quotient that is exactly 1 for equal numbers that are finite."""
+    return tl.where((b_x == b_y) & (b_x < float("inf")), 1.0, b_x / b_y)
 
 
 @triton.jit
@@ -88,7 +119,9 @@ def pool_kernel(
     if MODE == MAX:
         b_a += float("-inf")
     if MODE == LOGSUMEXP:
-        b_a += LOWEST
+        b_a -= LARGEST
+    if MODE == GEM:
+        b_b += EPS
     for first in tl.range(begin, end, BLOCK_M):
         b_token = first + tl.arange(0, BLOCK_M)
         b_live = b_token < end
@@ -100,8 +133,13 @@ def pool_kernel(
         if MODE == MEAN or MODE == SUM:  # noqa: SIM109
             b_a += b_x
         elif MODE == GEM:
+            # Powers of quotients by the largest value b_b, which neither overflow nor vanish. NaN is not the largest,
+            # nor is infinity: by the largest finite number it stays what it is.
             b_clamped = tl.where(b_x < EPS, EPS, b_x)
-            b_a += tl.where(b_read, _power(b_clamped, power, CUBE), 0.0)
+            b_new = tl.where(b_read & (b_clamped > b_b), tl.where(b_clamped < LARGEST, b_clamped, LARGEST), b_b)
+            b_term = tl.where(b_read, _power(_ratio(b_clamped, b_new), power, CUBE), 0.0)
+            b_a = b_a * _power(_ratio(b_b, b_new), power, CUBE) + b_term
+            b_b = b_new
         elif MODE == MAX:
             # The first of what is read, then what is greater, and NaN, which stays.
             b_number = (b_token - begin)[:, None] + tl.zeros((1, BLOCK_N), tl.int32)
@@ -110,9 +148,10 @@ def pool_kernel(
             b_index = tl.where(b_take, b_number, b_index)
         else:
             b_value = tl.where(b_read, b_x, float("-inf"))
-            # NaN does not get into the largest, but into the sum.
+            # NaN does not get into the largest, but into the sum; so does an infinity that nothing is taken from.
             b_new = tl.where(b_value > b_a, b_value, b_a)
-            b_b = b_b * tl.exp(b_a - b_new) + tl.exp(b_value - b_new)
+            b_shift = tl.where(b_new == float("inf"), 0.0, b_new)
+            b_b = b_b * tl.exp(b_a - b_shift) + tl.exp(b_value - b_shift)
             b_a = b_new
     count = tl.sum(b_count, 0)
     if MODE == MAX:
@@ -124,15 +163,17 @@ def pool_kernel(
         tl.store(stats + wide(segment) * dim + b_column, tl.where(count > 0, b_first, -1), mask=b_in)
     elif MODE == LOGSUMEXP:
         b_largest = tl.max(b_a, 0)
-        b_sum = tl.sum(b_b * tl.exp(b_a - b_largest[None, :]), 0)
-        b_out = tl.where(b_largest == float("inf"), b_largest, b_largest + tl.log(b_sum))
+        b_shift = tl.where(b_largest == float("inf"), 0.0, b_largest)
+        b_out = b_shift + tl.log(tl.sum(b_b * tl.exp(b_a - b_shift[None, :]), 0))
+    elif MODE == GEM:
+        b_largest = tl.max(b_b, 0)
+        b_sum = tl.sum(b_a * _power(_ratio(b_b, b_largest[None, :]), power, CUBE), 0)
+        b_out = b_largest * tl.exp2(_log2(b_sum / tl.maximum(count, 1).to(tl.float32)) / power)
+        b_out = tl.where(b_out < EPS, EPS, b_out)
     else:
         b_out = tl.sum(b_a, 0)
-        if MODE != SUM:
+        if MODE == MEAN:
             b_out = b_out / tl.maximum(count, 1).to(tl.float32)
-        if MODE == GEM:
-            b_out = tl.exp2(tl.log2(b_out) / power)
-            b_out = tl.where(b_out < EPS, EPS, b_out)
     b_out = tl.where(count > 0, b_out, 0.0)
     if MODE == LOGSUMEXP or MODE == GEM:  # noqa: SIM109
         tl.store(stats + wide(segment) * dim + b_column, b_out, mask=b_in)
@@ -227,11 +268,11 @@ def pool_backward_kernel(
             b_grad = tl.where(b_none, 0.0, b_grad * tl.exp(b_x - tl.where(b_none, 0.0, b_stat)))
         else:
             b_stat = tl.where(b_stat < EPS, EPS, b_stat)
-            b_ratio = tl.where(b_x < EPS, EPS, b_x) / b_stat
+            b_ratio = _ratio(tl.where(b_x < EPS, EPS, b_x), b_stat)
             if CUBE:
                 b_factor = b_ratio * b_ratio
             else:
-                b_factor = tl.exp2((power - 1.0) * tl.log2(b_ratio))
+                b_factor = tl.where(power == 1.0, 1.0, _power(b_ratio, power - 1.0, False))
             b_grad = tl.where(b_x >= EPS, b_grad * b_factor, 0.0)
     b_result = round_to(tl.where(b_read, b_grad, 0.0), grad_x.dtype.element_ty)
     p_grad = grad_x + wide(b_token)[:, None] * grad_strides.token + wide(b_column)[None, :] * grad_strides.dim
