@@ -38,12 +38,58 @@ def describe(value: Any) -> str:
     return "None" if value is None else kind
 
 
+# What torch's own compilers and tracers put in a tensor's place; operators know what to do with them.
+_STAND_INS = frozenset(
+    {
+        ("torch._subclasses.fake_tensor", "FakeTensor"),
+        ("torch._subclasses.functional_tensor", "FunctionalTensor"),
+    }
+)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is a Tensor or Parameter and no subclass, such as a quantised or a distributed one."""
+    cls = value.__class__
+    return cls is torch.Tensor or cls is torch.nn.Parameter or (cls.__module__, cls.__qualname__) in _STAND_INS
+
+
+def is_distributed(value: Any) -> bool:
+    """Whether ``value`` is a DTensor."""
+    cls = value.__class__
+    return cls.__qualname__ == "DTensor" and cls.__module__.startswith("torch.distributed.")
+
+
+def is_wrapped(value: Any) -> bool:
+    """Whether ``value`` is a tensor that holds its numbers in a way of its own, as quantised weights do: only what its
+    class knows can be computed with it."""
+    return isinstance(value, torch.Tensor) and not (is_plain(value) or is_distributed(value)) and _dispatches(value)
+
+
+def _dispatches(value: torch.Tensor) -> bool:
+    return value.__class__.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
 def tensor(name: str, value: Any, *, dims: int | None = None, layout: str = "") -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, given {describe(value)}")
+    if value.__class__ is not torch.Tensor and value.__class__ is not torch.nn.Parameter:
+        _admit(name, value)
     if dims is not None and value.dim() != dims:
         raise ValueError(f"{name}: expected {layout or f'{dims} dimensions'}, given {tuple(value.shape)}")
     return value
+
+
+def _admit(name: str, value: torch.Tensor) -> None:
+    """Prepares for a tensor that is of a subclass, or refuses it."""
+    if is_distributed(value):
+        from velm_kernels.backends import sharding
+
+        sharding.register()
+    elif value.is_nested:
+        raise TypeError(
+            f"{name}: expected a tensor with one length for every row, given a {type(value).__name__}; sequences of "
+            "different lengths go packed one behind the other, as in cross_attention_varlen"
+        )
 
 
 def tensors(name: str, value: Any, low: int, high: int | None = None) -> list[torch.Tensor]:

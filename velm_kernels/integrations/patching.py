@@ -54,9 +54,10 @@ import torch
 from torch import nn
 
 from velm_kernels import checks
+from velm_kernels.checks import is_distributed, is_plain
 
 from . import stacking
-from .plain import Absorbs, is_distributed, is_plain_tensor, why_aside
+from .plain import Absorbs, why_aside
 from .report import Report
 
 Key = tuple[str, str]
@@ -355,7 +356,7 @@ def _why_not(module: nn.Module, known: type) -> str | None:
             return f"its {method} takes ({', '.join(found)}), the replacement is written for ({', '.join(expected)})"
     for name, parameter in module._parameters.items():
         # A distributed one may be whole in the forward, as under `fully_shard`: each call looks again.
-        if parameter is not None and not is_plain_tensor(parameter) and not is_distributed(parameter):
+        if parameter is not None and not is_plain(parameter) and not is_distributed(parameter):
             return f"its {name} is a {type(parameter).__name__}"
     return replacement.why_not(module)
 

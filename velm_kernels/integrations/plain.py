@@ -16,13 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-# What torch's own compilers and tracers put in a tensor's place; operators know what to do with them.
-_STAND_INS = frozenset(
-    {
-        ("torch._subclasses.fake_tensor", "FakeTensor"),
-        ("torch._subclasses.functional_tensor", "FunctionalTensor"),
-    }
-)
+from velm_kernels.checks import is_plain
+
 _CALL = nn.Module.__call__
 # A library that replaces the forward of one of these for the whole process listens to all of them.
 _FORWARDS: dict[type[nn.Module], Any] = {
@@ -34,21 +29,9 @@ Absorbs = tuple[tuple[str, tuple[type[nn.Module], ...]], ...]
 DROPOUTS = (nn.Dropout, nn.Identity)
 
 
-def is_plain_tensor(x: Any) -> bool:
-    """Say whether `x` is a `Tensor` or `Parameter` and no subclass, such as a quantised or a distributed one."""
-    cls = type(x)
-    return cls is Tensor or cls is nn.Parameter or (cls.__module__, cls.__qualname__) in _STAND_INS
-
-
-def is_distributed(x: Any) -> bool:
-    """Say whether `x` is a DTensor."""
-    cls = type(x)
-    return cls.__qualname__ == "DTensor" and cls.__module__.startswith("torch.distributed.")
-
-
 def are_plain(*values: Any) -> bool:
     """Say so of every one of `values` that is not None."""
-    return all(x is None or is_plain_tensor(x) for x in values)
+    return all(x is None or is_plain(x) for x in values)
 
 
 def heard(module: nn.Module) -> bool:
@@ -87,7 +70,7 @@ def may_read(x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return is_plain_tensor(x) and type(x) in (Tensor, nn.Parameter) and not _transformed()
+    return is_plain(x) and type(x) in (Tensor, nn.Parameter) and not _transformed()
 
 
 def _transformed() -> bool:
@@ -117,7 +100,7 @@ def why_aside(module: nn.Module, absorbs: Absorbs, args: Any, kwargs: Any) -> st
     if "parametrizations" in children:
         return "its parameters are parametrised"
     for parameter in module._parameters.values():
-        if parameter is not None and type(parameter) is not nn.Parameter and not is_plain_tensor(parameter):
+        if parameter is not None and type(parameter) is not nn.Parameter and not is_plain(parameter):
             return f"its parameters are {type(parameter).__name__}s"
     for value in (*args, *kwargs.values()):
         if value.__class__ is Tensor:
@@ -138,7 +121,7 @@ def why_aside(module: nn.Module, absorbs: Absorbs, args: Any, kwargs: Any) -> st
 
 def _why_not_value(value: Any) -> str | None:
     if isinstance(value, Tensor):
-        if not is_plain_tensor(value):
+        if not is_plain(value):
             return f"an input is a {type(value).__name__}"
         return "meta tensors" if value.is_meta else None
     if isinstance(value, (tuple, list)):

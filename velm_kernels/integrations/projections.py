@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from velm_kernels import checks
 from velm_kernels.backends import cpu
 from velm_kernels.fusion import dropout_residual
 from velm_kernels.linear import faster_than_torch, linear
 
 from .patching import LINEAR, Replacement, record_fallback, replaces
-from .plain import are_plain, heard, is_bare, is_plain_tensor, under_autocast
+from .plain import are_plain, heard, is_bare, under_autocast
 
 # Exact classes, and the name under which `linear` knows what they compute. transformers' GELUActivation and GELUTanh
 # hold one of several functions, see `_activation`.
@@ -100,7 +101,7 @@ class LinearForward:
 
 
 def _kind(*values: Any) -> str:
-    return next(type(x).__name__ for x in values if x is not None and not is_plain_tensor(x))
+    return next(type(x).__name__ for x in values if x is not None and not checks.is_plain(x))
 
 
 def project(

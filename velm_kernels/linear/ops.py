@@ -37,7 +37,8 @@ def linear(
         residual: ``(..., out_features)``, added after the activation. Any floating dtype; one other than x's is added
             outside of the fused kernel and the result promoted as torch does.
 
-    Under autocast x, weight and bias are cast to its dtype, as by ``torch.nn.functional.linear``.
+    Under autocast x, weight and bias are cast to its dtype, as by ``torch.nn.functional.linear``, which serves weights
+    of tensor subclasses (quantised ones); DTensors are computed in parts, see ``velm_kernels/backends/sharding.py``.
 
     Returns:
         ``(..., out_features)``, contiguous, in x's dtype. Products accumulate in float32; in 16 bits the activation
@@ -53,6 +54,8 @@ def linear(
     the fixed rule of :func:`velm_kernels.linear.faster_than_torch`; on GPUs it is torch's (cuBLASLt, with the epilogues
     that it has), and where several steps follow it, Triton makes one pass of them.
     """
+    if checks.is_wrapped(weight) or checks.is_wrapped(x):
+        return _one_after_another(x, weight, bias, activation, residual)
     x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
     arguments = canonical(x, weight, bias, activation, residual)
     if activation is None and residual is None and _is_plain_torch(x, weight.shape[0]):
@@ -67,6 +70,14 @@ def linear(
     out, _ = torch.ops.velm.linear_forward(*arguments.values(), forced())
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out + residual if late else out
+
+
+def _one_after_another(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, residual: Tensor | None
+) -> Tensor:
+    """For tensors that only torch's own functions know, such as quantised weights."""
+    out = reference.activate(torch.nn.functional.linear(x, weight, bias), activation or "")
+    return out if residual is None else out + residual
 
 
 def _is_plain_torch(x: Tensor, out_features: int) -> bool:

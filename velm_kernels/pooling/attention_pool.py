@@ -150,7 +150,9 @@ def _checked(
 
 
 def _folds(x: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, heads: int) -> bool:
-    """Whether folding takes fewer operations than the ordinary way."""
+    """Whether folding takes fewer operations than the ordinary way, and the weights can be multiplied by anything."""
+    if checks.is_wrapped(key_weight) or checks.is_wrapped(value_weight):
+        return False
     queries, dim = query.shape[-2], x.shape[-1]
     both = key_weight.shape[0] + value_weight.shape[0]
     widest = max(key_weight.shape[0], value_weight.shape[0]) // heads
