@@ -61,7 +61,8 @@ def test_export() -> None:
     x = torch.randn(2, 3, 8)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     assert "velm.linear_forward" in program.graph_module.code
-    assert torch.equal(program.module()(x), model(x))
+    # So few elements go to torch where nobody exports.
+    torch.testing.assert_close(program.module()(x), model(x))
     assert program.module()(torch.randn(5, 3, 8)).shape == (5, 3, 8)
 
 

@@ -11,7 +11,8 @@ from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
-from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
@@ -76,7 +77,7 @@ def bidirectional_attention(
         seed=seed,
         return_logsumexp=return_logsumexp,
     )
-    results: tuple[Tensor, ...] = torch.ops.velm.bidirectional_attention_forward(*arguments.values(), forced())
+    results: tuple[Tensor, ...] = call("bidirectional_attention_forward", arguments)
     return tuple(results) if return_logsumexp else tuple(results[:2])
 
 

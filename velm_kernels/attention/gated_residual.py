@@ -9,11 +9,15 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import as_matrix
 
 GRAD_X, GRAD_GATE = 1, 2
+# Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 15
 
 
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -40,9 +44,20 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
     Gradients flow to ``residual``, ``x`` and ``gate``; what needs no gradient is not computed. Backward keeps ``gate``,
     ``row_mask`` and, only if ``gate`` needs a gradient, ``x``.
     """
+    small = _small(residual, x, gate, row_mask)
+    if small is not None:
+        return small
     arguments = canonical(residual, x, gate, row_mask)
-    out: Tensor = torch.ops.velm.gated_residual_forward(*arguments.values(), forced())
+    out: Tensor = call("gated_residual_forward", arguments)
     return out.view(x.shape)
+
+
+def _small(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor | None:
+    if row_mask is not None or not takes_torch(SMALL, residual, x, gate) or x.dim() == 0:
+        return None
+    if residual.shape != x.shape or gate.shape not in ((), (1,), x.shape[-1:]):
+        return None
+    return torch.addcmul(residual, torch.tanh(gate), x)
 
 
 def canonical(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Arguments:
@@ -172,4 +187,4 @@ cuda.register_cuda("gated_residual_forward")
 cuda.register_cuda("gated_residual_backward")
 triton.register_triton("gated_residual_forward", "attention.triton_small")
 triton.register_triton("gated_residual_backward", "attention.triton_small")
-register_public("gated_residual", "gated_residual_forward", canonical)
+register_public("gated_residual", "gated_residual_forward", canonical, _small)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
@@ -46,7 +47,7 @@ def merge_attention(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequen
     Gradients flow to ``outs`` and ``logsumexps``, from ``out`` and ``logsumexp``.
     """
     arguments = canonical(outs, logsumexps)
-    out, logsumexp = torch.ops.velm.merge_attention_forward(*arguments.values(), forced())
+    out, logsumexp = call("merge_attention_forward", arguments)
     if _packed(outs):
         return out[0].transpose(0, 1), logsumexp[0]
     return out, logsumexp

@@ -7,15 +7,21 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from velm_kernels import backends, checks
 from velm_kernels.attention import reference_backend, torch_attention  # noqa: F401, which registers itself
 from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
 from velm_kernels.backends import Arguments, cpu, cuda, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
+# Elements of query, key and value, and scores, up to which torch's kernel is the faster one for plain attention, see
+# velm_kernels.backends.small.
+SMALL, SMALL_SCORES = 1 << 16, 1 << 14
 
 
 def cross_attention(
@@ -88,6 +94,16 @@ def cross_attention(
             key_ranges are checked for CPU tensors, for others only under ``VELM_CHECK=1``; unchecked values outside
             of the keys are clamped.
     """
+    if (
+        key_lengths is key_ranges is key_mask is mask is bias is softcap is query_norm_weight is key_norm_weight is None
+        and norm_eps.__class__ is dropout_p.__class__ is float
+        and dropout_p == 0.0
+        and seed is None
+        and return_logsumexp is return_key_mass is False
+    ):
+        small = _small(query, key, value, is_causal, scale)
+        if small is not None:
+            return small
     arguments = _canonical(
         query,
         key,
@@ -109,6 +125,39 @@ def cross_attention(
         return_key_mass=return_key_mass,
     )
     return _call(arguments, return_logsumexp, return_key_mass)
+
+
+def _small(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor | None:
+    """Plain or causal attention by torch's own kernel, where there is little to do; else None."""
+    if not takes_torch(SMALL, query, key, value) or not query.dim() == key.dim() == value.dim() == 4:
+        return None
+    (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
+    if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
+        return None
+    if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
+        return None
+    if batch * heads * queries * keys > SMALL_SCORES or not (scale is None or scale.__class__ is float):
+        return None
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads
+    )
+
+
+def _small_plain(query: Any, key: Any, value: Any, **settings: Any) -> torch.Tensor | None:
+    """:func:`_small` for calls of :func:`cross_attention` with any arguments."""
+    plain = {name: settings.pop(name) for name in ("is_causal", "scale") if name in settings}
+    # It says nothing without the norms.
+    settings.pop("norm_eps", None)
+    unused = all(
+        setting is None or (isinstance(setting, (bool, float)) and not setting) for setting in settings.values()
+    )
+    return _small(query, key, value, **plain) if unused else None
 
 
 def cross_attention_varlen(
@@ -177,7 +226,7 @@ def cross_attention_varlen(
 
 
 def _call(arguments: Arguments, return_logsumexp: bool, return_key_mass: bool) -> Any:
-    out, logsumexp, key_mass = torch.ops.velm.attention_forward(*arguments.values(), backends.forced())
+    out, logsumexp, key_mass = call("attention_forward", arguments)
     results = [out]
     if return_logsumexp:
         results.append(logsumexp)
@@ -421,5 +470,5 @@ for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.triton_attention")
     cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
-backends.register_public("cross_attention", "attention_forward", _canonical)
+backends.register_public("cross_attention", "attention_forward", _canonical, _small_plain)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

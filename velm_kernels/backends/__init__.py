@@ -63,6 +63,7 @@ class Implementation:
 class PublicFunction:
     operator: str
     canonical: Callable[..., Arguments]
+    small: Callable[..., Any] | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -96,9 +97,13 @@ def register(operator: str, backend: str, call: Callable[..., Any], reasons: Rea
     _implementations.setdefault(operator, {})[backend] = Implementation(backend, call, reasons)
 
 
-def register_public(name: str, operator: str, canonical: Callable[..., Arguments]) -> None:
-    """Lets :func:`explain` turn the arguments of the public function ``name`` into those of its operator."""
-    _public_functions[name] = PublicFunction(operator, canonical)
+def register_public(
+    name: str, operator: str, canonical: Callable[..., Arguments], small: Callable[..., Any] | None = None
+) -> None:
+    """Lets :func:`explain` turn the arguments of the public function ``name`` into those of its operator. ``small`` is
+    what the function asks before: it returns the result of a small call, or None (:mod:`velm_kernels.backends.small`).
+    """
+    _public_functions[name] = PublicFunction(operator, canonical, small)
 
 
 def forced() -> str:
@@ -281,6 +286,8 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     reasons = reasons_against(public.operator, public.canonical(*args, **kwargs), wanted)
     taken = wanted or next(backend for backend in reasons if not reasons[backend])
     lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
+    if public.small is not None and public.small(*args, **kwargs) is not None:
+        lines = [f"{name} -> torch (a small call, which torch has done before an operator would begin)"]
     width = max(map(len, reasons)) + 1
     for backend, why in reasons.items():
         lines.append(f"  {backend:<{width}}{'yes' if not why else 'no: ' + '; '.join(why)}")

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from velm_kernels import backends
-from velm_kernels.backends import Arguments, cpu, cuda, derivatives
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, direct
 
 LIBRARY = torch.library.Library("velm", "DEF")
 
@@ -48,16 +47,12 @@ def declare(
     cpu.declare(f"{name}({arguments}) -> {returns}")
     cuda.declare(f"{name}({arguments}) -> {returns}")
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
+    if check is not None:
+        direct.declare_check(name, check)
 
     def run(*args: Any) -> Any:
         *values, backend = args
-        bound = dict(zip(names, values, strict=True))
-        if check is not None:
-            check(bound)
-        # Of what is made inside, autograd would take a transposed result for a view of a tensor that it has not seen,
-        # and the user could not change it in place.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return backends.run(name, bound, values, backend)
+        return direct.run(name, dict(zip(names, values, strict=True)), backend)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)

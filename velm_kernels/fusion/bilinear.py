@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
 from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
@@ -55,8 +56,7 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
             return F.bilinear(x, y, weight, bias)
     arguments = canonical(x, y, weight, bias)
     folds = arguments["y"].dim() == 3
-    operator = torch.ops.velm.folded_bilinear_forward if folds else torch.ops.velm.bilinear_forward
-    out: Tensor = operator(*arguments.values(), forced())
+    out: Tensor = call("folded_bilinear_forward" if folds else "bilinear_forward", arguments)
     return out.view(*_leading(x, y), weight.shape[0])
 
 

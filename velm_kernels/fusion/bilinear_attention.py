@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
@@ -75,7 +76,7 @@ def bilinear_attention(
         q_mask=q_mask,
         return_logits=return_logits,
     )
-    maps, logits = torch.ops.velm.bilinear_attention_forward(*arguments.values(), forced())
+    maps, logits = call("bilinear_attention_forward", arguments)
     return (maps, logits) if return_logits else maps
 
 
@@ -122,7 +123,7 @@ def bilinear_attention_pool(
         v, q, attention = checks.autocast(v, q, attention)
     masks = {"v_lengths": v_lengths, "q_lengths": q_lengths, "v_mask": v_mask, "q_mask": q_mask}
     arguments = canonical_pool(v, q, attention, factor=factor, **masks)
-    out: Tensor = torch.ops.velm.bilinear_attention_pool_forward(*arguments.values(), forced())
+    out: Tensor = call("bilinear_attention_pool_forward", arguments)
     if attention.dim() == 3:
         out = out.squeeze(1)
     return out if factor == 1 else out.unflatten(-1, (out.shape[-1] // factor, factor)).sum(-1)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, forced, reasons_against, register, register_public
+from velm_kernels.backends import Arguments, reasons_against, register, register_public
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import count_sketch, reference
 from velm_kernels.layout import unit_last_stride
@@ -93,7 +94,7 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     if isinstance(x, Tensor):
         x, y = checks.autocast(x, y)
     arguments = canonical(x, y, sketch_x, sketch_y, dim)
-    out: Tensor = torch.ops.velm.compact_bilinear_forward(*arguments.values(), forced())
+    out: Tensor = call("compact_bilinear_forward", arguments)
     x, y = _same_dims(x, y)
     return out.view(*checks.broadcast_shapes(x.shape[:-1], y.shape[:-1]), dim)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import as_matrix, unit_last_stride
@@ -41,7 +42,7 @@ def dropout_residual(
     arguments = canonical(x, residual, dropout_p, seed)
     if arguments["seed"] is None:
         return x.contiguous() if residual is None else residual + x
-    out: Tensor = torch.ops.velm.dropout_residual_forward(*arguments.values(), forced())
+    out: Tensor = call("dropout_residual_forward", arguments)
     return out.view(x.shape)
 
 

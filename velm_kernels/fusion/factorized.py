@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
@@ -62,7 +63,7 @@ def factorized_pool(
     if isinstance(a, Tensor):
         a, b = checks.autocast(a, b)
     arguments = canonical(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
-    out: Tensor = torch.ops.velm.factorized_pool_forward(*arguments.values(), forced())
+    out: Tensor = call("factorized_pool_forward", arguments)
     return out.view(*checks.broadcast_shapes(a.shape[:-1], b.shape[:-1]), out.shape[-1])
 
 

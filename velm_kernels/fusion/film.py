@@ -8,14 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.constructors import checked
 from velm_kernels.fusion import reference
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
 
 GRAD_X, GRAD_GAMMA, GRAD_BETA = 1, 2, 4
+# Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 16
 
 
 def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0) -> Tensor:
@@ -41,11 +45,26 @@ def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False
     The gradient of gamma is the sum of ``grad * x`` over the regions of an entry, that of beta the sum of ``grad``,
     both in float32. Backward keeps x and gamma, each only where a gradient needs it.
     """
+    small = _small(x, gamma, beta, channels_first=channels_first, gamma_offset=gamma_offset)
+    if small is not None:
+        return small
     if isinstance(x, Tensor):
         x, gamma, beta = checks.autocast(x, gamma, beta)
     arguments = canonical(x, gamma, beta, channels_first=channels_first, gamma_offset=gamma_offset)
-    out: Tensor = torch.ops.velm.film_forward(*arguments.values(), forced())
+    out: Tensor = call("film_forward", arguments)
     return (out.transpose(1, 2) if channels_first else out).view(x.shape)
+
+
+def _small(
+    x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0
+) -> Tensor | None:
+    if not takes_torch(SMALL, x, gamma, beta) or gamma_offset.__class__ is not float or x.dim() < 2:
+        return None
+    if channels_first is not False or gamma.shape != (x.shape[0], x.shape[-1]) or beta.shape != gamma.shape:
+        return None
+    shape = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
+    gamma = gamma.view(shape) if gamma_offset == 0.0 else gamma.view(shape) + gamma_offset
+    return torch.addcmul(beta.view(shape), gamma, x)
 
 
 def canonical(
@@ -187,7 +206,7 @@ for _name, _function in (("forward", _reference_forward), ("backward", _referenc
     triton.register_triton(f"film_{_name}", "fusion.triton_modulation")
     cpu.register_cpu(f"film_{_name}")
     cuda.register_cuda(f"film_{_name}")
-register_public("film", "film_forward", canonical)
+register_public("film", "film_forward", canonical, _small)
 
 
 class FiLM(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
@@ -54,7 +55,7 @@ def low_rank_fusion(
     together; else it computes them again, and they never exist all at once.
     """
     arguments, leading = _prepared(inputs, factors, weight, bias)
-    out, _ = torch.ops.velm.low_rank_fusion_forward(*arguments.values(), forced())
+    out, _ = call("low_rank_fusion_forward", arguments)
     return out if len(leading) == 1 else out.view(*leading, out.shape[1])
 
 

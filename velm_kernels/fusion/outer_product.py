@@ -45,6 +45,8 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
         if lengths is not None or mask is not None:
             name, value = ("mask", mask) if lengths is None else ("lengths", lengths)
             raise ValueError(f"{name}: expected None for x without regions, given {checks.describe(value)}")
+        if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
+            return x[:, :, None] * y[:, None, :]
         with checks.without_autocast(x.device):
             if in_functorch() is not None or derivatives.has_tangent((x, y)):
                 return x[:, :, None] * y[:, None, :]

@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
 
 # Gradients are asked for by the bits of an integer: 1 for the weights, 2 << i for feature i.
 GRAD_WEIGHTS = 1
+# Elements of a feature up to which torch's form is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 15
 MOST_FEATURES = 60
 
 
@@ -42,12 +46,38 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Backward keeps the features only where the gradient of the weights is wanted.
     """
+    small = _small(features, weights)
+    if small is not None:
+        return small
     features = checks.autocast(*checks.tensors("features", features, 1, MOST_FEATURES))
     arguments = canonical(features, weights)
-    out: Tensor = torch.ops.velm.weighted_sum_forward(*arguments.values(), forced())
+    out: Tensor = call("weighted_sum_forward", arguments)
     dims = max(value.dim() for value in features)
     leading = checks.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
     return out.view(leading)
+
+
+def _small(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+    if (
+        features.__class__ not in (list, tuple)
+        or not 1 <= len(features) <= 4
+        or not takes_torch(SMALL, weights, *features)
+    ):
+        return None
+    first, *others = features
+    shape = first.shape
+    if len(shape) < 2 or any(value.shape != shape for value in others):
+        return None
+    if weights.shape == (len(features),):
+        each = weights.unbind()
+    elif weights.shape == (shape[0], len(features)):
+        each = weights.view(shape[0], *[1] * (len(shape) - 1), len(features)).unbind(-1)
+    else:
+        return None
+    out = first * each[0]
+    for value, weight in zip(others, each[1:], strict=True):
+        out = torch.addcmul(out, value, weight)
+    return out
 
 
 def _with_regions(x: Tensor, dims: int) -> Tensor:
@@ -185,4 +215,4 @@ for _name, _function in (("forward", _reference_forward), ("backward", _referenc
     triton.register_triton(f"weighted_sum_{_name}", "fusion.triton_modulation")
     cpu.register_cpu(f"weighted_sum_{_name}")
     cuda.register_cuda(f"weighted_sum_{_name}")
-register_public("weighted_sum", "weighted_sum_forward", canonical)
+register_public("weighted_sum", "weighted_sum_forward", canonical, _small)

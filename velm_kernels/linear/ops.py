@@ -9,13 +9,18 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import as_matrix, unit_last_stride
-from velm_kernels.linear import cpu_backend, reference, torch_backend  # noqa: F401, which registers itself
+from velm_kernels.linear import cpu_backend, reference, rule, torch_backend  # noqa: F401, which registers itself
 from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.linear.rule import own_product
+from velm_kernels.processors import NEVER
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
+# Elements of the result up to which torch's operators behind its product are the faster ones.
+SMALL = 1 << 15
 
 
 def linear(
@@ -54,6 +59,9 @@ def linear(
     the fixed rule of :func:`velm_kernels.linear.faster_than_torch`; on GPUs it is torch's (cuBLASLt, with the epilogues
     that it has), and where several steps follow it, Triton makes one pass of them.
     """
+    small = _small(x, weight, bias, activation, residual)
+    if small is not None:
+        return small
     if checks.is_wrapped(weight) or checks.is_wrapped(x):
         return _one_after_another(x, weight, bias, activation, residual)
     x, weight, bias = checks.autocast(x, weight, bias) if isinstance(x, Tensor) else (x, weight, bias)
@@ -67,7 +75,7 @@ def linear(
     arguments["save"] = bool(
         needs_grad and _saves_tensor(arguments["activation"], x.dtype, arguments["residual"] is not None)
     )
-    out, _ = torch.ops.velm.linear_forward(*arguments.values(), forced())
+    out, _ = call("linear_forward", arguments)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out + residual if late else out
 
@@ -77,6 +85,36 @@ def _one_after_another(
 ) -> Tensor:
     """For tensors that only torch's own functions know, such as quantised weights."""
     out = reference.activate(torch.nn.functional.linear(x, weight, bias), activation or "")
+    return out if residual is None else out + residual
+
+
+def _small(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """The projection by torch's product and operators, where the result is small; else None."""
+    given = (x, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
+    if not takes_torch(NEVER, *given) or x.dim() == 0 or weight.dim() != 2:
+        return None
+    out_features, in_features = weight.shape
+    if x.shape[-1] != in_features or in_features == 0 or rule.forced_product() is not None:
+        return None
+    if (bias is not None and bias.shape != (out_features,)) or (
+        activation is not None and (activation.__class__ is not str or activation not in ACTIVATIONS[1:])
+    ):
+        return None
+    rows = x.numel() // in_features
+    shape = (*x.shape[:-1], out_features)
+    if rows * out_features > SMALL or (residual is not None and residual.shape != shape):
+        return None
+    if own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad):
+        return None
+    out = torch.nn.functional.linear(x, weight, bias)
+    if activation:
+        out = reference.activate(out, activation)
     return out if residual is None else out + residual
 
 
@@ -317,4 +355,4 @@ register("linear_forward", "cpu", cpu_backend.forward, cpu_backend.reasons)
 register("linear_backward", "cpu", cpu_backend.backward, cpu_backend.reasons)
 triton.register_triton("linear_forward", "linear.triton_linear")
 triton.register_triton("linear_backward", "linear.triton_linear")
-register_public("linear", "linear_forward", canonical)
+register_public("linear", "linear_forward", canonical, _small)

@@ -11,6 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
@@ -180,7 +181,7 @@ def _folded(
     folded = torch.bmm(by_head, _heads_of(key_weight, heads)).view(heads, outer, queries, dim)
     rows = folded.transpose(0, 1).reshape(outer, heads * queries, dim)
     arguments = _canonical_rows(x, rows, **tokens)
-    pooled, logsumexp = torch.ops.velm.attention_pool_forward(*arguments.values(), forced())
+    pooled, logsumexp = call("attention_pool_forward", arguments)
     batch = pooled.shape[0]
     pooled = pooled.view(batch, heads, queries, dim).transpose(0, 1).reshape(heads, batch * queries, dim)
     values = torch.bmm(pooled, _heads_of(value_weight, heads).transpose(1, 2))

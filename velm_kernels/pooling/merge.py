@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, forced, register_public
+from velm_kernels.backends import Arguments, register_public
+from velm_kernels.backends.direct import call
 from velm_kernels.layout import product
 from velm_kernels.pooling.match import match_rows
 from velm_kernels.pooling.rows import canonical as canonical_rows
@@ -58,7 +59,7 @@ def merge_tokens(x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, 
     gradient of ``x`` is one pass over that of the result; that of ``size``, which is rarely wanted, keeps ``x``.
     """
     arguments, merged_size, indices = _canonical(x, metric, r, size, protected)
-    tokens: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    tokens: Tensor = call("gather_rows", arguments)
     leading = x.shape[:-2]
     return MergedTokens(
         tokens.view(*leading, *tokens.shape[1:]),
@@ -83,7 +84,7 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
             indices out of range; unchecked they give zeros.
     """
     arguments = _canonical_unmerge(merged, indices)
-    out: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    out: Tensor = call("gather_rows", arguments)
     return out.view(*indices.shape, merged.shape[-1])
 
 

@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, derivatives, forced, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, register, register_public, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling import reference
 from velm_kernels.pooling.reference import GEM_EPS, MODES
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
+# Elements of x up to which torch's mean or sum is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 16
 
 
 def masked_pool(
@@ -56,10 +60,35 @@ def masked_pool(
 
     Backward keeps ``x`` for ``"logsumexp"`` and ``"gem"`` alone; for ``"max"`` an index for each element of the result.
     """
+    small = _small(x, lengths, mask, mode, p, channels_first=channels_first)
+    if small is not None:
+        return small
     arguments = canonical_masked(x, lengths, mask, mode, p, channels_first=channels_first)
-    out, _ = torch.ops.velm.pool_forward(*arguments.values(), forced())
+    out, _ = call("pool_forward", arguments)
     leading, dim = (x.shape[:1], x.shape[1]) if channels_first else (x.shape[:-2], x.shape[-1])
     return out.view(*leading, dim)
+
+
+def _small(
+    x: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    mode: str = "mean",
+    p: float = 3.0,
+    *,
+    channels_first: bool = False,
+) -> Tensor | None:
+    if (
+        lengths is not None
+        or mask is not None
+        or channels_first is not False
+        or p.__class__ is not float
+        or mode.__class__ is not str
+    ):
+        return None
+    if mode not in ("mean", "sum") or not takes_torch(SMALL, x) or x.dim() < 2 or x.shape[-2] == 0:
+        return None
+    return x.mean(-2) if mode == "mean" else x.sum(-2)
 
 
 def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor:
@@ -77,7 +106,7 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
         TypeError, ValueError: as :func:`masked_pool`; also for ``cu_seqlens`` that do not fit ``x``.
     """
     arguments = canonical_segments(x, cu_seqlens, mode, p)
-    out, _ = torch.ops.velm.pool_forward(*arguments.values(), forced())
+    out, _ = call("pool_forward", arguments)
     return out
 
 
@@ -386,5 +415,5 @@ for _name in ("pool_forward", "pool_backward"):
     triton.register_triton(
         _name, "pooling.triton_pool", lambda arguments: triton.common_reasons(arguments) + _too_long(arguments)
     )
-register_public("masked_pool", "pool_forward", canonical_masked)
+register_public("masked_pool", "pool_forward", canonical_masked, _small)
 register_public("segment_pool", "pool_forward", canonical_segments)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velm_kernels.backends import Arguments, cpu, cuda, forced, register, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, triton
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
@@ -25,7 +26,7 @@ def gather_rows(
     entry m alone without offsets; each for itself in a batch. The ``back_`` arguments describe the transposed sum,
     which is the gradient for x. See the comment at the operator."""
     arguments = canonical(x, index, offsets, weight, back_index, back_offsets, back_weight)
-    out: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    out: Tensor = call("gather_rows", arguments)
     return out
 
 

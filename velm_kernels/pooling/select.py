@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, derivatives, forced, register_public
+from velm_kernels.backends import Arguments, derivatives, register_public
+from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import LIBRARY
 from velm_kernels.pooling.pool import checked_integers, checked_mask
 from velm_kernels.pooling.rows import canonical as canonical_rows
@@ -63,7 +64,7 @@ def select_tokens(
     that are not taken are not read.
     """
     arguments, indices, kept = _canonical(x, scores, k, lengths=lengths, mask=mask, max_k=max_k)
-    tokens: Tensor = torch.ops.velm.gather_rows(*arguments.values(), forced())
+    tokens: Tensor = call("gather_rows", arguments)
     leading = x.shape[:-2]
     return SelectedTokens(
         tokens.view(*leading, *tokens.shape[1:]), indices.view(*leading, indices.shape[1]), kept.view(leading)

@@ -1,0 +1,137 @@
+"""Calls that go past the operators: small ones to torch's form, others past torch's dispatcher where nobody listens.
+
+Both have to mean what the operators mean, and neither may be taken where somebody would notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import velm_kernels
+from velm_kernels import backends
+from velm_kernels.backends import cpu, direct
+from velm_kernels.fusion.film import canonical
+
+needs_a_library = pytest.mark.skipif(cpu.in_use() is None, reason="no CPU library")
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+# name -> (arguments for a size, a size on the small side of the rule, one on the other)
+CALLS: dict[str, tuple[Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]], int, int]] = {
+    "film": (lambda n: ((randn(2, n, 8), randn(2, 8), randn(2, 8)), {"gamma_offset": 1.0}), 3, 5000),
+    "weighted_sum": (lambda n: (([randn(2, n, 8), randn(2, n, 8)], randn(2, 2)), {}), 3, 5000),
+    "gated_residual": (lambda n: ((randn(n, 8), randn(n, 8), randn(1)), {}), 3, 5000),
+    "masked_pool": (lambda n: ((randn(2, n, 8),), {}), 3, 5000),
+    "cross_attention": (
+        lambda n: ((randn(1, 4, 3, 8), randn(1, 2, n, 8), randn(1, 2, n, 8)), {"is_causal": True}),
+        5,
+        5000,
+    ),
+    "linear": (lambda n: ((randn(n, 8), randn(16, 8), randn(16), "gelu"), {"residual": randn(n, 16)}), 3, 5000),
+}
+
+
+def differentiated(call: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    leaves: list[Tensor] = []
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, list):
+            return [leaf(one) for one in value]
+        if isinstance(value, Tensor):
+            leaves.append(value.clone().requires_grad_())
+            return leaves[-1]
+        return value
+
+    out = call(*[leaf(value) for value in args], **{name: leaf(value) for name, value in kwargs.items()})
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.cos(torch.arange(out.numel()).view(out.shape)))]
+
+
+@needs_a_library
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("name", CALLS)
+def test_both_sides_of_the_rule_mean_the_same(name: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, few, many = CALLS[name]
+    args, kwargs = make(few if small else many)
+    ran: list[str] = []
+    run = backends.run
+    monkeypatch.setattr(backends, "run", lambda operator, *rest: ran.append(operator) or run(operator, *rest))
+    call = getattr(velm_kernels, name)
+    with torch.no_grad():
+        out = call(*args, **kwargs)
+    got = differentiated(call, args, kwargs)
+    assert bool(ran) != small
+    assert velm_kernels.explain(name, *args, **kwargs).startswith(f"{name} -> torch (a small call") == small
+    with velm_kernels.use_backend("reference"):
+        expected = differentiated(call, args, kwargs)
+        assert "small" not in velm_kernels.explain(name, *args, **kwargs)
+    torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "named"),
+    [
+        ("film", (randn(2, 3, 8), randn(2, 7), randn(2, 8)), "gamma"),
+        ("weighted_sum", ([randn(2, 8)], randn(3)), "weights"),
+        ("gated_residual", (randn(3, 8), randn(2, 8), randn(1)), "x"),
+        ("masked_pool", (randn(8),), "x"),
+        ("cross_attention", (randn(1, 2, 3, 8), randn(1, 2, 3, 4), randn(1, 2, 3, 8)), "key"),
+        ("linear", (randn(2, 3), randn(4, 2)), "x"),
+        ("linear", (randn(2, 3), randn(4, 3), randn(1)), "bias"),
+    ],
+)
+def test_small_calls_that_do_not_fit_together_raise(name: str, args: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"^{named}: expected"):
+        getattr(velm_kernels, name)(*args)
+
+
+class Listening(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.heard = function
+        return function(*args, **(kwargs or {}))
+
+
+@needs_a_library
+def test_nobody_who_listens_is_passed_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gamma, beta = randn(2, 3, 8), randn(2, 8), randn(2, 8)
+    taken: list[str] = []
+    run = direct.run
+    monkeypatch.setattr(direct, "run", lambda name, *rest: taken.append(name) or run(name, *rest))
+    arguments = canonical(x, gamma, beta)
+
+    def passes(**changed: Any) -> bool:
+        monkeypatch.setattr(torch.ops.velm, "film_forward", lambda *args: None)
+        before = len(taken)
+        try:
+            direct.call("film_forward", arguments | changed)
+        finally:
+            monkeypatch.undo()
+            monkeypatch.setattr(direct, "run", lambda name, *rest: taken.append(name) or run(name, *rest))
+        return len(taken) > before
+
+    assert passes()
+    assert passes(x=torch.nn.Parameter(x, requires_grad=False))
+    assert not passes(x=x.clone().requires_grad_())
+    with torch.no_grad():
+        assert passes(x=x.clone().requires_grad_())
+    assert not passes(x=x.to("meta"))
+    assert not passes(x=x.as_subclass(type("Other", (Tensor,), {})))
+    with FlopCounterMode(display=False):
+        assert not passes()
+    with Listening():
+        assert not passes()
+    with torch.autograd.forward_ad.dual_level():
+        assert not passes()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        assert not passes()
+    torch.func.vmap(lambda entry: pytest.fail("passed vmap by") if passes() else entry)(randn(2))
