@@ -12,7 +12,7 @@ from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.philox import dropout_keep
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
@@ -218,7 +218,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_lses = [None if grad is None else grad.contiguous() for grad in grads[2:]]
     wanted = ctx.needs_input_grad[:4]
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-    results = torch.ops.velm.bidirectional_attention_backward(
+    results = ops.bidirectional_attention_backward(
         *grad_outs, *grad_lses, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, grad_mask, ctx.backend
     )
     return tuple(grad if want else None for grad, want in zip(results, wanted, strict=True)) + nothing

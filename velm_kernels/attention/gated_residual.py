@@ -10,7 +10,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import as_matrix
@@ -137,9 +137,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Ten
         grad_mask = GRAD_X * wants_x + GRAD_GATE * wants_gate
         if x is None:
             x = grad.new_empty((0,), dtype=x_dtype)
-        grad_x, grad_gate = torch.ops.velm.gated_residual_backward(
-            grad.contiguous(), x, gate, row_mask, grad_mask, ctx.backend
-        )
+        grad_x, grad_gate = ops.gated_residual_backward(grad.contiguous(), x, gate, row_mask, grad_mask, ctx.backend)
     return (
         grad.to(residual_dtype) if wants_residual else None,
         grad_x if wants_x else None,

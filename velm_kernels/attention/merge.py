@@ -11,7 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
 
@@ -163,7 +163,7 @@ def _backward(
     saved = ctx.saved_tensors
     logsumexps, logsumexp, outs = saved[: ctx.shards], saved[ctx.shards], saved[ctx.shards + 1 :]
     nothing: list[Tensor | None] = [None] * ctx.shards
-    grad_outs, grad_lses = torch.ops.velm.merge_attention_backward(
+    grad_outs, grad_lses = ops.merge_attention_backward(
         unit_last_stride(grad_out),
         grad_logsumexp.contiguous(),
         list(outs),

@@ -13,6 +13,7 @@ import torch
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, flops
+from velm_kernels.backends.direct import ops
 from velm_kernels.backends.library import declare
 
 _TENSORS = (
@@ -132,7 +133,7 @@ def backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tens
         return (None,) * count
     if grad_out is None:
         grad_out = torch.zeros_like(saved[-2])
-    grads = torch.ops.velm.attention_backward(
+    grads = ops.attention_backward(
         grad_out,
         grad_logsumexp,
         *saved,

@@ -1,13 +1,13 @@
 """Calls of operators past torch's dispatcher, where nothing could notice.
 
 ``torch.ops.velm.<name>`` goes through Python twice on its way to a kernel, for autograd and for the choice of a backend
-and that takes longer than many a kernel does. :func:`call` does what it does; where nobody listens (no gradient, no
-transform, no mode, no compiler, no profiler) it chooses the backend at once.
+and that takes longer than many a kernel does. :func:`call` and :data:`ops` do what it does; where nobody listens (no
+transform, no mode, no compiler, no trace, no profiler) they ask for gradients and choose the backend at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,21 @@ from velm_kernels.backends import Arguments
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OTHERS = frozenset((bool, int, float, str, type(None)))
 
+# By operator: the names of its arguments, what sees them before it runs, and how it is called to record a gradient.
+_names: dict[str, Sequence[str]] = {}
 _checks: dict[str, Callable[[Arguments], None]] = {}
+_recording: dict[str, Callable[..., Any]] = {}
 
 
-def declare_check(name: str, check: Callable[[Arguments], None]) -> None:
-    """Lets ``check`` see the arguments of ``velm::name`` before it runs."""
-    _checks[name] = check
+def declare(name: str, arguments: Sequence[str], check: Callable[[Arguments], None] | None) -> None:
+    _names[name] = arguments
+    if check is not None:
+        _checks[name] = check
+
+
+def declare_autograd(name: str, record: Callable[..., Any]) -> None:
+    """Makes ``record(*values, backend)`` the call of ``velm::name`` that records a gradient."""
+    _recording[name] = record
 
 
 def run(name: str, arguments: Arguments, backend: str) -> Any:
@@ -38,11 +47,38 @@ def run(name: str, arguments: Arguments, backend: str) -> Any:
         return backends.run(name, arguments, tuple(arguments.values()), backend)
 
 
+def run_values(name: str, values: Sequence[Any], backend: str) -> Any:
+    """:func:`run` for arguments in the order of the schema."""
+    return run(name, dict(zip(_names[name], values, strict=True)), backend)
+
+
 def call(name: str, arguments: Arguments) -> Any:
     """``torch.ops.velm.<name>(*arguments.values(), forced())``: ``arguments`` are in the order of the schema."""
-    if _unnoticed() and _needs_nothing(arguments.values()):
-        return run(name, arguments, backends.forced())
-    return getattr(torch.ops.velm, name)(*arguments.values(), backends.forced())
+    backend = backends.forced()
+    if _unnoticed():
+        needed = _gradients_of(arguments.values())
+        if needed is False:
+            return run(name, arguments, backend)
+        if needed and name in _recording:
+            return _recording[name](*arguments.values(), backend)
+    return getattr(torch.ops.velm, name)(*arguments.values(), backend)
+
+
+class _Operators:
+    """``ops.<name>(*values, backend)`` for ``torch.ops.velm.<name>(*values, backend)``."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def operator(*args: Any) -> Any:
+            if _unnoticed() and _gradients_of(args) is False:
+                *values, backend = args
+                return run_values(name, values, backend)
+            return getattr(torch.ops.velm, name)(*args)
+
+        setattr(self, name, operator)
+        return operator
+
+
+ops = _Operators()
 
 
 def _unnoticed() -> bool:
@@ -58,16 +94,24 @@ def _unnoticed() -> bool:
     )
 
 
-def _needs_nothing(values: Iterable[Any]) -> bool:
-    """Whether ``values`` are ordinary tensors on a device that none of which needs a gradient now, and scalars."""
+def _gradients_of(values: Iterable[Any]) -> bool | None:
+    """Whether a gradient is to be recorded of one of ``values``; None if they are not all scalars and ordinary tensors
+    on a CPU or GPU."""
     recording = torch.is_grad_enabled()
+    needed = False
     for value in values:
         kind = value.__class__
         if kind in _OTHERS:
             continue
         if kind in _PLAIN:
-            if (recording and value.requires_grad) or not (value.is_cpu or value.is_cuda):
-                return False
-        elif kind not in (list, tuple) or not _needs_nothing(value):
-            return False
-    return True
+            if not (value.is_cpu or value.is_cuda):
+                return None
+            needed = needed or (recording and value.requires_grad)
+        elif kind in (list, tuple):
+            found = _gradients_of(value)
+            if found is None:
+                return None
+            needed = needed or found
+        else:
+            return None
+    return needed

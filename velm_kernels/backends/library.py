@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from velm_kernels import backends
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, direct
 
 LIBRARY = torch.library.Library("velm", "DEF")
@@ -47,12 +48,11 @@ def declare(
     cpu.declare(f"{name}({arguments}) -> {returns}")
     cuda.declare(f"{name}({arguments}) -> {returns}")
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
-    if check is not None:
-        direct.declare_check(name, check)
+    direct.declare(name, names, check)
 
     def run(*args: Any) -> Any:
         *values, backend = args
-        return direct.run(name, dict(zip(names, values, strict=True)), backend)
+        return direct.run_values(name, values, backend)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)
@@ -89,7 +89,11 @@ def register_autograd(
         *inputs, lengths, keyset = args
         flat, inputs = inputs, inputs if lengths is None else derivatives.in_lists(inputs, lengths)
         with torch._C._AutoDispatchBelowAutograd():
-            result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+            if keyset is None:
+                # Not called by the dispatcher, because nobody listens to it.
+                result = direct.run_values(name, inputs[:-1], inputs[-1])
+            else:
+                result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
             setup_context(ctx, tuple(inputs), result)
         derivatives.remember(ctx, flat, lengths)
         return result
@@ -108,17 +112,21 @@ def register_autograd(
     members = {"forward": staticmethod(forward), "backward": staticmethod(every_backward)}
     function: Any = type(f"velm_{name}_", (torch.autograd.Function,), members)
 
+    def record(*args: Any, keyset: torch._C.DispatchKeySet | None = None) -> Any:
+        if not has_lists:
+            return function.apply(*args, None, keyset)
+        lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
+        return function.apply(*derivatives.flat(args), lengths, keyset)
+
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if in_functorch() is not None or forward_ad._current_level >= 0:
             why = derivatives.why_meaning(args)
             if why is not None:
                 return derivatives.by_meaning(name, meaning, args[:-1], why, args[-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            if not has_lists:
-                return function.apply(*args, None, keyset)
-            lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
-            return function.apply(*derivatives.flat(args), lengths, keyset)
+            return record(*args, keyset=keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     LIBRARY.impl(name, run, "Autograd", with_keyset=True)
+    direct.declare_autograd(name, record)

@@ -6,13 +6,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import folded
 from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
@@ -148,7 +147,7 @@ def _differentiate(name: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad[:4]
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-        operator = getattr(torch.ops.velm, f"{name}_backward")
+        operator = getattr(ops, f"{name}_backward")
         grads = operator(unit_last_stride(grad), *ctx.saved_tensors, grad_mask, ctx.backend)
         return (*(value if want else None for value, want in zip(grads, wanted, strict=True)), None)
 

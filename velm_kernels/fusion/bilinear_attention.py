@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
@@ -353,7 +353,7 @@ def _backward(ctx: Any, grad_maps: Tensor | None, grad_logits: Tensor | None) ->
     wanted = ctx.needs_input_grad[:4]
     if grad_maps is None and grad_logits is None:
         return (None,) * 10
-    grads = torch.ops.velm.bilinear_attention_backward(
+    grads = ops.bilinear_attention_backward(
         None if grad_maps is None else grad_maps.contiguous(),
         None if grad_logits is None else grad_logits.contiguous(),
         *ctx.saved_tensors,
@@ -371,9 +371,7 @@ def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[:3]
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-    grads = torch.ops.velm.bilinear_attention_pool_backward(
-        grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend
-    )
+    grads = ops.bilinear_attention_pool_backward(grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend)
     return (*_chosen(grads, wanted), *([None] * 5))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, reasons_against, register, register_public
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import count_sketch, reference
 from velm_kernels.layout import unit_last_stride
@@ -201,7 +201,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_y = ctx.needs_input_grad[:2]
-    grad_x, grad_y = torch.ops.velm.compact_bilinear_backward(
+    grad_x, grad_y = ops.compact_bilinear_backward(
         grad.contiguous(), *ctx.saved_tensors, GRAD_X * wants_x + GRAD_Y * wants_y, ctx.backend
     )
     return grad_x if wants_x else None, grad_y if wants_y else None, *([None] * 6)

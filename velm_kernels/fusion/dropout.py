@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import as_matrix, unit_last_stride
@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         rows = unit_last_stride(grad)
-        grad_x = torch.ops.velm.dropout_residual_backward(rows, seed, ctx.dropout_p, ctx.backend)
+        grad_x = ops.dropout_residual_backward(rows, seed, ctx.dropout_p, ctx.backend)
     return grad_x, grad if ctx.needs_input_grad[1] else None, None, None, None
 
 

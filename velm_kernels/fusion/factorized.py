@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.fusion import reference
 from velm_kernels.layout import unit_last_stride
@@ -170,7 +170,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_a, wants_b = ctx.needs_input_grad[:2]
     options = (ctx.factor, ctx.inner, ctx.power_norm, ctx.l2_norm, ctx.dropout_p)
-    grad_a, grad_b = torch.ops.velm.factorized_pool_backward(
+    grad_a, grad_b = ops.factorized_pool_backward(
         grad.contiguous(), *ctx.saved_tensors, *options, GRAD_A * wants_a + GRAD_B * wants_b, ctx.backend
     )
     return grad_a if wants_a else None, grad_b if wants_b else None, *([None] * 7)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.constructors import checked
@@ -167,7 +167,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad = grad.transpose(1, 2).contiguous().transpose(1, 2) if ctx.settings[0] else grad.contiguous()
-    grads = torch.ops.velm.film_backward(grad, *ctx.saved_tensors, *ctx.settings, ctx.grad_mask, ctx.backend)
+    grads = ops.film_backward(grad, *ctx.saved_tensors, *ctx.settings, ctx.grad_mask, ctx.backend)
     return *(g if ctx.grad_mask >> bit & 1 else None for bit, g in enumerate(grads)), None, None, None
 
 

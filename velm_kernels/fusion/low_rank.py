@@ -12,7 +12,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
 from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
@@ -174,9 +174,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...
     if grad is None:
         return (None,) * (GRADIENTS + 3)
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-    grads = torch.ops.velm.low_rank_fusion_backward(
-        grad.contiguous(), *ctx.saved_tensors, ctx.rows, grad_mask, ctx.backend
-    )
+    grads = ops.low_rank_fusion_backward(grad.contiguous(), *ctx.saved_tensors, ctx.rows, grad_mask, ctx.backend)
     return (*(value if want else None for value, want in zip(grads, wanted, strict=True)), None, None, None)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.fusion import reference
@@ -183,7 +183,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None]:
     weights, *features = ctx.saved_tensors
-    grads, grad_weights = torch.ops.velm.weighted_sum_backward(
+    grads, grad_weights = ops.weighted_sum_backward(
         grad.contiguous(), features, weights, ctx.broadcast, ctx.grad_mask, ctx.backend
     )
     wanted = [value if ctx.grad_mask >> (i + 1) & 1 else None for i, value in enumerate(grads)]

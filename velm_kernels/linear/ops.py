@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import as_matrix, unit_last_stride
@@ -254,9 +254,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple
     wanted = ctx.needs_input_grad[:3]
     if any(wanted):
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-        grads = torch.ops.velm.linear_backward(
-            unit_last_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend
-        )
+        grads = ops.linear_backward(unit_last_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend)
         results[:3] = [value if want else None for value, want in zip(grads, wanted, strict=True)]
     if ctx.needs_input_grad[3]:
         results[3] = grad

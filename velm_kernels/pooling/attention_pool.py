@@ -11,7 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
@@ -324,9 +324,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     wants_x, wants_rows = ctx.needs_input_grad[:2]
     grad_mask = GRAD_X * wants_x + GRAD_ROWS * wants_rows
-    grad_x, grad_rows = torch.ops.velm.attention_pool_backward(
-        grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend
-    )
+    grad_x, grad_rows = ops.attention_pool_backward(grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend)
     return grad_x if wants_x else None, grad_rows if wants_rows else None, None, None, None, None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, register, register_public, triton
-from velm_kernels.backends.direct import call
+from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import product, unit_last_stride
@@ -281,7 +281,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x = torch.ops.velm.pool_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, *ctx.settings)
+    grad_x = ops.pool_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, *ctx.settings)
     return grad_x, None, None, None, None, None, None, None
 
 
