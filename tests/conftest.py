@@ -17,7 +17,7 @@ import torch.overrides
 import torch.utils._device
 
 import velm_kernels
-from velm_kernels.backends import cpu, cuda
+from velm_kernels.backends import cpu, cuda, small
 
 TESTS = os.path.dirname(__file__) + os.sep
 
@@ -176,6 +176,12 @@ def _made_on_the_backends_device(request: pytest.FixtureRequest, monkeypatch: py
     monkeypatch.setattr(torch, "compile", compile_without_modes(torch.compile))
     with MadeOn(device):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _operators_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small calls run the operators too; tests/test_small_calls.py is about those that do not."""
+    monkeypatch.setattr(small, "enabled", False)
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
 from velm_kernels import backends
-from velm_kernels.backends import cpu, direct
+from velm_kernels.backends import cpu, direct, small
 from velm_kernels.fusion.film import canonical
 
 needs_a_library = pytest.mark.skipif(cpu.in_use() is None, reason="no CPU library")
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped(_operators_at_any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not small.enabled
+    monkeypatch.setattr(small, "enabled", True)
 
 
 def randn(*shape: int) -> Tensor:
@@ -56,11 +62,11 @@ def differentiated(call: Callable[..., Tensor], args: Any, kwargs: dict[str, Any
 
 
 @needs_a_library
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("is_small", [True, False])
 @pytest.mark.parametrize("name", CALLS)
-def test_both_sides_of_the_rule_mean_the_same(name: str, small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_sides_of_the_rule_mean_the_same(name: str, is_small: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     make, few, many = CALLS[name]
-    args, kwargs = make(few if small else many)
+    args, kwargs = make(few if is_small else many)
     ran: list[str] = []
     run = backends.run
     monkeypatch.setattr(backends, "run", lambda operator, *rest: ran.append(operator) or run(operator, *rest))
@@ -68,8 +74,8 @@ def test_both_sides_of_the_rule_mean_the_same(name: str, small: bool, monkeypatc
     with torch.no_grad():
         out = call(*args, **kwargs)
     got = differentiated(call, args, kwargs)
-    assert bool(ran) != small
-    assert velm_kernels.explain(name, *args, **kwargs).startswith(f"{name} -> torch (a small call") == small
+    assert bool(ran) != is_small
+    assert velm_kernels.explain(name, *args, **kwargs).startswith(f"{name} -> torch (a small call") == is_small
     with velm_kernels.use_backend("reference"):
         expected = differentiated(call, args, kwargs)
         assert "small" not in velm_kernels.explain(name, *args, **kwargs)
