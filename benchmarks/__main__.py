@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     jobs = list(_jobs(args))
     if not jobs:
-        console.print("nothing selected; see --list")
+        print("python -m benchmarks: nothing selected; see --list", file=sys.stderr)
         return 2
     if args.list:
         for _, case, dtype, direction in jobs:

@@ -28,7 +28,8 @@ PYTHON_PROGRAM
 
 one() {
   local log="$OUT/check/$1-$2.txt" begin=$SECONDS status
-  timeout --kill-after=5 "$LIMIT_ONE_CHECK" "$PYTHON" -m velm_kernels check --why --backend "$1" --operator "$2" \
+  # In the foreground: in a group of its own it would outlive the step that is stopped.
+  timeout --foreground --kill-after=5 "$LIMIT_ONE_CHECK" "$PYTHON" -m velm_kernels check --why --backend "$1" --operator "$2" \
     > "$log" 2>&1 < /dev/null
   status=$?
   case $status in 124 | 137) echo "FAILED stopped after $LIMIT_ONE_CHECK s" >> "$log" ;; esac

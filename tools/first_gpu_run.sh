@@ -9,6 +9,7 @@
 #
 # OUT (default out/gpu) receives one text file for each step while it runs, steps.tsv, and summary.txt, which is written
 # anew after every step, what failed first. A failing step does not stop the others; the exit status is 1 if one failed.
+# CARRIED=1 takes a library that is here however old it is, REBUILD=1 builds in any case.
 # LIMIT (default 580) are the seconds that everything may take, and no step takes more than its own limit.
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -178,7 +179,7 @@ if wanted tests; then
     record tests skipped 0 "pytest or hypothesis is not installed"
   else
     export VELM_TEST_EXAMPLES=${VELM_TEST_EXAMPLES:-5}
-    if [ "$DEVICE" = cuda ]; then chosen=(tests -k "device-cuda"); else chosen=(tests/attention/test_gated_residual.py -k reference); fi
+    if [ "$DEVICE" = cuda ]; then chosen=(tests -k "cuda-device or triton-device"); else chosen=(tests/attention/test_gated_residual.py -k reference); fi
     step tests "${LIMIT_TESTS:-300}" "$PYTHON" -m pytest -q --no-header -p no:cacheprovider "${chosen[@]}"
   fi
 fi

@@ -66,7 +66,7 @@ case "$*" in
   *carried_library*) echo "there is a library for sm_90a" ;;
   "- cuda triton torch") echo "cuda merge_attention"; echo "triton merge_attention"; echo "triton linear" ;;
   *"--backend cuda"*) echo "FAILED merge_attention, planted"; echo "2 of 3 checks passed, 1 failed"; exit 1 ;;
-  *"--operator linear"*) sleep 30 ;;
+  *"--operator linear"*) echo $$ > "$OUT/hangs"; exec sleep 30 ;;
   *"velm_kernels check"*) echo "3 of 3 checks passed" ;;
   *"-m benchmarks"*) echo "q-former 1.0 ms" ;;
   *one_call*large*) echo "profiled" ;;
@@ -131,6 +131,11 @@ def test_nothing_goes_on_after_its_time(tmp_path: Path) -> None:
     done = run("first_gpu_run.sh", **environment, STEPS="ncu benchmark", LIMIT_NCU="1")
     assert "stopped after 1 s" in done.stdout
     assert done.returncode == 1
+    # Nor what it began.
+    done = run("first_gpu_run.sh", **environment, STEPS="check", LIMIT_CHECK="2", JOBS="3")
+    assert "stopped after 2 s" in done.stdout
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((out / "hangs").read_text()), 0)
     done = run("first_gpu_run.sh", **environment, STEPS="benchmark", LIMIT="4")
     assert done.returncode == 0
     assert "the 4 s of LIMIT are over" in (out / "summary.txt").read_text()

@@ -33,7 +33,7 @@ def run(source: Path, *arguments: str, **environment: str) -> subprocess.Complet
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=source,
-        env={**os.environ, "PYTHONPATH": "", **environment},
+        env={**os.environ, "PYTHONPATH": "", "VELM_CPU_ISA": "", **environment},
         capture_output=True,
         text=True,
         check=False,
