@@ -335,16 +335,29 @@ def test_vmap_and_randomness() -> None:
     assert not torch.equal(different[0], different[1])
 
 
-def test_what_cannot_be_had_says_so() -> None:
-    query, bounds = torch.randn(7, 2, 8), torch.tensor([[0, 2, 7], [0, 5, 7]])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_packed_sequences_of_which_nobody_knows_where_they_begin(compiled: bool, is_causal: bool) -> None:
+    """torch.vmap has several bounds at a time, torch.compile none."""
+    query, key = torch.randn(7, 4, 8), torch.randn(9, 2, 8)
+    bounds, others = torch.tensor([[0, 2, 2, 7], [0, 5, 6, 7]]), torch.tensor([[0, 3, 5, 9], [0, 0, 4, 9]])
+    ranges = torch.arange(7) % 2, torch.arange(7) % 2 + 2
 
-    def packed(query: Tensor, bounds: Tensor) -> Tensor:
-        return velm_kernels.cross_attention_varlen(query, query, query, bounds, bounds).square().sum()
+    def packed(query: Tensor, bounds: Tensor, others: Tensor) -> Tensor:
+        out, logsumexp = velm_kernels.cross_attention_varlen(
+            query, key, key, bounds, others, key_ranges=ranges, is_causal=is_causal, softcap=3.0, dropout_p=0.3, seed=5,
+            return_logsumexp=True,
+        )  # fmt: skip
+        return out.square().sum() + torch.where(logsumexp.isinf(), 0.0, logsumexp).sum()
 
-    with pytest.raises(
-        NotImplementedError, match=r"cross_attention_varlen: .*cu_seqlens.*torch.vmap.*cross_attention "
-    ):
-        torch.func.vmap(torch.func.grad(packed), (None, 0))(query, bounds)
+    of_one = torch.func.grad(packed)
+    if compiled:
+        got = [torch.compile(of_one, backend="aot_eager")(query, *row) for row in zip(bounds, others, strict=True)]
+    else:
+        got = list(torch.func.vmap(of_one, (None, 0, 0))(query, bounds, others))
+    for ours, *row in zip(got, bounds, others, strict=True):
+        leaf = query.clone().requires_grad_()
+        torch.testing.assert_close(ours, torch.autograd.grad(packed(leaf, *row), leaf)[0])
 
 
 def test_a_module_through_functional_call() -> None:
@@ -460,3 +473,60 @@ def test_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
         "a gradient under the transforms of torch.func",
     ]
     assert all(warning.filename == __file__ for warning in found)
+
+
+@every_call
+def test_of_nothing(call: Call) -> None:
+    for name in set(call.sizes) - set(call.not_zero):
+        arguments = call.arguments(**{name: 0})
+        leaves = some_wanted(call.leaves(arguments))
+        function = of_leaves(call, arguments)
+        total = sum(result.sum() for result in function(*leaves) if result.requires_grad)
+        found = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+        second = sum((gradient * leaf).sum() for gradient, leaf in zip(found, leaves, strict=True))
+        assert all(
+            gradient.isfinite().all() for gradient in torch.autograd.grad(second, leaves, materialize_grads=True)
+        )
+        plain = [leaf.detach() for leaf in leaves]
+        assert all(tangent.isfinite().all() for tangent in torch.func.jvp(function, tuple(plain), tuple(plain))[1])
+        assert all(gradient.isfinite().all() for gradient in by_grad(function, plain))
+
+
+@pytest.mark.parametrize("name", ["cross_attention-everything", "linear-gelu", "masked_pool-max", "weighted_sum"])
+def test_third_derivatives_and_checkpointed_ones(name: str) -> None:
+    call = next(call for call in CALLS if str(call) == name)
+    arguments = call.arguments()
+    plain = of_leaves(call, arguments)
+
+    def checkpointed(*leaves: Tensor) -> list[Tensor]:
+        return checkpoint(plain, *leaves, use_reentrant=False)
+
+    def third(function: Function, leaves: Sequence[Tensor]) -> list[Tensor]:
+        found: Sequence[Tensor] = [result for result in function(*leaves) if result.requires_grad]
+        for _ in range(2):
+            total = sum((value.sin() + value.square()).mean() for value in found)
+            found = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+        total = sum(value.sin().mean() for value in found)
+        return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+    leaves = some_wanted(call.leaves(arguments))
+    exact = third(exact_of_leaves(call), doubles(leaves))
+    assert_close(third(plain, leaves), exact)
+    assert_close(third(checkpointed, leaves), exact)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_forward_mode(backend: str) -> None:
+    """What torch.compile makes of a function enters a level of forward mode without saying so in forward_ad."""
+    query, gate = torch.randn(1, 2, 5, 16), torch.randn(16)
+
+    def function(query: Tensor) -> Tensor:
+        def inner(query: Tensor) -> Tensor:
+            return velm_kernels.gated_residual(query, velm_kernels.cross_attention(query, query, query), gate)
+
+        return torch.func.jvp(inner, (query,), (query.cos(),))[1]
+
+    torch._dynamo.reset()
+    expected = function(query)
+    assert expected.any()
+    torch.testing.assert_close(torch.compile(function, fullgraph=True, backend=backend)(query), expected)

@@ -31,6 +31,16 @@ def philox4x32(seed: torch.Tensor, counter: tuple[torch.Tensor, ...]) -> tuple[t
     return c0, c1, c2, c3
 
 
+def dropout_keep_at(
+    seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor, row: torch.Tensor, dropout_p: float
+) -> torch.Tensor:
+    """:func:`dropout_keep` of the weights of queries to keys, tensors of their numbers that broadcast; ``row`` is that
+    of the entry and head, ``b * heads + h``."""
+    query, quad, row, word = torch.broadcast_tensors(query, key // 4, row, key % 4)
+    drawn = torch.stack(philox4x32(seed, (query, quad, row, torch.zeros_like(row))))
+    return drawn.gather(0, word[None])[0] >= int(dropout_p * 2**32)
+
+
 def dropout_keep(
     seed: torch.Tensor,
     batch: int,

@@ -60,10 +60,12 @@ def cross_attention(
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     first_batch: int = 0,
+    keep: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, logsumexp and key mass of ``velm_kernels.cross_attention``; all arithmetic in the inputs' dtype.
 
-    ``first_batch`` is the number of the first batch entry for the random numbers of dropout.
+    ``first_batch`` is the number of the first batch entry for the random numbers of dropout; with ``keep``, of the
+    shape of the scores, dropout keeps what that says instead.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -107,7 +109,8 @@ def cross_attention(
     weights = torch.exp(scores - logsumexp[..., None])
     key_mass = weights.detach().sum(2)
     if dropout_p > 0:
-        assert seed is not None
-        keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, first_batch)
+        if keep is None:
+            assert seed is not None
+            keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, first_batch)
         weights = torch.where(keep, weights / (1 - dropout_p), zero)
     return weights.to(value.dtype) @ value, logsumexp.masked_fill(empty, -torch.inf), key_mass

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from velm_kernels.attention import reference
+from velm_kernels.attention.philox import dropout_keep_at
 from velm_kernels.attention.schema import (
     DIFFERENTIABLE,
     SCALAR_NAMES,
@@ -33,12 +34,6 @@ def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
         common |= {name: given[name] for name in ("key_lengths", "key_mask", "mask", "bias")}
         common["key_ranges"] = None if start is None else (start, stop)
         return [(common, slice(None), slice(None))]
-    if not (derivatives.readable(given["cu_seqlens_q"]) and derivatives.readable(given["cu_seqlens_k"])):
-        raise NotImplementedError(
-            "cross_attention_varlen: expected cu_seqlens_q and cu_seqlens_k that are the same for all entries of "
-            "torch.vmap, where it differentiates too, given others for each of them; what is padded instead of packed "
-            "goes to cross_attention with key_lengths, of any lengths"
-        )
     sequences = []
     offsets_q, offsets_k = given["cu_seqlens_q"].tolist(), given["cu_seqlens_k"].tolist()
     for sequence in range(len(offsets_q) - 1):
@@ -62,6 +57,8 @@ def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ((arguments, _, _),) = _sequences(given)
         arguments["bias"] = widened("bias")
         return reference.cross_attention(query, key, value, **(arguments | norms))
+    if not (derivatives.readable(given["cu_seqlens_q"]) and derivatives.readable(given["cu_seqlens_k"])):
+        return _all_at_once(given, query, key, value, norms)
     outs = [query.new_zeros(0, query.shape[1], value.shape[2])]
     logsumexps, masses = [query.new_zeros(query.shape[1], 0)], [query.new_zeros(query.shape[1], 0)]
     for arguments, rows, cols in _sequences(given):
@@ -71,6 +68,38 @@ def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logsumexps.append(logsumexp[0])
         masses.append(mass[0])
     return torch.cat(outs), torch.cat(logsumexps, 1), torch.cat(masses, 1)
+
+
+def _all_at_once(
+    given: Arguments, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, norms: Arguments
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Packed sequences without reading where they begin: all queries and all keys, masked beyond their sequence."""
+    (of_query, i), (of_key, j) = (
+        _within(given[name].long(), tokens.shape[0])
+        for name, tokens in (("cu_seqlens_q", query), ("cu_seqlens_k", key))
+    )
+    i, of_query = i[:, None], of_query[:, None]
+    mask = of_query == of_key
+    if given["is_causal"]:
+        mask = mask & (j <= i)
+    if given["range_start"] is not None:
+        mask = mask & (j >= given["range_start"][:, None]) & (j < given["range_stop"][:, None])
+    keep = None
+    if given["dropout_p"] > 0:
+        heads = torch.arange(query.shape[1], device=query.device)[:, None, None]
+        keep = dropout_keep_at(given["seed"], i, j, of_query * query.shape[1] + heads, given["dropout_p"])[None]
+    packed = [tensor.transpose(0, 1)[None] for tensor in (query, key, value)]
+    settings: Arguments = {name: given[name] for name in ("scale", "norm_eps", "dropout_p")} | norms
+    settings |= {"mask": mask[None, None], "keep": keep, "softcap": given["softcap"] or None}
+    out, logsumexp, mass = reference.cross_attention(*packed, **settings)
+    return out[0].transpose(0, 1), logsumexp[0], mass[0]
+
+
+def _within(bounds: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each token its sequence, and its place in it."""
+    token = torch.arange(tokens, device=bounds.device)
+    sequence = (token[:, None] >= bounds[1:]).sum(1)
+    return sequence, token - bounds[sequence]
 
 
 def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 from velm_kernels import checks
 from velm_kernels.backends import warn_of_plain_torch
 
+in_functorch = torch._C._functorch.peek_interpreter_stack
+
 # From the arguments of an operator without ``backend`` to its results.
 Meaning = Callable[..., Any]
 
@@ -58,20 +60,28 @@ def in_lists(args: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
     return [next(left) if length is None else [next(left) for _ in range(length)] for length in lengths]
 
 
+def other_modes() -> bool:
+    """Whether derivatives may be asked for that kernels do not have, beside second ones. Every call asks this first.
+
+    What torch.compile made of a function enters a level of forward mode without saying so in ``forward_ad``; then a
+    transform is active, or a mode that traces."""
+    return in_functorch() is not None or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
 def has_tangent(args: Sequence[Any]) -> bool:
     """Whether a forward-mode derivative is asked for with respect to one of ``args``."""
-    if forward_ad._current_level < 0:
+    if not other_modes():
         return False
     tensors = (value for value in flat(args) if isinstance(value, Tensor) and value.is_floating_point())
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    # Levels do not nest: there is none but the first.
+    return any(torch._VF._unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
 
 
 def why_meaning(args: Sequence[Any]) -> str | None:
     """Why a call with ``args`` is computed by the meaning: a derivative is asked for that no kernel has. Else None.
 
     What torch registers for an operator sees neither: it would give zeros, or stop."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+    if in_functorch() is not None and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
         return TRANSFORMED
     return FORWARD if has_tangent(args) else None
 
@@ -188,10 +198,13 @@ def _one_of(value: Tensor, dim: int) -> Tensor:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the values of ``tensor`` are one set of numbers, and not another for each entry of a ``torch.vmap``."""
+    """Whether the values of ``tensor`` may decide what is computed: they are there, and one set of numbers, not another
+    for each entry of a ``torch.vmap``."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         if functorch.is_batchedtensor(tensor):
             return False
         tensor = functorch.get_unwrapped(tensor)
-    return True
+    # Subclasses and modes are what compilers trace with.
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+    return plain and torch._C._len_torch_dispatch_stack() == 0

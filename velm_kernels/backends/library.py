@@ -7,14 +7,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from velm_kernels import backends
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, direct
 
 LIBRARY = torch.library.Library("velm", "DEF")
-
-in_functorch = torch._C._functorch.peek_interpreter_stack
 
 
 @contextlib.contextmanager
@@ -119,7 +116,7 @@ def register_autograd(
         return function.apply(*derivatives.flat(args), lengths, keyset)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
-        if in_functorch() is not None or forward_ad._current_level >= 0:
+        if derivatives.other_modes():
             why = derivatives.why_meaning(args)
             if why is not None:
                 return derivatives.by_meaning(name, meaning, args[:-1], why, args[-1])

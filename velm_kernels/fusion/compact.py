@@ -212,6 +212,10 @@ def _meaning(
 ) -> Tensor:
     wide = sign_x.dtype
     sketches = (index_x.long(), sign_x), (index_y.long(), sign_y)
+    if not x.shape[0] * _most_regions(x, y):
+        # Transforms do not take nothing.
+        a, b = (reference.count_sketch(value.to(wide), *s, dim) for value, s in zip((x, y), sketches, strict=True))
+        return (a * b).to(x.dtype)
     return reference.compact_bilinear(x.to(wide), y.to(wide), *sketches, dim).to(x.dtype).contiguous()
 
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import derivatives
-from velm_kernels.backends.library import in_functorch
 
 
 def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -48,7 +47,7 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
         if not (torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)):
             return x[:, :, None] * y[:, None, :]
         with checks.without_autocast(x.device):
-            if in_functorch() is not None or derivatives.has_tangent((x, y)):
+            if derivatives.in_functorch() is not None or derivatives.has_tangent((x, y)):
                 return x[:, :, None] * y[:, None, :]
             out: Tensor = _Outer.apply(x, y)
             return out
