@@ -111,6 +111,17 @@ def test_attention_with_extras_is_refused(more) -> None:
         velm_kernels.cross_attention(query, key, key, **more)
 
 
+@pytest.mark.parametrize("scale", [-0.5, 0.0])
+def test_a_scale_that_turns_the_order_of_scores_is_left_to_others(scale) -> None:
+    query = 30 * torch.randn(2, 4, 5, 16)
+    with velm_kernels.use_backend("torch"), pytest.raises(NoBackendError, match="is not greater than 0"):
+        velm_kernels.cross_attention(query, query, query, scale=scale)
+    exact = eager(query.double(), query.double(), query.double(), False, scale)[0]
+    torch.testing.assert_close(
+        velm_kernels.cross_attention(query, query, query, scale=scale).double(), exact, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_attention_over_nothing_is_left_to_others() -> None:
     query, key = torch.ones(2, 4, 5, 16), torch.ones(2, 2, 0, 16)
     with velm_kernels.use_backend("torch"), pytest.raises(NoBackendError, match="a dimension is 0"):

@@ -111,6 +111,7 @@ def test_the_stand_in_that_it_was_linked_with_is_found_by_nobody() -> None:
     done = opened()
     assert done.returncode != 0
     assert "libtorch_cuda.so: cannot open shared object file" in done.stderr
+    assert not list(LIBRARY.parent.glob("libtorch*"))
 
 
 @needs_the_library

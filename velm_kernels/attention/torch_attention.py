@@ -37,6 +37,9 @@ def _reasons(arguments: Arguments) -> list[str]:
         found.append(f"head_dim {query.shape[3]} is not value_dim {value.shape[3]}")
     if 0 in query.shape or 0 in key.shape:
         found.append("a dimension is 0")
+    if arguments["scale"] <= 0:
+        # The greatest score is looked for before they are scaled.
+        found.append(f"scale {arguments['scale']} is not greater than 0")
     if query.is_cpu or found:
         return found
     if query.device.type != "cuda" or torch.version.hip is not None:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from velm_kernels.backends import failures, order
 from velm_kernels.backends.choice import Choice
 from velm_kernels.backends.failures import NoBackendError
@@ -74,15 +76,13 @@ _asked_for = Choice("velm_kernels_backend")
 
 def tensors_of(arguments: Arguments) -> list[tuple[str, Any]]:
     """The tensors among ``arguments`` with their names, and the first one of every list of them."""
-    from torch import Tensor
-
     found = []
     for name, value in arguments.items():
         # Every call of an operator comes through here, and most arguments are neither.
         if value is None or value.__class__ in _SCALARS:
             continue
-        first = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(first, Tensor):
+        first = value[0] if value.__class__ in (list, tuple) and value else value
+        if isinstance(first, torch.Tensor):
             found.append((name, first))
     return found
 
@@ -211,8 +211,6 @@ def run(operator: str, arguments: Arguments, values: Sequence[Any], wanted: str 
 def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, list[str]]) -> None:
     """Says once that ``operator`` runs on the reference, in words of the function that the user called, at the line
     that called it."""
-    import torch
-
     from velm_kernels.backends import cpu
 
     # float64 is documented to be computed by the reference: nobody is surprised by it.
@@ -235,8 +233,6 @@ def _warn_of_fallback(operator: str, arguments: Arguments, refused: dict[str, li
 def warn_of_plain_torch(operator: str, args: Sequence[Any], why: str, wanted: str = "") -> None:
     """Says once that a derivative of ``operator`` comes from plain torch, unless that is what the user asked for or
     its arguments are float64, which always are computed so."""
-    import torch
-
     given = [value for arg in args for value in (arg if isinstance(arg, (list, tuple)) else (arg,))]
     if wanted != "reference" and not any(isinstance(v, torch.Tensor) and v.dtype == torch.float64 for v in given):
         _warn_once((_family(operator), why), operator, f"runs on plain torch, which is slower ({why})")
