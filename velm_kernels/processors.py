@@ -39,14 +39,19 @@ class Line:
         applies: whether a processor is of this kind.
         measured: processor, date and figures that the line rests on.
         float32_rows: rows of x from which on this library's float32 product is the faster one.
-        bfloat16_attention: whether plain attention in bfloat16 is faster here than by torch.
+        attention_scores: scores (batch times heads times queries times keys) up to which plain attention in float32 is
+            faster by torch.
+        bfloat16_attention: whether plain attention in bfloat16 is faster here than by torch, forward.
+        bfloat16_attention_backward: queries times keys times head_dim up to which its gradients are faster here.
     """
 
     name: str
     applies: Callable[[Processor], bool]
     measured: str
     float32_rows: int = NEVER
+    attention_scores: int = 1 << 15
     bfloat16_attention: bool = True
+    bfloat16_attention_backward: int = NEVER
 
 
 def _is_zen_5_of_full_width(processor: Processor) -> bool:
@@ -67,8 +72,12 @@ TABLE = (
         lambda processor: processor.has("amx-bf16"),
         "Intel server, AMX and AVX512-FP16, 1 thread, 2026-11-29. This library over torch: products in float32 0.48 "
         "to 0.88 from 16 to 2048 rows of 768, in bfloat16 0.09 to 0.32 (torch reaches 1.0 TFLOP/s), in float16 0.52 to "
-        "0.91; plain attention forward in bfloat16 0.28 to 0.49, in float32 0.97 to 1.24, in float16 1.12 to 1.31",
+        "0.91; plain attention forward in bfloat16 0.28 to 0.49, in float16 1.12 to 1.31, in float32 0.8 at 8 heads of "
+        "128 x 128 and 0.97 to 1.24 from 197 x 197 on; its gradients in bfloat16 1.4 at 197 x 197 x 64, 1.0 at 197 x "
+        "197 x 128, 0.9 at 512 x 512 x 64, 0.6 at 512 x 512 x 128",
+        attention_scores=1 << 18,
         bfloat16_attention=False,
+        bfloat16_attention_backward=1 << 23,
     ),
     Line(
         "Zen 5 of full width",
@@ -92,6 +101,7 @@ TABLE = (
 )
 
 
+@functools.cache
 def line_for(processor: Processor) -> Line:
     """The line of the table that holds for ``processor``."""
     return next(line for line in TABLE if line.applies(processor))
@@ -106,3 +116,8 @@ def this_processor() -> Processor:
         return Processor()
     facts = _facts.cpu()
     return Processor(facts["vendor"], facts["family"], facts["model_number"], frozenset(facts["features"]))
+
+
+def rules() -> Line:
+    """The line of the table that holds for the processor that this runs on."""
+    return line_for(this_processor())

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from velm_kernels import backends, checks
+from velm_kernels import backends, checks, processors
 from velm_kernels.attention import reference_backend, torch_attention  # noqa: F401, which registers itself
 from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
 from velm_kernels.backends import Arguments, cpu, cuda, triton
@@ -19,9 +19,6 @@ from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
-# Elements of query, key and value, and scores, up to which torch's kernel is the faster one for plain attention, see
-# velm_kernels.backends.small.
-SMALL, SMALL_SCORES = 1 << 16, 1 << 14
 
 
 def cross_attention(
@@ -134,15 +131,28 @@ def _small(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> torch.Tensor | None:
-    """Plain or causal attention by torch's own kernel, where there is little to do; else None."""
-    if not takes_torch(SMALL, query, key, value) or not query.dim() == key.dim() == value.dim() == 4:
+    """Plain or causal attention by torch's own kernel, where there is little to do or torch has the better instruction
+    (:mod:`velm_kernels.processors`); else None."""
+    if torch.compiler.is_compiling():
+        return None
+    dtype, rules = getattr(query, "dtype", None), processors.rules()
+    if dtype is not torch.float32 and (dtype is not torch.bfloat16 or rules.bfloat16_attention):
+        return None
+    if not takes_torch(processors.NEVER, query, key, value, dtype=dtype):
+        return None
+    if not query.dim() == key.dim() == value.dim() == 4:
         return None
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
     if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
         return None
     if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
         return None
-    if batch * heads * queries * keys > SMALL_SCORES or not (scale is None or scale.__class__ is float):
+    if batch * heads * queries * keys > rules.attention_scores and (
+        dtype is torch.float32
+        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
+    ):
+        return None
+    if not (scale is None or scale.__class__ is float):
         return None
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads

@@ -163,12 +163,17 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
 
 
 def _is_best_on_cpu(arguments: Arguments) -> bool:
-    if arguments["query"].dtype != torch.bfloat16:
+    return arguments["query"].dtype == torch.bfloat16 and not processors.rules().bfloat16_attention
+
+
+def _is_best_backward_on_cpu(arguments: Arguments) -> bool:
+    query, rules = arguments["query"], processors.rules()
+    if query.dtype != torch.bfloat16 or rules.bfloat16_attention:
         return False
-    return not processors.line_for(processors.this_processor()).bfloat16_attention
+    return query.shape[-2] * arguments["key"].shape[-2] * query.shape[-1] > rules.bfloat16_attention_backward
 
 
 register("attention_forward", "torch", attention_forward, forward_reasons)
 register("attention_backward", "torch", attention_backward, backward_reasons)
-for _operator in ("attention_forward", "attention_backward"):
-    order.prefer_torch(_operator, on_cpu=_is_best_on_cpu)
+order.prefer_torch("attention_forward", on_cpu=_is_best_on_cpu)
+order.prefer_torch("attention_backward", on_cpu=_is_best_backward_on_cpu)

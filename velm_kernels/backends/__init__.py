@@ -283,7 +283,7 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     taken = wanted or next(backend for backend in reasons if not reasons[backend])
     lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
     if public.small is not None and public.small(*args, **kwargs) is not None:
-        lines = [f"{name} -> torch (a small call, which torch has done before an operator would begin)"]
+        lines = [f"{name} -> torch (its own function, called in place of an operator)"]
     width = max(map(len, reasons)) + 1
     for backend, why in reasons.items():
         lines.append(f"  {backend:<{width}}{'yes' if not why else 'no: ' + '; '.join(why)}")

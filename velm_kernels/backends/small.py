@@ -23,8 +23,8 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 WITH_GRADIENT = 4
 
 
-def takes_torch(limit: int, *tensors: Any) -> bool:
-    """Whether a call with ``tensors`` is small: all of them float32 on the CPU, none with more than ``limit``
+def takes_torch(limit: int, *tensors: Any, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether a call with ``tensors`` is small: all of them ``dtype`` on the CPU, none with more than ``limit``
     elements, four times as many where a gradient is recorded."""
     if not enabled:
         return False
@@ -37,12 +37,7 @@ def takes_torch(limit: int, *tensors: Any) -> bool:
                 limit *= WITH_GRADIENT
                 break
     for tensor in tensors:
-        if (
-            tensor.__class__ not in _PLAIN
-            or tensor.dtype is not torch.float32
-            or not tensor.is_cpu
-            or tensor.numel() > limit
-        ):
+        if tensor.__class__ not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu or tensor.numel() > limit:
             return False
     return not (
         backends.forced()
