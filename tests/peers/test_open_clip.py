@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from types import SimpleNamespace
 from typing import Any
 
@@ -114,6 +115,52 @@ def test_models(name: str, open_clip: Any) -> None:
     unpatch(model)
     assert [type(module) for module in model.modules()] == classes
     assert_equal(run(model, inputs), plain)
+
+
+def _speaking(base: Any, path: str, heard: list[str]) -> type:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        heard.append(path)
+        return base.forward(self, *args, **kwargs)
+
+    return type(base.__name__, (base,), {"forward": forward})
+
+
+@pytest.mark.parametrize("how", ["hooks", "forwards", "classes"])
+@pytest.mark.parametrize("name", MODELS)
+def test_who_listens_to_a_submodule_hears_what_it_heard(name: str, how: str, open_clip: Any) -> None:
+    model, inputs = MODELS[name](open_clip)
+    heard: list[str] = []
+    for path, module in list(model.named_modules()):
+        if how == "hooks":
+            module.register_forward_hook(lambda module, args, out, path=path: heard.append(f"{path} {type(out)}"))
+        elif not path or isinstance(module, nn.ModuleList):
+            continue
+        elif how == "forwards":
+
+            def forward(*args: Any, own: Any = module.forward, path: str = path, **kwargs: Any) -> Any:
+                heard.append(path)
+                return own(*args, **kwargs)
+
+            module.forward = forward  # type: ignore[assignment]
+        elif not list(module.children()):
+            module.__class__ = _speaking(type(module), path, heard)
+    plain = run(model, inputs, backward=False)
+    expected = sorted(heard)
+    heard.clear()
+    patch(model)
+    assert_near(run(model, inputs, backward=False), plain)
+    assert sorted(heard) == expected != []
+    unpatch(model)
+    assert_equal(run(model, inputs, backward=False), plain)
+
+
+def test_nothing_is_left_in_an_unpatched_model(open_clip: Any) -> None:
+    model, inputs = _coca(open_clip)
+    before = pickle.dumps(model)
+    patch(model)
+    run(model, inputs, backward=False)
+    unpatch(model)
+    assert pickle.dumps(model) == before
 
 
 def test_a_pooler_and_a_block_compile_without_graph_breaks(open_clip: Any) -> None:
