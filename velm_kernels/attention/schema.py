@@ -21,9 +21,8 @@ _TENSORS = (
     "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
-_SCALARS = (
-    "int max_seqlen_q, int max_seqlen_k, bool is_causal, float scale, float softcap, float norm_eps, float dropout_p"
-)
+_SIZES = "SymInt max_seqlen_q, SymInt max_seqlen_k"
+_SCALARS = f"{_SIZES}, bool is_causal, float scale, float softcap, float norm_eps, float dropout_p"
 TENSOR_NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
 SCALAR_NAMES = tuple(part.split()[-1] for part in _SCALARS.split(", "))
 

@@ -37,13 +37,17 @@ def declare(
 ) -> None:
     """Declares ``velm::name`` with ``arguments`` and a trailing ``str backend``, and its C++ counterparts without.
 
+    What is the size of a tensor among the arguments is a ``SymInt``.
+
     ``fake`` gives the results' shapes, dtypes and strides. ``check`` sees the arguments before every call and may read
     values: it runs inside the operator, so that torch.compile never traces it.
     """
     schema = f"{name}({arguments}, str backend) -> {returns}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    cpu.declare(f"{name}({arguments}) -> {returns}")
-    cuda.declare(f"{name}({arguments}) -> {returns}")
+    # Sizes among the arguments: known by name only to who compiles or exports, numbers by the time a library is called.
+    of_library = arguments.replace("SymInt ", "int ")
+    cpu.declare(f"{name}({of_library}) -> {returns}")
+    cuda.declare(f"{name}({of_library}) -> {returns}")
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
     direct.declare(name, names, check)
 

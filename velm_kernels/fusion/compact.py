@@ -190,7 +190,7 @@ def _check_values(arguments: Arguments) -> None:
 # x: (batch, regions, dx) or (batch, 1, dx), y the same with dy, one dtype, last stride 1; index: int32, sign: float32,
 # contiguous, of the features. Results and gradients are contiguous.
 _INPUTS = "Tensor x, Tensor y, Tensor index_x, Tensor sign_x, Tensor index_y, Tensor sign_y"
-declare("compact_bilinear_forward", f"{_INPUTS}, int dim", "Tensor", fake=_fake_forward, check=_check_values)
+declare("compact_bilinear_forward", f"{_INPUTS}, SymInt dim", "Tensor", fake=_fake_forward, check=_check_values)
 declare("compact_bilinear_backward", f"Tensor grad, {_INPUTS}, int grad_mask", "(Tensor, Tensor)", fake=_fake_backward)
 
 

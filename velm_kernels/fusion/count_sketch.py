@@ -25,7 +25,7 @@ def _fake(
 # contiguous.
 declare(
     "count_sketches",
-    "Tensor x, Tensor index_x, Tensor sign_x, Tensor y, Tensor index_y, Tensor sign_y, int dim",
+    "Tensor x, Tensor index_x, Tensor sign_x, Tensor y, Tensor index_y, Tensor sign_y, SymInt dim",
     "Tensor",
     fake=_fake,
 )

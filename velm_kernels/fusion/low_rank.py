@@ -150,13 +150,13 @@ _ARGUMENTS = (
 )
 declare(
     "low_rank_fusion_forward",
-    f"{_ARGUMENTS}, Tensor? bias, int rows, bool save",
+    f"{_ARGUMENTS}, Tensor? bias, SymInt rows, bool save",
     "(Tensor, Tensor)",
     fake=_fake_forward,
 )
 declare(
     "low_rank_fusion_backward",
-    f"Tensor grad, {_ARGUMENTS}, Tensor kept, int rows, int grad_mask",
+    f"Tensor grad, {_ARGUMENTS}, Tensor kept, SymInt rows, int grad_mask",
     f"({', '.join(['Tensor'] * GRADIENTS)})",
     fake=_fake_backward,
 )

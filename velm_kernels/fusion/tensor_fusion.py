@@ -73,7 +73,7 @@ def _sides(
 def leading_beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """The leading dimensions of the inputs as they stand beside one another: with a 1 for the regions in a matrix that
     has a row for each entry of a tensor of three dimensions."""
-    batches = {x.shape[0] for x in inputs if x.dim() == 3}
+    batches = [x.shape[0] for x in inputs if x.dim() == 3]
     return [(*x.shape[:-1], 1) if x.dim() == 2 and x.shape[0] in batches else tuple(x.shape[:-1]) for x in inputs]
 
 

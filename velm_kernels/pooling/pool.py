@@ -265,7 +265,7 @@ declare(
 # contiguous, with tokens_contiguous in the order (segments, dim, tokens).
 declare(
     "pool_backward",
-    "Tensor grad, Tensor? x, Tensor stats, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, int tokens, "
+    "Tensor grad, Tensor? x, Tensor stats, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, SymInt tokens, "
     "bool tokens_contiguous, int mode, float p",
     "Tensor",
     fake=_fake_backward,
