@@ -38,6 +38,7 @@ one() {
   return $status
 }
 export -f one
+echo "$(echo "$pairs" | wc -l) to run, $JOBS at once"
 echo "$pairs" | xargs -P "$JOBS" -L 1 bash -c 'one "$@" || exit 1' _
 status=$?
 failed=$(grep -vc ' 0$' "$OUT/check/statuses")

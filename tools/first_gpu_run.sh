@@ -86,7 +86,8 @@ summary() {
       done < "$OUT/steps.tsv"
     done
     while IFS=$'\t' read -r name is _; do
-      if [ "$is" = failed ] && [ -f "$OUT/$name.txt" ]; then
+      # All of check.txt stands below.
+      if [ "$is" = failed ] && [ "$name" != check ] && [ -f "$OUT/$name.txt" ]; then
         printf '\n-- %s.txt, its last lines\n' "$name"
         tail -n 12 "$OUT/$name.txt" | cut -c 1-300
       fi
