@@ -317,7 +317,8 @@ def test_a_kernel_that_raises_in_the_interpreter() -> None:
         velm_kernels.gated_residual(x, torch.ones(2, 3, 4), torch.ones(1))
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("42.27"), done.stderr
     assert "gated_residual runs on cpu: triton can serve it, but Triton's kernel" in done.stdout
@@ -326,3 +327,27 @@ def test_a_kernel_that_raises_in_the_interpreter() -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert "backend 'triton' was asked for, but Triton's kernel" in last
     assert "InterpreterError" in last
+
+
+def test_a_triton_that_does_not_import(tmp_path: Path) -> None:
+    """Every call works without it, and its error is the reason."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text("raise ImportError('libtriton.so: undefined symbol: planted')")
+    script = """
+    import torch
+    import velm_kernels
+    from velm_kernels.backends import failures, triton
+    x = torch.ones(2, 3, 4)
+    print(velm_kernels.gated_residual(x, x, torch.ones(1)).shape)
+    print(velm_kernels.explain("gated_residual", x, x, torch.ones(1)))
+    try:
+        triton._imported("velm_kernels.attention.triton_small", "gated_residual_forward")
+    except failures.StartError as error:
+        print(error.everywhere, error.reason)
+    """
+    for interpret in ("", "1"):
+        environment = {**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "True Triton does not start: ImportError: libtriton.so: undefined symbol: planted" in done.stdout

@@ -66,9 +66,13 @@ def is_interpreted() -> bool:
     """Whether kernels are executed by Triton's interpreter."""
     if not is_installed() or not ("triton" in sys.modules or os.environ.get("TRITON_INTERPRET")):
         return False
-    import triton
+    try:
+        import triton
 
-    return bool(triton.knobs.runtime.interpret)
+        return bool(triton.knobs.runtime.interpret)
+    except Exception:
+        # It does not import, or is older than all that are supported; the first call of a kernel says why.
+        return False
 
 
 def why_not(device: torch.device) -> list[str]:
