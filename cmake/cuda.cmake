@@ -105,6 +105,18 @@ else()
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
   endif()
   message(STATUS "CUDA ${CMAKE_CUDA_COMPILER_VERSION} for ${VELM_CUDA_ARCHS}")
+  # The CUDA runtime goes into the library, and a driver serves none of a later major version than its own.
+  find_program(VELM_NVIDIA_SMI nvidia-smi NO_CACHE)
+  if(VELM_NVIDIA_SMI)
+    execute_process(COMMAND "${VELM_NVIDIA_SMI}" OUTPUT_VARIABLE driver ERROR_QUIET)
+    string(REGEX MATCH "CUDA Version: *([0-9]+)" found "${driver}")
+    set(serves "${CMAKE_MATCH_1}")
+    string(REGEX MATCH "^[0-9]+" needs "${CMAKE_CUDA_COMPILER_VERSION}")
+    if(found AND serves LESS needs)
+      message(WARNING "The driver of this machine serves CUDA ${serves}, and the CUDA library is built with "
+        "${CMAKE_CUDA_COMPILER_VERSION}: here it will not run. Build with nvcc ${serves}, or update the driver.")
+    endif()
+  endif()
 
   set(kernels ${VELM_KERNEL_SOURCES})
   list(TRANSFORM kernels PREPEND "csrc/")

@@ -229,6 +229,16 @@ class TestGate:
         assert "nvcc is neither on the path" in " ".join(done.stderr.split())
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+    @pytest.mark.parametrize(("version", "warns"), [("11.4", True), ("99.0", False)])
+    def test_a_driver_too_old_for_this_nvcc(self, tmp_path: Path, version: str, warns: bool) -> None:
+        (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\necho '| Driver Version: 1.2  CUDA Version: {version}  |'\n")
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        done, _ = configure(tmp_path, VELM_BUILD_CUDA="1", VELM_CUDA_ARCHS="80", PATH=path)
+        assert done.returncode == 0, done.stderr
+        assert ("driver of this machine serves CUDA 11" in " ".join(done.stderr.split())) == warns
+
+    @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
     def test_architectures(self, tmp_path: Path) -> None:
         done, note = configure(tmp_path, VELM_BUILD_CUDA="1", VELM_CUDA_ARCHS="")
         assert done.returncode == 0, done.stderr
