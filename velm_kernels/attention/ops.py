@@ -19,6 +19,8 @@ from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
+# Scores up to which attention in bfloat16 that records gradients is faster by torch altogether.
+SMALL_BFLOAT16 = 1 << 10
 
 
 def cross_attention(
@@ -147,10 +149,12 @@ def _small(
         return None
     if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
         return None
-    if batch * heads * queries * keys > rules.attention_scores and (
-        dtype is torch.float32
-        or (torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad))
-    ):
+    scores, limit = batch * heads * queries * keys, rules.attention_scores
+    if dtype is not torch.float32:
+        recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+        # The operator takes torch's kernel forward as well, and its own gradients, which are faster by far.
+        limit = SMALL_BFLOAT16 if recorded else processors.NEVER
+    if scores > limit:
         return None
     if not (scale is None or scale.__class__ is float):
         return None
