@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
+from velm_kernels.backends import small
 from velm_kernels.fusion import Bilinear, bilinear, bilinear_rule, folded, reference
 from velm_kernels.linear import rule
 
@@ -239,29 +240,21 @@ def test_written_meaning():
     torch.testing.assert_close(reference.bilinear(x, y, weight, bias), F.bilinear(x, y, weight, bias))
 
 
-@pytest.mark.parametrize(
-    ("rows", "dx", "dy", "out", "grad", "torchs"),
-    [
-        (1, 8, 9, 4, True, True),  # a call costs more than the work
-        (1, 8, 9, 5, True, False),
-        (2, 400, 400, 1, True, False),
-        (100, 8, 9, 16, False, True),
-        (300, 8, 9, 16, False, False),
-        (300, 8, 9, 4, False, True),
-        (8, 256, 256, 17, False, True),  # reading the weight is what takes the time
-        (8, 256, 255, 17, False, False),
-        (9, 256, 256, 17, False, False),
-    ],
-)
-def test_what_is_left_to_torch(rows, dx, dy, out, grad, torchs, monkeypatch):
-    x, y, weight, bias = (value.requires_grad_(grad) for value in _inputs(rows, dx, dy, out, torch.float32))
-    assert bilinear_rule.is_plain_torch(x, y, weight, bias) == torchs
-    for stranger in (x[:, None], x.double(), x[:, :-1]):
-        assert not bilinear_rule.is_plain_torch(stranger, y, weight, bias)
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+def test_small_outer_products_are_formed(leading, monkeypatch):
+    monkeypatch.setattr(small, "enabled", True)
+    x, y, weight, bias = _inputs(6, 8, 9, 3, torch.float32)
+    inputs = (x.view(*leading, 8), y.view(*leading, 9), weight, bias)
+    assert bilinear_rule.small(*inputs) is not None
+    for stranger in (x[:, None], x.double(), x[:, :-1], x.half()):
+        assert bilinear_rule.small(stranger, y, weight, bias) is None
+    many = torch.ones(bilinear_rule.OUTER // (8 * 9) + 1, 1)
+    assert bilinear_rule.small(many.expand(-1, 8), many.expand(-1, 9), weight, bias) is None
     with rule.use_product("velm"):
-        assert not bilinear_rule.is_plain_torch(x, y, weight, bias)
-    if torchs:
-        assert torch.equal(bilinear(x, y, weight, bias), F.bilinear(x, y, weight, bias))
+        assert bilinear_rule.small(*inputs) is None
+    got, expected = _all_results(bilinear, inputs), _all_results(F.bilinear, inputs, dtype=torch.float64)
+    for name, value in got.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-4)
 
 
 @every_cpu_backend

@@ -13,8 +13,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.fusion import folded
-from velm_kernels.fusion.bilinear_rule import is_plain_torch, torchs_forward
+from velm_kernels.fusion import bilinear_rule, folded
 from velm_kernels.layout import as_matrix, product, unit_last_stride
 
 GRAD_X, GRAD_Y, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4, 8
@@ -48,11 +47,11 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     row of x instead of one for every region (``1 / dx + 1 / regions`` of the multiplications). On the CPU, small
     calls are left to torch by a fixed rule: :mod:`velm_kernels.fusion.bilinear_rule`.
     """
+    of_outer = bilinear_rule.small(x, y, weight, bias)
+    if of_outer is not None:
+        return of_outer
     if isinstance(x, Tensor):
         x, y, weight, bias = checks.autocast(x, y, weight, bias)
-        fits = isinstance(y, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
-        if fits and is_plain_torch(x, y, weight, bias):
-            return F.bilinear(x, y, weight, bias)
     arguments = canonical(x, y, weight, bias)
     folds = arguments["y"].dim() == 3
     out: Tensor = call("folded_bilinear_forward" if folds else "bilinear_forward", arguments)
@@ -193,7 +192,7 @@ for _name, _formula in (
 
 
 def _cpu_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if torchs_forward(x.shape[0], weight):
+    if bilinear_rule.torchs_forward(x.shape[0], weight):
         return F.bilinear(x, y, weight, bias)
     z: Tensor = cpu.op("bilinear_forward")(x, y, weight, bias)
     return z
@@ -218,4 +217,4 @@ for _backend in _reasons:
     register("folded_bilinear_backward", _backend, folded.backward, _reasons[_backend])
 register("folded_bilinear_forward", "reference", folded.reference_forward, lambda arguments: [])
 register("folded_bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
-register_public("bilinear", "bilinear_forward", canonical)
+register_public("bilinear", "bilinear_forward", canonical, bilinear_rule.small)
