@@ -75,14 +75,18 @@ def _jobs(args: argparse.Namespace) -> Iterator[tuple[str, Any, torch.dtype, str
 def table(rows: Sequence[harness.Row], title: str) -> Any:
     shown = terminal.table(title)
     shown.add_column("way", no_wrap=True)
-    for name in ("ms", "quartiles", "of limit", "over best other", "for backward", "peak", "error"):
+    on_gpu = any(row.host_ms is not None for row in rows)
+    host = ("host ms",) if on_gpu else ()
+    for name in ("ms", "quartiles", *host, "of limit", "over best other", "for backward", "peak", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         speed = row.speedup_over_best_other
         shown.add_row(
             row.way,
-            f"{row.median_ms:.3f}",
+            # A time by events holds what launches the work as well.
+            f"{row.median_ms:.3f}" + (" (events)" if row.clock == "events" else ""),
             f"{row.lower_quartile_ms:.3f} to {row.upper_quartile_ms:.3f}",
+            *([] if not on_gpu else ["" if row.host_ms is None else f"{row.host_ms:.3f}"]),
             "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.0%}",
             "" if speed is None else f"{speed:.2f}x ({row.best_other})",
             _mebibytes(row.saved_bytes),

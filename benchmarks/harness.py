@@ -87,6 +87,8 @@ class Row:
     lower_quartile_ms: float
     upper_quartile_ms: float
     best_ms: float
+    clock: str
+    host_ms: float | None
     error: float
     error_limit: float
     exact: str
@@ -256,6 +258,8 @@ def measure_case(
                 lower_quartile_ms=lower * 1e3,
                 upper_quartile_ms=upper * 1e3,
                 best_ms=timing.best * 1e3,
+                clock=timing.clock,
+                host_ms=None if timing.host_median is None else timing.host_median * 1e3,
                 error=errors[way],
                 error_limit=error_limit,
                 exact=exact,

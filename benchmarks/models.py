@@ -154,6 +154,8 @@ def measure_model(
                 lower_quartile_ms=lower * 1e3,
                 upper_quartile_ms=upper * 1e3,
                 best_ms=timing.best * 1e3,
+                clock=timing.clock,
+                host_ms=None if timing.host_median is None else timing.host_median * 1e3,
                 error=errors[way],
                 error_limit=limit_error,
                 exact="float64",

@@ -10,6 +10,9 @@ for tool in g++ cmake ninja git; do
   if command -v "$tool" > /dev/null; then first "$tool" --version; else echo "$tool: not here"; fi
 done
 for tool in compute-sanitizer ncu; do echo "$tool: $(command -v "$tool" || echo not here)"; done
+# Its exit status is about libraries, which are built next.
+"$PYTHON" -m velm_kernels info || true
+echo
 "$PYTHON" - << 'PYTHON_PROGRAM'
 import importlib.metadata
 import os
@@ -37,8 +40,3 @@ if os.environ["DEVICE"] == "cuda":
 if (sys.version_info < (3, 10)) or tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10):
     sys.exit("velm_kernels needs Python 3.10 and torch 2.10 or newer")
 PYTHON_PROGRAM
-status=$?
-echo
-# Its exit status is about libraries, which are built next.
-"$PYTHON" -m velm_kernels info || true
-exit $status

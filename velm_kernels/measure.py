@@ -22,9 +22,17 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that each sample took for one call."""
+    """Seconds that each sample took for one call.
+
+    Attributes:
+        clock: "wall" on a CPU. On a GPU the device's time: "graph" for replays of a CUDA graph, which holds the work
+            without what launches it, "events" for calls that cannot be captured.
+        host: on a GPU, the seconds that the processor needs for one call, which only launches the work.
+    """
 
     samples: tuple[float, ...]
+    clock: str = "wall"
+    host: tuple[float, ...] = ()
 
     @property
     def median(self) -> float:
@@ -41,6 +49,10 @@ class Timing:
     def best(self) -> float:
         return min(self.samples)
 
+    @property
+    def host_median(self) -> float | None:
+        return statistics.median(self.host) if self.host else None
+
 
 @functools.cache
 def _fills_cache(device: torch.device) -> torch.Tensor:
@@ -51,7 +63,7 @@ def _fills_cache(device: torch.device) -> torch.Tensor:
 def seconds_of(run: Run, calls: int, device: torch.device) -> float:
     """Seconds a call of ``run`` takes, over ``calls`` calls in a row; on a GPU each begins with an empty cache."""
     if device.type == "cuda":
-        # Filling the cache takes longer than to launch what comes after it, so that launches are not part of the time.
+        # Filling the cache takes longer than a launch, so that the first one is not part of the time.
         other = _fills_cache(device)
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
         torch.cuda.synchronize(device)
@@ -68,6 +80,43 @@ def seconds_of(run: Run, calls: int, device: torch.device) -> float:
     return (time.perf_counter() - begin) / calls
 
 
+def captured(run: Run, device: torch.device) -> Run | None:
+    """The replay of a CUDA graph of ``run``, or None where it cannot be captured: it waits for the device, copies from
+    the host, or reseeds a generator."""
+    try:
+        # What is made at the first call, and what libraries set up, must not be part of the graph.
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except Exception:
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay
+
+
+def host_seconds(run: Run, calls: int, device: torch.device) -> float:
+    """Seconds that the processor needs for a call of ``run`` while the device has no work to wait for."""
+    torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    took = time.perf_counter() - begin
+    torch.cuda.synchronize(device)
+    return took / calls
+
+
+# Calls whose launches fit into the queue of a device: one that is full makes the processor wait.
+HOST_CALLS = 5
+
+
 def alternate(
     runs: Mapping[str, Run],
     *,
@@ -79,6 +128,8 @@ def alternate(
     after_round: Callable[[int], None] | None = None,
 ) -> dict[str, Timing]:
     """Time several ways to do the same work in turns, A B C A B C, so that what the machine does beside hits them all.
+
+    On a GPU it is the device's time of a CUDA graph's replay, beside the processor's time of a call.
 
     Args:
         runs: name -> the call to time.
@@ -92,22 +143,30 @@ def alternate(
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, given {rounds}")
     device = torch.device(device)
+    on_gpu = device.type == "cuda"
     calls: dict[str, int] = {}
+    timed: dict[str, Run] = dict(runs)
+    clocks = dict.fromkeys(runs, "events" if on_gpu else "wall")
     samples: dict[str, list[float]] = {name: [] for name in runs}
+    hosts: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         took = seconds_of(run, 1, device)
         if longest is not None and took > longest:
             samples[name] = [took]
             continue
+        if on_gpu and (replay := captured(run, device)) is not None:
+            timed[name], clocks[name] = replay, "graph"
         for _ in range(warm_up - 1):
-            took = min(took, seconds_of(run, 1, device))
+            took = min(took, seconds_of(timed[name], 1, device))
         calls[name] = max(1, min(1000, round(sample_seconds / max(took, 1e-9))))
     for finished in range(1, rounds + 1):
         for name, count in calls.items():
-            samples[name].append(seconds_of(runs[name], count, device))
+            samples[name].append(seconds_of(timed[name], count, device))
+            if on_gpu:
+                hosts[name].append(host_seconds(runs[name], min(count, HOST_CALLS), device))
         if after_round is not None:
             after_round(finished)
-    return {name: Timing(tuple(values)) for name, values in samples.items()}
+    return {name: Timing(tuple(values), clocks[name], tuple(hosts[name])) for name, values in samples.items()}
 
 
 def saved_for_backward(run: Run, inputs: Iterable[torch.Tensor] = ()) -> int:

@@ -115,6 +115,9 @@ def this_processor() -> Processor:
     except ImportError:
         return Processor()
     facts = _facts.cpu()
+    if "family" not in facts:
+        # A module of an older build, which `velm info` calls stale.
+        return Processor()
     return Processor(facts["vendor"], facts["family"], facts["model_number"], frozenset(facts["features"]))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import __main__ as command
 from benchmarks import attention, harness, peers, static, terminal
+from velm_kernels import measure
 
 
 def fake_flash_attention() -> types.ModuleType:
@@ -93,6 +96,93 @@ def test_without_a_gpu_the_table_is_printed(
     assert command.main(["--device", "cuda"]) == 0
     shown = capsys.readouterr().out
     assert "sm_90a" in shown and "sm_120" in shown and "spills" not in shown
+
+
+class FakeDevice:
+    """torch.cuda with one stream and two clocks, in seconds: the host's, and the time when the device will be idle."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.idle = 0.0
+        self.graph: list[float] | None = None
+        monkeypatch.setattr(measure, "_fills_cache", lambda device: types.SimpleNamespace(zero_=self.fill))
+        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.host)
+        null = lambda *args: contextlib.nullcontext()  # noqa: E731
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        for name, value in {
+            "synchronize": self.synchronize,
+            "Event": lambda enable_timing: Event(self),
+            "Stream": lambda device: stream,
+            "current_stream": lambda device: stream,
+            "stream": null,
+            "CUDAGraph": lambda: Graph(self),
+            "graph": self.capture,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def launch(self, seconds: float, host: float = 5e-6) -> None:
+        if self.graph is not None:
+            self.graph.append(seconds)
+            return
+        self.host += host
+        self.idle = max(self.idle, self.host) + seconds
+
+    def fill(self) -> None:
+        self.launch(20e-6)
+
+    def synchronize(self, device: torch.device | None = None) -> None:
+        if self.graph is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.host = max(self.host, self.idle)
+
+    @contextlib.contextmanager
+    def capture(self, graph: Graph) -> Iterator[None]:
+        self.graph = graph.kernels
+        try:
+            yield
+        finally:
+            self.graph = None
+
+
+class Graph:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self.kernels: list[float] = []
+
+    def replay(self) -> None:
+        self.device.launch(sum(self.kernels))
+
+
+class Event:
+    def __init__(self, device: FakeDevice) -> None:
+        self.device, self.time = device, 0.0
+
+    def record(self) -> None:
+        self.time = max(self.device.idle, self.device.host)
+
+    def elapsed_time(self, stop: Event) -> float:
+        return (stop.time - self.time) * 1e3
+
+
+def test_the_devices_time_is_that_of_a_graph_and_the_hosts_stands_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten kernels of 1 us that take 5 us each to launch: 10 us of the device, 50 us of the processor."""
+    device = FakeDevice(monkeypatch)
+
+    def kernels() -> None:
+        for _ in range(10):
+            device.launch(1e-6)
+
+    def waits() -> None:
+        kernels()
+        device.synchronize()
+
+    timings = measure.alternate({"kernels": kernels, "waits": waits}, rounds=3, device="cuda")
+    assert timings["kernels"].clock == "graph"
+    assert timings["kernels"].median == pytest.approx(10e-6)
+    assert timings["kernels"].host_median == pytest.approx(50e-6)
+    # What cannot be captured is timed as it is called.
+    assert timings["waits"].clock == "events"
+    assert timings["waits"].median > 30e-6
+    assert len(timings["waits"].host) == len(timings["waits"].samples) == 3
 
 
 built_for_the_host = pytest.mark.skipif(
