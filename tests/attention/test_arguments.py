@@ -96,6 +96,15 @@ def test_bad_packing(cu_q: list[int], cu_k: list[int], more: dict[str, Any], wor
         assert word in str(raised.value)
 
 
+def test_many_bad_offsets_are_not_listed() -> None:
+    query, offsets = torch.randn(5, 4, 8), torch.arange(30_000)
+    with pytest.raises(ValueError, match=r"cu_seqlens_[qk]: .* 5 packed tokens, given 30000 from 0 to 29999$"):
+        cross_attention_varlen(query, query, query, offsets, offsets)
+    offsets[7] = 3
+    with pytest.raises(ValueError, match=r"given 30000 from 0 to 29999, falling from 6 to 3$"):
+        cross_attention_varlen(query, query, query, offsets, offsets)
+
+
 def test_unknown_backend_and_forced_backend() -> None:
     expected = "use_backend: expected one of cuda, triton, cpu, torch, reference, given 'gpu'"
     with pytest.raises(ValueError, match=expected), velm_kernels.use_backend("gpu"):

@@ -52,7 +52,10 @@ def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen:
     offsets = cu_seqlens.tolist()
     lengths = [stop - start for start, stop in itertools.pairwise(offsets)]
     if offsets[0] != 0 or offsets[-1] != tokens or any(length < 0 for length in lengths):
-        raise ValueError(f"{name}: expected offsets that rise from 0 to the {tokens} packed tokens, given {offsets}")
+        wrong = next((i for i, length in enumerate(lengths) if length < 0), None)
+        fall = "" if wrong is None else f", falling from {offsets[wrong]} to {offsets[wrong + 1]}"
+        given = f"{offsets}" if len(offsets) <= 8 else f"{len(offsets)} from {offsets[0]} to {offsets[-1]}{fall}"
+        raise ValueError(f"{name}: expected offsets that rise from 0 to the {tokens} packed tokens, given {given}")
     longest = max(lengths, default=0)
     if longest > max_seqlen:
         raise ValueError(f"max_seqlen_{name[-1]}: expected at least the longest sequence {longest}, given {max_seqlen}")
