@@ -23,13 +23,10 @@ def inputs(**changed: torch.Tensor) -> dict[str, Any]:
     ("changed", "error", "words"),
     [
         ({"query": torch.zeros(4, 5, 8)}, ValueError, ["query", "(batch, heads, queries, head_dim)", "(4, 5, 8)"]),
-        ({"query": "text"}, TypeError, ["query", "tensor", "str"]),
-        ({"query": torch.zeros(2, 4, 5, 8, dtype=torch.int32)}, TypeError, ["query", "float32", "int32"]),
         ({"key": torch.zeros(3, 2, 7, 8)}, ValueError, ["key", "(2, 2, 7, 8)", "(3, 2, 7, 8)"]),
         ({"key": torch.zeros(2, 2, 7, 9)}, ValueError, ["key", "(2, 2, 7, 8)", "(2, 2, 7, 9)"]),
         ({"value": torch.zeros(2, 2, 6, 6)}, ValueError, ["value", "(2, 2, 7, 6)", "(2, 2, 6, 6)"]),
         ({"value": torch.zeros(2, 2, 7, 6).bfloat16()}, TypeError, ["value", "float32", "bfloat16"]),
-        ({"value": torch.zeros(2, 2, 7, 6, device="meta")}, ValueError, ["value", "cpu", "meta"]),
         ({"query": torch.zeros(2, 3, 5, 8)}, ValueError, ["key", "3 heads", "2"]),
         (
             {"query": torch.zeros(2, 4, 5, 257), "key": torch.zeros(2, 2, 7, 257)},
@@ -62,12 +59,9 @@ def inputs(**changed: torch.Tensor) -> dict[str, Any]:
         ({"dropout_p": 1.0}, ValueError, ["dropout_p", "[0, 1)", "1.0"]),
         ({"dropout_p": -0.1}, ValueError, ["dropout_p", "[0, 1)", "-0.1"]),
         ({"dropout_p": float("nan")}, ValueError, ["dropout_p", "[0, 1)", "nan"]),
-        ({"dropout_p": 0.1, "seed": 1.5}, TypeError, ["seed", "integer", "1.5"]),
         ({"scale": float("inf")}, ValueError, ["scale", "finite", "inf"]),
-        ({"scale": "big"}, TypeError, ["scale", "number", "big"]),
         ({"softcap": 0.0}, ValueError, ["softcap", "greater than 0", "0.0"]),
         ({"norm_eps": 0.0}, ValueError, ["norm_eps", "greater than 0", "0.0"]),
-        ({"is_causal": 1}, TypeError, ["is_causal", "bool", "1"]),
     ],
 )
 def test_bad_arguments(changed: dict[str, Any], error: type[Exception], words: list[str]) -> None:

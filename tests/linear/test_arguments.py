@@ -12,18 +12,14 @@ import velm_kernels
 X, W = torch.randn(2, 3, 4), torch.randn(5, 4)
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"x": [1.0]}, TypeError, "x: expected a tensor, given list"),
-    ({"x": X.int()}, TypeError, "x: expected dtype .*float32.*, given torch.int32"),
     ({"x": torch.tensor(1.0)}, ValueError, r"x: expected \(\.\.\., in_features\), given \(\)"),
     ({"x": torch.randn(2, 6)}, ValueError, r"in_features = 4 as in weight \(5, 4\), given \(2, 6\)"),
     ({"weight": torch.randn(4)}, ValueError, r"weight: expected \(out_features, in_features\), given \(4,\)"),
     ({"weight": W.double()}, TypeError, "weight: expected dtype torch.float32, given torch.float64"),
-    ({"weight": W.to("meta")}, ValueError, "weight: expected device cpu like x, given meta"),
     ({"bias": torch.randn(4)}, ValueError, r"bias: expected \(out_features,\) = \(5,\), given \(4,\)"),
     ({"bias": torch.randn(5).half()}, TypeError, "bias: expected dtype torch.float32, given torch.float16"),
     ({"activation": "swish"}, ValueError, "activation: expected one of relu, .*None, given 'swish'"),
     ({"activation": ""}, ValueError, "activation: expected one of relu, .*None, given ''"),
-    ({"activation": torch.relu}, TypeError, "activation: expected one of relu, .*None, given"),
     ({"residual": torch.randn(2, 3, 4)}, ValueError, r"residual: .* = \(2, 3, 5\), given \(2, 3, 4\)"),
     ({"residual": torch.randn(5)}, ValueError, r"residual: .* = \(2, 3, 5\), given \(5,\)"),
     ({"residual": torch.ones(2, 3, 5, dtype=torch.long)}, TypeError, "residual: expected dtype .*given torch.int64"),
