@@ -86,10 +86,10 @@ def test_without_a_compiler(source: Path) -> None:
     program = """
 import torch, velm_kernels
 def of_user(query):
-    module = velm_kernels.CrossAttention(8, 2)
+    module = velm_kernels.CrossAttention(64, 2)
     module(query, query).sum().backward()  # the line
-    velm_kernels.linear(query, torch.ones(8, 8))
-of_user(torch.randn(2, 3, 8, requires_grad=True))
+    velm_kernels.linear(query, torch.ones(64, 64))
+of_user(torch.randn(16, 256, 64, requires_grad=True))
 """
     (installed / "program.py").write_text(program)
     done = run(installed, "program.py", VELM_LIB_DIR="")
