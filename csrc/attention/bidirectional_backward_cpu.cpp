@@ -1,5 +1,6 @@
 // Bidirectional attention on the CPU: backward. One tile of scores and one of their gradients serve both directions.
 
+#include <cmath>
 #include <tuple>
 
 #include "attention/bidirectional_cpu.h"
@@ -27,13 +28,13 @@ struct Upstream {
   }
   bool used() const { return has_grad_out || grad_lse; }
 
-  // For queries [first, first + count): the logsumexp, +inf where there is none (weights become 0), and
-  // delta = grad_out . out - grad_lse.
+  // For queries [first, first + count) that see something: the logsumexp, NaN where that is infinite, since all weights
+  // are NaN then, and delta = grad_out . out - grad_lse.
   void pack_sums(float* row_lse, float* delta, int64_t index, int64_t batch, int64_t head, int64_t first,
                  int64_t count) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = index * length + first + i;
-      row_lse[i] = lse[at] == -kInfinity ? kInfinity : lse[at];
+      row_lse[i] = std::abs(lse[at]) == kInfinity ? kNaN : lse[at];
       Vec sum = simd::zero();
       if (has_grad_out) {
         const T* o = out.at(batch, head, first + i);
@@ -164,7 +165,8 @@ class Backward {
       const auto visible = [=](int64_t j) { return !mask || mask[j]; };
       const auto read = [=](int64_t j) { return all_read || visible(j); };
       pack_transposed(query_columns_, ld_, columns.query, b_, h_, columns.length, p_.head_dim, p_.scale, read);
-      pack_together(query_rows_, k_.ld_query_, columns.query, b_, h_, 0, columns.length, p_.head_dim, read);
+      query_columns_finite_ =
+          pack_together(query_rows_, k_.ld_query_, columns.query, b_, h_, 0, columns.length, p_.head_dim, read);
       pack_transposed(value_columns_, ld_, columns.value, b_, h_, columns.length, columns.value_dim, 1.0f, visible);
       pack_mask(visible_, mask, columns.length);
       std::fill(lse_, lse_ + ld_, kInfinity);
@@ -173,7 +175,8 @@ class Backward {
       const auto& up = k_.columns_up_;
       const auto given = [&](int64_t) { return up.has_grad_out; };
       pack_transposed(grad_columns_, ld_, up.grad_out, b_, h_, columns.length, up.dim, 1.0f, given);
-      pack_together(grad_rows_, k_.ld_row_value_, up.grad_out, b_, h_, 0, columns.length, up.dim, given);
+      grad_columns_finite_ =
+          pack_together(grad_rows_, k_.ld_row_value_, up.grad_out, b_, h_, 0, columns.length, up.dim, given);
       up.pack_sums(lse_, delta_, index, b_, h_, 0, columns.length);
     }
 
@@ -190,7 +193,6 @@ class Backward {
                              kDepth = FormatFor<T>::kDepth;
 
     void tile_row(int64_t first, int64_t count, float* grad_query, float* grad_value) {
-      using simd::Start;
       const auto &rows = p_.rows, &columns = p_.columns;
       const bool* mask = rows.mask_of(b_);
       const auto visible = [=](int64_t i) { return !mask || mask[i]; };
@@ -202,16 +204,19 @@ class Backward {
                     column_dim = round_up(columns.value_dim, kLanes);
 
       const auto read = [=](int64_t i) { return rows_active || visible(i); };
-      pack_rows(queries_, ld_query_words_, rows.query, b_, h_, first, count, p_.head_dim, read);
+      bool queries_finite = pack_rows(queries_, ld_query_words_, rows.query, b_, h_, first, count, p_.head_dim, read);
       if (kDepth > 1)
-        pack_together(queries_together_, k_.ld_query_, rows.query, b_, h_, first, count, p_.head_dim, read);
+        queries_finite =
+            pack_together(queries_together_, k_.ld_query_, rows.query, b_, h_, first, count, p_.head_dim, read);
+      bool grads_finite = true;
       if (over_rows) pack_rows(values_, ld_row_words_, rows.value, b_, h_, first, count, rows.value_dim, visible);
       if (rows_active) {
         const auto& up = k_.rows_up_;
         const auto given = [&](int64_t) { return up.has_grad_out; };
-        pack_rows(grads_, ld_column_words_, up.grad_out, b_, h_, first, count, up.dim, given);
+        grads_finite = pack_rows(grads_, ld_column_words_, up.grad_out, b_, h_, first, count, up.dim, given);
         if (kDepth > 1)
-          pack_together(grads_together_, k_.ld_column_value_, up.grad_out, b_, h_, first, count, up.dim, given);
+          grads_finite =
+              pack_together(grads_together_, k_.ld_column_value_, up.grad_out, b_, h_, first, count, up.dim, given);
         up.pack_sums(row_lse_, row_delta_, index_, b_, h_, first, count);
       }
       const bool wants_query = k_.rows_down_.query.data, wants_value = k_.rows_down_.value.data;
@@ -226,11 +231,11 @@ class Backward {
         simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
                                               query_columns_ + column, ld_, scale_);
         if (over_columns)
-          simd::product_wide<false, Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_, column_words_,
-                                                 value_columns_ + column, ld_);
+          simd::product_wide<false, simd::Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_,
+                                                       column_words_, value_columns_ + column, ld_);
         if (over_rows)
-          simd::product_wide<false, Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_, row_words_,
-                                                 grad_columns_ + column, ld_);
+          simd::product_wide<false, simd::Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_,
+                                                       row_words_, grad_columns_ + column, ld_);
         if (p_.dropout) {
           if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, wide);
           if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, wide);
@@ -240,23 +245,27 @@ class Backward {
         else
           differentiate<false>(count, column, full, over_columns, over_rows);
 
-        const int64_t row_depth = words_of<T>(count), column_depth = words_of<T>(wide);
+        // Who reads whom: rows the columns that may be attended, columns the rows. Where all that is packed is finite,
+        // what is not read has the weight 0 and that is enough.
+        const float* seen = visible_ + column;
+        const auto row_reads = [&](int64_t, int64_t j) { return over_columns && seen[j] != 0.0f; };
+        const auto column_reads = [&](int64_t i, int64_t) { return over_rows && row_visible_[i]; };
+        const auto either = [&](int64_t i, int64_t j) { return row_reads(i, j) || column_reads(i, j); };
+        const auto turned = [](const auto& reads) { return [&reads](int64_t j, int64_t i) { return reads(i, j); }; };
         if (grad_value && over_columns)
-          simd::product_wide<true, Start::add>(grad_value + column * k_.ld_column_value_, k_.ld_column_value_, wide,
-                                               column_dim, words_.over_rows(row_tile_, count, full), kLd, row_depth,
-                                               grads_together_, k_.ld_column_value_);
+          to_columns(grads_finite, grad_value + column * k_.ld_column_value_, k_.ld_column_value_, wide, column_dim,
+                     words_.over_rows(row_tile_, count, full), count, grads_together_, turned(row_reads));
         if (grad_query)
-          simd::product_wide<true, Start::add>(grad_query + column * k_.ld_query_, k_.ld_query_, wide, query_dim,
-                                               words_.over_rows(scores_, count, full), kLd, row_depth,
-                                               queries_together_, k_.ld_query_);
+          to_columns(queries_finite, grad_query + column * k_.ld_query_, k_.ld_query_, wide, query_dim,
+                     words_.over_rows(scores_, count, full), count, queries_together_, turned(either));
         if (wants_query)
-          simd::product_wide<false, Start::add>(grad_queries_, k_.ld_query_, count, query_dim,
-                                                words_.over_columns(scores_, count, full), kLdOverColumns, column_depth,
-                                                query_rows_ + column / kDepth * k_.ld_query_, k_.ld_query_);
+          to_rows(query_columns_finite_, grad_queries_, k_.ld_query_, count, query_dim,
+                  words_.over_columns(scores_, count, full), wide, query_rows_ + column / kDepth * k_.ld_query_,
+                  either);
         if (wants_value && over_rows)
-          simd::product_wide<false, Start::add>(
-              grad_values_, k_.ld_row_value_, count, row_dim, words_.over_columns(column_tile_, count, full),
-              kLdOverColumns, column_depth, grad_rows_ + column / kDepth * k_.ld_row_value_, k_.ld_row_value_);
+          to_rows(grad_columns_finite_, grad_values_, k_.ld_row_value_, count, row_dim,
+                  words_.over_columns(column_tile_, count, full), wide, grad_rows_ + column / kDepth * k_.ld_row_value_,
+                  column_reads);
       }
       for (int64_t i = 0; i < count; ++i) {
         if (wants_query)
@@ -265,6 +274,25 @@ class Backward {
           store_row(k_.rows_down_.value.at(b_, h_, first + i), grad_values_ + i * k_.ld_row_value_, rows.value_dim,
                     1.0f);
       }
+    }
+
+    // Adds to rows of columns, or of rows, what a tile of weights or gradients of scores makes of the others.
+    template <class Reads>
+    void to_columns(bool finite, float* c, int64_t ld, int64_t wide, int64_t dim, const Word* tile, int64_t count,
+                    const Word* rows, const Reads& reads) const {
+      if (finite)
+        simd::product_wide<true, simd::Start::add>(c, ld, wide, dim, tile, kLd, words_of<T>(count), rows, ld);
+      else
+        product_of_some<T>(c, ld, wide, dim, tile, 1, kLd, count, rows, ld, reads);
+    }
+    template <class Reads>
+    void to_rows(bool finite, float* c, int64_t ld, int64_t count, int64_t dim, const Word* tile, int64_t wide,
+                 const Word* columns, const Reads& reads) const {
+      if (finite)
+        simd::product_wide<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(wide), columns,
+                                                    ld);
+      else
+        product_of_some<T>(c, ld, count, dim, tile, kLdOverColumns, 1, wide, columns, ld, reads);
     }
 
     // From scores and gradients of the weights: row_tile_ and column_tile_ become the weights after dropout, scores_
@@ -321,6 +349,7 @@ class Backward {
     alignas(64) float scale_[2 * kLanes];
     int64_t index_ = -1, b_ = 0, h_ = 0;
     bool rows_active_ = false, columns_active_ = false;
+    bool query_columns_finite_ = true, grad_columns_finite_ = true;
   };
 
   const Problem<T>& p_;

@@ -148,8 +148,11 @@ class Forward {
       }
       for (int64_t i = 0; i < count; ++i) {
         const bool empty = sum_[i] == 0.0f;
+        // Where all that is seen has the score -inf, softmax divides 0 by 0.
         store_row(f_.out_rows_.at(b_, h_, first + i), out_ + i * ld_column_value_, p_.columns.value_dim,
-                  empty ? 0.0f : 1.0f / sum_[i]);
+                  !empty                       ? 1.0f / sum_[i]
+                  : p_.columns.any_visible(b_) ? kNaN
+                                               : 0.0f);
         f_.lse_rows_[index_ * p_.rows.length + first + i] = empty ? -kInfinity : highest_[i] + std::log(sum_[i]);
       }
     }
@@ -162,7 +165,7 @@ class Forward {
         Vec highest = before;
         for (int64_t i = 0; i < count; ++i)
           if (row_visible_[i]) highest = simd::maximum(simd::load(scores_ + i * kLd + j), highest);
-        const Vec base = simd::select(highest == Vec(-kInfinity), simd::zero(), highest);
+        const Vec base = simd::base_of(highest);
         Vec sum = simd::zero();
         for (int64_t i = 0; i < count; ++i) {
           Vec weight = simd::zero();
@@ -201,7 +204,7 @@ class Forward {
         Vec top(-kInfinity);
         for (int64_t j = 0; j < full; j += kLanes) top = simd::maximum(score(row, j), top);
         const float before = highest_[i], highest = std::max(before, simd::max_lanes(top));
-        const Vec base(highest == -kInfinity ? 0.0f : highest);
+        const Vec base(simd::base_of(highest));
         Vec sum = simd::zero();
         for (int64_t j = 0; j < full; j += kLanes) {
           const Vec weight = simd::exp(score(row, j) - base);
@@ -210,7 +213,7 @@ class Forward {
         }
         highest_[i] = highest;
         if (highest > before && before > -kInfinity) {
-          const float shrink = std::exp(before - highest);
+          const float shrink = std::exp(before - simd::base_of(highest));
           sum_[i] *= shrink;
           float* out = out_ + i * ld_column_value_;
           for (int64_t d = 0; d < p_.columns.value_dim; d += kLanes) simd::store(out + d, simd::load(out + d) * shrink);
@@ -242,7 +245,7 @@ class Forward {
   void finish_column(int64_t index, int64_t j, const std::vector<ColumnSums>& parts) const {
     float highest = -kInfinity;
     for (const ColumnSums& part : parts) highest = std::max(highest, part.highest[j]);
-    const float base = highest == -kInfinity ? 0.0f : highest;
+    const float base = simd::base_of(highest);
     float sum = 0.0f;
     for (const ColumnSums& part : parts) sum += part.sum[j] * std::exp(part.highest[j] - base);
     const bool empty = sum == 0.0f;
@@ -256,7 +259,9 @@ class Forward {
       }
     }
     store_row(out_columns_.at(index / p_.heads, index % p_.heads, j), total, p_.rows.value_dim,
-              empty ? 0.0f : 1.0f / sum);
+              !empty                                  ? 1.0f / sum
+              : p_.rows.any_visible(index / p_.heads) ? kNaN
+                                                      : 0.0f);
     lse_columns_[index * p_.columns.length + j] = empty ? -kInfinity : highest + std::log(sum);
   }
 

@@ -30,6 +30,7 @@ using simd::Vec;
 
 inline constexpr int64_t kRows = 48, kColumns = 96;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // One of the two sequences.
 template <class T>
@@ -156,28 +157,34 @@ template <class T>
 inline constexpr simd::Start kScores = FormatFor<T>::kDepth == 1 ? simd::Start::zero : simd::Start::zero_scale_product;
 
 // Of row first + i neighbours in one word, out[i * ld + word], with zeros up to a whole vector; rows for which
-// read(row) is false are zero.
+// read(row) is false are zero. True if all fp32 words are finite.
 template <class T, class Read>
-inline void pack_rows(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+inline bool pack_rows(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
                       int64_t first, int64_t count, int64_t dim, const Read& read) {
   using Format = FormatFor<T>;
   constexpr int64_t kStep = kLanes * Format::kDepth;
+  Vec bad = simd::zero();
   for (int64_t i = 0; i < count; ++i, out += ld) {
     const T* from = read(first + i) ? rows.at(batch, head, first + i) : nullptr;
     for (int64_t d = 0; d < dim; d += kStep) {
       const int wide = static_cast<int>(std::min(kStep, dim - d));
-      simd::store_words(out + d / Format::kDepth, from == nullptr ? typename Format::Words(0)
-                                                  : wide == kStep ? Format::neighbours(from + d)
-                                                                  : Format::neighbours(from + d, wide));
+      const auto words = from == nullptr ? typename Format::Words(0)
+                         : wide == kStep ? Format::neighbours(from + d)
+                                         : Format::neighbours(from + d, wide);
+      if constexpr (Format::kDepth == 1) bad = simd::fma(words, simd::zero(), bad);
+      simd::store_words(out + d / Format::kDepth, words);
     }
   }
+  return simd::sum_lanes(bad) == 0.0f;
 }
 
-// out[i * ld + d] = element d of kDepth rows from first + i * kDepth on in one word, in the same way.
+// out[i * ld + d] = element d of kDepth rows from first + i * kDepth on in one word, in the same way. True if all is
+// finite.
 template <class T, class Read>
-inline void pack_together(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
+inline bool pack_together(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, int64_t batch, int64_t head,
                           int64_t first, int64_t count, int64_t dim, const Read& read) {
   using Format = FormatFor<T>;
+  Vec bad = simd::zero();
   for (int64_t i = 0; i < count; i += Format::kDepth, out += ld) {
     const T* from[Format::kDepth];
     for (int step = 0; step < Format::kDepth; ++step) {
@@ -189,10 +196,12 @@ inline void pack_together(WordFor<T>* out, int64_t ld, const Rows<const T>& rows
       Vec x[Format::kDepth];
       simd::unroll<Format::kDepth>([&](auto step) VELM_INLINE_LAMBDA {
         x[step] = from[step] ? simd::load_first(from[step] + d, wide) : simd::zero();
+        bad = simd::fma(x[step], simd::zero(), bad);
       });
       simd::store_words(out + d, Format::together(x));
     }
   }
+  return simd::sum_lanes(bad) == 0.0f;
 }
 
 // out[word * ld + j] = row j [word], in fp32 words times factor, with zeros for rows for which read(row) is false and
@@ -267,6 +276,23 @@ class TileWords {
  private:
   Word* words_ = nullptr;
 };
+
+// C[r][c] += sum over k of A[r, k] * B[k][c] over the k for which uses(r, k): the slow way where B holds infinities or
+// NaN that not all rows of C read. Strides of A and B are in words, k counts elements.
+template <class T, class Uses>
+void product_of_some(float* c, int64_t ldc, int64_t rows, int64_t columns, const WordFor<T>* a, int64_t a_row,
+                     int64_t a_depth, int64_t depth, const WordFor<T>* b, int64_t ldb, const Uses& uses) {
+  using Format = FormatFor<T>;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t k = 0; k < depth; ++k) {
+      if (!uses(r, k)) continue;
+      const int64_t word = k / Format::kDepth;
+      const int step = static_cast<int>(k % Format::kDepth);
+      const float x = Format::element(a[r * a_row + word * a_depth], step);
+      for (int64_t i = 0; i < columns; ++i) c[r * ldc + i] += x * Format::element(b[word * ldb + i], step);
+    }
+  }
+}
 
 // 1 for what may be attended, 0 elsewhere and up to a whole vector.
 inline void pack_mask(float* out, const bool* mask, int64_t count) {

@@ -24,6 +24,11 @@ constexpr int64_t kJobs = 32;
 constexpr int64_t kLeastWork = 1 << 26;
 // Floats in all copies of the bias gradient, where there is more than one.
 constexpr int64_t kPartialFloats = 1 << 24;
+// Floats of tiles of weights and their gradients that a worker may keep from one pass over the keys for the next: they
+// come back from the caches in less time than the products they spare would take.
+constexpr int64_t kKeptTiles = 1 << 20;
+// Rows of a key head that are few: reading their keys takes longer than the products.
+constexpr int64_t kFewRows = 64;
 // Floats of score tiles that a job may keep from one of its pairs to the next.
 constexpr int64_t kTileFloats = 1 << 18;
 
@@ -137,9 +142,22 @@ class Worker {
 
   // What is known of a panel before the keys are gone through.
   struct Prepared {
-    alignas(64) float lse[kPanel], delta[kPanel];
-    bool q_finite = true, do_finite = true;
+    // inverse is one over the sum of the weights that exp(score - lse) gives, where it was found.
+    alignas(64) float lse[kPanel], delta[kPanel], grad_lse[kPanel], inverse[kPanel];
+    bool q_finite = true, do_finite = true, lse_finite = true;
   };
+
+  // A panel and keys [from, to) of a block, and where its tiles are.
+  struct Piece {
+    int64_t from, to;
+    size_t slot;            // of the packed panel
+    float *weights, *ds;    // [i][lane]: weights before dropout; gradients of them, then of the scores
+    float *dropped, *tanh;  // weights after dropout, which may be `weights`; of the capped scores
+    bool scores = false;    // `weights` still holds scores
+  };
+
+  // What a pass over the keys is for.
+  enum class Pass { sum, differentiate };
 
   // A tile of scores that all pairs of a job have in common: its bias, and the sum of its gradients.
   struct Tile {
@@ -190,17 +208,20 @@ class Worker {
 
   // The gradients of scores of keys [from, from + n) of the block go into the sum of their tile.
   template <int V>
-  void sum_scores(int64_t tile, int64_t from, int64_t n) {
+  void sum_scores(int64_t tile, int64_t from, int64_t n, const float* ds) {
     float* sum = sums_ + tile * kChunk * kPanel;
     if (!tiles_[tile].summed) std::fill_n(sum, kChunk * kPanel, 0.0f);
     tiles_[tile].summed = true;
     sum += from * V * kLanes;
     for (int64_t at = 0; at < n * V * kLanes; at += kLanes)
-      simd::store(sum + at, simd::load(sum + at) + simd::load(ds_ + at));
+      simd::store(sum + at, simd::load(sum + at) + simd::load(ds + at));
   }
 
   void run_pair(const Job& job, const Pair& pair) {
     const int64_t rows = p_.group * p_.query_count(pair.b);
+    const int64_t keys = p_.key_count(pair.b), chunks = (keys + kChunk - 1) / kChunk;
+    choose_sums(rows, chunks);
+    v_finite_.assign(static_cast<size_t>(chunks), 1);
     panels_.clear();
     prepared_.clear();
     for (int64_t r = 0; r < rows; r += kPanel) {
@@ -216,13 +237,33 @@ class Worker {
     }
     if (g_.grad_query.data) std::fill_n(dq, dq_size, 0.0f);
 
-    const int64_t keys = p_.key_count(pair.b), chunks = (keys + kChunk - 1) / kChunk;
+    if (sums_first_) {
+      for (int64_t c = 0; c < chunks; ++c)
+        run_chunk(Pass::sum, job, pair, c * kChunk, std::min(keys, (c + 1) * kChunk), dq);
+      for (Prepared& state : prepared_) finish_sums(state);
+    }
     for (int64_t c = job.split * chunks / plan_.splits; c < (job.split + 1) * chunks / plan_.splits; ++c)
-      run_chunk(job, pair, c * kChunk, std::min(keys, (c + 1) * kChunk), dq);
+      run_chunk(Pass::differentiate, job, pair, c * kChunk, std::min(keys, (c + 1) * kChunk), dq);
 
     if (g_.grad_query.data && !partial_) {
       for (size_t i = 0; i < panels_.size(); ++i) write_grad_query(p_, g_, panels_[i], dq + i * kPanel * p_.head_dim);
     }
+  }
+
+  // Where a row's sum of out times its gradient comes from, delta. out was rounded, to 16 bits perhaps; in a row whose
+  // attention is nearly one key the gradient of that weight and delta cancel but for what the other keys have, and of
+  // that the rounding would leave nothing. And a logsumexp of 30 was rounded by as much as its last place, by which all
+  // weights of the row are off. So, for few rows, delta is the sum of the weights times their gradients, from the very
+  // products that it is taken off, and both are divided by the sum of the weights: a pass over the keys before the
+  // other one, which keeps its tiles for it where they fit. In many rows the few of that kind are nothing beside the
+  // others; in 16 bits the pass is made all the same where the tiles fit, and where not, two products more would not be
+  // free.
+  void choose_sums(int64_t rows, int64_t chunks) {
+    const int64_t floats = (rows + kPanel - 1) / kPanel * chunks * tile_parts() * kChunk * kPanel;
+    const bool fits = floats <= kKeptTiles, rounded = g_.out.dtype != ScalarType::Float;
+    sums_first_ = plan_.splits == 1 && (rows <= kFewRows || (rounded && fits));
+    keeps_tiles_ = sums_first_ && fits;
+    if (keeps_tiles_ && !kept_tiles_) kept_tiles_ = memory_.take(kKeptTiles);
   }
 
   // logsumexp, and the dot product of out and its gradient, for every lane.
@@ -230,30 +271,33 @@ class Worker {
     const Panel& panel = panels_[i];
     Prepared& state = prepared_[i];
     for (int l = 0; l < kPanel; ++l) {
-      // Weights of rows that see nothing come out as exp(-inf) = 0.
       state.lse[l] = kInfinity;
-      state.delta[l] = 0.0f;
+      state.delta[l] = state.grad_lse[l] = state.inverse[l] = 0.0f;
       if (l >= panel.count) continue;
-      const float logsumexp = g_.logsumexp[p_.row_index(panel.b, panel.head[l], panel.query[l])];
-      if (logsumexp == -kInfinity) continue;
-      state.lse[l] = logsumexp;
-      if (!g_.grad_logsumexp) continue;
+      state.lse[l] = lse_for_weights(p_, panel, l, g_.logsumexp);
+      state.lse_finite = state.lse_finite && state.lse[l] == state.lse[l];
+      if (!g_.grad_logsumexp || state.lse[l] == kInfinity) continue;
       const int64_t b = p_.varlen ? 0 : panel.b, row = p_.first_query(panel.b) + panel.query[l];
       const int64_t* stride = g_.grad_logsumexp_stride;
-      state.delta[l] = g_.grad_logsumexp[b * stride[0] + panel.head[l] * stride[1] + row * stride[2]];
+      state.grad_lse[l] = g_.grad_logsumexp[b * stride[0] + panel.head[l] * stride[1] + row * stride[2]];
     }
     pack_panel(i, slot);
-    if (!want_scores_) return;
+    if (!want_scores_ || sums_first_) return;
     const int width = panel.vectors * kLanes;
     const Word* grad = dot_ + slot * kPanel * value_words_;
     pack_transposed(ot_, width, p_, panel, g_.out, p_.value_dim, 1.0f,
                     [&](int l) { return state.lse[l] != kInfinity; });
     for (int l = 0; l < width; l += kLanes) {
       // In the order of the product that delta is subtracted from: rows with one key then cancel exactly.
-      Vec sum = simd::zero();
-      for (int64_t d = 0; d < value_words_; ++d)
-        sum = simd::dot_words(sum, simd::load_words(ot_ + d * width + l), simd::load_words(grad + d * width + l));
-      simd::store(state.delta + l, sum - simd::load(state.delta + l));
+      const int64_t part = simd::depth_block<Word>(value_words_);
+      Vec total = simd::zero();
+      for (int64_t first = 0; first < value_words_; first += part) {
+        Vec sum = simd::zero();
+        for (int64_t d = first; d < std::min(first + part, value_words_); ++d)
+          sum = simd::dot_words(sum, simd::load_words(ot_ + d * width + l), simd::load_words(grad + d * width + l));
+        total += sum;
+      }
+      simd::store(state.delta + l, total - simd::load(state.grad_lse + l));
     }
   }
 
@@ -274,7 +318,8 @@ class Worker {
     }
   }
 
-  void run_chunk(const Job& job, const Pair& pair, int64_t first, int64_t stop, float* dq) {
+  void run_chunk(Pass pass, const Job& job, const Pair& pair, int64_t first, int64_t stop, float* dq) {
+    const bool weighs = pass == Pass::sum || !keeps_tiles_;
     KeyBlockOf<Format> block;
     block.first = first;
     block.count = stop - first;
@@ -286,8 +331,10 @@ class Worker {
     block.ldk_together = Format::kDepth == 1 ? ldk_words_ : ldk_;
     const bool* holes = p_.holes(pair.b);
     block.holes = holes ? holes + first : nullptr;
-    std::fill_n(dk_, block.count * ldk_, 0.0f);
-    std::fill_n(dv_, block.count * ldv_, 0.0f);
+    if (pass == Pass::differentiate) {
+      std::fill_n(dk_, block.count * ldk_, 0.0f);
+      std::fill_n(dv_, block.count * ldv_, 0.0f);
+    }
     int64_t lo = INT64_MAX, hi = 0;
     for (const Panel& panel : panels_) {
       if (panel.hi <= panel.lo) continue;
@@ -299,16 +346,18 @@ class Worker {
     if (lo < hi && !(holes && std::find(holes + lo, holes + hi, true) == holes + hi)) {
       const int64_t at = lo - first;
       const bool* block_holes = holes ? holes + lo : nullptr;
-      const bool finite =
+      block.k_finite =
           pack_keys_together(k_together_ + at / Format::kDepth * block.ldk_together, block.ldk_together, p_, p_.k,
                              pair.b, pair.kv_head, lo, hi - lo, p_.head_dim, block_holes, at % Format::kDepth);
-      block.k_finite = finite || !p_.masked_by_row();
-      if (Format::kDepth > 1) {
+      if (Format::kDepth > 1 && weighs) {
         pack_key_rows(k_ + at * ldk_words_, ldk_words_, p_, p_.k, pair.b, pair.kv_head, lo, hi - lo, p_.head_dim,
                       block_holes);
       }
-      pack_key_rows(v_ + at * ldv_words_, ldv_words_, p_, p_.v, pair.b, pair.kv_head, lo, hi - lo, p_.value_dim,
-                    block_holes);
+      if (weighs) {
+        v_finite_[first / kChunk] = pack_key_rows(v_ + at * ldv_words_, ldv_words_, p_, p_.v, pair.b, pair.kv_head, lo,
+                                                  hi - lo, p_.value_dim, block_holes);
+      }
+      block.v_finite = v_finite_[first / kChunk];
       for (size_t i = 0; i < panels_.size(); ++i) {
         Panel& panel = panels_[i];
         const int64_t a = std::max(panel.lo, first) - first, z = std::min(panel.hi, stop) - first;
@@ -317,113 +366,218 @@ class Worker {
         const int64_t panels = static_cast<int64_t>(panels_.size());
         const int64_t tile = (first / kChunk - first_chunk_) * panels + static_cast<int64_t>(i);
         float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * p_.head_dim;
-        if (panel.vectors == 2) {
-          differentiate<2>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, tile, panel_dq);
-        } else {
-          differentiate<1>(job, panel, prepared_[i], block, a, z, keep_all_ ? i : 0, tile, panel_dq);
-        }
+        Piece piece = piece_at(a, z, keep_all_ ? i : 0, first / kChunk * panels + static_cast<int64_t>(i));
+        const auto run = [&](auto vectors) {
+          constexpr int V = decltype(vectors)::value;
+          const float* additive = nullptr;
+          if ((weighs || is_special(prepared_[i], block)) && !find_additive<V>(additive, panel, block, a, z, tile)) {
+            // Kept for the next pass.
+            if (pass == Pass::sum && keeps_tiles_) {
+              for (float* kept : {piece.weights, piece.ds, piece.dropped, piece.tanh})
+                if (kept) std::fill_n(kept, (z - a) * V * kLanes, 0.0f);
+            }
+            return;
+          }
+          if (weighs) weigh<V>(pass, panel, prepared_[i], block, piece, additive);
+          if (pass == Pass::sum)
+            add_sums<V>(panel, prepared_[i], block, piece, additive);
+          else
+            spread<V>(job, panel, prepared_[i], block, piece, additive, tile, panel_dq);
+        };
+        if (panel.vectors == 2)
+          run(std::integral_constant<int, 2>{});
+        else
+          run(std::integral_constant<int, 1>{});
       }
     }
+    if (pass == Pass::sum) return;
     if (g_.grad_key.data) write_key_rows(g_.grad_key, pair, block, dk_, ldk_, p_.head_dim, p_.scale);
     if (g_.grad_value.data) write_key_rows(g_.grad_value, pair, block, dv_, ldv_, p_.value_dim, 1.0f);
   }
 
-  // The part of keys [from, to) of the block and one panel in every gradient.
+  // Where the tiles of piece (chunk, panel) are: in those kept from the first pass, or in memory for one of them.
+  Piece piece_at(int64_t from, int64_t to, size_t slot, int64_t tile) const {
+    const auto part = [&](int64_t number, float* own) {
+      return keeps_tiles_ ? kept_tiles_ + (tile * tile_parts() + number) * kChunk * kPanel : own;
+    };
+    Piece piece{from, to, slot, part(0, weights_), part(1, ds_), part(0, weights_), scratch_.tanh};
+    if (p_.dropout) piece.dropped = part(2, dropped_);
+    if (scratch_.tanh) piece.tanh = part(p_.dropout ? 3 : 2, scratch_.tanh);
+    return piece;
+  }
+  int64_t tile_parts() const { return 2 + (p_.dropout ? 1 : 0) + (scratch_.tanh ? 1 : 0); }
+
+  // Whether more has to be asked of a tile than whether a weight is 0.
+  bool is_special(const Prepared& state, const KeyBlockOf<Format>& block) const {
+    return !(state.lse_finite && state.q_finite && state.do_finite && block.k_finite && block.v_finite);
+  }
   template <int V>
-  void differentiate(const Job& job, Panel& panel, const Prepared& state, const KeyBlockOf<Format>& block, int64_t from,
-                     int64_t to, size_t slot, int64_t tile, float* dq) {
+  Sight<V, Format> sight_of(const Panel& panel, const Prepared& state, const KeyBlockOf<Format>& block,
+                            const Piece& piece, const float* additive) const {
+    return {panel, block, piece.from, additive, [&](int l) { return state.lse[l] != kInfinity; }};
+  }
+
+  // The weights of one panel over keys of the block, and the gradients of them.
+  template <int V>
+  void weigh(Pass pass, Panel& panel, const Prepared& state, const KeyBlockOf<Format>& block, Piece& piece,
+             const float* additive) {
     constexpr int kWidth = V * kLanes;
-    const int64_t n = to - from;
-    const Word* qt = qt_ + slot * kPanel * head_words_;
-    const float* additive;
-    if (!find_additive<V>(additive, panel, block, from, to, tile)) return;
-    multiply_queries<V>(weights_, p_, block, from, to, qt, kWidth);
-    products_to_scores<V>(weights_, p_, panel, block, from, to, additive, scratch_.tanh);
-    Vec lse[V], delta[V];
+    const int64_t n = piece.to - piece.from;
+    multiply_queries<V>(piece.weights, p_, block, piece.from, piece.to, qt_ + piece.slot * kPanel * head_words_,
+                        kWidth);
+    products_to_scores<V>(piece.weights, p_, panel, block, piece.from, piece.to, additive, piece.tanh);
+    if (want_scores_) {
+      simd::product<V, false, simd::Start::zero>(piece.ds, kWidth, n, block.v + piece.from * block.ldv, block.ldv,
+                                                 value_words_, dot_ + piece.slot * kPanel * value_words_, kWidth);
+    }
+    const bool special = is_special(state, block);
+    // The exponentials can wait for the next loop over the tile.
+    piece.scores = pass == Pass::differentiate && !special && !p_.dropout;
+    if (piece.scores) return;
+    Vec lse[V];
+    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { lse[v] = simd::load(state.lse + v * kLanes); });
+    for (int64_t at = 0; at < n * kWidth; at += kWidth) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        float* w = piece.weights + at + v * kLanes;
+        simd::store(w, simd::exp(simd::load(w) - lse[v]));
+      });
+    }
+    if (special) {
+      const auto sight = sight_of<V>(panel, state, block, piece, additive);
+      for (int64_t i = 0; i < n; ++i) {
+        for (int v = 0; v < V; ++v) {
+          float* w = piece.weights + i * kWidth + v * kLanes;
+          simd::store(w, simd::select(sight.lanes(i, v), simd::load(w), simd::zero()));
+        }
+      }
+    }
+    if (!p_.dropout) return;
+    for_dropout<V>(p_, panel, block.first + piece.from, n, [&](int64_t i, int v, simd::VecMask keep) {
+      const int64_t at = i * kWidth + v * kLanes;
+      simd::store(piece.dropped + at,
+                  simd::select(keep, simd::load(piece.weights + at) * p_.dropout_scale, simd::zero()));
+      if (want_scores_) {
+        simd::store(piece.ds + at, simd::select(keep, simd::load(piece.ds + at) * p_.dropout_scale, simd::zero()));
+      }
+    });
+  }
+
+  // The sums of a row's weights, and of weights times their gradients, over the keys of a piece: into inverse and
+  // delta.
+  template <int V>
+  void add_sums(const Panel& panel, Prepared& state, const KeyBlockOf<Format>& block, const Piece& piece,
+                const float* additive) {
+    constexpr int kWidth = V * kLanes;
+    const bool special = is_special(state, block);
+    const auto sight = sight_of<V>(panel, state, block, piece, additive);
+    Vec weights[V], sum[V];
+    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { weights[v] = sum[v] = simd::zero(); });
+    for (int64_t i = 0; i < piece.to - piece.from; ++i) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        const int64_t at = i * kWidth + v * kLanes;
+        const Vec weight = simd::load(piece.weights + at);
+        weights[v] += weight;
+        if (!want_scores_) return;
+        const simd::VecMask counts = special ? sight.lanes(i, v) : weight != simd::zero();
+        sum[v] += simd::select(counts, weight * simd::load(piece.ds + at), simd::zero());
+      });
+    }
+    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+      const auto add = [&](float* to, Vec x) { simd::store(to + v * kLanes, simd::load(to + v * kLanes) + x); };
+      add(state.inverse, weights[v]);
+      add(state.delta, sum[v]);
+    });
+  }
+
+  static void finish_sums(Prepared& state) {
+    for (int l = 0; l < kPanel; ++l) {
+      state.inverse[l] = state.inverse[l] == 0.0f ? 1.0f : 1.0f / state.inverse[l];
+      state.delta[l] = state.delta[l] * state.inverse[l] - state.grad_lse[l];
+    }
+  }
+
+  // What the weights of a piece and the gradients of them are in every gradient.
+  template <int V>
+  void spread(const Job& job, const Panel& panel, const Prepared& state, const KeyBlockOf<Format>& block,
+              const Piece& piece, const float* additive, int64_t tile, float* dq) {
+    constexpr int kWidth = V * kLanes;
+    const int64_t from = piece.from, to = piece.to, n = to - from;
+    const bool special = is_special(state, block);
+    const auto sight = sight_of<V>(panel, state, block, piece, additive);
+    Vec lse[V], delta[V], inverse[V];
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
       lse[v] = simd::load(state.lse + v * kLanes);
       delta[v] = simd::load(state.delta + v * kLanes);
+      inverse[v] = simd::load(state.inverse + v * kLanes);
     });
-    if (want_scores_) {
-      simd::product<V, false, simd::Start::zero>(ds_, kWidth, n, block.v + from * block.ldv, block.ldv, value_words_,
-                                                 dot_ + slot * kPanel * value_words_, kWidth);
-    }
-    const float* dropped = weights_;
-    if (p_.dropout) {
-      for (int64_t at = 0; at < n * kWidth; at += kWidth) {
-        simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
-          float* w = weights_ + at + v * kLanes;
-          simd::store(w, simd::exp(simd::load(w) - lse[v]));
-        });
-      }
-      for_dropout<V>(p_, panel, block.first + from, n, [&](int64_t i, int v, simd::VecMask keep) {
-        const int64_t at = i * kWidth + v * kLanes;
-        simd::store(dropped_ + at, simd::select(keep, simd::load(weights_ + at) * p_.dropout_scale, simd::zero()));
-        if (want_scores_) {
-          simd::store(ds_ + at, simd::select(keep, simd::load(ds_ + at) * p_.dropout_scale, simd::zero()));
-        }
-      });
-      dropped = dropped_;
-    }
-    for (int64_t at = 0; at < n * kWidth; at += kWidth) {
+    for (int64_t i = 0; i < n; ++i) {
       simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
-        float* w = weights_ + at + v * kLanes;
-        Vec weight = simd::load(w);
-        if (!p_.dropout) {
-          weight = simd::exp(weight - lse[v]);
-          simd::store(w, weight);
+        const int64_t at = i * kWidth + v * kLanes;
+        Vec weight = simd::load(piece.weights + at);
+        if (piece.scores) weight = simd::exp(weight - lse[v]);
+        // A hidden value may have made other factors NaN, or infinite.
+        const simd::VecMask counts = special ? sight.lanes(i, v) : weight != simd::zero();
+        if (sums_first_) {
+          weight = simd::select(counts, weight * inverse[v], simd::zero());
+          if (p_.dropout) {
+            const Vec dropped = simd::load(piece.dropped + at);
+            simd::store(piece.dropped + at, simd::select(dropped == simd::zero(), dropped, dropped * inverse[v]));
+          }
         }
+        if (piece.scores || sums_first_) simd::store(piece.weights + at, weight);
         if (want_scores_) {
-          float* to_ds = ds_ + at + v * kLanes;
-          const Vec ds = weight * (simd::load(to_ds) - delta[v]);
-          // A hidden value may have made the other factor NaN.
-          simd::store(to_ds, simd::select(weight == simd::zero(), simd::zero(), ds));
+          const Vec ds = weight * (simd::load(piece.ds + at) - delta[v]);
+          simd::store(piece.ds + at, simd::select(counts, ds, simd::zero()));
         }
       });
     }
     if (sums_) {
-      sum_scores<V>(tile, from, n);
+      sum_scores<V>(tile, from, n, piece.ds);
     } else if (g_.grad_bias) {
-      add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, ds_, block.first + from, n);
+      add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, piece.ds, block.first + from, n);
     }
     if (want_scores_ && p_.softcap > 0) {
       for (int64_t at = 0; at < n * kWidth; at += kLanes) {
-        const Vec t = simd::load(scratch_.tanh + at), ds = simd::load(ds_ + at);
-        simd::store(ds_ + at, simd::select(ds == simd::zero(), ds, ds * (1.0f - t * t)));
+        const Vec t = simd::load(piece.tanh + at), ds = simd::load(piece.ds + at);
+        simd::store(piece.ds + at, simd::select(ds == simd::zero(), ds, ds * (1.0f - t * t)));
       }
     }
-    const bool rowwise = p_.masked_by_row();
+    // Hidden keys that lie between others are zero rows, but their gradients would take in what their rows hold.
+    const bool some_hidden = p_.masked_by_row() || block.holes;
     constexpr int64_t kWords = kWidth / Format::kDepth;
+    const auto key_sees = [&](int64_t i, int64_t l, int64_t) { return sight(i, l); };
     if (g_.grad_value.data) {
-      const Word* rows = do_ + slot * kPanelWords * ldv_;
-      const Word* weights = weights_over_queries<Format, V>(words_, dropped, n);
+      const Word* rows = do_ + piece.slot * kPanelWords * ldv_;
+      const Word* weights = weights_over_queries<Format, V>(words_, piece.dropped, n);
       float* to_dv = dv_ + from * ldv_;
-      if (state.do_finite || !rowwise) {
+      if (state.do_finite || !some_hidden) {
         simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), weights, kWords,
                                                     kWords, rows, ldv_);
       } else {
-        product_without_zeros<true>(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_);
+        product_of_some(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_, key_sees);
       }
     }
     if (g_.grad_key.data) {
-      const Word* rows = q_ + slot * kPanelWords * ldk_;
-      const Word* weights = weights_over_queries<Format, V>(words_, ds_, n);
+      const Word* rows = q_ + piece.slot * kPanelWords * ldk_;
+      const Word* weights = weights_over_queries<Format, V>(words_, piece.ds, n);
       float* to_dk = dk_ + from * ldk_;
-      if (state.q_finite || !rowwise) {
+      if (state.q_finite || !some_hidden) {
         simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), weights, kWords,
                                                     kWords, rows, ldk_);
       } else {
-        product_without_zeros<true>(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_);
+        product_of_some(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_, key_sees);
       }
     }
     if (g_.grad_query.data) {
-      const int64_t depth = key_words<Format>(from, to), ld = block.ldk_together;
+      const int64_t depth = key_words<Format>(from, to), ld = block.ldk_together, before = from % Format::kDepth;
       const Word* keys = block.k_together + from / Format::kDepth * ld;
-      const Word* weights = weights_over_keys<Format, V>(words_, ds_, from, to);
-      if (block.k_finite) {
+      const Word* weights = weights_over_keys<Format, V>(words_, piece.ds, from, to);
+      if (block.k_finite || !p_.masked_by_row()) {
         simd::product<V, true, simd::Start::add>(dq, kWidth, p_.head_dim, keys, ld, depth, weights, kWidth);
       } else {
-        product_without_zeros<false>(dq, kWidth, p_.head_dim, kWidth, keys, 1, ld, depth, weights, kWidth);
+        product_of_some(
+            dq, kWidth, p_.head_dim, kWidth, keys, 1, ld, depth, weights, kWidth,
+            [&](int64_t, int64_t k, int64_t l) { return k >= before && k - before < n && sight(k - before, l); });
       }
     }
   }
@@ -454,7 +608,9 @@ class Worker {
   bool want_scores_, keep_all_;
   int64_t head_words_, value_words_, ldk_, ldv_, ldk_words_, ldv_words_, kept_;
   Word *k_, *v_, *k_together_, *words_, *qt_, *dot_, *ot_, *q_, *do_;
-  float *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *dq_ = nullptr;
+  float *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *dq_ = nullptr, *kept_tiles_ = nullptr;
+  bool sums_first_ = false, keeps_tiles_ = false;
+  std::vector<char> v_finite_;  // of the chunks of a pair
   std::vector<Panel> panels_;
   std::vector<Prepared> prepared_;
   // of the job

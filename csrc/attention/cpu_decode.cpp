@@ -135,9 +135,9 @@ class Worker {
     }
   }
 
-  // Bias and mask of a block, -inf where they hide a key. Returns whether any key is left to any row.
+  // Bias and mask of a block, -inf where they hide a key. Returns whether any key is left to any row: NaN hides none.
   bool add_up(const Head& head, int64_t from, int64_t count) {
-    Vec highest(-kInfinity);
+    simd::VecMask visible(false);
     for (int64_t r = 0; r < head.rows; ++r) {
       const int64_t h = head.head(p_, r), i = head.query(r);
       const char* mask = p_.mask ? p_.mask.row(head.b, h, i) : nullptr;
@@ -151,11 +151,11 @@ class Worker {
           });
         }
         if (mask) x = masked_by(mask, p_.mask.stride[3], from + j, wide, x);
-        highest = simd::maximum(x, highest);
+        visible = visible || (x != Vec(-kInfinity) && simd::first_lanes(wide));
         simd::store(additive_ + r * kBlock + j, x);
       }
     }
-    return simd::max_lanes(highest) > -kInfinity;
+    return simd::stdx::any_of(visible);
   }
 
   void prefetch(const void* first, int64_t step, int64_t row, int64_t at) const {
@@ -171,9 +171,15 @@ class Worker {
       const int tall = static_cast<int>(std::min<int64_t>(count - j, kLanes));
       const bool whole = tall == kLanes && holes == nullptr;
       const T* rows = keys + j * step;
-      Vec sum[R];
-      simd::unroll<R>([&](auto r) VELM_INLINE_LAMBDA { sum[r] = simd::zero(); });
+      Vec sum[R], earlier[R];
+      simd::unroll<R>([&](auto r) VELM_INLINE_LAMBDA { sum[r] = earlier[r] = simd::zero(); });
       for (int64_t d = 0; d < columns; d += kLanes) {
+        if (d % simd::kDepthBlock == 0 && d > 0) {
+          simd::unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+            earlier[r] += sum[r];
+            sum[r] = simd::zero();
+          });
+        }
         const int wide = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
         if (d * sizeof(T) % 64 == 0) {
           for (int l = 0; l < kLanes; ++l)
@@ -198,7 +204,7 @@ class Worker {
           for (int r = 0; r < R; ++r) sum[r] = simd::fma(block[i], Vec(q_[r * columns + d + i]), sum[r]);
         }
       }
-      simd::unroll<R>([&](auto r) VELM_INLINE_LAMBDA { simd::store(s_ + r * kBlock + j, sum[r]); });
+      simd::unroll<R>([&](auto r) VELM_INLINE_LAMBDA { simd::store(s_ + r * kBlock + j, earlier[r] + sum[r]); });
     }
   }
 
@@ -226,20 +232,21 @@ class Worker {
         x = simd::select((key >= Vec(static_cast<float>(lo))) && (key < Vec(static_cast<float>(hi))), x,
                          Vec(-kInfinity));
       }
-      // A NaN may get lost here, but not in the exponentials.
-      top = simd::maximum(top, x);
+      // Of NaN the earlier maximum stays, so that hidden keys keep the weight 0; it comes out of the exponentials.
+      top = simd::maximum(x, top);
       simd::store(s + j, x);
     }
     const float highest = std::max(max_[r], simd::max_lanes(top));
-    // A row that has seen nothing yet keeps -inf as its maximum and subtracts 0 instead.
-    const float base = highest == -kInfinity ? 0.0f : highest;
+    // A row that has seen nothing yet keeps -inf as its maximum.
+    const float base = simd::base_of(highest);
     const float alpha = std::exp(max_[r] - base);
     max_[r] = highest;
     Vec sum = simd::load(sum_ + r * kLanes) * alpha;
     for (int64_t j = 0; j < count; j += kLanes) {
-      const Vec e = simd::exp(simd::load(s + j) - base);
+      const Vec x = simd::load(s + j), e = simd::exp(x - base);
       sum += e;
-      simd::store(s + j, e);
+      // The sign of a weight of 0 says that its key is hidden.
+      simd::store(s + j, simd::select(x == Vec(-kInfinity), Vec(-0.0f), e));
     }
     simd::store(sum_ + r * kLanes, sum);
     if (alpha != 1.0f) {
@@ -265,10 +272,12 @@ class Worker {
       }
     }
     float* s = s_ + r * kBlock;
-    for (int64_t j = 0; j < count; ++j) s[j] = keep_[from - quad * 4 + j] == 0.0f ? 0.0f : s[j] * p_.dropout_scale;
+    for (int64_t j = 0; j < count; ++j)
+      s[j] = keep_[from - quad * 4 + j] == 0.0f ? std::copysign(0.0f, s[j]) : s[j] * p_.dropout_scale;
   }
 
-  // o[r] += the weighted sum of values. Where `careful`, a value of weight 0 is left out: it may be anything.
+  // o[r] += the weighted sum of values. Where `careful`, hidden values, of weight -0, are left out: they may be
+  // anything.
   template <int R, class T>
   void add_values(const T* values, int64_t count, int64_t rows, bool careful) {
     const int64_t columns = p_.value_dim, step = p_.v.row;
@@ -280,14 +289,14 @@ class Worker {
       bool whole = n == kRun;
       if (careful) {
         for (int64_t r = 0; r < rows; ++r) {
-          for (int i = 0; i < n; ++i) whole = whole && weights[r * kBlock + i] != 0.0f;
+          for (int i = 0; i < n; ++i) whole = whole && !std::signbit(weights[r * kBlock + i]);
         }
       }
       if (!whole) {
         for (int i = 0; i < n; ++i) {
           for (int64_t r = 0; r < rows; ++r) {
             const float w = weights[r * kBlock + i];
-            if (careful && w == 0.0f) continue;
+            if (careful && std::signbit(w)) continue;
             float* o = o_ + r * o_ld_;
             for (int64_t d = 0; d < columns; d += kLanes) {
               const int wide = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
@@ -339,15 +348,16 @@ void merge(const Problem& p, const Head& head, const float* partials, const Rows
     const auto part = [&](int64_t c) { return partials + (c * head.rows + r) * ld; };
     float highest = -kInfinity;
     for (int64_t c = 0; c < head.parts; ++c) highest = std::max(highest, part(c)[at]);
-    const float base = highest == -kInfinity ? 0.0f : highest;
+    const float base = simd::base_of(highest);
     float sum = 0.0f;
     for (int64_t c = 0; c < head.parts; ++c) {
       factor[c] = std::exp(part(c)[at] - base);
       sum += factor[c] * part(c)[at + 1];
     }
     const bool empty = sum == 0.0f;
-    const float inverse = empty ? 0.0f : 1.0f / sum;
     const int64_t h = head.head(p, r), i = head.query(r);
+    // Where all that a row sees has the score -inf, softmax divides 0 by 0.
+    const float inverse = !empty ? 1.0f / sum : p.sees_any(head.b, h, i) ? kNaN : 0.0f;
     logsumexp[p.row_index(head.b, h, i)] = empty ? -kInfinity : highest + std::log(sum);
     with_type(out.dtype, [&](auto tag) {
       using T = decltype(tag);

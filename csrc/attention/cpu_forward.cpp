@@ -3,6 +3,7 @@
 // maxima and sums are plain vertical operations.
 #include "attention/cpu_forward.h"
 
+#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -65,9 +66,9 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { top[v] = simd::load(state.max + v * kLanes); });
   const auto find_top = [&](auto&& score) VELM_INLINE_LAMBDA {
     for (int64_t i = 0; i < n; ++i) {
-      // A NaN may get lost here, but not in the exponentials.
+      // Of NaN the earlier maximum stays, so that hidden keys keep the weight 0; it comes out of the exponentials.
       simd::unroll<V>([&](auto v)
-                          VELM_INLINE_LAMBDA { top[v] = simd::maximum(top[v], score(i * kWidth + v * kLanes)); });
+                          VELM_INLINE_LAMBDA { top[v] = simd::maximum(score(i * kWidth + v * kLanes), top[v]); });
     }
   };
   if (adds) {
@@ -81,8 +82,8 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
   }
   Vec sum[V];
   simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
-    // A row that has seen nothing yet keeps -inf as its maximum and subtracts 0 instead.
-    base[v] = simd::select(top[v] == Vec(-kInfinity), simd::zero(), top[v]);
+    // A row that has seen nothing yet keeps -inf as its maximum.
+    base[v] = simd::base_of(top[v]);
     const Vec a = simd::exp(simd::load(state.max + v * kLanes) - base[v]);
     simd::store(alpha + v * kLanes, a);
     simd::store(state.max + v * kLanes, top[v]);
@@ -118,7 +119,11 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
     for (int64_t d = 0; d < p.value_dim; ++d) {
       for (int l = 0; l < kWidth; ++l) state.ot[d * kWidth + l] *= alpha[l];
     }
-    product_without_zeros<false>(state.ot, kWidth, p.value_dim, kWidth, values, 1, ldv, depth, weights, kWidth);
+    const Sight<V, Format> sight(panel, block, from, additive, [](int) { return true; });
+    const int64_t before = from % Format::kDepth;
+    product_of_some(
+        state.ot, kWidth, p.value_dim, kWidth, values, 1, ldv, depth, weights, kWidth,
+        [&](int64_t, int64_t k, int64_t l) { return k >= before && k - before < n && sight(k - before, l); });
   }
 }
 
@@ -189,8 +194,14 @@ class Worker {
   using Word = typename Format::Word;
 
   // key_mass, if given, has a copy of the whole for every part of the rows.
-  Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass)
-      : p_(p), out_(out), logsumexp_(logsumexp), key_mass_(key_mass), shares_additive_(shares_additive(p)) {
+  // Of a batch entry with a row whose weights are NaN the mass has to be summed again: of every key that is seen.
+  Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass, std::atomic<bool>* mass_again)
+      : p_(p),
+        out_(out),
+        logsumexp_(logsumexp),
+        key_mass_(key_mass),
+        mass_again_(mass_again),
+        shares_additive_(shares_additive(p)) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
     in_place_k_ = readable_in_place<Format>(p.k, p.head_dim);
     in_place_v_ = Format::kDepth == 1 && readable_in_place<Format>(p.v, p.value_dim) && !p.masked_by_row();
@@ -377,16 +388,21 @@ class Worker {
 
   void finish(const Panel& panel, const Running<Format>& state, int64_t part, const std::vector<Kept>& kept) {
     alignas(64) float inverse[kPanel];
+    bool special = false;
     for (int l = 0; l < panel.vectors * kLanes; ++l) {
-      const bool empty = state.sum[l] == 0.0f;
-      inverse[l] = empty ? 0.0f : 1.0f / state.sum[l];
-      if (l < panel.count) {
-        logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])] =
-            empty ? -kInfinity : state.max[l] + std::log(state.sum[l]);
-      }
+      const float sum = state.sum[l];
+      const bool empty = sum == 0.0f;
+      inverse[l] = empty ? 0.0f : 1.0f / sum;
+      if (l >= panel.count) continue;
+      // Where all that a row sees has the score -inf, softmax divides 0 by 0.
+      if (empty && p_.sees_any(panel.b, panel.head[l], panel.query[l])) inverse[l] = kNaN;
+      special = special || !(inverse[l] < kInfinity) || sum == kInfinity;
+      logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])] =
+          empty ? -kInfinity : state.max[l] + std::log(sum);
     }
     unpack_transposed(out_, p_, panel, state.ot, panel.vectors * kLanes, p_.value_dim, inverse);
     if (!key_mass_) return;
+    if (special) mass_again_[panel.b].store(true, std::memory_order_relaxed);
     if (panel.vectors == 2) {
       add_key_mass<2>(panel, state, inverse, part, kept);
     } else {
@@ -397,6 +413,7 @@ class Worker {
   const Problem& p_;
   const Rows& out_;
   float *logsumexp_, *key_mass_;
+  std::atomic<bool>* mass_again_;
   const int64_t kept_floats_ = kept_floats(p_);
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
@@ -423,10 +440,12 @@ void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mas
   simd::Scratch memory;
   float* masses = keeps && parts > 1 ? memory.take(parts * size) : key_mass;
   if (keeps) std::fill_n(masses, parts * size, 0.0f);
+  std::vector<std::atomic<bool>> mass_again(static_cast<size_t>(p.batch));
   with_format(p, [&](auto format) {
     using FormatWorker = Worker<decltype(format)>;
     simd::parallel_workers(
-        static_cast<int64_t>(items.size()), [&] { return FormatWorker(p, out, logsumexp, keeps ? masses : nullptr); },
+        static_cast<int64_t>(items.size()),
+        [&] { return FormatWorker(p, out, logsumexp, keeps ? masses : nullptr, mass_again.data()); },
         [&](FormatWorker& worker, int64_t i) { worker.run(items[i]); });
   });
   if (!key_mass) return;
@@ -440,7 +459,7 @@ void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mas
       }
     });
   }
-  sum_key_mass(p, logsumexp, key_mass, [&](int64_t b) { return !keeps || decodes(p, b); });
+  sum_key_mass(p, logsumexp, key_mass, [&](int64_t b) { return !keeps || decodes(p, b) || mass_again[b]; });
 }
 
 }  // namespace velm::attention

@@ -65,17 +65,23 @@ class Worker {
     pack_transposed(qt_, kWidth, p_, panel, p_.q, p_.head_dim, query_factor(p_), [](int) { return true; });
     if (!score_tile<V>(s_, p_, panel, block, from, to, qt_, kWidth, scratch_)) return;
     alignas(64) float lse[kPanel];
+    bool special = false;
     for (int l = 0; l < kPanel; ++l) {
-      lse[l] = kInfinity;
-      if (l >= panel.count) continue;
-      const float logsumexp = logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])];
-      if (logsumexp != -kInfinity) lse[l] = logsumexp;
+      lse[l] = l < panel.count ? lse_for_weights(p_, panel, l, logsumexp_) : kInfinity;
+      special = special || lse[l] != lse[l];
     }
+    const Sight<V, simd::Words32> sight(panel, block, from, scratch_.additive,
+                                        [&](int l) { return lse[l] != kInfinity; });
     for (int64_t i = 0; i < to - from; ++i) {
       float* sum = sums_ + (from + i) * kLanes;
       Vec total = simd::load(sum);
-      for (int v = 0; v < V; ++v)
-        total += simd::exp(simd::load(s_ + i * kWidth + v * kLanes) - simd::load(lse + v * kLanes));
+      for (int v = 0; v < V; ++v) {
+        const Vec score = simd::load(s_ + i * kWidth + v * kLanes), base = simd::load(lse + v * kLanes);
+        const Vec weight = simd::exp(score - base);
+        // A score of NaN in a lane of no row is none.
+        total += special || simd::stdx::any_of(weight != weight) ? simd::select(sight.lanes(i, v), weight, simd::zero())
+                                                                 : weight;
+      }
       simd::store(sum, total);
     }
   }

@@ -17,6 +17,7 @@ namespace velm::attention {
 inline constexpr int kLanes = simd::kLanes;
 inline constexpr int kPanel = 2 * kLanes;
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
+inline constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 using simd::padded;
 using simd::round_up;
@@ -275,44 +276,48 @@ bool pack_keys_together(Word* out, int64_t ld, const Problem& p, const Rows& row
 
 // The same with neighbours of a row in one word, of which there are no zero rows before.
 template <class Word>
-void pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t first,
+bool pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, int64_t b, int64_t kv_head, int64_t first,
                    int64_t count, int64_t columns, const bool* holes) {
   using Format = simd::FormatOf<Word>;
   if constexpr (Format::kDepth == 1) {
-    pack_keys_together(out, ld, p, rows, b, kv_head, first, count, columns, holes);
+    return pack_keys_together(out, ld, p, rows, b, kv_head, first, count, columns, holes);
   } else {
     constexpr int64_t kStep = kLanes * Format::kDepth;
-    with_packed_type<Format>(rows.dtype, [&](auto tag) {
+    return with_packed_type<Format>(rows.dtype, [&](auto tag) {
       using T = decltype(tag);
       const KeyRows<T> from(p, rows, b, kv_head, first, columns, holes);
+      simd::Vec bad = simd::zero();
       for (int64_t j = 0; j < count; ++j, out += ld) {
         const T* row = from[j];
         for (int64_t d = 0; d < columns; d += kStep) {
           const int wide = static_cast<int>(std::min<int64_t>(columns - d, kStep));
-          simd::store_words(out + d / Format::kDepth, row == nullptr  ? typename Format::Words(0)
-                                                      : wide == kStep ? Format::neighbours(row + d)
-                                                                      : Format::neighbours(row + d, wide));
+          const auto words = row == nullptr  ? typename Format::Words(0)
+                             : wide == kStep ? Format::neighbours(row + d)
+                                             : Format::neighbours(row + d, wide);
+          // Both elements of a word times 0, in fp32.
+          bad = simd::fma(simd::float_of(words << 16), simd::zero(), bad);
+          bad = simd::fma(simd::float_of(words & 0xffff0000u), simd::zero(), bad);
+          simd::store_words(out + d / Format::kDepth, words);
         }
       }
+      return simd::sum_lanes(bad) == 0.0f;
     });
   }
 }
 
-// C[r][c] += sum over k of A[r, k] * B[k][c], leaving out every term where the weight is 0: the slow way for blocks
-// with infinities or NaN that only some rows may see. Weights are A or B. Depth and strides of A and B are in words.
-template <bool WeightsInA, class Word>
-void product_without_zeros(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_row,
-                           int64_t a_depth, int64_t depth, const Word* b, int64_t ldb) {
+// C[r][c] += sum over k of A[r, k] * B[k][c] over the k for which uses(r, k, c): the slow way for blocks with
+// infinities or NaN that only some rows may see. Depth and strides of A and B are in words, k counts elements.
+template <class Word, class Uses>
+void product_of_some(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_row,
+                     int64_t a_depth, int64_t depth, const Word* b, int64_t ldb, const Uses& uses) {
   using Format = simd::FormatOf<Word>;
   for (int64_t k = 0; k < depth * Format::kDepth; ++k) {
     const int64_t word = k / Format::kDepth;
     const int step = static_cast<int>(k % Format::kDepth);
     for (int64_t r = 0; r < rows; ++r) {
       const float x = Format::element(a[r * a_row + word * a_depth], step);
-      if (WeightsInA && x == 0.0f) continue;
       for (int64_t i = 0; i < columns; ++i) {
-        const float y = Format::element(b[word * ldb + i], step);
-        if (WeightsInA || y != 0.0f) c[r * ldc + i] += x * y;
+        if (uses(r, k, i)) c[r * ldc + i] += x * Format::element(b[word * ldb + i], step);
       }
     }
   }

@@ -91,6 +91,8 @@ struct Problem {
   Range range(int64_t b, int64_t i) const;
   // Which keys of the range are masked besides; null where all may be attended.
   const bool* holes(int64_t b) const { return holes_.empty() ? nullptr : holes_[b]; }
+  // Whether query i of head h of batch entry b may attend to any key: mask and bias are read, which takes its time.
+  bool sees_any(int64_t b, int64_t h, int64_t i) const;
   // Whether a key can be hidden from one row and visible to another.
   bool masked_by_row() const { return ranges_ || causal_ || mask || bias; }
 

@@ -37,7 +37,7 @@ VELM_INLINE Vec masked_by(const char* row, int64_t step, int64_t j, int wide, Ve
 }
 
 // e[(j - from) * V * kLanes + lane], the bias of keys [from, to) of the sequence, -inf where mask or bias hide them.
-// Returns whether any is not -inf.
+// Returns whether any is not -inf: NaN is a value like others.
 template <int V, class T, bool Biased, bool Masked>
 bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from, int64_t to) {
   const T* bias[kPanel] = {};
@@ -49,7 +49,8 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
     same = same && bias[l] == bias[0] && mask[l] == mask[0];
   }
   const int64_t bias_step = p.bias.stride[3], mask_step = p.mask.stride[3];
-  Vec highest(-kInfinity);
+  simd::VecMask visible(false);
+  const auto look_at = [&](Vec x) VELM_INLINE_LAMBDA { visible = visible || x != Vec(-kInfinity); };
   constexpr int kWidth = V * kLanes;
   const auto row = [&](int l, int64_t j, int wide) VELM_INLINE_LAMBDA {
     Vec x = simd::zero();
@@ -65,7 +66,7 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
       simd::store(t, row(0, j, wide));
       for (int i = 0; i < wide; ++i) {
         const Vec x(t[i]);
-        highest = simd::maximum(highest, x);
+        look_at(x);
         for (int v = 0; v < V; ++v) simd::store(out + i * kWidth + v * kLanes, x);
       }
       continue;
@@ -76,7 +77,7 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
         simd::unroll<kLanes>([&](auto l) VELM_INLINE_LAMBDA { block[l] = simd::load(bias[v * kLanes + l] + j); });
         simd::transpose(block);
         simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA {
-          highest = simd::maximum(highest, block[i]);
+          look_at(block[i]);
           simd::store(out + i * kWidth + v * kLanes, block[i]);
         });
         continue;
@@ -84,12 +85,12 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
       for (int l = 0; l < kLanes; ++l) block[l] = row(v * kLanes + l, j, wide);
       simd::transpose(block);
       for (int i = 0; i < wide; ++i) {
-        highest = simd::maximum(highest, block[i]);
+        look_at(block[i]);
         simd::store(out + i * kWidth + v * kLanes, block[i]);
       }
     }
   }
-  return simd::max_lanes(highest) > -kInfinity;
+  return simd::stdx::any_of(visible);
 }
 
 template <int V>
@@ -174,6 +175,47 @@ void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock
     }
   }
 }
+
+// What to take off the scores of a row, whose exponentials are its weights then: its logsumexp; +inf, which makes every
+// weight 0, for a row that sees nothing; NaN for one whose weights are all NaN, those with a score of +inf or only of
+// -inf.
+inline float lse_for_weights(const Problem& p, const Panel& panel, int l, const float* logsumexp) {
+  const float lse = logsumexp[p.row_index(panel.b, panel.head[l], panel.query[l])];
+  if (lse == -kInfinity) return p.sees_any(panel.b, panel.head[l], panel.query[l]) ? kNaN : kInfinity;
+  return lse == kInfinity ? kNaN : lse;
+}
+
+// Which lanes of a panel see which keys of [from, to) relative to the block. Scores alone do not tell: one may be -inf
+// of itself, and a weight 0. Asked only where something is infinite or NaN, and what a row sees has to come out while
+// what it does not see must not.
+template <int V, class Format>
+class Sight {
+ public:
+  // sees(l) says whether lane l sees anything at all; additive is that of the keys from `from` on, or null.
+  template <class Sees>
+  Sight(const Panel& panel, const KeyBlockOf<Format>& block, int64_t from, const float* additive, const Sees& sees)
+      : holes_(block.holes ? block.holes + from : nullptr), additive_(additive) {
+    for (int l = 0; l < V * kLanes; ++l) {
+      const bool any = l < panel.count && sees(l);
+      lo_[l] = any ? panel.range[l].lo - block.first - from : 0;
+      hi_[l] = any ? panel.range[l].hi - block.first - from : 0;
+    }
+  }
+  bool operator()(int64_t i, int64_t l) const {
+    return i >= lo_[l] && i < hi_[l] && !(holes_ && !holes_[i]) &&
+           !(additive_ && additive_[i * V * kLanes + l] == -kInfinity);
+  }
+  simd::VecMask lanes(int64_t i, int v) const {
+    float t[kLanes];
+    for (int l = 0; l < kLanes; ++l) t[l] = (*this)(i, v * kLanes + l) ? 1.0f : 0.0f;
+    return simd::load(t) != simd::zero();
+  }
+
+ private:
+  const bool* holes_;
+  const float* additive_;
+  int64_t lo_[V * kLanes], hi_[V * kLanes];
+};
 
 // Scores s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block, -inf where masked. Returns false,
 // with s undefined, where mask and bias hide every key from every row.

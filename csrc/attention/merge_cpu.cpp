@@ -17,6 +17,7 @@ using namespace simd;
 
 constexpr int64_t kGradOuts = 1, kGradLogsumexps = 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Work is split into blocks of kLanes queries of one batch entry, all heads: the weights of a block are computed on
 // whole vectors, and the rows are then visited in the order in which they usually lie in memory.
@@ -44,9 +45,19 @@ void for_blocks(const Shape& shape, const F& make_worker) {
   });
 }
 
-// exp(lse - total), 0 for what is not there.
+// A shard that a query has nothing in is not read. The sign of its weight, -0, tells it from one whose weight is so
+// small that it is 0.
+VELM_INLINE Vec mark_absent(Vec lse, Vec weight) {
+  return select(lse == Vec(-kInfinity), Vec(-0.0f), weight);
+}
+inline bool is_absent(float weight) {
+  return weight == 0.0f && std::signbit(weight);
+}
+
+// exp(lse - total), which is the softmax of the logsumexps: NaN where one of them is +inf.
 VELM_INLINE Vec weight_of(Vec lse, Vec total) {
-  return select(lse == Vec(-kInfinity), zero(), simd::exp(lse - total));
+  const Vec weight = select(total == Vec(kInfinity), Vec(kNaN), simd::exp(lse - total));
+  return mark_absent(lse, weight);
 }
 
 template <class T>
@@ -71,20 +82,21 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& outs, const std::v
         Vec highest(-kInfinity);
         for (size_t s = 0; s < shards; ++s) {
           const Vec lse = load_first(lses[s] + offset, lanes);
-          // a > b is false for NaN: written so that a NaN is taken over and kept
-          highest = select(highest >= lse, highest, lse);
+          // NaN does not get into it, but into the sum.
+          highest = maximum(lse, highest);
         }
-        const VecMask empty = highest == Vec(-kInfinity);
-        const Vec base = select(empty, zero(), highest);
+        const Vec base = base_of(highest);
         Vec sum = zero();
         for (size_t s = 0; s < shards; ++s) {
           const Vec e = simd::exp(load_first(lses[s] + offset, lanes) - base);
           sum += e;
           store(w + s * kLanes, e);
         }
-        const Vec inverse = select(empty, zero(), Vec(1.0f) / sum);
-        for (size_t s = 0; s < shards; ++s) store(w + s * kLanes, load(w + s * kLanes) * inverse);
-        store_first(total + offset, select(empty, Vec(-kInfinity), base + simd::log(sum)), lanes);
+        const VecMask empty = sum == zero();
+        const Vec inverse = select(empty, zero(), select(sum == Vec(kInfinity), Vec(kNaN), 1.0f / sum));
+        for (size_t s = 0; s < shards; ++s)
+          store(w + s * kLanes, mark_absent(load_first(lses[s] + offset, lanes), load(w + s * kLanes) * inverse));
+        store_first(total + offset, select(empty, Vec(-kInfinity), highest + simd::log(sum)), lanes);
       }
       for (int i = 0; i < lanes; ++i) {
         for (int64_t h = 0; h < shape.heads; ++h) {
@@ -94,7 +106,7 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& outs, const std::v
             const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
             Vec sum = zero();
             for (size_t s = 0; s < shards; ++s) {
-              if (w[s * kLanes] == 0.0f) continue;
+              if (is_absent(w[s * kLanes])) continue;
               sum = fma(Vec(w[s * kLanes]), load_first(rows[s].at(b, h, first + i) + j, wide), sum);
             }
             store_first(to + j, sum, wide);
@@ -153,12 +165,12 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
             const size_t at = (static_cast<size_t>(h) * shards + s) * kLanes + static_cast<size_t>(i);
             const float w = weights[at];
             T* grad_row = wants_outs ? to[s].at(b, h, first + i) : nullptr;
-            const T* row = wants_lses && w != 0.0f ? rows[s].at(b, h, first + i) : nullptr;
+            const T* row = wants_lses && !is_absent(w) ? rows[s].at(b, h, first + i) : nullptr;
             Vec dot = zero();
             for (int64_t j = 0; j < shape.dim; j += kLanes) {
               const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
-              const Vec x = w == 0.0f ? zero() : load_first(g + j, wide);
-              if (grad_row) store_first(grad_row + j, Vec(w) * x, wide);
+              const Vec x = is_absent(w) ? zero() : load_first(g + j, wide);
+              if (grad_row) store_first(grad_row + j, is_absent(w) ? zero() : Vec(w) * x, wide);
               if (row) dot = fma(x, load_first(row + j, wide), dot);
             }
             if (wants_lses) dots[at] = sum_lanes(dot);
@@ -170,13 +182,20 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
         const int64_t offset = shape.lse_row(b, h) + first;
         const size_t base = static_cast<size_t>(h) * shards * kLanes;
         Vec mean = zero();
-        for (size_t s = 0; s < shards; ++s)
-          mean = fma(load(weights.data() + base + s * kLanes), load(dots.data() + base + s * kLanes), mean);
+        const auto absent = [](Vec w) VELM_INLINE_LAMBDA {
+          const auto bits = bits_of(w);
+          return mask_of(bits == 0x80000000u);
+        };
+        for (size_t s = 0; s < shards; ++s) {
+          const Vec w = load(weights.data() + base + s * kLanes);
+          const Vec sum = fma(w, load(dots.data() + base + s * kLanes), mean);
+          mean = select(absent(w), mean, sum);
+        }
         const Vec shift = (grad_total ? load_first(grad_total + offset, lanes) : zero()) - mean;
         for (size_t s = 0; s < shards; ++s) {
           const Vec w = load(weights.data() + base + s * kLanes);
           const Vec g = w * (load(dots.data() + base + s * kLanes) + shift);
-          store_first(lse_to[s] + offset, select(w == zero(), zero(), g), lanes);
+          store_first(lse_to[s] + offset, select(absent(w), zero(), g), lanes);
         }
       }
     };

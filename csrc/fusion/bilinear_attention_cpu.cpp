@@ -27,6 +27,7 @@ using namespace simd;
 
 constexpr int64_t kGradV = 1, kGradQ = 2, kGradH = 4, kGradBias = 8, kGradAttention = 4;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr int kN = 2 * kLanes;
 // Scaled words that lie side by side at the most, unless one glimpse has more.
 constexpr int64_t kSide = 512;
@@ -219,8 +220,9 @@ void scores(const Problem& p, const Matrices& h, const std::optional<Tensor>& bi
   });
 }
 
-// The softmax of all pairs of a glimpse, in out, which may be x.
-void softmax(const float* x, int64_t size, float* out) {
+// The softmax of all pairs of a glimpse, in out, which may be x. False where all weights are NaN: a score is NaN or
+// +inf, or all are -inf.
+bool softmax(const float* x, int64_t size, float* out) {
   const FlushSubnormals flush;
   Vec largest(-kInfinity);
   vectors(size, [&](int64_t i, int n) VELM_INLINE_LAMBDA {
@@ -234,8 +236,10 @@ void softmax(const float* x, int64_t size, float* out) {
     sum += n == kLanes ? weight : select(first_lanes(n), weight, zero());
     store_first(out + i, weight, n);
   });
-  const Vec scale(1.0f / sum_lanes(sum));
+  const float total = sum_lanes(sum);
+  const Vec scale(1.0f / total);
   vectors(size, [&](int64_t i, int n) VELM_INLINE_LAMBDA { store_first(out + i, load_first(out + i, n) * scale, n); });
+  return total == total;
 }
 
 Problem problem_of(const Tensor& v, const Tensor& q, int64_t glimpses, const std::optional<Tensor>& v_lengths,
@@ -273,10 +277,13 @@ std::tuple<Tensor, Tensor> bilinear_attention_forward(Tensor v, Tensor q, Tensor
       const float* from = raw + task * p.pairs();
       if (return_logits && !is_fp32) to_logits.write(b, g, 0, p.pairs(), from);
       live.of(p, b);
-      if (live.regions == 0 || live.words == 0)
+      const bool some = live.regions > 0 && live.words > 0;
+      if (!some || !softmax(from, p.pairs(), weights)) {
+        // NaN at the pairs that count and nowhere else.
         std::fill_n(weights, p.pairs(), 0.0f);
-      else
-        softmax(from, p.pairs(), weights);
+        for (int64_t i = 0; some && i < live.regions; ++i)
+          for (int64_t j = 0; j < live.words; ++j) weights[live.region[i] * p.q.rows + live.word[j]] = kNaN;
+      }
       to_maps.write(b, g, 0, p.pairs(), weights);
     }
   });

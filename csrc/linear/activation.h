@@ -69,7 +69,8 @@ VELM_INLINE Vec activate(Vec z) {
   } else if constexpr (A == kGelu) {
     // z Phi(z) = max(z, 0) - |z| Phi(-|z|)
     const Vec a = simd::least_keep_nan(simd::stdx::abs(z), 12.5f);
-    return simd::fma(-a, normal_tail(z).tail, simd::select(z <= simd::zero(), simd::zero(), z));
+    // Of -inf it is NaN, -inf times 0.
+    return simd::fma(-a, normal_tail(z).tail, simd::select(z <= simd::zero(), z * 0.0f, z));
   } else if constexpr (A == kGeluTanh) {
     const Vec inner = kSqrtTwoOverPi * z * simd::fma(z * z, Vec(kGeluCubic), Vec(1.0f));
     return 0.5f * z * (1.0f + simd::tanh(inner));
@@ -93,7 +94,8 @@ VELM_INLINE Vec activation_gradient(Vec grad, Vec saved) {
   } else if constexpr (A == kGelu) {
     const auto [tail, bell] = normal_tail(saved);
     const Vec distribution = simd::select(saved <= simd::zero(), tail, 1.0f - tail);
-    return grad * simd::fma(kInverseSqrtTwoPi * saved, bell, distribution);
+    // The bell never gets to 0 here; of an infinity the derivative is NaN, infinity times 0.
+    return grad * simd::fma(kInverseSqrtTwoPi * saved, bell, simd::fma(saved, simd::zero(), distribution));
   } else if constexpr (A == kGeluTanh) {
     const Vec square = saved * saved;
     const Vec t = simd::tanh(kSqrtTwoOverPi * saved * simd::fma(square, Vec(kGeluCubic), Vec(1.0f)));

@@ -17,6 +17,7 @@ using namespace simd;
 
 constexpr int64_t kGradX = 1, kGradRows = 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // Tokens that are taken together: they stay in the cache between the two products.
 constexpr int kTile = 32;
@@ -270,7 +271,7 @@ struct ForwardWorker {
         Vec most(s.largest[i]);
         for (int t = 0; t < kTile; t += kLanes) most = maximum(load(of_row + t), most);
         const float largest = max_lanes(most);
-        // With infinite scores nothing is finite, and -inf alone weighs nothing.
+        // With a score of +inf everything is NaN, and -inf alone weighs nothing.
         const float base = largest == -kInfinity ? 0.0f : largest;
         Vec total = zero();
         for (int t = 0; t < kTile; t += kLanes) {
@@ -317,14 +318,15 @@ std::tuple<Tensor, Tensor> attention_pool_forward(Tensor x, Tensor rows, std::op
   float* states = count > segments ? shared.take(State::floats(p) * count) : nullptr;
 
   const auto write = [&](int64_t segment, const State& s) {
+    // Where all scores are -inf, softmax divides 0 by 0.
+    const float of_nothing = p.tokens.count(segment) > 0 ? kNaN : 0.0f;
     for (int64_t i = 0; i < p.rows; ++i) {
       float* row = s.pooled + i * p.stride;
-      const Vec inverse(s.sum[i] > 0 ? 1.0f / s.sum[i] : s.sum[i]);
+      const bool none = s.sum[i] == 0.0f;
+      const Vec inverse(none ? of_nothing : 1.0f / s.sum[i]);
       for (int64_t c = 0; c < p.padded; c += kLanes) store(row + c, load(row + c) * inverse);
       from_floats(to.type, to.at(segment, i), row, p.dim);
-      lse[segment * p.rows + i] = s.sum[i] > 0    ? s.largest[i] + std::log(s.sum[i])
-                                  : s.sum[i] == 0 ? -kInfinity
-                                                  : s.sum[i];
+      lse[segment * p.rows + i] = none ? (of_nothing == 0.0f ? -kInfinity : kNaN) : s.largest[i] + std::log(s.sum[i]);
     }
   };
   parallel_workers(

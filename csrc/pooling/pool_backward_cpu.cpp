@@ -48,17 +48,24 @@ struct Softmax {
   VELM_INLINE Vec of(Vec x, int32_t, Vec grad, Vec logsumexp) const { return grad * simd::exp(x - logsumexp); }
 };
 
-// (x / result)^(p - 1), which cannot overflow where x^(p - 1) does.
+// (x / result)^(p - 1), which cannot overflow where x^(p - 1) does. NaN is kept, in orders that keep it.
 struct PowerShare {
   static constexpr bool kReadsX = true;
   float p;
   VELM_INLINE void prepare(Vec& grad, Vec& result, float inverse) const {
     grad *= inverse;
-    result = 1.0f / maximum(result, Vec(kGemEps));
+    result = maximum(Vec(kGemEps), result);
+    // Of a quarter, because one over the largest numbers would be subnormal.
+    if (p == 3.0f) result = 1.0f / (result * 0.25f);
   }
-  VELM_INLINE Vec of(Vec x, int32_t, Vec grad, Vec inverse_result) const {
-    const Vec ratio = x * inverse_result;
-    const Vec factor = p == 3.0f ? ratio * ratio : power(maximum(ratio, zero()), p - 1);
+  VELM_INLINE Vec of(Vec x, int32_t, Vec grad, Vec result) const {
+    Vec factor(1.0f);
+    if (p == 3.0f) {
+      const Vec ratio = x * 0.25f * result;
+      factor = ratio * ratio;
+    } else if (p != 1.0f) {
+      factor = power(maximum(zero(), x / result), p - 1);
+    }
     return select(x >= Vec(kGemEps), grad * factor, zero());
   }
 };

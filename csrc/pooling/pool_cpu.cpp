@@ -26,8 +26,25 @@ VELM_INLINE VecMask is_greater_or_nan(Vec x, Vec than) {
   // A NaN that is there already stays.
   return !(x <= than) && than == than;
 }
+VELM_INLINE VecMask is_unordered(Vec x, Vec y) {
+#if defined(__AVX512F__)
+  return VecMask(_mm512_cmp_ps_mask(static_cast<__m512>(x), static_cast<__m512>(y), _CMP_UNORD_Q));
+#else
+  return x != x || y != y;
+#endif
+}
 VELM_INLINE Vec as_float(VecInt x) {
   return std::bit_cast<Vec>(x);
+}
+
+// The largest of some vectors; NaN may get lost.
+template <int R>
+VELM_INLINE Vec largest_of(const Vec (&x)[R]) {
+  if constexpr (R == 1)
+    return x[0];
+  else
+    return maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])),
+                   maximum(maximum(x[4], x[5]), maximum(x[6], x[7])));
 }
 
 // How tokens are reduced. The state of a column is (a, b): `step` takes values of some tokens into it, `join` a later
@@ -51,18 +68,39 @@ struct Add {
   }
 };
 
+// b = sum of (x / a)^p, where a is the largest x so far, or the largest finite number if that is infinite: no power
+// overflows or vanishes beside the others, and equal values come out as they are.
 struct AddPower {
-  static constexpr bool kHasB = false;
-  static constexpr float kA = 0.0f;
+  static constexpr bool kHasB = true;
+  static constexpr float kA = kGemEps;
   float p;
   template <int R>
-  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec&) const {
-    Vec terms[R];
-    // In this order NaN is kept.
-    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = power_or_cube(maximum(Vec(kGemEps), x[r]), p, 3.0f); });
-    Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, a);
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
+    Vec clamped[R], terms[R];
+    // In this order NaN is kept: it gets into b, and not into a.
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA { clamped[r] = maximum(Vec(kGemEps), x[r]); });
+    const Vec most = least_keep_nan(largest_of(clamped), kLargest);
+    if (stdx::any_of(most > a)) {
+      const Vec largest = maximum(most, a);
+      b *= power_or_cube(a / largest, p, 3.0f);
+      a = largest;
+    }
+    // Of a quarter, because one over the largest numbers would be subnormal.
+    const Vec inverse = 1.0f / (a * 0.25f);
+    unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
+      const Vec ratio = select(clamped[r] == a, Vec(1.0f), clamped[r] * 0.25f * inverse);
+      terms[r] = power_or_cube(ratio, p, 3.0f);
+    });
+    Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, b);
   }
-  VELM_INLINE void join(Vec& a, Vec&, Vec later, Vec) const { a += later; }
+  VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
+    const Vec largest = maximum(a, later);
+    b = b * power_or_cube(a / largest, p, 3.0f) + later_b * power_or_cube(later / largest, p, 3.0f);
+    a = largest;
+  }
+  VELM_INLINE Vec result(Vec a, Vec b, int64_t count) const {
+    return maximum(Vec(kGemEps), a * power(b / static_cast<float>(count), 1.0f / p));
+  }
 };
 
 // b holds the bits of the number of the first token that is the largest.
@@ -107,20 +145,31 @@ struct LogSumExp {
     return float_of(bits_of(p) + (bits_of(rounded) << 23));
   }
   template <int R>
-  static VELM_INLINE Vec largest_of(const Vec (&x)[R]) {
+  static VELM_INLINE VecMask has_nan(const Vec (&x)[R]) {
     if constexpr (R == 1)
-      return x[0];
+      return x[0] != x[0];
     else
-      return maximum(maximum(maximum(x[0], x[1]), maximum(x[2], x[3])),
-                     maximum(maximum(x[4], x[5]), maximum(x[6], x[7])));
+      return (is_unordered(x[0], x[1]) || is_unordered(x[2], x[3])) ||
+             (is_unordered(x[4], x[5]) || is_unordered(x[6], x[7]));
+  }
+  // NaN and infinity, of which exp_of would make numbers: NaN goes into b and not into a, infinity into both.
+  template <int R>
+  [[gnu::noinline]] static void step_special(const Vec (&x)[R], Vec& a, Vec& b) {
+    for (int r = 0; r < R; ++r) {
+      const Vec largest = maximum(x[r], a), base = least_keep_nan(largest, kLargest);
+      b = b * simd::exp(a - base) + simd::exp(x[r] - base);
+      a = largest;
+    }
   }
   template <int R>
   VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
-    // NaN does not get into it, but into the sum.
     const Vec most = largest_of(x);
+    if (stdx::any_of(has_nan(x) || most == Vec(kInfinity))) [[unlikely]]
+      return step_special(x, a, b);
     if (stdx::any_of(most > a + kSlack)) [[unlikely]] {
       const Vec largest = maximum(most, a);
-      b *= exp_of(a - largest);
+      // Other columns may have been infinite before.
+      b *= exp_of(least_keep_nan(a, kLargest) - least_keep_nan(largest, kLargest));
       a = largest;
     }
     Vec terms[R];
@@ -128,14 +177,11 @@ struct LogSumExp {
     Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, b);
   }
   VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
-    const Vec largest = maximum(a, later);
-    b = b * exp_of(a - largest) + later_b * exp_of(later - largest);
+    const Vec largest = maximum(a, later), base = least_keep_nan(largest, kLargest);
+    b = b * simd::exp(a - base) + later_b * simd::exp(later - base);
     a = largest;
   }
-  static VELM_INLINE Vec result(Vec a, Vec b) {
-    const Vec sum = select(a == Vec(kInfinity), a, a + simd::log(b));
-    return select(b < Vec(0.5f), Vec(-kInfinity), sum);
-  }
+  static VELM_INLINE Vec result(Vec a, Vec b) { return select(b < Vec(0.5f), Vec(-kInfinity), a + simd::log(b)); }
 };
 
 // The states of all columns of some tokens.
@@ -218,14 +264,14 @@ void join_states(const Reduce& reduce, const State& earlier, const State& later,
 // What a column's state over `count` tokens amounts to.
 template <class Reduce>
 struct Finish {
+  const Reduce& reduce;
   Mode mode;
-  double p;
 
   VELM_INLINE Vec operator()(Vec a, Vec b, int64_t count) const {
     if (count == 0) return zero();
     if constexpr (std::is_same_v<Reduce, LogSumExp>) return LogSumExp::result(a, b);
-    if (mode == kMean || mode == kGem) a *= static_cast<float>(1.0 / static_cast<double>(count));
-    return mode == kGem ? maximum(Vec(kGemEps), power(a, static_cast<float>(1 / p))) : a;
+    if constexpr (std::is_same_v<Reduce, AddPower>) return reduce.result(a, b, count);
+    return mode == kMean ? a * static_cast<float>(1.0 / static_cast<double>(count)) : a;
   }
   // What backward keeps of it.
   VELM_INLINE Vec stat(Vec result, Vec b, int64_t count) const {
@@ -339,9 +385,10 @@ void add_column(const Reduce& reduce, const float* x, const float* live, int64_t
       const Vec one[1] = {select(use, value, Vec(-kInfinity))};
       reduce.template step<1>(one, none, a, b);
     } else {
-      const Vec before = a, one[1] = {value};
+      const Vec before = a, before_b = b, one[1] = {value};
       reduce.template step<1>(one, none, a, b);
       a = select(use, a, before);
+      b = select(use, b, before_b);
     }
   };
   int64_t i = 0;
@@ -424,9 +471,9 @@ void pool_columns(const Reduce& reduce, const Finish<Reduce>& finish, const Tens
 }
 
 template <class Reduce>
-void pool(const Reduce& reduce, Mode mode, double p, const Tensor& x, bool tokens_contiguous, const Tokens& tokens,
-          Tensor& out, Tensor& stats) {
-  const Finish<Reduce> finish{mode, p};
+void pool(const Reduce& reduce, Mode mode, const Tensor& x, bool tokens_contiguous, const Tokens& tokens, Tensor& out,
+          Tensor& stats) {
+  const Finish<Reduce> finish{reduce, mode};
   if (tokens_contiguous)
     pool_columns(reduce, finish, x, tokens, out, stats);
   else
@@ -444,7 +491,7 @@ std::tuple<Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> lengths,
                      : torch::stable::new_empty(x, {0}, ScalarType::Float);
   if (segments == 0 || dim == 0) return {out, stats};
   const Tokens tokens(segments, x.size(x.dim() - 2), lengths, mask, cu_seqlens);
-  const auto run = [&](const auto& reduce) { pool(reduce, mode, p, x, tokens_contiguous, tokens, out, stats); };
+  const auto run = [&](const auto& reduce) { pool(reduce, mode, x, tokens_contiguous, tokens, out, stats); };
   if (mode == kMax)
     run(Max{});
   else if (mode == kLogSumExp)

@@ -94,8 +94,10 @@ inline std::vector<Piece> pieces_of(const Tokens& tokens, int64_t least, bool wh
   const Vec more = detail::round_nearest(detail::clamp_keep_nan(r, -2000.0f, 2000.0f));
   const Vec result = detail::scale_by_power(exp2_in_range(detail::clamp_keep_nan(r - more, -1.0f, 1.0f)),
                                             detail::clamp_keep_nan(n + more, -250.0f, 250.0f));
-  const Vec finite = select(x > Vec(0.0f), result, p > 0 ? zero() : Vec(std::numeric_limits<float>::infinity()));
-  return select(x == x, finite, x);
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const Vec at_zero = p > 0 ? zero() : Vec(kInfinity), at_infinity = p > 0 ? Vec(kInfinity) : zero();
+  const Vec below_infinity = select(x > zero(), result, at_zero);
+  return select(x < Vec(kInfinity), below_infinity, select(x == x, at_infinity, x));
 }
 
 // x^p for x >= 0; most pool with the third power.

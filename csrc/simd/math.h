@@ -66,6 +66,19 @@ VELM_INLINE Vec clamp_keep_nan(Vec x, float low, float high) {
 
 }  // namespace detail
 
+// What is taken off scores before their exponentials: their largest. Where nothing was seen yet, 0; where a score is
+// infinite, the largest finite number, beside which it alone has a weight, infinity, and no weight is NaN that was
+// none.
+VELM_INLINE Vec base_of(Vec highest) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kLargest = std::numeric_limits<float>::max();
+  const Vec base = select(highest == Vec(-kInfinity), zero(), highest);
+  return select(highest == Vec(kInfinity), Vec(kLargest), base);
+}
+inline float base_of(float highest) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity(), kLargest = std::numeric_limits<float>::max();
+  return highest == -kInfinity ? 0.0f : highest == kInfinity ? kLargest : highest;
+}
+
 // 2^x for |x| <= 200; NaN stays NaN.
 VELM_INLINE Vec exp2_in_range(Vec x) {
   const Vec n = detail::round_nearest(x);

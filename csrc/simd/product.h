@@ -1,12 +1,25 @@
 // Products of small matrices that sit in cache, made of register tiles.
 #pragma once
 
+#include <algorithm>
+
 #include "tile.h"
 
 namespace velm::simd {
 
 // What becomes of the values already in C, and whether lanes have a factor: for these values, or for the product.
 enum class Start { zero, add, scale, zero_scale_product };
+
+// Steps of depth that are summed before they join the sum of the earlier ones, in a product that begins at zero. One
+// sum over all of a long row rounds each of its terms to the last place of what is by then the largest, and a score of
+// 30 that is off by its last place makes a weight that is off by 30 of its own.
+inline constexpr int64_t kDepthBlock = 32;
+
+// Words of depth that are summed together. Of 16 bits, whose own rounding is far more, all.
+template <class Word>
+constexpr int64_t depth_block(int64_t depth) {
+  return FormatOf<Word>::kDepth == 1 ? kDepthBlock : depth;
+}
 
 namespace detail {
 
@@ -16,17 +29,27 @@ VELM_INLINE void product_rows(int64_t& done, int64_t rows, float* c, int64_t ldc
   for (; rows - done >= R; done += R) {
     Tile<R, V> tile;
     float* to = c + done * ldc;
-    tile.clear();
-    if constexpr (RowUnit) {
-      tile.multiply_add(depth, a + done, 1, a_stride, b, ldb);
-    } else {
-      tile.multiply_add(depth, a + done * a_stride, a_stride, 1, b, ldb);
-    }
-    // A product is summed on its own and then added: one running sum over all of them would lose bits.
-    if constexpr (S == Start::add) tile.add(to, ldc);
-    if constexpr (S == Start::scale) tile.add_scaled(to, ldc, factor);
-    if constexpr (S == Start::zero_scale_product) tile.scale(factor);
-    tile.store(to, ldc);
+    // What is added to C has no more steps than a block of keys, and C would be rounded once more for every part of it.
+    constexpr bool kParts = simd::FormatOf<Word>::kDepth == 1 && (S == Start::zero || S == Start::zero_scale_product);
+    int64_t k = 0;
+    do {
+      const int64_t steps = kParts ? std::min(kDepthBlock, depth - k) : depth;
+      tile.clear();
+      if constexpr (RowUnit) {
+        tile.multiply_add(steps, a + done + k * a_stride, 1, a_stride, b + k * ldb, ldb);
+      } else {
+        tile.multiply_add(steps, a + done * a_stride + k, a_stride, 1, b + k * ldb, ldb);
+      }
+      if (kParts && k > 0) tile.add(to, ldc);
+      k += steps;
+      // A product is summed on its own and then added: one running sum over all of them would lose bits.
+      if constexpr (S == Start::add) tile.add(to, ldc);
+      if constexpr (S == Start::scale) tile.add_scaled(to, ldc, factor);
+      if constexpr (S == Start::zero_scale_product) {
+        if (k == depth) tile.scale(factor);
+      }
+      tile.store(to, ldc);
+    } while (k < depth);
   }
   if constexpr (R > 1) {
     constexpr int kNext = R > 8 ? 8 : R > 4 ? 4 : R > 2 ? 2 : 1;

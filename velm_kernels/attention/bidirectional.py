@@ -276,30 +276,29 @@ def _grad_of_direction(
     value: Tensor,
     mask: Tensor | None,
     keep: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
     grad_out: Tensor | None,
     grad_logsumexp: Tensor | None,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores and of the values of one direction: ``dS = P * (dP - delta)``, ``dV = P^T dO``."""
+    """Gradients of the scores and of the values of one direction: ``dS = P * (dP - sum(P * dP))``, ``dV = P^T dO``."""
     wide = scores.dtype
-    grad = scores.new_zeros(out.shape) if grad_out is None else grad_out.to(wide)
-    delta = (grad * out.to(wide)).sum(-1)
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp
-    weights = torch.exp(scores - logsumexp[..., None])
-    unread = (logsumexp == -torch.inf)[..., None]
+    if grad_out is None:
+        grad_out = value.new_zeros(*scores.shape[:-1], value.shape[-1])
+    grad = grad_out.to(wide)
+    hidden = scores.new_zeros((), dtype=torch.bool)
     if mask is not None:
-        unread = unread | ~mask[:, None, None, :]
-        value = value.masked_fill(~mask[:, None, :, None], 0.0)
-    weights = weights.masked_fill(unread, 0.0)
-    grad_weights = grad @ value.to(wide).transpose(-1, -2)
+        hidden = ~mask[:, None, None, :]
+        value = value.masked_fill(hidden.transpose(-1, -2), 0.0)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
+    grad_weights = (grad @ value.to(wide).transpose(-1, -2)).masked_fill(hidden, 0.0)
     dropped = weights
     if keep is not None:
         dropped = torch.where(keep, weights / (1 - dropout_p), 0.0)
         grad_weights = torch.where(keep, grad_weights / (1 - dropout_p), 0.0)
-    grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(unread, 0.0)
+    delta = (weights * grad_weights).sum(-1)
+    if grad_logsumexp is not None:
+        delta = delta - grad_logsumexp
+    grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(hidden, 0.0)
     return grad_scores, dropped.transpose(-1, -2) @ grad
 
 
@@ -332,10 +331,10 @@ def _reference_backward(
         keep_a = dropout_keep(seed, batch, heads, a, b, dropout_p, direction=0)
         keep_b = dropout_keep(seed, batch, heads, b, a, dropout_p, direction=1)
     grad_a, grad_value_b = _grad_of_direction(
-        scores, value_b, mask_b, keep_a, out_a, logsumexp_a, grad_out_a, grad_logsumexp_a, dropout_p
+        scores, value_b, mask_b, keep_a, grad_out_a, grad_logsumexp_a, dropout_p
     )
     grad_b, grad_value_a = _grad_of_direction(
-        scores.transpose(-1, -2), value_a, mask_a, keep_b, out_b, logsumexp_b, grad_out_b, grad_logsumexp_b, dropout_p
+        scores.transpose(-1, -2), value_a, mask_a, keep_b, grad_out_b, grad_logsumexp_b, dropout_p
     )
     grad_scores = (grad_a + grad_b.transpose(-1, -2)) * scale
     results = (

@@ -105,8 +105,10 @@ def cross_attention(
     scores = scores.masked_fill(~visible, -torch.inf)
 
     empty = ~visible.any(-1)
-    logsumexp = torch.logsumexp(scores.masked_fill(empty[..., None], 0.0), -1)
-    weights = torch.exp(scores - logsumexp[..., None])
+    scores = scores.masked_fill(empty[..., None], 0.0)
+    logsumexp = torch.logsumexp(scores, -1)
+    # Where a score is NaN or +inf, all weights of the row are NaN, but of the keys that it sees.
+    weights = torch.where(visible, scores.softmax(-1), zero)
     key_mass = weights.detach().sum(2)
     if dropout_p > 0:
         if keep is None:

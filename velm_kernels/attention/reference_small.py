@@ -20,8 +20,9 @@ def merge_attention(outs: Tensor, logsumexps: Tensor) -> tuple[Tensor, Tensor]:
     present = logsumexps != -torch.inf
     empty = ~present.any(0)
     outs = torch.where(present[..., None], outs, outs.new_zeros(()))
-    logsumexp = torch.logsumexp(torch.where(empty, logsumexps.new_zeros(()), logsumexps), 0)
-    weights = torch.where(present, torch.exp(logsumexps - logsumexp), logsumexps.new_zeros(()))
+    logsumexps = torch.where(empty, logsumexps.new_zeros(()), logsumexps)
+    logsumexp = torch.logsumexp(logsumexps, 0)
+    weights = torch.where(present, logsumexps.softmax(0), logsumexps.new_zeros(()))
     return (weights[..., None].to(outs.dtype) * outs).sum(0), logsumexp.masked_fill(empty, -torch.inf)
 
 
@@ -55,8 +56,9 @@ def _one_direction(
     empty = ~mask.any(1)[:, None, None]
     value = torch.where(mask[:, None, :, None], value, zero)
     scores = torch.where(mask[:, None, None, :], scores, zero - torch.inf)
-    logsumexp = torch.logsumexp(torch.where(empty[..., None], zero, scores), -1)
-    weights = torch.exp(scores - logsumexp[..., None])
+    scores = torch.where(empty[..., None], zero, scores)
+    logsumexp = torch.logsumexp(scores, -1)
+    weights = torch.where(mask[:, None, None, :], scores.softmax(-1), zero)
     if dropout_p > 0:
         assert seed is not None
         keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, direction=direction)

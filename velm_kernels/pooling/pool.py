@@ -36,9 +36,11 @@ def masked_pool(
     - ``"max"``: their largest, for each feature; NaN where one of them is NaN. The gradient goes to the first of equal
       ones;
     - ``"logsumexp"``: ``log(sum(exp(x)))``;
-    - ``"gem"``: the generalised mean ``mean(max(x, 1e-6)^p)^(1/p)`` (Radenovic et al., 2018, eq. 3).
+    - ``"gem"``: the generalised mean ``mean(max(x, 1e-6)^p)^(1/p)`` (Radenovic et al., 2018, eq. 3), computed as
+      ``m mean((max(x, 1e-6) / m)^p)^(1/p)`` with the largest value m, so that no power overflows: ``p`` may be 1000.
 
-    Over no token at all the result is 0 in every mode, and passes nothing back.
+    Over no token at all the result is 0 in every mode, and passes nothing back. NaN and infinity in tokens that count
+    come out where the formulas have them, in the feature that holds them.
 
     Args:
         x: ``(..., tokens, dim)``, floating point. With ``channels_first``: ``(batch, dim, *spatial)``, whose tokens are

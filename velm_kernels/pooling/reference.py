@@ -38,8 +38,12 @@ def masked_pool(
         out = x.sum(-2)
         return out if mode == "sum" else out / count.clamp(min=1)
     if mode == "gem":
-        powers = torch.where(live, x.clamp(min=GEM_EPS) ** p, 0.0)
-        out = torch.where(count > 0, powers.sum(-2) / count, 1.0) ** (1 / p)
+        # Powers of the ratio to the largest value, which neither overflow nor vanish: equal values come out as they are.
+        clamped = torch.where(live, x.clamp(min=GEM_EPS), GEM_EPS)
+        largest = clamped.detach().nan_to_num(GEM_EPS).amax(-2, keepdim=True) if x.shape[-2] else GEM_EPS
+        powers = torch.where(live, (clamped / largest) ** p, 0.0)
+        mean = torch.where(count[..., None] > 0, powers.sum(-2, keepdim=True) / count[..., None], 1.0)
+        out = (largest * mean ** (1 / p)).squeeze(-2)
     elif x.shape[-2] == 0:
         return x.sum(-2)
     elif mode == "logsumexp":
