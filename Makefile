@@ -1,6 +1,8 @@
 # make setup   the environment (.venv with pinned packages) and the build; the commands below begin with it
-# make test    format, lint and type checks, then every test
+# make test    format, lint and type checks, then every test; what is drawn is the same every time
 # make triton-versions  compiles every Triton kernel for every architecture by every supported version of Triton
+# make quick   the sharpest tests alone, without lint: under 90 seconds on two cores
+# make explore the tests that draw their inputs, with new draws and many examples (VELM_TEST_EXAMPLES)
 # make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
 # make results trains the models of python_models with these kernels and in plain PyTorch
 # make bench   the benchmarks
@@ -38,7 +40,7 @@ STAMP := $(VENV)/.installed
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test triton-versions lint format demo results bench gpu lib clean
+.PHONY: setup test quick explore triton-versions lint format demo results bench gpu lib clean
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -71,6 +73,15 @@ test: lint
 # Hours of one core the first time; TRITON_ARGS="--versions 3.6 --arch 80 --kernel forward" compiles some of it.
 triton-versions: setup
 	$(RUN) -m tests.triton.versions --jobs $(MAX_JOBS) $(TRITON_ARGS)
+
+# Numbers, special values and derivatives of every operator, on the best library of this processor.
+quick: setup
+	OMP_NUM_THREADS=1 VELM_TEST_EXAMPLES=3 VELM_CPU_ISA=$$($(RUN) -c "from velm_kernels.backends import cpu; print(cpu.usable()[-1])") \
+	  $(RUN) -m pytest -n $(shell nproc) --dist worksteal -m quick $(PYTEST_ARGS)
+
+explore: setup
+	OMP_NUM_THREADS=1 VELM_TEST_EXPLORE=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal -m "not slow" \
+	  $(PYTEST_ARGS)
 
 # The library of this processor alone: the demo runs on it, and a newcomer should not wait for others to be compiled.
 demo: ISAS := native

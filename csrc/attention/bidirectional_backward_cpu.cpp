@@ -283,7 +283,8 @@ class Backward {
       if (finite)
         simd::product_wide<true, simd::Start::add>(c, ld, wide, dim, tile, kLd, words_of<T>(count), rows, ld);
       else
-        product_of_some<T>(c, ld, wide, dim, tile, 1, kLd, count, rows, ld, reads);
+        simd::product_of_some(c, ld, wide, dim, tile, 1, kLd, words_of<T>(count), rows, ld, nullptr,
+                              [&](int64_t j, int64_t i, int64_t) { return i < count && reads(j, i); });
     }
     template <class Reads>
     void to_rows(bool finite, float* c, int64_t ld, int64_t count, int64_t dim, const Word* tile, int64_t wide,
@@ -292,7 +293,8 @@ class Backward {
         simd::product_wide<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(wide), columns,
                                                     ld);
       else
-        product_of_some<T>(c, ld, count, dim, tile, kLdOverColumns, 1, wide, columns, ld, reads);
+        simd::product_of_some(c, ld, count, dim, tile, kLdOverColumns, 1, words_of<T>(wide), columns, ld, nullptr,
+                              [&](int64_t i, int64_t j, int64_t) { return j < wide && reads(i, j); });
     }
 
     // From scores and gradients of the weights: row_tile_ and column_tile_ become the weights after dropout, scores_

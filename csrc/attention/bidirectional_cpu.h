@@ -277,23 +277,6 @@ class TileWords {
   Word* words_ = nullptr;
 };
 
-// C[r][c] += sum over k of A[r, k] * B[k][c] over the k for which uses(r, k): the slow way where B holds infinities or
-// NaN that not all rows of C read. Strides of A and B are in words, k counts elements.
-template <class T, class Uses>
-void product_of_some(float* c, int64_t ldc, int64_t rows, int64_t columns, const WordFor<T>* a, int64_t a_row,
-                     int64_t a_depth, int64_t depth, const WordFor<T>* b, int64_t ldb, const Uses& uses) {
-  using Format = FormatFor<T>;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int64_t k = 0; k < depth; ++k) {
-      if (!uses(r, k)) continue;
-      const int64_t word = k / Format::kDepth;
-      const int step = static_cast<int>(k % Format::kDepth);
-      const float x = Format::element(a[r * a_row + word * a_depth], step);
-      for (int64_t i = 0; i < columns; ++i) c[r * ldc + i] += x * Format::element(b[word * ldb + i], step);
-    }
-  }
-}
-
 // 1 for what may be attended, 0 elsewhere and up to a whole vector.
 inline void pack_mask(float* out, const bool* mask, int64_t count) {
   for (int64_t j = 0; j < count; ++j) out[j] = !mask || mask[j] ? 1.0f : 0.0f;

@@ -554,7 +554,7 @@ class Worker {
         simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), weights, kWords,
                                                     kWords, rows, ldv_);
       } else {
-        product_of_some(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_, key_sees);
+        simd::product_of_some(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_, nullptr, key_sees);
       }
     }
     if (g_.grad_key.data) {
@@ -565,7 +565,7 @@ class Worker {
         simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), weights, kWords,
                                                     kWords, rows, ldk_);
       } else {
-        product_of_some(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_, key_sees);
+        simd::product_of_some(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_, nullptr, key_sees);
       }
     }
     if (g_.grad_query.data) {
@@ -575,8 +575,8 @@ class Worker {
       if (block.k_finite || !p_.masked_by_row()) {
         simd::product<V, true, simd::Start::add>(dq, kWidth, p_.head_dim, keys, ld, depth, weights, kWidth);
       } else {
-        product_of_some(
-            dq, kWidth, p_.head_dim, kWidth, keys, 1, ld, depth, weights, kWidth,
+        simd::product_of_some(
+            dq, kWidth, p_.head_dim, kWidth, keys, 1, ld, depth, weights, kWidth, nullptr,
             [&](int64_t, int64_t k, int64_t l) { return k >= before && k - before < n && sight(k - before, l); });
       }
     }

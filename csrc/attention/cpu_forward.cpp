@@ -3,7 +3,6 @@
 // maxima and sums are plain vertical operations.
 #include "attention/cpu_forward.h"
 
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -116,13 +115,10 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
     simd::product<V, true, simd::Start::scale>(state.ot, kWidth, p.value_dim, values, ldv, depth, weights, kWidth,
                                                alpha);
   } else {
-    for (int64_t d = 0; d < p.value_dim; ++d) {
-      for (int l = 0; l < kWidth; ++l) state.ot[d * kWidth + l] *= alpha[l];
-    }
     const Sight<V, Format> sight(panel, block, from, additive, [](int) { return true; });
     const int64_t before = from % Format::kDepth;
-    product_of_some(
-        state.ot, kWidth, p.value_dim, kWidth, values, 1, ldv, depth, weights, kWidth,
+    simd::product_of_some(
+        state.ot, kWidth, p.value_dim, kWidth, values, 1, ldv, depth, weights, kWidth, alpha,
         [&](int64_t, int64_t k, int64_t l) { return k >= before && k - before < n && sight(k - before, l); });
   }
 }
@@ -194,14 +190,8 @@ class Worker {
   using Word = typename Format::Word;
 
   // key_mass, if given, has a copy of the whole for every part of the rows.
-  // Of a batch entry with a row whose weights are NaN the mass has to be summed again: of every key that is seen.
-  Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass, std::atomic<bool>* mass_again)
-      : p_(p),
-        out_(out),
-        logsumexp_(logsumexp),
-        key_mass_(key_mass),
-        mass_again_(mass_again),
-        shares_additive_(shares_additive(p)) {
+  Worker(const Problem& p, const Rows& out, float* logsumexp, float* key_mass)
+      : p_(p), out_(out), logsumexp_(logsumexp), key_mass_(key_mass), shares_additive_(shares_additive(p)) {
     // Masked rows may hold anything, so they are replaced by zeros in a copy.
     in_place_k_ = readable_in_place<Format>(p.k, p.head_dim);
     in_place_v_ = Format::kDepth == 1 && readable_in_place<Format>(p.v, p.value_dim) && !p.masked_by_row();
@@ -388,7 +378,7 @@ class Worker {
 
   void finish(const Panel& panel, const Running<Format>& state, int64_t part, const std::vector<Kept>& kept) {
     alignas(64) float inverse[kPanel];
-    bool special = false;
+    bool is_nan[kPanel] = {};
     for (int l = 0; l < panel.vectors * kLanes; ++l) {
       const float sum = state.sum[l];
       const bool empty = sum == 0.0f;
@@ -396,13 +386,22 @@ class Worker {
       if (l >= panel.count) continue;
       // Where all that a row sees has the score -inf, softmax divides 0 by 0.
       if (empty && p_.sees_any(panel.b, panel.head[l], panel.query[l])) inverse[l] = kNaN;
-      special = special || !(inverse[l] < kInfinity) || sum == kInfinity;
+      is_nan[l] = !(inverse[l] < kInfinity) || sum == kInfinity;
       logsumexp_[p_.row_index(panel.b, panel.head[l], panel.query[l])] =
           empty ? -kInfinity : state.max[l] + std::log(sum);
     }
     unpack_transposed(out_, p_, panel, state.ot, panel.vectors * kLanes, p_.value_dim, inverse);
     if (!key_mass_) return;
-    if (special) mass_again_[panel.b].store(true, std::memory_order_relaxed);
+    for (int l = 0; l < panel.count; ++l) {
+      if (!is_nan[l]) continue;
+      // All weights of the row are NaN, but those of the keys that it does not see.
+      float* to = key_mass_ + part * p_.mass_size() + p_.mass_index(panel.b, panel.head[l], 0);
+      p_.any_seen(panel.b, panel.head[l], panel.query[l], [&](int64_t j) {
+        to[j] = kNaN;
+        return false;
+      });
+      inverse[l] = 0.0f;
+    }
     if (panel.vectors == 2) {
       add_key_mass<2>(panel, state, inverse, part, kept);
     } else {
@@ -413,7 +412,6 @@ class Worker {
   const Problem& p_;
   const Rows& out_;
   float *logsumexp_, *key_mass_;
-  std::atomic<bool>* mass_again_;
   const int64_t kept_floats_ = kept_floats(p_);
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
@@ -440,12 +438,10 @@ void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mas
   simd::Scratch memory;
   float* masses = keeps && parts > 1 ? memory.take(parts * size) : key_mass;
   if (keeps) std::fill_n(masses, parts * size, 0.0f);
-  std::vector<std::atomic<bool>> mass_again(static_cast<size_t>(p.batch));
   with_format(p, [&](auto format) {
     using FormatWorker = Worker<decltype(format)>;
     simd::parallel_workers(
-        static_cast<int64_t>(items.size()),
-        [&] { return FormatWorker(p, out, logsumexp, keeps ? masses : nullptr, mass_again.data()); },
+        static_cast<int64_t>(items.size()), [&] { return FormatWorker(p, out, logsumexp, keeps ? masses : nullptr); },
         [&](FormatWorker& worker, int64_t i) { worker.run(items[i]); });
   });
   if (!key_mass) return;
@@ -459,7 +455,7 @@ void forward(const Problem& p, const Rows& out, float* logsumexp, float* key_mas
       }
     });
   }
-  sum_key_mass(p, logsumexp, key_mass, [&](int64_t b) { return !keeps || decodes(p, b) || mass_again[b]; });
+  sum_key_mass(p, logsumexp, key_mass, [&](int64_t b) { return !keeps || decodes(p, b); });
 }
 
 }  // namespace velm::attention

@@ -305,22 +305,4 @@ bool pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, in
   }
 }
 
-// C[r][c] += sum over k of A[r, k] * B[k][c] over the k for which uses(r, k, c): the slow way for blocks with
-// infinities or NaN that only some rows may see. Depth and strides of A and B are in words, k counts elements.
-template <class Word, class Uses>
-void product_of_some(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_row,
-                     int64_t a_depth, int64_t depth, const Word* b, int64_t ldb, const Uses& uses) {
-  using Format = simd::FormatOf<Word>;
-  for (int64_t k = 0; k < depth * Format::kDepth; ++k) {
-    const int64_t word = k / Format::kDepth;
-    const int step = static_cast<int>(k % Format::kDepth);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float x = Format::element(a[r * a_row + word * a_depth], step);
-      for (int64_t i = 0; i < columns; ++i) {
-        if (uses(r, k, i)) c[r * ldc + i] += x * Format::element(b[word * ldb + i], step);
-      }
-    }
-  }
-}
-
 }  // namespace velm::attention

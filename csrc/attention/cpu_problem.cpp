@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 namespace velm::attention {
 
@@ -142,24 +141,6 @@ Range Problem::range(int64_t b, int64_t i) const {
   if (causal_) r.hi = static_cast<int32_t>(std::min<int64_t>(r.hi, i + 1));
   if (r.hi <= r.lo) r = {0, 0};
   return r;
-}
-
-bool Problem::sees_any(int64_t b, int64_t h, int64_t i) const {
-  const Range seen = range(b, i);
-  const bool* not_hole = holes(b);
-  const char* allowed = mask ? mask.row(b, h, i) : nullptr;
-  const auto any = [&](const auto& hidden_by_bias) {
-    for (int64_t j = seen.lo; j < seen.hi; ++j) {
-      if ((!not_hole || not_hole[j]) && (!allowed || allowed[j * mask.stride[3]]) && !hidden_by_bias(j)) return true;
-    }
-    return false;
-  };
-  if (!bias) return any([](int64_t) { return false; });
-  return with_type(bias.dtype, [&](auto tag) {
-    const auto* row = reinterpret_cast<const decltype(tag)*>(bias.row(b, h, i));
-    return any(
-        [&](int64_t j) { return simd::to_float(row[j * bias.stride[3]]) == -std::numeric_limits<float>::infinity(); });
-  });
 }
 
 }  // namespace velm::attention

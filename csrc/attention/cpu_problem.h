@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -91,8 +92,13 @@ struct Problem {
   Range range(int64_t b, int64_t i) const;
   // Which keys of the range are masked besides; null where all may be attended.
   const bool* holes(int64_t b) const { return holes_.empty() ? nullptr : holes_[b]; }
-  // Whether query i of head h of batch entry b may attend to any key: mask and bias are read, which takes its time.
-  bool sees_any(int64_t b, int64_t h, int64_t i) const;
+  // Calls f(j) for the keys that query i of head h of batch entry b may attend to, until f returns true; whether it
+  // did. Mask and bias are read, which takes its time.
+  template <class F>
+  bool any_seen(int64_t b, int64_t h, int64_t i, const F& f) const;
+  bool sees_any(int64_t b, int64_t h, int64_t i) const {
+    return any_seen(b, h, i, [](int64_t) { return true; });
+  }
   // Whether a key can be hidden from one row and visible to another.
   bool masked_by_row() const { return ranges_ || causal_ || mask || bias; }
 
@@ -103,6 +109,27 @@ struct Problem {
   std::vector<const bool*> holes_;  // empty where no key_mask leaves holes
   std::vector<int64_t> query_offsets_, key_offsets_;
 };
+
+template <class F>
+bool Problem::any_seen(int64_t b, int64_t h, int64_t i, const F& f) const {
+  const Range seen = range(b, i);
+  const bool* not_hole = holes(b);
+  const char* allowed = mask ? mask.row(b, h, i) : nullptr;
+  const auto any = [&](const auto& hidden_by_bias) {
+    for (int64_t j = seen.lo; j < seen.hi; ++j) {
+      const bool is_seen =
+          (!not_hole || not_hole[j]) && (!allowed || allowed[j * mask.stride[3]]) && !hidden_by_bias(j);
+      if (is_seen && f(j)) return true;
+    }
+    return false;
+  };
+  if (!bias) return any([](int64_t) { return false; });
+  return with_type(bias.dtype, [&](auto tag) {
+    const auto* row = reinterpret_cast<const decltype(tag)*>(bias.row(b, h, i));
+    return any(
+        [&](int64_t j) { return simd::to_float(row[j * bias.stride[3]]) == -std::numeric_limits<float>::infinity(); });
+  });
+}
 
 // The element type, which is one of those that with_type knows.
 ScalarType dtype_of(const Tensor& t);

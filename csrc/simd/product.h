@@ -82,4 +82,37 @@ inline void product_wide(float* c, int64_t ldc, int64_t rows, int64_t columns, c
   if (j < columns) product<1, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb, factor);
 }
 
+// C = C + A * B, or C * factor of its lane + A * B, with only those terms A[r, k] * B[k][i] for which uses(r, k, i):
+// the slow way where what is not used may be infinite or NaN. In the order of `product`, so that what nothing of that
+// kind reaches has the same bits. k counts elements, depth and strides of A and B words; one row of A's words is a_row,
+// one step of its depth a_depth apart.
+template <class Word, class Uses>
+void product_of_some(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_row,
+                     int64_t a_depth, int64_t depth, const Word* b, int64_t ldb, const float* factor,
+                     const Uses& uses) {
+  using Format = FormatOf<Word>;
+  const auto add_product = [](float x, float y, float sum) {
+#if defined(__FMA__)
+    return __builtin_fmaf(x, y, sum);
+#else
+    return x * y + sum;
+#endif
+  };
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < columns; ++i) {
+      float sum = 0.0f;
+      for (int64_t word = 0; word < depth; ++word) {
+        // The higher of a pair is first.
+        for (int step = Format::kDepth - 1; step >= 0; --step) {
+          if (uses(r, word * Format::kDepth + step, i))
+            sum = add_product(Format::element(a[r * a_row + word * a_depth], step),
+                              Format::element(b[word * ldb + i], step), sum);
+        }
+      }
+      float& to = c[r * ldc + i];
+      to = factor ? add_product(to, factor[i], sum) : sum + to;
+    }
+  }
+}
+
 }  // namespace velm::simd

@@ -103,7 +103,7 @@ def check(
                   seed=SEED, return_logsumexp=True)  # fmt: skip
     least = floors(tensors, masks, upstream, dim**-0.5, 1 - dropout_p)
     for name in got:
-        # Backward recomputes weights from scores, whose rounding grows with their size, here input_scale^2.
+        # Backward recomputes weights from the logsumexp, whose rounding grows with the scores, here input_scale^2.
         ulps = ULPS + input_scale**2
         assert_accurate(name, got[name], plain[name], exact[name], dtype, floor=least.get(name, 0.0), ulps=ulps)
     return got

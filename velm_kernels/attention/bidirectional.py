@@ -330,9 +330,7 @@ def _reference_backward(
     if seed is not None:
         keep_a = dropout_keep(seed, batch, heads, a, b, dropout_p, direction=0)
         keep_b = dropout_keep(seed, batch, heads, b, a, dropout_p, direction=1)
-    grad_a, grad_value_b = _grad_of_direction(
-        scores, value_b, mask_b, keep_a, grad_out_a, grad_logsumexp_a, dropout_p
-    )
+    grad_a, grad_value_b = _grad_of_direction(scores, value_b, mask_b, keep_a, grad_out_a, grad_logsumexp_a, dropout_p)
     grad_b, grad_value_a = _grad_of_direction(
         scores.transpose(-1, -2), value_a, mask_a, keep_b, grad_out_b, grad_logsumexp_b, dropout_p
     )

@@ -164,7 +164,10 @@ def _reference_backward(
     tanh = torch.tanh(gate.to(wide))
     grad_x, grad_gate = x.new_empty((0,)), gate.new_empty((0,))
     if grad_mask & GRAD_X:
-        grad_x = (tanh * grad_branch).to(x.dtype)
+        grad_x = tanh * grad_branch
+        if row_mask is not None:
+            grad_x = grad_x.masked_fill(~row_mask[:, None], 0.0)
+        grad_x = grad_x.to(x.dtype)
     if grad_mask & GRAD_GATE:
         branch = x.to(wide)
         if row_mask is not None:

@@ -195,21 +195,21 @@ def _reference_backward(
 ) -> tuple[list[Tensor], list[Tensor]]:
     wide = logsumexp.dtype
     lses = torch.stack(logsumexps)
-    weights = torch.where(lses == -torch.inf, 0.0, torch.exp(lses - logsumexp))
+    absent = lses == -torch.inf
+    weights = torch.where(absent, 0.0, lses.softmax(0))
     grad = grad_out.to(wide)
     grad_outs: list[Tensor] = []
     grad_lses: list[Tensor] = []
     if grad_mask & GRAD_OUTS:
-        scaled = torch.where((weights == 0)[..., None], 0.0, weights[..., None] * grad)
+        scaled = torch.where(absent[..., None], 0.0, weights[..., None] * grad)
         grad_outs = [_heads_last(part.to(grad_out.dtype)) for part in scaled.unbind(0)]
     if grad_mask & GRAD_LOGSUMEXPS:
         stacked = torch.stack(outs).to(wide)
-        stacked = stacked.masked_fill((weights == 0)[..., None], 0.0)
-        products = (grad * stacked).sum(-1)
+        products = (grad * stacked.masked_fill(absent[..., None], 0.0)).sum(-1).masked_fill(absent, 0.0)
         difference = products - (weights * products).sum(0)
         if grad_logsumexp is not None:
             difference = difference + grad_logsumexp
-        grad_lses = list(torch.where(weights == 0, 0.0, weights * difference).unbind(0))
+        grad_lses = list(torch.where(absent, 0.0, weights * difference).unbind(0))
     return grad_outs, grad_lses
 
 

@@ -41,6 +41,46 @@ def visible_keys(
     return visible
 
 
+# Terms of a product that may exist one by one.
+MOST_TERMS = 1 << 24
+
+
+def _one_by_one(seen: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dim: int, not_finite: bool) -> bool:
+    """Whether terms of hidden pairs have to be left out of a product, since 0 times what is not finite is NaN.
+
+    Only on the CPU and where there are few: elsewhere nothing may depend on what numbers are.
+    """
+    if seen.device.type != "cpu" or seen.numel() * dim > MOST_TERMS or torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not_finite or not bool(a.isfinite().all()) or not bool(b.isfinite().all())
+
+
+def _where(seen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.where(seen[..., None], x, x.new_zeros(()))
+
+
+def products_of_rows(a: torch.Tensor, b: torch.Tensor, seen: torch.Tensor, not_finite: bool = False) -> torch.Tensor:
+    """``a @ b^T`` where ``seen``; elsewhere a row of one does not meet that of the other, forward or backward.
+
+    ``not_finite`` says that their gradients may hold NaN or infinity.
+    """
+    if _one_by_one(seen, a, b, a.shape[-1], not_finite):
+        # Before they are multiplied, or the gradients of hidden ones would be 0 times what is not finite.
+        return (_where(seen, a[..., :, None, :]) * _where(seen, b[..., None, :, :])).sum(-1)
+    return a @ b.transpose(-1, -2)
+
+
+def sums_of_rows(
+    weights: torch.Tensor, rows: torch.Tensor, seen: torch.Tensor, not_finite: bool = False
+) -> torch.Tensor:
+    """``weights @ rows`` over the rows that are ``seen``, in the same way."""
+    if _one_by_one(seen, weights, rows, rows.shape[-1], not_finite):
+        return (_where(seen, weights[..., None]) * _where(seen, rows[..., None, :, :])).sum(-2)
+    return weights @ rows
+
+
 def cross_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -61,11 +101,13 @@ def cross_attention(
     seed: torch.Tensor | None = None,
     first_batch: int = 0,
     keep: torch.Tensor | None = None,
+    not_finite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output, logsumexp and key mass of ``velm_kernels.cross_attention``; all arithmetic in the inputs' dtype.
 
     ``first_batch`` is the number of the first batch entry for the random numbers of dropout; with ``keep``, of the
-    shape of the scores, dropout keeps what that says instead.
+    shape of the scores, dropout keeps what that says instead. ``not_finite`` says that gradients may be infinite or
+    NaN.
     """
     batch, heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
@@ -97,7 +139,7 @@ def cross_attention(
     key = key.repeat_interleave(heads // kv_heads, dim=1)
     value = value.repeat_interleave(heads // kv_heads, dim=1)
 
-    scores = query @ key.transpose(-1, -2) * (head_dim**-0.5 if scale is None else scale)
+    scores = products_of_rows(query, key, visible, not_finite) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
@@ -115,4 +157,5 @@ def cross_attention(
             assert seed is not None
             keep = dropout_keep(seed, batch, heads, queries, keys, dropout_p, first_batch)
         weights = torch.where(keep, weights / (1 - dropout_p), zero)
-    return weights.to(value.dtype) @ value, logsumexp.masked_fill(empty, -torch.inf), key_mass
+    out = sums_of_rows(weights.to(value.dtype), value, visible, not_finite)
+    return out, logsumexp.masked_fill(empty, -torch.inf), key_mass

@@ -19,7 +19,7 @@ from velm_kernels.backends import Arguments, derivatives
 from velm_kernels.backends.library import autograd_inside
 
 
-def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
+def _sequences(given: Arguments, not_finite: bool) -> list[tuple[Arguments, slice, slice]]:
     """The keyword arguments of the reference for each packed sequence (or for the one batch), with its tokens."""
     common: Arguments = {
         "is_causal": given["is_causal"],
@@ -28,6 +28,7 @@ def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
         "norm_eps": given["norm_eps"],
         "dropout_p": given["dropout_p"],
         "seed": given["seed"],
+        "not_finite": not_finite,
     }
     start, stop = given["range_start"], given["range_stop"]
     if given["cu_seqlens_q"] is None:
@@ -44,7 +45,7 @@ def _sequences(given: Arguments) -> list[tuple[Arguments, slice, slice]]:
     return sequences
 
 
-def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _call(given: Arguments, not_finite: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator by :mod:`reference`, in float32 at least, differentiable in the tensors of ``given``."""
     wide = torch.promote_types(given["query"].dtype, torch.float32)
 
@@ -54,14 +55,14 @@ def _call(given: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     query, key, value = widened("query"), widened("key"), widened("value")
     norms = {name: widened(name) for name in ("query_norm_weight", "key_norm_weight")}
     if given["cu_seqlens_q"] is None:
-        ((arguments, _, _),) = _sequences(given)
+        ((arguments, _, _),) = _sequences(given, not_finite)
         arguments["bias"] = widened("bias")
         return reference.cross_attention(query, key, value, **(arguments | norms))
     if not (derivatives.readable(given["cu_seqlens_q"]) and derivatives.readable(given["cu_seqlens_k"])):
         return _all_at_once(given, query, key, value, norms)
     outs = [query.new_zeros(0, query.shape[1], value.shape[2])]
     logsumexps, masses = [query.new_zeros(query.shape[1], 0)], [query.new_zeros(query.shape[1], 0)]
-    for arguments, rows, cols in _sequences(given):
+    for arguments, rows, cols in _sequences(given, not_finite):
         packed = [tensor.transpose(0, 1)[None] for tensor in (query[rows], key[cols], value[cols])]
         out, logsumexp, mass = reference.cross_attention(*packed, **(arguments | norms))
         outs.append(out[0].transpose(0, 1))
@@ -122,7 +123,8 @@ def attention_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | No
     with autograd_inside():
         for name in wanted:
             given[name] = given[name].detach().requires_grad_()
-        out, logsumexp, _ = _call(given)
+        not_finite = grad_out.device.type == "cpu" and not bool(grad_out.isfinite().all())
+        out, logsumexp, _ = _call(given, not_finite)
         outputs, grads = [out], [grad_out.to(out.dtype)]
         if grad_logsumexp is not None:
             outputs.append(logsumexp)

@@ -10,9 +10,11 @@ from velm_kernels.attention.philox import dropout_keep
 
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
     """``residual + tanh(gate) * x``; rows of ``x`` with a False ``row_mask`` count as 0."""
-    if row_mask is not None:
-        x = torch.where(row_mask[..., None], x, x.new_zeros(()))
-    return residual + torch.tanh(gate) * x
+    if row_mask is None:
+        return residual + torch.tanh(gate) * x
+    zero, live = x.new_zeros(()), row_mask[..., None]
+    # Of both factors, so that neither meets the other where a row is masked.
+    return residual + torch.where(live, torch.tanh(gate), zero) * torch.where(live, x, zero)
 
 
 def merge_attention(outs: Tensor, logsumexps: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,8 +95,9 @@ def factorized_pool_gradient(
     if l2_norm:
         norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
         u = root / norm.clamp_min(EPS)
-        projected = torch.where(norm > EPS, u * (u * grad).sum(-1, keepdim=True), 0.0)
-        grad = torch.where(norm > 0, (grad - projected) / norm.clamp_min(EPS), 0.0)
+        # In these orders a norm of NaN stays.
+        projected = torch.where(norm <= EPS, 0.0, u * (u * grad).sum(-1, keepdim=True))
+        grad = torch.where(norm == 0, 0.0, (grad - projected) / norm.clamp_min(EPS))
     if power_norm:
         grad = torch.where(z == 0, 0.0, grad / (2 * root.abs()))
     largest = torch.finfo(grad.dtype).max
@@ -155,8 +156,9 @@ def outer_product_fusion(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Te
     """``x y^T``, summed over the regions of ``(batch, regions, d)`` that the mask leaves."""
     if x.dim() == 2:
         return x[:, :, None] * y[:, None, :]
-    products = x[:, :, :, None] * y[:, :, None, :]
-    return (products if mask is None else products.masked_fill(~mask[:, :, None, None], 0.0)).sum(1)
+    if mask is not None:
+        x, y = (torch.where(mask[..., None], value, 0.0) for value in (x, y))
+    return (x[:, :, :, None] * y[:, :, None, :]).sum(1)
 
 
 def _with_pairs(v_live: Tensor, q_live: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,11 +174,13 @@ def bilinear_attention(
     v, q = torch.where(v_live[..., None], v, 0.0), torch.where(q_live[..., None], q, 0.0)
     products = torch.einsum("gk,bik,bjk->bgij", h, v, q)
     pairs = (v_live[:, None, :, None] & q_live[:, None, None]).expand(products.shape)
-    # The softmax does not see a bias. Where there is no pair, a softmax of other numbers: its gradient is not NaN.
-    some = pairs.any(-1).any(-1)[..., None, None]
-    scores = torch.where(some, products.masked_fill(~pairs, -torch.inf), 0.0)
-    maps = torch.where(pairs, scores.flatten(2).softmax(-1).view(scores.shape), 0.0)
     logits = products if bias is None else products + bias[:, None, None]
+    # A bias shifts all scores of a softmax alike: it has no gradient from there, and is seen only if it is not finite.
+    # Where there is no pair, a softmax of other numbers: its gradient is not NaN.
+    some = pairs.any(-1).any(-1)[..., None, None]
+    scores = products if bias is None else products + bias.detach()[:, None, None]
+    scores = torch.where(some, scores.masked_fill(~pairs, -torch.inf), 0.0)
+    maps = torch.where(pairs, scores.flatten(2).softmax(-1).view(scores.shape), 0.0)
     return maps, logits.masked_fill(~pairs, -torch.inf)
 
 

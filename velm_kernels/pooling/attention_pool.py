@@ -333,13 +333,16 @@ def _reference_forward(
 ) -> tuple[Tensor, Tensor]:
     dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
     x, live, _ = _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
-    # Of no token at all, a sum of others: its gradient is not NaN.
+    scores = _scores(rows.to(wide), x, live)
     some = live.any(-1)[:, None, None]
-    scores = torch.where(live[:, None] | ~some, rows.to(wide) @ x.transpose(1, 2), -torch.inf)
-    logsumexp = scores.logsumexp(-1, keepdim=True)
-    weights = torch.where(live[:, None], (scores - logsumexp).exp(), 0.0)
-    logsumexp = torch.where(some, logsumexp.detach(), -torch.inf)[..., 0]
+    logsumexp = torch.where(some, scores.detach().logsumexp(-1, keepdim=True), -torch.inf)[..., 0]
+    weights = torch.where(live[:, None], scores.softmax(-1), 0.0)
     return (weights @ x).to(dtype).contiguous(), logsumexp.contiguous()
+
+
+def _scores(rows: Tensor, x: Tensor, live: Tensor) -> Tensor:
+    """-inf where a token is not live; of no token at all those of others, whose softmax has a gradient."""
+    return torch.where(live[:, None] | ~live.any(-1)[:, None, None], rows @ x.transpose(1, 2), -torch.inf)
 
 
 def _rows_of_tokens(
@@ -367,13 +370,14 @@ def _reference_backward(
     wide = torch.promote_types(x.dtype, torch.float32)
     given, (x, live, source) = x, _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
     g, u = grad.to(wide), rows.to(wide)
-    scores = u @ x.transpose(1, 2)
-    weights = torch.where(live[:, None], (scores - logsumexp[..., None]).exp(), 0.0)
-    delta = (g * out.to(wide)).sum(-1, keepdim=True)
-    grad_scores = weights * (g @ x.transpose(1, 2) - delta)
+    weights = torch.where(live[:, None], _scores(u, x, live).softmax(-1), 0.0)
+    products = g @ x.transpose(1, 2)
+    delta = (weights * products).sum(-1, keepdim=True)
+    grad_scores = torch.where(live[:, None], weights * (products - delta), 0.0)
     grad_x, grad_rows = given.new_empty(0), rows.new_empty(0)
     if grad_mask & GRAD_X:
-        parts = (weights.transpose(1, 2) @ g + grad_scores.transpose(1, 2) @ u).to(given.dtype)
+        parts = weights.transpose(1, 2) @ g + grad_scores.transpose(1, 2) @ u
+        parts = torch.where(live[..., None], parts, 0.0).to(given.dtype)
         if source is None:
             grad_x = parts.contiguous()
         else:

@@ -38,7 +38,7 @@ def masked_pool(
         out = x.sum(-2)
         return out if mode == "sum" else out / count.clamp(min=1)
     if mode == "gem":
-        # Powers of the ratio to the largest value, which neither overflow nor vanish: equal values come out as they are.
+        # Powers of ratios to the largest value neither overflow nor vanish, and equal values come out as they are.
         clamped = torch.where(live, x.clamp(min=GEM_EPS), GEM_EPS)
         largest = clamped.detach().nan_to_num(GEM_EPS).amax(-2, keepdim=True) if x.shape[-2] else GEM_EPS
         powers = torch.where(live, (clamped / largest) ** p, 0.0)
@@ -116,9 +116,10 @@ def merge_tokens(
     kept = [*range(protected), *(i for i in a if i not in merged), *b]
     goes_to = {i: kept.index(i) for i in kept} | {i: kept.index(b[best[i][0]]) for i in merged}
     index = torch.tensor([goes_to[i] for i in range(tokens)], dtype=torch.long)
-    belongs = torch.nn.functional.one_hot(index, len(kept)).to(x.dtype).T * size.to(x.dtype)
-    total = belongs.sum(1)
-    return belongs @ x / total[:, None], total, index
+    size = size.to(x.dtype)
+    total = size.new_zeros(len(kept)).index_add(0, index, size)
+    sums = x.new_zeros(len(kept), x.shape[1]).index_add(0, index, x * size[:, None])
+    return sums / total[:, None], total, index
 
 
 def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
@@ -162,6 +163,9 @@ def attention_pool(
     q, k, v = (t.unflatten(2, (heads, t.shape[2] // heads)).transpose(1, 2) for t in (query, key, value))
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    scores = torch.where(live[:, None, None], scale * (q @ k.transpose(2, 3)), -1e30)
-    weights = torch.where(live[:, None, None], scores.softmax(-1), 0.0)
+    seen = live[:, None, None]
+    # Where no token is live, a softmax of other numbers: its gradient is not NaN.
+    scores = (scale * (q @ k.transpose(2, 3))).masked_fill(~seen, -torch.inf)
+    scores = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    weights = torch.where(seen, scores.softmax(-1), 0.0)
     return (weights @ v).transpose(1, 2).flatten(2)
