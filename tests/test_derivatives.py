@@ -21,12 +21,19 @@ import velm_kernels
 from tests.conftest import Backend, every_backend_once
 from tests.operators import CALLS, Arguments, Call
 from velm_kernels import backends
-from velm_kernels.backends import NoBackendError
+from velm_kernels.backends import NoBackendError, small
 from velm_kernels.linear import reference as linear_reference
 from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.linear.rule import use_product
 
 pytestmark = pytest.mark.filterwarnings("ignore:velm_kernels. .* runs on plain torch:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _as_shipped(_operators_at_any_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no backend is asked for, small calls go to torch's own form, which has to have these derivatives too."""
+    monkeypatch.setattr(small, "enabled", True)
+
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 Function = Callable[..., list[Tensor]]
@@ -401,7 +408,11 @@ def training_step(query: Tensor, key: Tensor) -> Tensor:
     ],
     ids=["eager", "compiled", "checkpoint", "reentrant checkpoint"],
 )
-def test_a_training_step_runs_the_kernels(form: Callable[..., Tensor], expected: dict[str, int]) -> None:
+def test_a_training_step_runs_the_kernels(
+    form: Callable[..., Tensor], expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The first of the reentrant checkpoint's calls records nothing, and would be torch's at this size.
+    monkeypatch.setattr(small, "enabled", False)
     leaves = some_wanted(normal_like([torch.empty(2, 2, 5, 16), torch.empty(2, 2, 7, 16)]))
     form(*leaves).backward()
     with warnings.catch_warnings(action="error"):
@@ -530,3 +541,15 @@ def test_compiled_forward_mode(backend: str) -> None:
     expected = function(query)
     assert expected.any()
     torch.testing.assert_close(torch.compile(function, fullgraph=True, backend=backend)(query), expected)
+
+
+@pytest.mark.parametrize("name", ["cross_attention", "linear-gelu", "film", "weighted_sum", "masked_pool-mean"])
+def test_small_calls_compile_to_the_operators(name: str) -> None:
+    call = next(call for call in CALLS if str(call) == name)
+    arguments = call.arguments()
+    function, leaves = of_leaves(call, arguments), some_wanted(call.leaves(arguments))
+    torch._dynamo.reset()
+    compiled = torch.compile(loss(function), fullgraph=True, dynamic=True, backend="eager")
+    exact = exact_of_leaves(call)
+    wide = doubles(leaves)
+    assert_close(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(exact)(*wide), wide))

@@ -73,8 +73,10 @@ def test_both_sides_of_the_rule_mean_the_same(name: str, is_small: bool, monkeyp
     call = getattr(velm_kernels, name)
     with torch.no_grad():
         out = call(*args, **kwargs)
-    got = differentiated(call, args, kwargs)
     assert bool(ran) != is_small
+    got = differentiated(call, args, kwargs)
+    # Torch's attention has no second derivatives: what records a gradient is left to the operator.
+    assert bool(ran) != (is_small and name != "cross_attention")
     assert velm_kernels.explain(name, *args, **kwargs).startswith(f"{name} -> torch (its own function") == is_small
     with velm_kernels.use_backend("reference"):
         expected = differentiated(call, args, kwargs)

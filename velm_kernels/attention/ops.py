@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from velm_kernels import backends, checks, processors
 from velm_kernels.attention import reference_backend, torch_attention  # noqa: F401, which registers itself
 from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
-from velm_kernels.backends import Arguments, cpu, cuda, triton
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
-# Scores up to which attention in bfloat16 that records gradients is faster by torch altogether.
-SMALL_BFLOAT16 = 1 << 10
 
 
 def cross_attention(
@@ -94,7 +92,16 @@ def cross_attention(
             of the keys are clamped.
     """
     if (
-        key_lengths is key_ranges is key_mask is mask is bias is softcap is query_norm_weight is key_norm_weight is None
+        not torch.compiler.is_compiling()
+        and key_lengths
+        is key_ranges
+        is key_mask
+        is mask
+        is bias
+        is softcap
+        is query_norm_weight
+        is key_norm_weight
+        is None
         and norm_eps.__class__ is dropout_p.__class__ is float
         and dropout_p == 0.0
         and seed is None
@@ -134,8 +141,13 @@ def _small(
     scale: float | None = None,
 ) -> torch.Tensor | None:
     """Plain or causal attention by torch's own kernel, where there is little to do or torch has the better instruction
-    (:mod:`velm_kernels.processors`); else None."""
-    if torch.compiler.is_compiling():
+    (:mod:`velm_kernels.processors`); else None.
+
+    Torch's kernel has first derivatives alone, and nobody knows here what will be asked for: calls that record a
+    gradient are left to the operator, which has the others too, and may choose the same kernel."""
+    if torch.compiler.is_compiling() or derivatives.other_modes():
+        return None
+    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in (query, key, value)):
         return None
     dtype, rules = getattr(query, "dtype", None), processors.rules()
     if dtype is not torch.float32 and (dtype is not torch.bfloat16 or rules.bfloat16_attention):
@@ -149,12 +161,7 @@ def _small(
         return None
     if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
         return None
-    scores, limit = batch * heads * queries * keys, rules.attention_scores
-    if dtype is not torch.float32:
-        recorded = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        # The operator takes torch's kernel forward as well, and its own gradients, which are faster by far.
-        limit = SMALL_BFLOAT16 if recorded else processors.NEVER
-    if scores > limit:
+    if batch * heads * queries * keys > rules.attention_scores and dtype is torch.float32:
         return None
     if not (scale is None or scale.__class__ is float):
         return None

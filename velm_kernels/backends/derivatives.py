@@ -86,16 +86,15 @@ def why_meaning(args: Sequence[Any]) -> str | None:
     return FORWARD if has_tangent(args) else None
 
 
-def why_not_backward(grads: Sequence[Tensor | None], has_lists: bool) -> str | None:
+def why_not_backward(grads: Sequence[Tensor | None]) -> str | None:
     """Why the kernels of backward cannot serve the gradients ``grads`` of the results, or None."""
     # Recording gradients is on in backward only where they are to be differentiated.
     if torch.is_grad_enabled():
         return AGAIN
     if has_tangent(grads):
         return FORWARD
-    # For an operator that takes lists torch has no loop over what stands for several gradients.
     is_batch = torch._C._functorch.is_legacy_batchedtensor
-    return BATCHED if has_lists and any(grad is not None and is_batch(grad) for grad in grads) else None
+    return BATCHED if any(grad is not None and is_batch(grad) for grad in grads) else None
 
 
 def by_meaning(operator: str, meaning: Meaning, args: Sequence[Any], why: str, backend: str) -> Any:

@@ -100,7 +100,7 @@ def register_autograd(
         return result
 
     def every_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
-        why = derivatives.why_not_backward(grads, has_lists)
+        why = derivatives.why_not_backward(grads)
         if why is None:
             found = backward(ctx, *grads)
         elif differentiable_backward is None or (found := differentiable_backward(ctx, *grads)) is NotImplemented:

@@ -26,7 +26,7 @@ WITH_GRADIENT = 4
 def takes_torch(limit: int, *tensors: Any, dtype: torch.dtype = torch.float32) -> bool:
     """Whether a call with ``tensors`` is small: all of them ``dtype`` on the CPU, none with more than ``limit``
     elements, four times as many where a gradient is recorded."""
-    if not enabled:
+    if not enabled or torch.compiler.is_compiling():
         return False
     recording = torch.is_grad_enabled()
     if recording:
@@ -43,7 +43,6 @@ def takes_torch(limit: int, *tensors: Any, dtype: torch.dtype = torch.float32) -
         backends.forced()
         # Whoever switched it on wants to see kernels run.
         or triton.is_interpreted()
-        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
     )
