@@ -48,7 +48,7 @@ def test_the_table_is_used_without_a_stopwatch(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_fastest_is_kept_on_disk(tuning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = backend.default_config("forward", "plain", torch.float16, 64, torch.device("cpu"))
-    tried = backend.candidates(default)
+    tried = backend.candidates(default, torch.float16)
     assert tried[0] == default and len(tried) == len(set(tried)) > 4
     wanted, seen, runs = tried[3], list[Config](), list[Config]()
     monkeypatch.setattr(backend, "measure", stopwatch(wanted, seen))
@@ -68,8 +68,18 @@ def test_the_fastest_is_kept_on_disk(tuning: Path, monkeypatch: pytest.MonkeyPat
     assert len(seen) == 2 * len(tried)
 
 
+def test_products_of_float32_stay_short() -> None:
+    from velm_kernels.attention.triton_tiles import LONGEST_CHAIN
+
+    for config in backend.candidates(Config(64, 64, 4, 1), torch.float32):
+        assert max(config.block_m, config.block_n) <= LONGEST_CHAIN.value
+    assert any(config.block_n == 128 for config in backend.candidates(Config(64, 64, 4, 1), torch.float16))
+
+
 def test_a_damaged_file_is_tuned_again(tuning: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = backend.candidates(backend.default_config("forward", "plain", torch.float16, 64, torch.device("cpu")))[2]
+    wanted = backend.candidates(
+        backend.default_config("forward", "plain", torch.float16, 64, torch.device("cpu")), torch.float16
+    )[2]
     seen: list[Config] = []
     monkeypatch.setattr(backend, "measure", stopwatch(wanted, seen))
     choose([])

@@ -142,7 +142,7 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         if splits > 1:
             to_out = out.new_empty((splits, p.rows, p.value_dim), dtype=torch.float32)
             to_lse = logsumexp.new_empty((splits, p.rows))
-        flags = p.flags(count * splits)
+        flags = p.flags(count * splits * config.block_m)
         arguments = (
             p.query,
             p.key,
@@ -339,7 +339,7 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
         blocks = cdiv(p.queries, config.block_m)
         parts = parts_of(config, p.dtype, p.head_dim)
         programs = p.batch * p.heads * blocks * parts
-        flags = p.flags(programs)
+        flags = p.flags(programs * config.block_m)
         arguments = (
             *b.inputs(),
             grad,

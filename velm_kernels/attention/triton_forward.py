@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .triton_products import (
     add_weighted,
+    has_nan,
     product_of_rows,
     report_nan,
     row_of,
@@ -135,7 +136,7 @@ def attention_forward_kernel(
     `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`.
     """
     if GUARDED:  # noqa: SIM102
-        if tl.load(flags + tl.program_id(0)) == 0:
+        if not has_nan(flags, BLOCK_M):
             return
     part = tl.program_id(0) % PARTS
     rest = tl.program_id(0) // PARTS
@@ -225,7 +226,7 @@ def attention_forward_kernel(
             PRECISION,
         )
     if flags is not None and not GUARDED:
-        report_nan(flags, accs)
+        report_nan(flags, accs, BLOCK_M)
 
     # NaN and inf sums are results; only a sum of exactly nothing is an empty row.
     b_empty = b_sum == 0.0

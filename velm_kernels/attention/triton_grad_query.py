@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_products import add_weighted, product_of_rows, report_nan, row_of, rows, store_rows, zero_pieces
+from .triton_products import add_weighted, has_nan, product_of_rows, report_nan, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
     extents,
     grad_products,
@@ -249,7 +249,7 @@ def grad_query_kernel(
     """One block of query rows, whose columns PARTS programs share. A bias that broadcasts nowhere gets its gradient
     here too, where `grad_bias` (zeros) is given. `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`."""
     if GUARDED:  # noqa: SIM102
-        if tl.load(flags + tl.program_id(0)) == 0:
+        if not has_nan(flags, BLOCK_M):
             return
     part = tl.program_id(0) % PARTS
     rest = tl.program_id(0) // PARTS
@@ -316,7 +316,7 @@ def grad_query_kernel(
             PRECISION,
         )
     if flags is not None and not GUARDED:
-        report_nan(flags, dq)
+        report_nan(flags, dq, BLOCK_M)
     if grad_query is not None:
         p_dq = row_of(grad_query, grad_query_strides, b, head, first_q)
         store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, HEAD_DIM, BLOCK_D, PARTS, WIDE)

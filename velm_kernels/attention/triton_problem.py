@@ -159,9 +159,9 @@ class Problem:
     def is_empty(self) -> bool:
         return self.rows == 0 or self.batch == 0 or self.queries == 0
 
-    def flags(self, programs: int) -> torch.Tensor | None:
-        """Where programs report NaN (see `report_nan`); None where they need not."""
-        return self.query.new_empty((programs,), dtype=torch.int8) if self.hides_columns else None
+    def flags(self, rows: int) -> torch.Tensor | None:
+        """Where programs report NaN in the rows of all of their blocks (see `report_nan`); None where they need not."""
+        return self.query.new_empty((rows,), dtype=torch.int8) if self.hides_columns else None
 
     def launch_guarded(
         self,

@@ -241,25 +241,23 @@ TABLE: dict[tuple[str, str], _Rows] = {
     )
     | _rows(
         4,
-        (64, 32, 4, 1),
+        (64, 16, 4, 1),
         {ANY: (64, 32, 4, 2), 90: (64, 16, 4, 1), 120: (64, 16, 4, 1)},
         {ANY: (64, 32, 4, 2), 90: (64, 16, 4, 1), 120: (64, 16, 4, 1)},
     ),
     ("grad_query", "plain"): _rows(
         2,
-        (128, 64, 8, 2),
-        {ANY: (128, 32, 8, 2), 120: (64, 32, 8, 2)},
+        {ANY: (128, 64, 8, 2), 100: (64, 64, 4, 2)},
+        {ANY: (128, 32, 8, 2), 100: (64, 64, 8, 2), 120: (64, 32, 8, 2)},
         {ANY: (64, 32, 8, 1), 90: (32, 32, 8, 2)},
     ),
-    ("grad_query", "loaded"): _rows(
-        2, (128, 32, 8, 2), {ANY: (32, 32, 8, 2), 90: (64, 32, 8, 2), 100: (64, 64, 8, 2)}, (32, 32, 8, 1)
-    )
+    ("grad_query", "loaded"): _rows(2, (128, 32, 8, 2), {ANY: (32, 32, 8, 2), 100: (64, 64, 8, 2)}, (32, 32, 8, 1))
     | _rows(4, (64, 16, 4, 1), (64, 16, 4, 1), (64, 16, 4, 1)),
     ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), {ANY: (16, 128, 8, 2), 100: (32, 64, 8, 2)}, (32, 32, 8, 1)),
     ("grad_key_value", "loaded"): _rows(
         2,
         {ANY: (16, 64, 4, 2), 100: (32, 64, 8, 2)},
-        {ANY: (32, 32, 8, 2), 90: (16, 128, 8, 2), 100: (32, 64, 8, 2)},
+        {ANY: (32, 32, 8, 2), 100: (32, 64, 8, 2)},
         (32, 32, 8, 1),
     )
     | _rows(
@@ -269,7 +267,7 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (32, 64, 4, 1), 120: (16, 64, 4, 1)},
     ),
     ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), {ANY: (64, 32, 8, 1), 80: (32, 32, 8, 1)}, (16, 32, 8, 1))
-    | _rows(4, (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 2)),
+    | _rows(4, {ANY: (64, 32, 4, 1), 80: (64, 16, 4, 1)}, (64, 32, 4, 2), (64, 32, 4, 2)),
     ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
     | _rows(4, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     ("grad_side", "loaded"): _rows(
@@ -280,7 +278,7 @@ TABLE: dict[tuple[str, str], _Rows] = {
     )
     | _rows(
         4,
-        {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 2)},
+        {ANY: (64, 16, 4, 1), 100: (64, 16, 4, 2), 120: (64, 16, 4, 2)},
         {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 1, 64)},
         {ANY: (64, 16, 4, 1), 120: (64, 16, 4, 1, 64)},
     ),
@@ -306,15 +304,17 @@ def default_config(kind: str, level: str, dtype: torch.dtype, head_dim: int, dev
     return _lookup(kind, level, dtype, head_dim, architecture(device))
 
 
-def candidates(config: Config) -> list[Config]:
+def candidates(config: Config, dtype: torch.dtype) -> list[Config]:
     """What autotuning tries: the table's entry first, then its neighbours."""
+    # A float32 product sums no more than 64 terms in tensor cores (`triton_tiles.LONGEST_CHAIN`).
+    largest = 64 if dtype == torch.float32 else 128
     found = [config]
     for block_m in (config.block_m // 2, config.block_m, config.block_m * 2):
         for block_n in (config.block_n // 2, config.block_n, config.block_n * 2):
             for num_warps in (4, 8):
                 for num_stages in (2, 3, 4):
                     new = Config(block_m, block_n, num_warps, num_stages, config.columns)
-                    if 16 <= block_m <= 128 and 16 <= block_n <= 128 and new not in found:
+                    if 16 <= block_m <= largest and 16 <= block_n <= largest and new not in found:
                         found.append(new)
     return found
 
@@ -405,7 +405,7 @@ def choose(
     path = _tuning_file(key)
     best = _read(path, key)
     if best is None:
-        tried = list(dict.fromkeys(adjust(candidate) for candidate in candidates(config)))
+        tried = list(dict.fromkeys(adjust(candidate) for candidate in candidates(config, dtype)))
         times = [measure(candidate, lambda c=candidate: run(c)) for candidate in tried]  # type: ignore[misc]
         fastest = min(range(len(tried)), key=times.__getitem__)
         best = tried[fastest]
