@@ -5,6 +5,7 @@ Both have to mean what the operators mean, and neither may be taken where somebo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +39,7 @@ CALLS: dict[str, tuple[Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]], 
     "gated_residual": (lambda n: ((randn(n, 8), randn(n, 8), randn(1)), {}), 3, 5000),
     "masked_pool": (lambda n: ((randn(2, n, 8),), {}), 3, 5000),
     "cross_attention": (
-        lambda n: ((randn(1, 4, 3, 8), randn(1, 2, n, 8), randn(1, 2, n, 8)), {"is_causal": True}),
+        lambda n: ((randn(1, 4, 3, 8), randn(1, 4, n, 8), randn(1, 4, n, 8)), {"scale": 0.5}),
         5,
         50000,
     ),
@@ -75,8 +76,7 @@ def test_both_sides_of_the_rule_mean_the_same(name: str, is_small: bool, monkeyp
         out = call(*args, **kwargs)
     assert bool(ran) != is_small
     got = differentiated(call, args, kwargs)
-    # Torch's attention has no second derivatives: what records a gradient is left to the operator.
-    assert bool(ran) != (is_small and name != "cross_attention")
+    assert bool(ran) != is_small
     assert velm_kernels.explain(name, *args, **kwargs).startswith(f"{name} -> torch (its own function") == is_small
     with velm_kernels.use_backend("reference"):
         expected = differentiated(call, args, kwargs)
@@ -84,6 +84,37 @@ def test_both_sides_of_the_rule_mean_the_same(name: str, is_small: bool, monkeyp
     torch.testing.assert_close(out, expected[0], rtol=1e-5, atol=1e-5)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("keys", [1, 5, 16, 40])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", range(3))
+def test_what_is_not_finite_comes_out_of_small_attention(keys: int, value: float, place: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        args = [randn(1, 2, 3, 16).to(dtype), randn(1, 2, keys, 16).to(dtype), randn(1, 2, keys, 16).to(dtype)]
+        args[place][0, 0, 0, 3] = value
+        if (dtype == torch.bfloat16 and value != value) or dtype == torch.float32:
+            query, key, values = (tensor.double() for tensor in args)
+            exact = torch.softmax(0.25 * query @ key.transpose(-1, -2), -1) @ values
+            for needs in (False, True):
+                out = velm_kernels.cross_attention(*(tensor.clone().requires_grad_(needs) for tensor in args))
+                assert torch.equal(out.isnan(), exact.isnan()) and torch.equal(out.isinf(), exact.isinf())
+    args = [randn(1, 2, keys, 16) for _ in range(3)]
+    args[1 + (place > 1)][0, 0, -1, 3] = value
+    out = velm_kernels.cross_attention(*args, is_causal=True)
+    assert out[0, 0, :-1].isfinite().all() and out[0, 1].isfinite().all()
+
+
+def test_small_attention_has_every_derivative() -> None:
+    for keys in (5, 20):
+        args = [randn(1, 2, 3, 4), randn(1, 2, keys, 4), randn(1, 2, keys, 4)]
+        twice = [tensor.clone().requires_grad_() for tensor in args]
+        (grad,) = torch.autograd.grad(velm_kernels.cross_attention(*twice).square().sum(), twice[0], create_graph=True)
+        grad.square().sum().backward()
+        assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in twice)
+        of_query = functools.partial(velm_kernels.cross_attention, key=args[1], value=args[2])
+        _, tangent = torch.func.jvp(of_query, (args[0],), (args[0],))
+        assert tangent.abs().sum() > 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from velm_kernels import backends, checks, processors
-from velm_kernels.attention import reference_backend, torch_attention  # noqa: F401, which registers itself
+from velm_kernels.attention import reference_backend, torch_attention
 from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
 from velm_kernels.backends.direct import call
@@ -19,6 +19,8 @@ from velm_kernels.backends.small import takes_torch
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
+# Scores up to which forming them is the fastest way.
+SMALL_SCORES = 1 << 12
 
 
 def cross_attention(
@@ -141,13 +143,8 @@ def _small(
     scale: float | None = None,
 ) -> torch.Tensor | None:
     """Plain or causal attention by torch's own kernel, where there is little to do or torch has the better instruction
-    (:mod:`velm_kernels.processors`); else None.
-
-    Torch's kernel has first derivatives alone, and nobody knows here what will be asked for: calls that record a
-    gradient are left to the operator, which has the others too, and may choose the same kernel."""
-    if torch.compiler.is_compiling() or derivatives.other_modes():
-        return None
-    if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in (query, key, value)):
+    (:mod:`velm_kernels.processors`); else None."""
+    if torch.compiler.is_compiling():
         return None
     dtype, rules = getattr(query, "dtype", None), processors.rules()
     if dtype is not torch.float32 and (dtype is not torch.bfloat16 or rules.bfloat16_attention):
@@ -161,9 +158,22 @@ def _small(
         return None
     if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
         return None
-    if batch * heads * queries * keys > rules.attention_scores and dtype is torch.float32:
-        return None
     if not (scale is None or scale.__class__ is float):
+        return None
+    scores = batch * heads * queries * keys
+    if dtype is torch.float32:
+        # Causal, torch's kernel lets the values of later keys into earlier rows where they are not finite.
+        if is_causal or scores > rules.attention_scores:
+            return None
+        # It has no other derivatives than the first, and nobody knows here what will be asked for; and it loses NaN in
+        # rows shorter than a vector.
+        if keys < torch_attention.CPU_SHORTEST or derivatives.wanted(query, key, value):
+            if scores > SMALL_SCORES or heads != kv_heads:
+                return None
+            scaled = query * (dim**-0.5 if scale is None else scale)
+            return torch.softmax(scaled @ key.transpose(-1, -2), -1) @ value
+    elif keys < torch_attention.CPU_SHORTEST or derivatives.wanted(query, key, value):
+        # The operator takes torch's kernel forward as well, and its own gradients where they are faster.
         return None
     return F.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads

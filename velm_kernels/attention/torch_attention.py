@@ -21,6 +21,8 @@ _aten = torch.ops.aten
 _EXTRAS = tuple(name for name in TENSOR_NAMES if name not in ("query", "key", "value"))
 # cuDNN's backward has no wider heads on every GPU.
 CUDNN_WIDEST = 128
+# Keys of a row that are a vector of the kernel for CPUs.
+CPU_SHORTEST = 16
 
 
 def _reasons(arguments: Arguments) -> list[str]:
@@ -163,7 +165,10 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
 
 
 def _is_best_on_cpu(arguments: Arguments) -> bool:
-    return arguments["query"].dtype == torch.bfloat16 and not processors.rules().bfloat16_attention
+    # In shorter rows torch's kernel loses NaN.
+    if arguments["query"].dtype != torch.bfloat16 or arguments["key"].shape[-2] < CPU_SHORTEST:
+        return False
+    return not processors.rules().bfloat16_attention
 
 
 def _is_best_backward_on_cpu(arguments: Arguments) -> bool:

@@ -77,6 +77,13 @@ def has_tangent(args: Sequence[Any]) -> bool:
     return any(torch._VF._unpack_dual(tensor, level=0).tangent is not None for tensor in tensors)
 
 
+def wanted(*tensors: Tensor) -> bool:
+    """Whether any derivative may be asked for with respect to one of ``tensors``, of whatever kind."""
+    if other_modes():
+        return True
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def why_meaning(args: Sequence[Any]) -> str | None:
     """Why a call with ``args`` is computed by the meaning: a derivative is asked for that no kernel has. Else None.
 
