@@ -31,6 +31,9 @@ DEVICE_INLINE void multiply_split(float (&d)[4], const Split<4>& a, const Split<
   float sum[4] = {};
   mma_m16n8k8_tf32(sum, a.low, b.high);
   mma_m16n8k8_tf32(sum, a.high, b.low);
+  // Of an infinity the small parts make NaN, which is not what the whole makes.
+#pragma unroll
+  for (float& x : sum) x = fabsf(x) < kInfinity ? x : 0.0f;
   mma_m16n8k8_tf32(sum, a.high, b.high);
 #pragma unroll
   for (int i = 0; i < 4; ++i) d[i] += sum[i];

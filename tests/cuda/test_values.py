@@ -264,3 +264,26 @@ def test_rows_whose_weight_is_on_one_key(dtype: torch.dtype, queries: int, group
         )
     for name, one, other, true in zip(("out", "query", "key", "value"), got, plain, exact, strict=True):
         assert_accurate(name, one, other, true)
+
+
+@pytest.mark.parametrize("value", [INF, -INF])
+def test_infinity_in_float32_products(value: float) -> None:
+    """A float is the sum of two of tf32, and what the small one makes of an infinity is not what the whole makes."""
+    torch.manual_seed(0)
+    query, key, values = (torch.randn(1, 1, rows, 16) for rows in (20, 30, 30))
+    for place in (key, values):
+        holed = place.clone()
+        holed[0, 0, 3, 2] = value
+        tensors = (query, holed, values) if place is key else (query, key, holed)
+        with BACKEND.use():
+            out = velm_kernels.cross_attention(*tensors)
+        expected = attention_reference.cross_attention(*tensors)[0]
+        if place is key:
+            # Where the key's score is infinite; where it is -inf, the others share the row.
+            assert 0 < expected.isnan().sum() < expected.numel()
+        same(out, expected)
+    x, y, weight = torch.randn(70, 64), torch.randn(70, 48), torch.randn(40, 64, 48)
+    weight[3, 4, 5] = value
+    with BACKEND.use():
+        out = velm_kernels.bilinear(x, y, weight)
+    assert torch.equal(out.isinf().nonzero()[:, 1], torch.full((70,), 3)) and not out.isnan().any()
