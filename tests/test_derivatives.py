@@ -465,6 +465,7 @@ def test_penalty_inside_of_autocast() -> None:
 @pytest.mark.filterwarnings("default:velm_kernels. .* runs on plain torch:UserWarning")
 def test_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.setattr(small, "enabled", False)
     x = torch.randn(5, 12, requires_grad=True)
     gate = torch.randn(12, requires_grad=True)
 
