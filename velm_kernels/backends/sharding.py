@@ -49,16 +49,18 @@ def _register() -> bool:
         names = [argument.name for argument in operator._schema.arguments]
         count = len(operator._schema.returns)
 
+        def inputs(bound: dict[str, Any], given: dict[str, Placement]) -> list[Any]:
+            listed: list[Any] = []
+            for name in names:
+                # Every tensor of a list has a place of its own.
+                values = bound[name] if isinstance(bound[name], (tuple, list)) else [bound[name]]
+                listed += [placement(given.get(name)) if hasattr(value, "placements") else None for value in values]
+            return listed
+
         def acceptable(*args: Any) -> list[Any]:
             bound = dict(zip(names, args, strict=True))
             found: list[Way] = [([None] * count, {}), *(ways(bound) if ways else ())]
-            return [
-                (
-                    [placement(result) for result in results],
-                    [placement(given.get(name)) if hasattr(bound[name], "placements") else None for name in names],
-                )
-                for results, given in found
-            ]
+            return [([placement(result) for result in results], inputs(bound, given)) for results, given in found]
 
         return acceptable
 
@@ -66,7 +68,7 @@ def _register() -> bool:
         if not name.startswith("velm::"):
             continue
         operator = getattr(torch.ops.velm, name.removeprefix("velm::")).default
-        if any("[]" in str(argument.type) or "List" in str(argument.type) for argument in operator._schema.arguments):
+        if any("List" in str(value.type) for value in operator._schema.returns):
             continue
         register_sharding(operator)(strategies(operator, _WAYS.get(name.removeprefix("velm::"))))
         # Torch would keep a strategy by the tensors and by what comes from the first integer on; all arguments count.

@@ -21,7 +21,8 @@ from velm_kernels.checks import is_plain
 _CALL = nn.Module.__call__
 # A library that replaces the forward of one of these for the whole process listens to all of them.
 _FORWARDS: dict[type[nn.Module], Any] = {
-    cls: cls.forward for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.Tanh, nn.MultiheadAttention)
+    cls: cls.forward
+    for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.MultiheadAttention, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
 }
 
 # Names of submodules, each with the classes that are known in its place.

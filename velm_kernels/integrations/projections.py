@@ -22,7 +22,7 @@ from velm_kernels.fusion import dropout_residual
 from velm_kernels.linear import faster_than_torch, linear
 
 from .patching import LINEAR, Replacement, record_fallback, replaces
-from .plain import are_plain, heard, is_bare, under_autocast
+from .plain import are_plain, is_bare, under_autocast
 
 # Exact classes, and the name under which `linear` knows what they compute. transformers' GELUActivation and GELUTanh
 # hold one of several functions, see `_activation`.
@@ -214,9 +214,9 @@ def _activation(activation: Any) -> str | None:
     """Return the name of the activation for `linear`, or None where it is not one that `linear` knows."""
     function = activation
     if isinstance(activation, nn.Module):
-        if heard(activation):
-            return None
         cls = type(activation)
+        if not is_bare(activation, cls):
+            return None
         name = _ACTIVATIONS.get((cls.__module__, cls.__qualname__))
         if name is not None:
             return name
