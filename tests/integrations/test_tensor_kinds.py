@@ -218,7 +218,9 @@ def _in_parts(rank: int, size: int, path: str) -> None:
 
     def check(got: Any, expected: Tensor) -> None:
         assert isinstance(got, DTensor)
-        torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-4, atol=1e-5)
+        # A gradient sums over rows: its rounding is that of the largest terms.
+        close = 1e-5 * max(1.0, float(expected.detach().abs().max()))
+        torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-4, atol=close)
 
     def compare(operator: Any, tensors: list[Tensor], dims: tuple[int | None, ...], exchanged: int | None) -> None:
         """Outputs and gradients; `exchanged`: how many collectives the forward needs."""
