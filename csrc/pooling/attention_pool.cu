@@ -229,11 +229,14 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
     }
     if (column >= dim) continue;
+    unsigned live = 0;
+#pragma unroll 1
+    for (int t = 0; t < kTokensBackward; ++t) live |= unsigned{counts(tokens, segment, first + t)} << t;
 #pragma unroll
     for (int t = 0; t < kTokensBackward; ++t) {
       if (first + t >= end) continue;
       // Nothing of a NaN gradient comes to a token that does not count, whose weight is 0.
-      const float value = counts(tokens, segment, first + t) ? sum[t] : 0.0f;
+      const float value = live >> t & 1 ? sum[t] : 0.0f;
       grad_x[(segment_of_x + first + t) * dim + column] = from_float<T>(value);
     }
   }
