@@ -21,10 +21,8 @@ pytestmark = pytest.mark.quick
 
 DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Backends that do not keep the rule yet, and for which operators. Of attention_pool: backward takes the weights from a
-# rounded logsumexp, and a row's sum of out * grad from the rounded output.
+# Backends that do not keep the rule yet, and for which operators.
 NOT_YET: dict[str, set[str]] = {
-    "cpu": {"attention_pool"},
     "triton": {call.operator for call in CALLS},
     "device_on_host": {call.operator for call in CALLS},
 }
