@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 
 ULPS = 4.0
-# Backends whose attention rounds scores, and not their distance to the largest: their error grows with the scores.
-GROWS_WITH_SCORES = {"triton", "device_on_host"}
 
 
 def relative_rms(got: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> float:

@@ -3,8 +3,10 @@ what does not read that position has the same bits as without it."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -42,9 +44,61 @@ NOT_YET: dict[str, set[str]] = {
     # gelu(inf) of torch itself is NaN in float32 and less where its vector code computes it, inf in float64.
     # The backward of bilinear_attention by torch is not given the bias.
     "reference": {"linear-gelu", "bilinear_attention"},
-    "triton": {call.operator for call in CALLS},
-    "device_on_host": {call.operator for call in CALLS},
+    # There is no linear, of which pixel_shuffle_tokens is made, in CUDA.
+    "device_on_host": {"linear", "pixel_shuffle_tokens"},
 }
+INFINITE = ("inf", "-inf")
+
+
+def gaps(case: str, arguments: str, specials: Iterable[str], results: str) -> set[tuple[str, str, str, str]]:
+    """Results, by name, that are not compared where one of the special values is in one of the arguments."""
+    return set(itertools.product([case], arguments.split(), specials, results.split()))
+
+
+# Of the kernels that multiply tiles of queries and keys.
+OF_TILES = {
+    # Rows of a tile that hide a key that others of them see have 0 as its weight, and 0 times NaN or infinity is NaN.
+    *gaps("cross_attention-everything", "query key_norm_weight", SPECIAL, "key"),
+    *gaps("cross_attention-everything", "key", SPECIAL, "query"),
+    *gaps("cross_attention-everything", "value", SPECIAL, "output_0"),
+    *gaps("cross_attention_varlen", "query", SPECIAL, "key"),
+    *gaps("cross_attention_varlen", "key", SPECIAL, "query"),
+    *gaps("cross_attention_varlen", "value", SPECIAL, "output_0"),
+    # Scores of -inf count as hidden: infinity elsewhere in their row does not make their weights NaN, nor does a row of
+    # nothing else become NaN.
+    *gaps("cross_attention", "query", INFINITE, "key value"),
+    *gaps("cross_attention_varlen", "query", INFINITE, "output_0 query value"),
+}
+# What backends do not keep yet, by case, argument, special value and result.
+GAPS: dict[str, set[tuple[str, str, str, str]]] = {
+    "device_on_host": {
+        *OF_TILES,
+        # As in OF_TILES; and the logsumexp of a row with an infinite score is NaN instead of infinity.
+        *gaps("cross_attention-everything", "bias", ["inf"], "output_1"),
+        *gaps("bidirectional_attention", "query_a", INFINITE, "output_2 output_3 value_b"),
+        *gaps("bidirectional_attention", "query_b", INFINITE, "output_2 output_3 value_a"),
+        # Backward takes the weights from the logsumexp: 0 instead of NaN where that is infinite.
+        *gaps("merge_attention", "3", ["inf"], "1 2 4 5"),
+        *gaps("merge_attention", "4", ["inf"], "0 2 3 5"),
+        *gaps("merge_attention", "5", ["inf"], "0 1 3 4"),
+        # Scores of -inf count as hidden, as in OF_TILES.
+        *gaps("bilinear_attention", "h bias", ["-inf"], "output_0 v q h"),
+    },
+    "triton": {
+        *OF_TILES,
+        *gaps("cross_attention-everything", "query_norm_weight", SPECIAL, "key"),
+        # As in OF_TILES; the sums of rows in backward are made of the results.
+        *gaps("cross_attention-everything", "value", SPECIAL, "query key bias"),
+        *gaps("cross_attention_varlen", "value", SPECIAL, "query key"),
+        # Backward takes the weights from the logsumexp: 0 instead of NaN where that is infinite.
+        *gaps("cross_attention", "key", INFINITE, "value"),
+        *gaps("cross_attention_varlen", "key", INFINITE, "value"),
+        *gaps("cross_attention-everything", "bias", ["inf"], "output_2 value"),
+        *gaps("bidirectional_attention", "query_a", INFINITE, "query_b value_a value_b"),
+        *gaps("bidirectional_attention", "query_b", INFINITE, "query_a value_a value_b"),
+    },
+}
+NOT_YET["cuda"], GAPS["cuda"] = NOT_YET["device_on_host"], GAPS["device_on_host"]
 
 
 def names_of(call: Call) -> list[str]:
@@ -65,7 +119,7 @@ def outputs_and_gradients(call: Call, arguments: dict[str, Any], exact: bool = F
             upstream.append(weights.to(out.dtype))
     leaves = call.leaves(given)
     gradients = torch.autograd.grad(outs, leaves, upstream, allow_unused=True)
-    return [(f"output {i}", out.detach()) for i, out in enumerate(found)] + [
+    return [(f"output_{i}", out.detach()) for i, out in enumerate(found)] + [
         (name, torch.zeros_like(leaf) if g is None else g)
         for name, leaf, g in zip(names_of(call), leaves, gradients, strict=True)
     ]
@@ -101,7 +155,8 @@ def test_come_out_where_plain_torch_has_them(backend: Backend, call: Call) -> No
                 with backend.use():
                     found.append(outputs_and_gradients(call, call.with_leaves(arguments, changed), exact))
             for (name, got), (_, true), (_, before), (_, true_before) in zip(*found, usual, exact_usual, strict=True):
-                if (call.operator, name) in CONSTANT:
+                gap = str(call), names[number], special, name
+                if (call.operator, name) in CONSTANT or gap in GAPS.get(backend.name, ()):
                     continue
                 where = f"{special} at {at} of argument {number}, {name}"
                 only_finite = call.operator in SEVERAL_FACTORS and special != "nan"

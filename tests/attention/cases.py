@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from tests.numbers import GROWS_WITH_SCORES, ULPS
 from velm_kernels.attention import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,14 +130,6 @@ class Case:
         poisoned["key"][unseen] = torch.inf
         poisoned["value"][unseen] = torch.nan
         return poisoned | {name: self.laid_out(poisoned[name]) for name in ("query", "key", "value")}
-
-    def ulps(self, backend: str) -> float:
-        """What the numbers rule adds."""
-        if backend not in GROWS_WITH_SCORES:
-            return ULPS
-        sizes = [1.0 if normed else self.input_scale for normed in self.norms]
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        return ULPS + sizes[0] * sizes[1] * scale * self.head_dim**0.5
 
     def floors(
         self, tensors: dict[str, torch.Tensor], visible: torch.Tensor, upstream: torch.Tensor

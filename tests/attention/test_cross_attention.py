@@ -55,9 +55,8 @@ def check(case: Case, backend: Backend) -> dict[str, torch.Tensor]:
             return_logsumexp=True,
             return_key_mass=True,
         )
-    ulps = case.ulps(backend.name)
     for name, value in got.items():
-        assert_accurate(name, value, plain[name], exact[name], case.dtype, floor=floors.get(name, 0.0), ulps=ulps)
+        assert_accurate(name, value, plain[name], exact[name], case.dtype, floor=floors.get(name, 0.0))
     return got
 
 

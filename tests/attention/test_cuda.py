@@ -67,9 +67,8 @@ def test_forward(case: Case) -> None:
     exact = reference.cross_attention(**{n: t.double() for n, t in tensors.items()}, **given, seed=torch.tensor(SEED))
     plain = reference.cross_attention(**tensors, **given, seed=torch.tensor(SEED))
     got = on_device(**case.poisoned(tensors, visible), **given, seed=SEED, return_logsumexp=True)
-    ulps = case.ulps("device_on_host")
     for name, ours, theirs, truth in zip(("out", "logsumexp"), got, plain, exact, strict=False):
-        assert_accurate(name, ours, theirs, truth, case.dtype, floor=floors.get(name, 0.0), ulps=ulps)
+        assert_accurate(name, ours, theirs, truth, case.dtype, floor=floors.get(name, 0.0))
 
 
 FULL = (True, True, True, True)

@@ -54,3 +54,10 @@ def test_pooling() -> None:
 @pytest.mark.slow
 def test_kernels() -> None:
     interpreted("tests/triton/interpreted_cases.py")
+
+
+@pytest.mark.slow
+def test_every_operator() -> None:
+    # Without those that take longest here and run the kernels of others.
+    several = "not varlen and not ordinary and not bidirectional"
+    interpreted("tests/test_numbers.py", "tests/test_special_values.py", "-k", f"triton and {several}")

@@ -155,6 +155,13 @@ def merge_kernel(
 
 
 @triton.jit
+def _merge_weight(b_lse, b_total):
+    """exp(b_lse - b_total); 0 of a shard without keys, and NaN of the others where one is infinite."""
+    b_weight = tl.where(b_total == float("inf"), float("nan"), tl.exp(b_lse - b_total))
+    return tl.where(b_lse == -float("inf"), 0.0, b_weight)
+
+
+@triton.jit
 def merge_backward_kernel(
     grad_out,
     out,
@@ -185,7 +192,7 @@ def merge_backward_kernel(
     b_do = tl.load(p_do[:, None] + b_d[None, :], mask=b_ok, other=0.0).to(tl.float32)
     if grad_shard is not None:
         b_total = tl.load(logsumexp + b_row, mask=b_in & b_live, other=0.0)
-        b_weight = tl.where(b_live, tl.exp(b_lse - b_total), 0.0)
+        b_weight = _merge_weight(b_lse, b_total)
         p_grad = _row_pointers(grad_shard, grad_shard_strides, b_row, heads, queries)
         tl.store(
             p_grad[:, None] + b_d[None, :],
@@ -208,16 +215,15 @@ def merge_logsumexp_backward_kernel(
     b_in = b_row < rows
     b_total = tl.load(logsumexp + b_row, mask=b_in, other=-float("inf"))
     b_mean = tl.zeros((BLOCK,), tl.float32)
-    b_shift = tl.where(b_total == -float("inf"), 0.0, b_total)
     for shard in tl.range(0, SHARDS):
         b_at = wide(shard) * rows + b_row
-        b_weight = tl.exp(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")) - b_shift)
+        b_weight = _merge_weight(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")), b_total)
         b_mean += b_weight * tl.load(products + b_at, mask=b_in, other=0.0)
     if grad_logsumexp is not None:
         b_mean -= tl.load(grad_logsumexp + b_row, mask=b_in, other=0.0)
     for shard in tl.range(0, SHARDS):
         b_at = wide(shard) * rows + b_row
-        b_weight = tl.exp(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")) - b_shift)
+        b_weight = _merge_weight(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")), b_total)
         b_product = tl.load(products + b_at, mask=b_in, other=0.0)
         b_grad = tl.where(b_weight == 0.0, 0.0, b_weight * (b_product - b_mean))
         tl.store(grad_logsumexps + b_at, b_grad, mask=b_in)

@@ -97,13 +97,14 @@ def softmax_kernel(weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
         b_largest = b_new
     largest = tl.max(b_largest, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
-    lse = base + tl.log(tl.sum(b_sum * tl.exp(b_largest - base), 0))
-    tl.store(logsumexp + wide(segment) * rows + row, lse)
+    total = tl.sum(b_sum * tl.exp(b_largest - base), 0)
+    tl.store(logsumexp + wide(segment) * rows + row, base + tl.log(total))
     for first in tl.range(0, count, BLOCK):
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
         b_score = tl.load(p_row + b_token, mask=b_live, other=float("-inf"))
-        b_weight = tl.where(b_live, tl.exp(b_score - lse), 0.0)
+        # Not exp(score - logsumexp), which is rounded as coarsely as it is large.
+        b_weight = tl.where(b_live, tl.exp(b_score - base) / total, 0.0)
         tl.store(p_row + b_token, b_weight, mask=b_token < count)
 
 
@@ -111,26 +112,30 @@ def softmax_kernel(weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
 def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
     """Of one row: scores to weights, and gradients of weights to those of scores. What is taken off them is the sum of
     the very same products: that of the gradient with the result, which is rounded, leaves little of the difference
-    where one token has nearly all of the weight."""
+    where one token has nearly all of the weight. Weights are divided by their sum, as the logsumexp is rounded too."""
     segment, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     lse = tl.load(logsumexp + wide(segment) * rows + row)
     start, count = _token_range(tokens, segment)
     p_row = _weight_rows(weights, tokens, segment, row, rows) + start
     p_grad = _weight_rows(grad_weights, tokens, segment, row, rows) + start
+    b_sum = tl.zeros((BLOCK,), tl.float32)
     b_delta = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, count, BLOCK):
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
         b_score = tl.load(p_row + b_token, mask=b_live, other=float("-inf"))
         b_weight = tl.where(b_live, tl.exp(b_score - lse), 0.0)
+        b_sum += b_weight
         b_delta += b_weight * tl.load(p_grad + b_token, mask=b_live, other=0.0)
         tl.store(p_row + b_token, b_weight, mask=b_token < count)
-    delta = tl.sum(b_delta, 0)
+    total = tl.sum(b_sum, 0)
+    delta = tl.sum(b_delta, 0) / total
     for first in tl.range(0, count, BLOCK):
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
-        b_weight = tl.load(p_row + b_token, mask=b_live, other=0.0)
+        b_weight = tl.where(b_live, tl.load(p_row + b_token, mask=b_live, other=0.0) / total, 0.0)
         b_grad = tl.load(p_grad + b_token, mask=b_live, other=0.0)
+        tl.store(p_row + b_token, b_weight, mask=b_token < count)
         tl.store(p_grad + b_token, tl.where(b_live, b_weight * (b_grad - delta), 0.0), mask=b_token < count)
 
 
@@ -219,4 +224,8 @@ def tokens_kernel(
             b_sum = product_add(round_to(b_weight, a.dtype.element_ty), b_grad, b_sum, PRECISION)
             b_sum = product_add(round_to(b_score, a.dtype.element_ty), b_a, b_sum, PRECISION)
         p_tile = p_out + wide(start + b_token)[:, None] * dim
-        tl.store(p_tile, round_to(b_sum, grad_x.dtype.element_ty), mask=b_write[:, None] & b_in[None, :])
+        b_value = round_to(b_sum, grad_x.dtype.element_ty)
+        # The weights of a token that does not count are 0, whose product with NaN is not.
+        b_live = _live(tokens, segment, b_token, count)
+        tl.store(p_tile, b_value, mask=b_live[:, None] & b_in[None, :])
+        tl.store(p_tile, tl.zeros_like(b_value), mask=(b_write & ~b_live)[:, None] & b_in[None, :])
