@@ -8,6 +8,9 @@
 namespace velm::bidirectional {
 namespace {
 
+// Floats of tiles of scores and gradients of weights that a worker may keep from one pass over the scores for the next.
+constexpr int64_t kKeptTiles = 1 << 20;
+
 // What comes from above for one direction: of the rows over the columns, or of the columns over the rows.
 template <class T>
 struct Upstream {
@@ -29,14 +32,14 @@ struct Upstream {
   bool used() const { return has_grad_out || grad_lse; }
 
   // For queries [first, first + count) that see something: the logsumexp, NaN where that is infinite, since all weights
-  // are NaN then, and delta = grad_out . out - grad_lse.
-  void pack_sums(float* row_lse, float* delta, int64_t index, int64_t batch, int64_t head, int64_t first,
-                 int64_t count) const {
+  // are NaN then, and delta = grad_out . out - grad_lse; without the product where it is added later.
+  void pack_sums(float* row_lse, float* delta, int64_t index, int64_t batch, int64_t head, int64_t first, int64_t count,
+                 bool with_product) const {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = index * length + first + i;
       row_lse[i] = std::abs(lse[at]) == kInfinity ? kNaN : lse[at];
       Vec sum = simd::zero();
-      if (has_grad_out) {
+      if (has_grad_out && with_product) {
         const T* o = out.at(batch, head, first + i);
         const T* g = grad_out.at(batch, head, first + i);
         int64_t d = 0;
@@ -69,7 +72,9 @@ class Backward {
         columns_down_(columns_down),
         ld_query_(padded(p_.head_dim)),
         ld_row_value_(padded(p_.rows.value_dim)),
-        ld_column_value_(padded(p_.columns.value_dim)) {}
+        ld_column_value_(padded(p_.columns.value_dim)),
+        tiles_(column_tiles() * ((p_.rows.length + kRows - 1) / kRows)),
+        sums_first_(p_.chunks() == 1 && tiles_ * kTileParts * TileWords<T>::kLd * kRows <= kKeptTiles) {}
 
   void run() {
     const int64_t chunks = p_.chunks(), items = p_.batch * p_.heads * chunks;
@@ -103,6 +108,13 @@ class Backward {
   }
 
  private:
+  // Scores, and the gradients of the weights of both directions.
+  static constexpr int64_t kTileParts = 3;
+  int64_t column_tiles() const { return (p_.columns.length + kColumns - 1) / kColumns; }
+
+  // What a pass over the scores is for.
+  enum class Pass { sum, differentiate };
+
   void add_chunks(const Rows<T>& to, int64_t index, int64_t j, float* first, int64_t step, int64_t chunks, int64_t dim,
                   float factor) const {
     for (int64_t c = 1; c < chunks; ++c)
@@ -142,9 +154,16 @@ class Backward {
       grads_together_ = kDepth == 1 ? grads_ : take(rows * k_.ld_column_value_);
       grad_queries_ = scratch_.take(kRows * k_.ld_query_);
       grad_values_ = scratch_.take(kRows * k_.ld_row_value_);
-      scores_ = scratch_.take(kRows * kLd);
-      row_tile_ = scratch_.take(kRows * kLd);
-      column_tile_ = scratch_.take(kRows * kLd);
+      inverse_ = scratch_.take(ld_);
+      column_sums_ = scratch_.take(ld_);
+      std::fill_n(inverse_, ld_, 1.0f);
+      std::fill_n(row_inverse_, kRows, 1.0f);
+      kept_ = scratch_.take((k_.sums_first_ ? k_.tiles_ : 1) * kTileParts * kRows * kLd);
+      if (k_.sums_first_) {
+        row_weights_ = scratch_.take(p_.rows.length);
+        row_sums_ = scratch_.take(p_.rows.length);
+      }
+      use_tile(0);
       if (p_.dropout) {
         row_factors_ = scratch_.take(kRows * kLd);
         column_factors_ = scratch_.take(kRows * kLd);
@@ -177,14 +196,23 @@ class Backward {
       pack_transposed(grad_columns_, ld_, up.grad_out, b_, h_, columns.length, up.dim, 1.0f, given);
       grad_columns_finite_ =
           pack_together(grad_rows_, k_.ld_row_value_, up.grad_out, b_, h_, 0, columns.length, up.dim, given);
-      up.pack_sums(lse_, delta_, index, b_, h_, 0, columns.length);
+      up.pack_sums(lse_, delta_, index, b_, h_, 0, columns.length, !k_.sums_first_);
     }
 
     // grad_query and grad_value collect the columns' gradients over this chunk of rows.
     void chunk(int64_t number, float* grad_query, float* grad_value) {
       const int64_t stop = std::min((number + 1) * p_.chunk(), p_.rows.length);
-      for (int64_t first = number * p_.chunk(); first < stop; first += kRows)
-        tile_row(first, std::min(kRows, stop - first), grad_query, grad_value);
+      const auto run = [&](Pass pass) {
+        for (int64_t first = number * p_.chunk(); first < stop; first += kRows)
+          tile_row(pass, first, std::min(kRows, stop - first), grad_query, grad_value);
+      };
+      if (k_.sums_first_) {
+        for (float* sums : {row_weights_, row_sums_}) std::fill_n(sums, p_.rows.length, 0.0f);
+        for (float* sums : {inverse_, column_sums_}) std::fill_n(sums, ld_, 0.0f);
+        run(Pass::sum);
+        for (int64_t j = 0; j < ld_; ++j) finish_sums(inverse_[j], delta_[j], inverse_[j], column_sums_[j]);
+      }
+      run(Pass::differentiate);
     }
 
    private:
@@ -192,7 +220,22 @@ class Backward {
     static constexpr int64_t kLd = TileWords<T>::kLd, kLdOverColumns = TileWords<T>::kLdOverColumns,
                              kDepth = FormatFor<T>::kDepth;
 
-    void tile_row(int64_t first, int64_t count, float* grad_query, float* grad_value) {
+    void use_tile(int64_t tile) {
+      scores_ = kept_ + tile * kTileParts * kRows * kLd;
+      row_tile_ = scores_ + kRows * kLd;
+      column_tile_ = row_tile_ + kRows * kLd;
+    }
+
+    // Where delta comes from, the sum of the weights times their gradients: of the very products that it is taken off,
+    // and not of out, whose rounding is all that would be left where the attention is nearly one key. Divided by the
+    // sum of the weights, as the weights are: the logsumexp was rounded as well. Tiles are kept from the pass that
+    // finds the sums for the next one; where they do not fit, out and the logsumexp are taken after all.
+    static void finish_sums(float& inverse, float& delta, float weights, float sum) {
+      inverse = weights == 0.0f ? 1.0f : 1.0f / weights;
+      delta += sum * inverse;
+    }
+
+    void tile_row(Pass pass, int64_t first, int64_t count, float* grad_query, float* grad_value) {
       const auto &rows = p_.rows, &columns = p_.columns;
       const bool* mask = rows.mask_of(b_);
       const auto visible = [=](int64_t i) { return !mask || mask[i]; };
@@ -217,7 +260,10 @@ class Backward {
         if (kDepth > 1)
           grads_finite =
               pack_together(grads_together_, k_.ld_column_value_, up.grad_out, b_, h_, first, count, up.dim, given);
-        up.pack_sums(row_lse_, row_delta_, index_, b_, h_, first, count);
+        up.pack_sums(row_lse_, row_delta_, index_, b_, h_, first, count, !k_.sums_first_);
+        if (k_.sums_first_ && pass == Pass::differentiate)
+          for (int64_t i = 0; i < count; ++i)
+            finish_sums(row_inverse_[i], row_delta_[i], row_weights_[first + i], row_sums_[first + i]);
       }
       const bool wants_query = k_.rows_down_.query.data, wants_value = k_.rows_down_.value.data;
       std::fill(grad_queries_, grad_queries_ + count * k_.ld_query_, 0.0f);
@@ -228,17 +274,27 @@ class Backward {
         const bool over_columns =
             rows_active && std::any_of(visible_ + column, visible_ + column + wide, [](float x) { return x != 0; });
         if (!over_rows && !over_columns) continue;
-        simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
-                                              query_columns_ + column, ld_, scale_);
-        if (over_columns)
+        if (k_.sums_first_) use_tile(first / kRows * k_.column_tiles() + column / kColumns);
+        const bool computes = pass == Pass::sum || !k_.sums_first_;
+        if (computes)
+          simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
+                                                query_columns_ + column, ld_, scale_);
+        if (computes && over_columns)
           simd::product_wide<false, simd::Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_,
                                                        column_words_, value_columns_ + column, ld_);
-        if (over_rows)
+        if (computes && over_rows)
           simd::product_wide<false, simd::Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_,
                                                        row_words_, grad_columns_ + column, ld_);
         if (p_.dropout) {
           if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, wide);
           if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, wide);
+        }
+        if (pass == Pass::sum) {
+          if (p_.dropout)
+            add_sums<true>(first, count, column, full, over_columns, over_rows);
+          else
+            add_sums<false>(first, count, column, full, over_columns, over_rows);
+          continue;
         }
         if (p_.dropout)
           differentiate<true>(count, column, full, over_columns, over_rows);
@@ -267,6 +323,7 @@ class Backward {
                   words_.over_columns(column_tile_, count, full), wide, grad_rows_ + column / kDepth * k_.ld_row_value_,
                   column_reads);
       }
+      if (pass == Pass::sum) return;
       for (int64_t i = 0; i < count; ++i) {
         if (wants_query)
           store_row(k_.rows_down_.query.at(b_, h_, first + i), grad_queries_ + i * k_.ld_query_, p_.head_dim, p_.scale);
@@ -297,12 +354,44 @@ class Backward {
                               [&](int64_t i, int64_t j, int64_t) { return j < wide && reads(i, j); });
     }
 
+    // The sums of weights and of weights times their gradients of rows from `first` on, and of columns.
+    template <bool Dropout>
+    void add_sums(int64_t first, int64_t count, int64_t column, int64_t full, bool over_columns, bool over_rows) {
+      const auto add = [](float* to, Vec x) { simd::store(to, simd::load(to) + x); };
+      for (int64_t i = 0; i < count; ++i) {
+        const Vec lse(over_columns ? row_lse_[i] : 0.0f);
+        const bool row = over_rows && row_visible_[i];
+        Vec weights = simd::zero(), sum = simd::zero();
+        for (int64_t j = 0; j < full; j += kLanes) {
+          const int64_t at = i * kLd + j;
+          const Vec score = simd::load(scores_ + at);
+          if (over_columns) {
+            const simd::VecMask seen = simd::load(visible_ + column + j) != simd::zero();
+            const Vec weight = simd::exp(score - lse), upstream = simd::load(row_tile_ + at);
+            const Vec change = Dropout ? upstream * simd::load(row_factors_ + at) : upstream;
+            weights += simd::select(seen, weight, simd::zero());
+            sum += simd::select(seen, weight * change, simd::zero());
+          }
+          if (row) {
+            const Vec weight = simd::exp(score - simd::load(lse_ + column + j));
+            const Vec upstream = simd::load(column_tile_ + at);
+            add(inverse_ + column + j, weight);
+            add(column_sums_ + column + j, weight * (Dropout ? upstream * simd::load(column_factors_ + at) : upstream));
+          }
+        }
+        if (!over_columns) continue;
+        row_weights_[first + i] += simd::sum_lanes(weights);
+        row_sums_[first + i] += simd::sum_lanes(sum);
+      }
+    }
+
     // From scores and gradients of the weights: row_tile_ and column_tile_ become the weights after dropout, scores_
     // the gradient of the scores, dS = P_rows * (dP_rows - delta_row) + P_columns * (dP_columns - delta_column).
     template <bool Dropout>
     void differentiate(int64_t count, int64_t column, int64_t full, bool over_columns, bool over_rows) {
       for (int64_t i = 0; i < count; ++i) {
         const Vec lse(over_columns ? row_lse_[i] : 0.0f), delta(over_columns ? row_delta_[i] : 0.0f);
+        const Vec inverse(row_inverse_[i]);
         const bool row = over_rows && row_visible_[i];
         for (int64_t j = 0; j < full; j += kLanes) {
           const int64_t at = i * kLd + j;
@@ -310,7 +399,7 @@ class Backward {
           Vec gradient = simd::zero();
           if (over_columns) {
             const simd::VecMask seen = simd::load(visible_ + column + j) != simd::zero();
-            const Vec weight = simd::select(seen, simd::exp(score - lse), simd::zero());
+            const Vec weight = simd::select(seen, simd::exp(score - lse) * inverse, simd::zero());
             const Vec factor = Dropout ? simd::load(row_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(row_tile_ + at);
             const Vec change = weight * ((Dropout ? upstream * factor : upstream) - delta);
@@ -318,7 +407,7 @@ class Backward {
             simd::store(row_tile_ + at, Dropout ? weight * factor : weight);
           }
           if (row) {
-            const Vec weight = simd::exp(score - simd::load(lse_ + column + j));
+            const Vec weight = simd::exp(score - simd::load(lse_ + column + j)) * simd::load(inverse_ + column + j);
             const Vec factor = Dropout ? simd::load(column_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(column_tile_ + at);
             gradient =
@@ -341,13 +430,17 @@ class Backward {
     // of all columns
     Word *query_columns_, *query_rows_, *value_columns_, *grad_columns_, *grad_rows_;
     float *visible_, *lse_, *delta_;
+    // One over the sum of the weights, which is gathered there first, and the sum of weights times their gradients.
+    float *inverse_, *column_sums_;
+    // The same of all rows, before they are taken tile by tile.
+    float *row_weights_ = nullptr, *row_sums_ = nullptr;
     // of a tile of rows
     Word *queries_, *values_, *grads_, *queries_together_, *grads_together_;
     float *grad_queries_, *grad_values_;
-    float row_lse_[kRows], row_delta_[kRows];
+    float row_lse_[kRows], row_delta_[kRows], row_inverse_[kRows];
     bool row_visible_[kRows];
     // of a tile
-    float *scores_, *row_tile_, *column_tile_, *row_factors_ = nullptr, *column_factors_ = nullptr;
+    float *kept_, *scores_, *row_tile_, *column_tile_, *row_factors_ = nullptr, *column_factors_ = nullptr;
     alignas(64) float scale_[2 * kLanes];
     int64_t index_ = -1, b_ = 0, h_ = 0;
     bool rows_active_ = false, columns_active_ = false;
@@ -357,7 +450,8 @@ class Backward {
   const Problem<T>& p_;
   const Upstream<T>&rows_up_, &columns_up_;
   const Downstream<T>&rows_down_, &columns_down_;
-  const int64_t ld_query_, ld_row_value_, ld_column_value_;
+  const int64_t ld_query_, ld_row_value_, ld_column_value_, tiles_;
+  const bool sums_first_;
 };
 
 }  // namespace

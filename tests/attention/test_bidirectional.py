@@ -208,6 +208,30 @@ def test_long_sequences_and_same_bits_for_any_number_of_threads(backend: Backend
         assert torch.equal(value, results[1][name]), name
 
 
+@every_cpu_backend
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [(20, 50), (110, 30)], ids=str)
+def test_rows_that_are_nearly_one_key(backend: Backend, lengths: tuple[int, int], dtype: torch.dtype) -> None:
+    """The rounding of out to 16 bits must not be what is left of the gradients of scores."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = lengths
+    shapes = ((a, 16), (b, 16), (a, 16), (b, 16), (a, 16), (b, 16))
+    sizes = (3, 3, 1, 1, 1, 1)
+    *tensors, grad_a, grad_b = (
+        torch.randn(2, 2, *shape, generator=generator).mul(size).to(dtype)
+        for shape, size in zip(shapes, sizes, strict=True)
+    )
+    upstream, used, none = [grad_a.double(), grad_b.double()], (True, True), {"mask_a": None, "mask_b": None}
+    with backend.use():
+        got = run(velm_kernels.bidirectional_attention, tensors, upstream, used, **none)
+    plain, exact = (
+        run(reference.bidirectional_attention, [t.to(wide) for t in tensors], upstream, used, **none)
+        for wide in (torch.float32, torch.float64)
+    )
+    for name in ("grad_query_a", "grad_query_b"):
+        assert_accurate(name, got[name], plain[name], exact[name], ulps=0.5)
+
+
 @every_backend_with_cuda
 def test_only_wanted_gradients(backend: Backend) -> None:
     tensors = [torch.randn(2, 2, n, 8) for n in (5, 7, 5, 7)]
