@@ -450,8 +450,9 @@ def test_what_nothing_differentiates_runs_the_kernels() -> None:
     assert kernels(lambda: torch.func.jvp(scaled, (factor,), (factor,))) == {"attention_forward": 1}
 
 
-def test_penalty_inside_of_autocast() -> None:
-    """Its arithmetic is not that of autocast."""
+def test_penalty_inside_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its arithmetic is not that of autocast. (That of a small call, which is torch's, is.)"""
+    monkeypatch.setattr(small, "enabled", False)
     leaves = some_wanted(normal_like([torch.empty(2, 2, 5, 16), torch.empty(2, 2, 7, 16)]))
 
     found = []

@@ -24,7 +24,8 @@ def velm(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def rows(text: str) -> dict[str, str]:
-    return {line[2:24].strip(): line[24:].strip() for line in text.splitlines() if line.startswith("  ")}
+    """By name; of torch, which is a version and a backend, the first."""
+    return {line[2:24].strip(): line[24:].strip() for line in reversed(text.splitlines()) if line.startswith("  ")}
 
 
 def test_shows_versions_and_what_is_in_use() -> None:

@@ -25,12 +25,20 @@ cpu.declare(
 )
 
 
+def _readable(matrix: Tensor) -> Tensor:
+    """``matrix`` as torch may read it: by AMX it takes bfloat16 in pairs, and where a row has an odd number of them
+    what lies behind the row in memory too, whose NaN would come out."""
+    odd = matrix.dtype == torch.bfloat16 and matrix.shape[1] % 2 == 1
+    return matrix.contiguous() if odd else matrix
+
+
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
 ) -> tuple[Tensor, Tensor]:
     if own_product(x.shape[0], x.shape[1], weight.shape[0], x.dtype, x.device, save):
         return cpu.op("linear_forward")(x, weight, bias, residual, activation, save)
     kept = x.new_empty((0,))
+    x, weight = _readable(x), _readable(weight)
     if not activation and residual is None:
         return torch.nn.functional.linear(x, weight, bias), kept
     if x.dtype == torch.float32:
