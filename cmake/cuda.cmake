@@ -7,7 +7,11 @@ set(VELM_BUILD_CUDA "$ENV{VELM_BUILD_CUDA}" CACHE STRING "1: the CUDA library mu
 set(VELM_CUDA_ARCHS "$ENV{VELM_CUDA_ARCHS}" CACHE STRING "Compute capabilities, e.g. 80;90a (empty: all)")
 string(REPLACE "," ";" VELM_CUDA_ARCHS "${VELM_CUDA_ARCHS}")
 
+# An operator's own sources are found by their place, csrc/<family>/<operator>/cuda*.cu and cuda*.cpp.
+file(GLOB VELM_OWN_KERNELS CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}/csrc" "csrc/*/*/cuda*.cu")
+file(GLOB VELM_OWN_OPERATORS CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}" "csrc/*/*/cuda*.cpp")
 set(VELM_KERNEL_SOURCES
+  ${VELM_OWN_KERNELS}
   attention/bidirectional_backward.cu
   attention/forward.cu
   attention/gated_residual.cu
@@ -23,26 +27,21 @@ set(VELM_KERNEL_SOURCES
   fusion/bilinear_attention_products.cu
   fusion/bilinear_weight.cu
   fusion/count_sketch.cu
-  fusion/dropout.cu
-  fusion/factorized.cu
   fusion/low_rank.cu
-  fusion/modulation.cu
   pooling/attention_pool.cu
   pooling/gather_rows.cu
   pooling/match_rows.cu
   pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
+  ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
   csrc/attention/small_cuda.cpp
   csrc/fusion/bilinear_attention_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
-  csrc/fusion/dropout_cuda.cpp
-  csrc/fusion/factorized_cuda.cpp
   csrc/fusion/low_rank_cuda.cpp
-  csrc/fusion/modulation_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
   csrc/pooling/tokens_cuda.cpp

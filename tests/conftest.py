@@ -17,6 +17,7 @@ import torch.overrides
 import torch.utils._device
 
 import velm_kernels
+from velm_kernels import backends
 from velm_kernels.backends import cpu, cuda, small
 
 TESTS = os.path.dirname(__file__) + os.sep
@@ -184,6 +185,12 @@ def _made_on_the_backends_device(request: pytest.FixtureRequest, monkeypatch: py
 def _operators_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small calls run the operators too; tests/test_small_calls.py is about those that do not."""
     monkeypatch.setattr(small, "enabled", False)
+
+
+@pytest.fixture(autouse=True)
+def _what_backends_serve_is_asked_anew() -> None:
+    """Tests change what is installed and which devices there are."""
+    backends.forget_kinds()
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention/cpu_philox.h"
-#include "attention/small_ops.h"
+#include "common/philox.h"
+#include "common/tensor.h"
 #include "simd/layout.h"
 #include "simd/math.h"
 #include "simd/parallel.h"
@@ -98,7 +98,7 @@ struct Problem {
       for (int64_t j = 0; j < wide; j += 4 * kLanes) {
         simd::VecUint c[4] = {simd::VecUint(static_cast<uint32_t>(first_row + i)), quad_numbers((first_column + j) / 4),
                               simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 1u : 0u)};
-        attention::philox(c, seed);
+        simd::philox(c, seed);
         float words[4][kLanes];
         for (int w = 0; w < 4; ++w) simd::store(words[w], factor(c[w]));
         const int64_t stop = std::min<int64_t>(4 * kLanes, round_up(wide, kLanes) - j);
@@ -114,7 +114,7 @@ struct Problem {
       for (int64_t j = 0; j < wide; j += kLanes) {
         simd::VecUint c[4] = {quad_numbers(first_column + j), simd::VecUint(static_cast<uint32_t>((first_row + i) / 4)),
                               simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 0u : 1u)};
-        attention::philox(c, seed);
+        simd::philox(c, seed);
         for (int64_t w = 0; w < std::min<int64_t>(4, count - i); ++w) simd::store(f + (i + w) * ld + j, factor(c[w]));
       }
     }
@@ -126,7 +126,7 @@ struct Problem {
     return simd::VecUint([=](auto i) { return base + static_cast<uint32_t>(i); });
   }
   Vec factor(simd::VecUint word) const {
-    return simd::select(attention::at_least(word, drop_below), Vec(keep_scale), simd::zero());
+    return simd::select(simd::at_least(word, drop_below), Vec(keep_scale), simd::zero());
   }
 };
 

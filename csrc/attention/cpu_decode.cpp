@@ -264,10 +264,10 @@ class Worker {
       simd::VecUint word[4] = {
           query, simd::VecUint([&](auto l) { return static_cast<uint32_t>(quad + i + static_cast<int64_t>(l)); }),
           index, simd::VecUint(0u)};
-      philox(word, p_.seed);
+      simd::philox(word, p_.seed);
       for (int w = 0; w < 4; ++w) {
         float t[kLanes];
-        simd::store(t, simd::select(at_least(word[w], p_.dropout_below), Vec(p_.dropout_scale), simd::zero()));
+        simd::store(t, simd::select(simd::at_least(word[w], p_.dropout_below), Vec(p_.dropout_scale), simd::zero()));
         for (int l = 0; l < kLanes; ++l) keep_[(i + l) * 4 + w] = t[l];
       }
     }

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "attention/cpu_panel.h"
-#include "attention/cpu_philox.h"
+#include "common/philox.h"
 #include "simd/math.h"
 #include "simd/scratch.h"
 
@@ -242,10 +242,10 @@ void for_dropout(const Problem& p, const Panel& panel, int64_t first, int64_t n,
   for (int64_t quad = first / 4; quad * 4 < first + n; ++quad) {
     for (int v = 0; v < V; ++v) {
       simd::VecUint word[4] = {query[v], simd::VecUint(static_cast<uint32_t>(quad)), head[v], simd::VecUint(0u)};
-      philox(word, p.seed);
+      simd::philox(word, p.seed);
       for (int w = 0; w < 4; ++w) {
         const int64_t i = quad * 4 + w - first;
-        if (i >= 0 && i < n) f(i, v, at_least(word[w], p.dropout_below));
+        if (i >= 0 && i < n) f(i, v, simd::at_least(word[w], p.dropout_below));
       }
     }
   }

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/parallel.h"
 
 namespace velm {

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/math.h"
 #include "simd/parallel.h"
 

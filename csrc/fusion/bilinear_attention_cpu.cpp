@@ -12,7 +12,7 @@
 #include <limits>
 #include <tuple>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/layout.h"
 #include "simd/math.h"
 #include "simd/parallel.h"

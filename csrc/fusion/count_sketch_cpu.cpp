@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/lines.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"

@@ -11,7 +11,7 @@
 #include <tuple>
 #include <vector>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/layout.h"
 #include "simd/pages.h"
 #include "simd/parallel.h"

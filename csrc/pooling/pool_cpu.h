@@ -8,7 +8,7 @@
 #include <optional>
 #include <vector>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/lines.h"
 #include "simd/math.h"
 

@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "attention/small_ops.h"
+#include "common/tensor.h"
 #include "simd/parallel.h"
 #include "simd/product.h"
 #include "simd/scratch.h"

@@ -90,9 +90,9 @@ def test_a_compiled_function_follows_the_choice_of_its_caller(monkeypatch) -> No
     ran: list[str] = []
     original = backends.run
 
-    def run(operator, arguments, values, wanted=""):
+    def run(operator, arguments, values, wanted="", kind=None):
         ran.append(wanted)
-        return original(operator, arguments, values, wanted)
+        return original(operator, arguments, values, wanted, kind)
 
     monkeypatch.setattr(backends, "run", run)
 

@@ -246,6 +246,16 @@ def test_the_line_of_a_compile_error_is_the_innermost() -> None:
     assert failure.reason.endswith("CompilationError: cannot convert None of type <class 'NoneType'> to tensor")
 
 
+def plant(monkeypatch, text: str) -> None:
+    """An operator ``planted`` of the CUDA library, which raises."""
+
+    def default(*args: Any) -> Any:
+        raise RuntimeError(text)
+
+    planted = type("Op", (), {"default": staticmethod(default)})
+    monkeypatch.setattr(torch.ops, "velm_cuda", type("Namespace", (), {"planted": planted}))
+
+
 @pytest.mark.parametrize(
     ("error", "starts", "everywhere"),
     [
@@ -261,15 +271,9 @@ def test_the_line_of_a_compile_error_is_the_innermost() -> None:
 def test_what_the_cuda_library_raises(monkeypatch, error: str, starts: bool, everywhere: bool) -> None:
     text = f"velm: launch of a kernel: {error}\nException raised from somewhere"
 
-    def prepare(args: tuple[Any, ...]) -> Any:
-        raise RuntimeError(text)
-
-    monkeypatch.setitem(backends._implementations, "planted", {})
-    cuda.register_cuda("planted", prepare=prepare)
-    monkeypatch.setattr(torch.ops, "velm_cuda", type("Namespace", (), {"planted": type("Op", (), {"default": None})}))
-    call = backends._implementations["planted"]["cuda"].call
+    plant(monkeypatch, text)
     with pytest.raises(RuntimeError) as raised:
-        call(torch.ones(1))
+        cuda.op("cuda", "planted")(torch.ones(1))
     assert isinstance(raised.value, failures.StartError) != starts
     if not starts:
         assert raised.value.everywhere == everywhere
@@ -277,14 +281,9 @@ def test_what_the_cuda_library_raises(monkeypatch, error: str, starts: bool, eve
 
 
 def test_arguments_that_the_cuda_library_refuses_are_raised(monkeypatch) -> None:
-    def prepare(args: tuple[Any, ...]) -> Any:
-        raise RuntimeError("expected head_dim from 1 to 256")
-
-    monkeypatch.setitem(backends._implementations, "planted", {})
-    cuda.register_cuda("planted", prepare=prepare)
-    monkeypatch.setattr(torch.ops, "velm_cuda", type("Namespace", (), {"planted": type("Op", (), {"default": None})}))
+    plant(monkeypatch, "expected head_dim from 1 to 256")
     with pytest.raises(RuntimeError, match="head_dim") as raised:
-        backends._implementations["planted"]["cuda"].call(torch.ones(1))
+        cuda.op("cuda", "planted")(torch.ones(1))
     assert not isinstance(raised.value, failures.StartError)
 
 
@@ -341,7 +340,7 @@ def test_a_triton_that_does_not_import(tmp_path: Path) -> None:
     print(velm_kernels.gated_residual(x, x, torch.ones(1)).shape)
     print(velm_kernels.explain("gated_residual", x, x, torch.ones(1)))
     try:
-        triton._imported("velm_kernels.attention.triton_small", "gated_residual_forward")
+        triton.imported("velm_kernels.attention.triton_small", "gated_residual_forward")
     except failures.StartError as error:
         print(error.everywhere, error.reason)
     """

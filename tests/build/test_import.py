@@ -26,7 +26,8 @@ print(len(sys.modules) - len(before))
 """
     others, _, number = run(program).rpartition("\n")
     assert others.strip() == ""
-    assert int(number) < 80
+    # The library's own: a folder an operator, of which Triton's kernels and cases are imported when they are used.
+    assert int(number) < 140
 
 
 COUNT = """

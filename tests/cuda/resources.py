@@ -35,7 +35,8 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(attention_pool|count_sketch|dropout|factorized|gated_residual|gather_rows|merge|modulation|norm|pool) .*|"
+    r"(attention_pool|count_sketch|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge|norm|pool|"
+    r"weighted_sum) .*|"
     r".* (add_splits|delta|gradients|inverse_norms|merge_splits|pair_maps|pair_slopes|sum_partials)_kernel<.*"
 )
 
@@ -54,10 +55,16 @@ Key = tuple[str, str, str]
 
 
 def sources() -> list[Path]:
-    """The files with kernels, as the build lists them."""
+    """The files with kernels, as the build finds and lists them."""
     listed = re.search(r"set\(VELM_KERNEL_SOURCES(.*?)\)", (ROOT / "cmake" / "cuda.cmake").read_text(), re.S)
     assert listed is not None
-    return [Path(name) for name in listed.group(1).split()]
+    found = sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*/cuda*.cu"))
+    return found + [Path(name) for name in listed.group(1).split() if name.endswith(".cu")]
+
+
+def name_of(source: Path) -> str:
+    """The operator whose kernels these are, or the name of the file."""
+    return source.parent.name if source.stem == "cuda" else source.stem
 
 
 def digest(source: Path) -> str:
@@ -169,7 +176,7 @@ def parse(output: str, machine_code: str, source: Path, arch: str) -> dict[Key, 
         assert spills is not None and registers is not None, text
         instance = instance_of(readable)
         bytes_shared = (int(shared.group(1)) if shared else 0) + dynamic_shared(instance)
-        found[source.stem, instance, arch] = Resources(
+        found[name_of(source), instance, arch] = Resources(
             int(registers.group(1)),
             int(spills.group(1)) + int(spills.group(2)),
             bytes_shared,
@@ -263,12 +270,12 @@ def main() -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
-    wanted = [source for source in sources() if not chosen.sources or source.stem in chosen.sources]
+    wanted = [source for source in sources() if not chosen.sources or name_of(source) in chosen.sources]
     before, table = read(), dict[Key, Resources]()
     with ThreadPoolExecutor(chosen.jobs) as pool:
         for part in pool.map(compile_for, wanted):
             table |= part
-    stems, known = {source.stem for source in sources()}, {source.stem for source in wanted}
+    stems, known = {name_of(source) for source in sources()}, {name_of(source) for source in wanted}
     gone = [key for key in before if key not in table and (key[0] in known or key[0] not in stems)]
     if chosen.write:
         failed = [text for key, now in table.items() for text in complaints(key, now, now)]

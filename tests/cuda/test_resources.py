@@ -19,14 +19,14 @@ needs_nvcc = pytest.mark.skipif(
 
 # One architecture, of what has changed since the table was written; `python -m tests.cuda.resources` compiles all.
 @needs_nvcc
-@pytest.mark.parametrize("source", resources.sources(), ids=lambda source: source.stem)
+@pytest.mark.parametrize("source", resources.sources(), ids=resources.name_of)
 def test_resources(source: Path) -> None:
     if resources.is_current(source):
         return
     table, now = resources.read(), resources.compile_for(source, ("80",))
     assert now
     assert [text for key, found in now.items() for text in resources.complaints(key, found, table.get(key))] == []
-    assert {key for key in table if key[0] == source.stem and key[2] == "80"} == set(now)
+    assert {key for key in table if key[0] == resources.name_of(source) and key[2] == "80"} == set(now)
 
 
 def test_the_table_has_all_architectures_and_no_complaints() -> None:

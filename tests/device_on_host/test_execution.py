@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.device_on_host.building import MISSING, build, names_in, run
-from velm_kernels.attention.philox import philox4x32
+from velm_kernels.philox import philox4x32
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}")
 

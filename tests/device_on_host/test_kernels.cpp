@@ -7,7 +7,7 @@
 #include "attention/gated_residual_cuda.h"
 #include "attention/merge_cuda.h"
 #include "attention/norm_cuda.h"
-#include "fusion/dropout_cuda.h"
+#include "fusion/dropout_residual/cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

@@ -40,11 +40,12 @@ from velm_kernels.fusion import (
     triton_bilinear,
     triton_bilinear_attention,
     triton_count_sketch,
-    triton_dropout,
-    triton_factorized,
     triton_low_rank,
-    triton_modulation,
 )
+from velm_kernels.fusion.dropout_residual.triton import dropout_residual_forward
+from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward, factorized_pool_forward
+from velm_kernels.fusion.film.triton import film_backward, film_forward
+from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_attention_pool, triton_pool, triton_rows
 from velm_kernels.pooling.reference import MODES
@@ -207,11 +208,12 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         triton_small.merge_attention_backward(out, logsumexp, outs, logsumexps, logsumexp, 3)
         triton_small.gated_residual_forward(x, x, row, mask)
         triton_small.gated_residual_backward(x, x, row, mask, 3)
-        triton_dropout.dropout_residual_forward(x, x, seed, 0.1)
+        dropout_residual_forward(x, x, seed, 0.1, x)
         y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
         pair, options = x[None], (seed, 6, True, True, True, 0.1)
-        pooled = triton_factorized.factorized_pool_forward(pair, pair, *options)
-        triton_factorized.factorized_pool_backward(pooled, pair, pair, *options, 3)
+        pooled = _empty(1, x.shape[0], x.shape[1] // 6, dtype=dtype)
+        factorized_pool_forward(pair, pair, *options, pooled)
+        factorized_pool_backward(pooled, pair, pair, *options, pair, pair)
         few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)
@@ -231,16 +233,16 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
 
 def _modulation(dtype: torch.dtype) -> None:
     x, row = _empty(BATCH, TOKENS, 768, dtype=dtype), _empty(BATCH, 768, dtype=dtype)
-    weights = _empty(BATCH, triton_modulation.AT_ONCE, dtype=torch.float32)
+    weights = _empty(BATCH, triton_weighted_sum.AT_ONCE, dtype=torch.float32)
     for along in (False, True):
-        triton_modulation.film_forward(x, row, row, along, 0.0)
-        triton_modulation.film_backward(x, x, row, along, 0.0, 7)
+        film_forward(x, row, row, along, 0.0, x)
+        film_backward(x, x, row, along, 0.0, x, row, row)
     hashes = _empty(768), _empty(768, dtype=torch.float32)
     triton_count_sketch.count_sketches(x[0], *hashes, x[0], *hashes, 16000)
-    features = [x] * triton_modulation.AT_ONCE
-    triton_modulation.weighted_sum_forward(features, weights)
+    features = [x] * triton_weighted_sum.AT_ONCE
+    triton_weighted_sum.weighted_sum_forward(features, weights)
     # The second of two launches would be that of the features with one region.
-    triton_modulation.weighted_sum_backward(x, features, weights, 0, (4 << len(features)) - 1)
+    triton_weighted_sum.weighted_sum_backward(x, features, weights, 0, (4 << len(features)) - 1)
 
 
 def _bilinear_attention(dtype: torch.dtype) -> None:

@@ -10,11 +10,11 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
 from velm_kernels.attention.merge import empty_heads_last
-from velm_kernels.attention.philox import dropout_keep
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.layout import unit_last_stride
+from velm_kernels.philox import dropout_keep
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 
@@ -352,17 +352,13 @@ def _too_wide(arguments: Arguments) -> list[str]:
     return [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
 
 
-def _triton_reasons(arguments: Arguments) -> list[str]:
-    return triton.common_reasons(arguments) + _too_wide(arguments)
-
-
 register_autograd(
     "bidirectional_attention_forward", _backward, setup_context=_setup_context, meaning=_reference_forward
 )
-register("bidirectional_attention_forward", "reference", _reference_forward, lambda arguments: [])
-register("bidirectional_attention_backward", "reference", _reference_backward, lambda arguments: [])
-triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional", _triton_reasons)
-triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional", _triton_reasons)
+register("bidirectional_attention_forward", "reference", _reference_forward)
+register("bidirectional_attention_backward", "reference", _reference_backward)
+triton.register_triton("bidirectional_attention_forward", "attention.triton_bidirectional", _too_wide)
+triton.register_triton("bidirectional_attention_backward", "attention.triton_bidirectional", _too_wide)
 cpu.register_cpu("bidirectional_attention_forward")
 cpu.register_cpu("bidirectional_attention_backward")
 cuda.register_cuda("bidirectional_attention_forward", _too_wide)

@@ -485,18 +485,14 @@ def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Calla
     return lambda *args: op(operator)(*unit_last_strides(args, _LARGE[operator]))
 
 
-def _always(arguments: Arguments) -> list[str]:
-    return []
-
-
 register_autograd(
     "attention_forward",
     backward,
     setup_context=save_for_backward,
     meaning=reference_backend.attention_forward,
 )
-backends.register("attention_forward", "reference", reference_backend.attention_forward, _always)
-backends.register("attention_backward", "reference", reference_backend.attention_backward, _always)
+backends.register("attention_forward", "reference", reference_backend.attention_forward)
+backends.register("attention_backward", "reference", reference_backend.attention_backward)
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.triton_attention")

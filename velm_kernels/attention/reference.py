@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.philox import dropout_keep
+from velm_kernels.philox import dropout_keep
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

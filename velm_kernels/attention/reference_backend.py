@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from velm_kernels.attention import reference
-from velm_kernels.attention.philox import dropout_keep_at
 from velm_kernels.attention.schema import (
     DIFFERENTIABLE,
     SCALAR_NAMES,
@@ -17,6 +16,7 @@ from velm_kernels.attention.schema import (
 )
 from velm_kernels.backends import Arguments, derivatives
 from velm_kernels.backends.library import autograd_inside
+from velm_kernels.philox import dropout_keep_at
 
 
 def _sequences(given: Arguments, not_finite: bool) -> list[tuple[Arguments, slice, slice]]:

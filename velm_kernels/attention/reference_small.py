@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from velm_kernels.attention.philox import dropout_keep
+from velm_kernels.philox import dropout_keep
 
 
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ __all__ = [
     "NoBackendError",
     "explain",
     "forced",
+    "forget_kinds",
+    "kind_of",
     "reasons_against",
     "register",
     "register_public",
@@ -56,9 +58,21 @@ Reasons = Callable[[Arguments], list[str]]
 
 @dataclass(frozen=True)
 class Implementation:
+    """An operator by one backend.
+
+    Attributes:
+        call: takes the operator's arguments in the order of its schema.
+        of_kind: why it cannot serve given arguments, by their devices and dtypes alone; asked once for each kind.
+        reasons: why it cannot for what else they are; asked at every call. None where there is nothing else.
+    """
+
     backend: str
     call: Callable[..., Any]
-    reasons: Reasons
+    of_kind: Reasons
+    reasons: Reasons | None
+
+    def against(self, arguments: Arguments) -> list[str]:
+        return self.of_kind(arguments) or ([] if self.reasons is None else self.reasons(arguments))
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class PublicFunction:
 _implementations: dict[str, dict[str, Implementation]] = {}
 _public_functions: dict[str, PublicFunction] = {}
 _warned: set[tuple[str, str]] = set()
+# Those of an operator that can serve one kind of arguments, in the order in which they are tried.
+_serving: dict[tuple[Any, ...], list[Implementation]] = {}
 _asked_for = Choice("velm_kernels_backend")
 
 
@@ -87,14 +103,26 @@ def tensors_of(arguments: Arguments) -> list[tuple[str, Any]]:
     return found
 
 
-def register(operator: str, backend: str, call: Callable[..., Any], reasons: Reasons) -> None:
+def _never(arguments: Arguments) -> list[str]:
+    return []
+
+
+def register(
+    operator: str,
+    backend: str,
+    call: Callable[..., Any],
+    reasons: Reasons | None = None,
+    of_kind: Reasons = _never,
+) -> None:
     """Makes ``call`` the implementation of ``operator`` by ``backend``.
 
     ``call`` takes the operator's arguments in the order of its schema, without the trailing ``backend``.
-    ``reasons`` takes the same arguments as a dict and returns why they cannot be served; empty means they can.
+    ``of_kind`` and ``reasons`` take the same arguments as a dict and return why they cannot be served; empty means they
+    can. What ``of_kind`` says may depend on the devices and the dtypes of the tensors alone.
     """
     _checked_name(backend, "backend")
-    _implementations.setdefault(operator, {})[backend] = Implementation(backend, call, reasons)
+    _implementations.setdefault(operator, {})[backend] = Implementation(backend, call, of_kind, reasons)
+    _serving.clear()
 
 
 def register_public(
@@ -149,7 +177,7 @@ def _reasons(operator: str, backend: str, arguments: Arguments) -> list[str]:
     found = _implementations.get(operator, {})
     if backend not in found:
         return [f"has no {operator}"]
-    reasons = found[backend].reasons(arguments)
+    reasons = found[backend].against(arguments)
     return reasons if reasons or not failures.some() else failures.against(operator, backend, arguments)
 
 
@@ -183,13 +211,58 @@ def _first_that_can(operator: str, arguments: Arguments) -> tuple[Implementation
     raise NoBackendError(f"{operator}: no backend can serve these arguments{lines}")
 
 
-def run(operator: str, arguments: Arguments, values: Sequence[Any], wanted: str = "") -> Any:
+def kind_of(values: Iterable[Any]) -> list[Any]:
+    """The devices and dtypes of the tensors among ``values``."""
+    kind: list[Any] = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            kind.append(value.dtype)
+            if not value.is_cpu:
+                kind.append(value.device)
+        elif value.__class__ in (list, tuple):
+            kind += kind_of(value)
+    return kind
+
+
+def forget_kinds() -> None:
+    """Asks every backend again what kinds of arguments it serves, for tests that change the answers."""
+    _serving.clear()
+
+
+def _select_by_kind(operator: str, arguments: Arguments, kind: Sequence[Any]) -> Implementation:
+    """What :func:`select` takes where no backend was asked for, without asking again what holds for all arguments of a
+    kind."""
+    from velm_kernels.backends import cpu
+
+    tried = order.of(operator, arguments)
+    key = (operator, tried, cpu.in_use(), *kind)
+    serving = _serving.get(key)
+    if serving is None:
+        found = _implementations.get(operator, {})
+        serving = [found[backend] for backend in tried if backend in found and not found[backend].of_kind(arguments)]
+        _serving[key] = serving
+    for implementation in serving:
+        if implementation.reasons is None or not implementation.reasons(arguments):
+            # What runs on plain torch is told.
+            if implementation.backend in ("torch", "reference"):
+                break
+            return implementation
+    return select(operator, arguments)
+
+
+def run(
+    operator: str, arguments: Arguments, values: Sequence[Any], wanted: str = "", kind: Sequence[Any] | None = None
+) -> Any:
     """``operator`` on ``values`` by the implementation that :func:`select` takes, or if that turns out not to start, by
     the next one. Operators write nothing that a caller sees, so what was half done is dropped.
 
-    ``arguments`` are ``values`` by name; ``wanted`` is the backend that was asked for, in whose place no other comes.
+    ``arguments`` are ``values`` by name; ``wanted`` is the backend that was asked for, in whose place no other comes;
+    ``kind`` is :func:`kind_of` the values, where that is known.
     """
-    implementation = select(operator, arguments, wanted)
+    if wanted or failures.some():
+        implementation = select(operator, arguments, wanted)
+    else:
+        implementation = _select_by_kind(operator, arguments, kind_of(values) if kind is None else kind)
     while True:
         try:
             return implementation.call(*values)

@@ -199,18 +199,23 @@ def _implements(isa: str | None, operator: str) -> bool:
     return _is_registered(_home(isa, operator), operator)
 
 
+def reasons(operator: str, arguments: Arguments) -> list[str]:
+    """Why the kernel cannot take ``arguments``: library, devices, dtypes."""
+    found = common_reasons(arguments)
+    return found if found or has(operator) else [f"the library for {in_use()} has no {operator}"]
+
+
 def register_cpu(
     operator: str,
     call: Callable[..., Any] | None = None,
-    reasons: Callable[[Arguments], list[str]] = common_reasons,
+    more_reasons: Callable[[Arguments], list[str]] | None = None,
 ) -> None:
     """Registers the C++ implementation of ``operator`` under backend ``cpu``.
 
     ``call`` prepares the arguments where the kernel wants more than the operator promises.
     """
 
-    def reasons_and_presence(arguments: Arguments) -> list[str]:
-        found = reasons(arguments)
-        return found if found or has(operator) else [f"the library for {in_use()} has no {operator}"]
+    def of_kind(arguments: Arguments) -> list[str]:
+        return reasons(operator, arguments)
 
-    register(operator, "cpu", call or (lambda *args: op(operator)(*args)), reasons_and_presence)
+    register(operator, "cpu", call or (lambda *args: op(operator)(*args)), more_reasons, of_kind)

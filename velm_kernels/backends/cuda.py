@@ -183,30 +183,39 @@ def reasons(backend: str, operator: str, arguments: Arguments) -> list[str]:
     return common_reasons(backend, arguments) or ([] if has(backend, operator) else [f"has no {operator}"])
 
 
+def op(backend: str, operator: str) -> Callable[..., Any]:
+    """The operator of the library of ``backend``; where a kernel of it does not start, it says so."""
+    return functools.partial(_call, backend, operator)
+
+
+def _call(backend: str, operator: str, *args: Any) -> Any:
+    try:
+        return getattr(getattr(torch.ops, NAMESPACES[backend]), operator).default(*args)
+    except RuntimeError as error:
+        # csrc/device/launch.h; everything else is no matter of starting a kernel.
+        of_cuda = re.search(r"velm: .*: cudaError", str(error))
+        failure = failures.of_launch(error, "the CUDA library") if of_cuda else None
+        if failure is None:
+            raise
+        raise failure from error
+
+
 def register_cuda(
     operator: str,
-    more_reasons: Callable[[Arguments], list[str]] = lambda arguments: [],
+    more_reasons: Callable[[Arguments], list[str]] | None = None,
     prepare: Callable[[tuple[Any, ...]], Iterable[Any]] = lambda args: args,
 ) -> None:
     """Registers the kernels of ``operator``, called with what ``prepare`` makes of the arguments, under the backends
     ``cuda`` and ``device_on_host``."""
-    for backend, namespace in NAMESPACES.items():
+    for backend in NAMESPACES:
 
-        def call(*args: Any, _namespace: str = namespace) -> Any:
-            try:
-                return getattr(getattr(torch.ops, _namespace), operator).default(*prepare(args))
-            except RuntimeError as error:
-                # csrc/device/launch.h; everything else is no matter of starting a kernel.
-                of_cuda = re.search(r"velm: .*: cudaError", str(error))
-                failure = failures.of_launch(error, "the CUDA library") if of_cuda else None
-                if failure is None:
-                    raise
-                raise failure from error
+        def call(*args: Any, _backend: str = backend) -> Any:
+            return _call(_backend, operator, *prepare(args))
 
         def why(arguments: Arguments, _backend: str = backend) -> list[str]:
-            return reasons(_backend, operator, arguments) or more_reasons(arguments)
+            return reasons(_backend, operator, arguments)
 
-        register(operator, backend, call, why)
+        register(operator, backend, call, more_reasons, why)
 
 
 def launches() -> list[dict[str, str | int]]:

@@ -36,15 +36,16 @@ def declare_autograd(name: str, record: Callable[..., Any]) -> None:
     _recording[name] = record
 
 
-def run(name: str, arguments: Arguments, backend: str) -> Any:
-    """``velm::name`` by the backend that serves these arguments, below autograd."""
+def run(name: str, arguments: Arguments, backend: str, kind: list[Any] | None = None) -> Any:
+    """``velm::name`` by the backend that serves these arguments, below autograd. ``kind`` is ``backends.kind_of`` them,
+    where that is known."""
     check = _checks.get(name)
     if check is not None:
         check(arguments)
     # Of what is made inside, autograd would take a transposed result for a view of a tensor that it has not seen, and
     # the user could not change it in place.
     with torch._C._AutoDispatchBelowADInplaceOrView():
-        return backends.run(name, arguments, tuple(arguments.values()), backend)
+        return backends.run(name, arguments, tuple(arguments.values()), backend, kind)
 
 
 def run_values(name: str, values: Sequence[Any], backend: str) -> Any:
@@ -56,9 +57,10 @@ def call(name: str, arguments: Arguments) -> Any:
     """``torch.ops.velm.<name>(*arguments.values(), forced())``: ``arguments`` are in the order of the schema."""
     backend = backends.forced()
     if _unnoticed():
-        needed = _gradients_of(arguments.values())
+        kind: list[Any] = []
+        needed = _gradients_of(arguments.values(), kind)
         if needed is False:
-            return run(name, arguments, backend)
+            return run(name, arguments, backend, kind)
         if needed and name in _recording:
             return _recording[name](*arguments.values(), backend)
     return getattr(torch.ops.velm, name)(*arguments.values(), backend)
@@ -69,9 +71,10 @@ class _Operators:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def operator(*args: Any) -> Any:
-            if _unnoticed() and _gradients_of(args) is False:
+            kind: list[Any] = []
+            if _unnoticed() and _gradients_of(args, kind) is False:
                 *values, backend = args
-                return run_values(name, values, backend)
+                return run(name, dict(zip(_names[name], values, strict=True)), backend, kind)
             return getattr(torch.ops.velm, name)(*args)
 
         setattr(self, name, operator)
@@ -94,21 +97,24 @@ def _unnoticed() -> bool:
     )
 
 
-def _gradients_of(values: Iterable[Any]) -> bool | None:
+def _gradients_of(values: Iterable[Any], kind: list[Any]) -> bool | None:
     """Whether a gradient is to be recorded of one of ``values``; None if they are not all scalars and ordinary tensors
-    on a CPU or GPU."""
+    on a CPU or GPU. ``kind`` is extended to ``backends.kind_of(values)``."""
     recording = torch.is_grad_enabled()
     needed = False
     for value in values:
-        kind = value.__class__
-        if kind in _OTHERS:
+        of = value.__class__
+        if of in _OTHERS:
             continue
-        if kind in _PLAIN:
-            if not (value.is_cpu or value.is_cuda):
-                return None
+        if of in _PLAIN:
+            kind.append(value.dtype)
+            if not value.is_cpu:
+                if not value.is_cuda:
+                    return None
+                kind.append(value.device)
             needed = needed or (recording and value.requires_grad)
-        elif kind in (list, tuple):
-            found = _gradients_of(value)
+        elif of in (list, tuple):
+            found = _gradients_of(value, kind)
             if found is None:
                 return None
             needed = needed or found

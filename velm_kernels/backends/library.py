@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,10 @@ def declare(
     *,
     fake: Callable[..., Any],
     check: Callable[[Arguments], None] | None = None,
+    kernel: Sequence[object] | None = None,
 ) -> None:
     """Declares ``velm::name`` with ``arguments`` and a trailing ``str backend``, and its C++ counterparts without.
+    These return the same, or, where ``kernel`` lists their arguments, fill the last of them and return nothing.
 
     What is the size of a tensor among the arguments is a ``SymInt``.
 
@@ -45,9 +47,12 @@ def declare(
     schema = f"{name}({arguments}, str backend) -> {returns}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Sizes among the arguments: known by name only to who compiles or exports, numbers by the time a library is called.
-    of_library = arguments.replace("SymInt ", "int ")
-    cpu.declare(f"{name}({of_library}) -> {returns}")
-    cuda.declare(f"{name}({of_library}) -> {returns}")
+    of_library = f"{name}({arguments}) -> {returns}"
+    if kernel is not None:
+        of_library = f"{name}({', '.join(map(str, kernel))}) -> ()"
+    of_library = of_library.replace("SymInt ", "int ")
+    cpu.declare(of_library)
+    cuda.declare(of_library)
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
     direct.declare(name, names, check)
 

@@ -107,17 +107,18 @@ def _first_tensor(arguments: Arguments) -> torch.Tensor:
     return first if isinstance(first, torch.Tensor) else tensors_of(arguments)[0][1]
 
 
-def register_triton(operator: str, module: str, reasons: Callable[[Arguments], list[str]] = common_reasons) -> None:
+def register_triton(operator: str, module: str, more_reasons: Callable[[Arguments], list[str]] | None = None) -> None:
     """Makes the function `operator` of `velm_kernels.<module>` the Triton implementation of the operator of that name.
     The module, and triton with it, is imported at the first call."""
 
     def call(*args: Any) -> Any:
-        return _imported(f"velm_kernels.{module}", operator)(*args)
+        return imported(f"velm_kernels.{module}", operator)(*args)
 
-    register(operator, "triton", call, reasons)
+    register(operator, "triton", call, more_reasons, common_reasons)
 
 
-def _imported(module: str, function: str) -> Callable[..., Any]:
+def imported(module: str, function: str) -> Callable[..., Any]:
+    """``function`` of ``module``; where that cannot be imported, this is a reason against Triton."""
     try:
         return getattr(importlib.import_module(module), function)
     except Exception as error:

@@ -6,10 +6,11 @@ from velm_kernels.fusion.bilinear_attention_modules import BilinearAttention, Bi
 from velm_kernels.fusion.block_modules import Block, BlockTucker, Tucker
 from velm_kernels.fusion.compact import Sketch, compact_bilinear, make_sketch
 from velm_kernels.fusion.compact_modules import MCB
-from velm_kernels.fusion.dropout import dropout_residual
-from velm_kernels.fusion.factorized import factorized_pool
+from velm_kernels.fusion.dropout_residual import dropout_residual
 from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
-from velm_kernels.fusion.film import FiLM, film
+from velm_kernels.fusion.factorized_pool import factorized_pool
+from velm_kernels.fusion.film import film
+from velm_kernels.fusion.film_module import FiLM
 from velm_kernels.fusion.low_rank import low_rank_fusion
 from velm_kernels.fusion.modules import Bilinear, LowRankFusion, TensorFusion
 from velm_kernels.fusion.outer_product import outer_product_fusion

@@ -198,8 +198,8 @@ def _cpu_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return z
 
 
-register("bilinear_forward", "reference", folded.reference_forward, lambda arguments: [])
-register("bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
+register("bilinear_forward", "reference", folded.reference_forward)
+register("bilinear_backward", "reference", folded.reference_backward)
 cpu.register_cpu("bilinear_forward", _cpu_forward)
 cpu.register_cpu("bilinear_backward")
 cuda.register_cuda("bilinear_forward")
@@ -215,6 +215,6 @@ _reasons: dict[str, Callable[[Arguments], list[str]]] = {
 for _backend in _reasons:
     register("folded_bilinear_forward", _backend, folded.forward, _reasons[_backend])
     register("folded_bilinear_backward", _backend, folded.backward, _reasons[_backend])
-register("folded_bilinear_forward", "reference", folded.reference_forward, lambda arguments: [])
-register("folded_bilinear_backward", "reference", folded.reference_backward, lambda arguments: [])
+register("folded_bilinear_forward", "reference", folded.reference_forward)
+register("folded_bilinear_backward", "reference", folded.reference_backward)
 register_public("bilinear", "bilinear_forward", canonical, bilinear_rule.small)

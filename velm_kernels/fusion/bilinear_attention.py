@@ -496,7 +496,7 @@ for _name, _function, _formula in (
 ):
     _operator = f"bilinear_attention_{_name}"
     flops.register(_operator, _formula)
-    register(_operator, "reference", _function, lambda arguments: [])
+    register(_operator, "reference", _function)
     cpu.register_cpu(_operator)
     cuda.register_cuda(_operator)
     triton.register_triton(_operator, "fusion.triton_bilinear_attention")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear import bilinear
-from velm_kernels.fusion.factorized import factorized_pool
+from velm_kernels.fusion.factorized_pool import factorized_pool
 from velm_kernels.fusion.pair import PairFusion, project, root_and_norm
 
 

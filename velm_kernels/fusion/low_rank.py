@@ -237,7 +237,7 @@ def _reference_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 register_autograd("low_rank_fusion_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
 for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
-    register(f"low_rank_fusion_{_name}", "reference", _function, lambda arguments: [])
+    register(f"low_rank_fusion_{_name}", "reference", _function)
     triton.register_triton(f"low_rank_fusion_{_name}", "fusion.triton_low_rank")
     cpu.register_cpu(f"low_rank_fusion_{_name}")
 for _backend, _namespace in cuda.NAMESPACES.items():

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from velm_kernels import checks
 from velm_kernels.constructors import checked
-from velm_kernels.fusion.dropout import dropout_residual
-from velm_kernels.fusion.factorized import factorized_pool
+from velm_kernels.fusion.dropout_residual import dropout_residual
+from velm_kernels.fusion.factorized_pool import factorized_pool
 from velm_kernels.linear import linear
 from velm_kernels.linear.reference import ACTIVATIONS
 

@@ -347,8 +347,8 @@ register_autograd(
     meaning=_reference_forward,
     differentiable_backward=_differentiable_backward,
 )
-register("linear_forward", "reference", _reference_forward, lambda arguments: [])
-register("linear_backward", "reference", _reference_backward, lambda arguments: [])
+register("linear_forward", "reference", _reference_forward)
+register("linear_backward", "reference", _reference_backward)
 register("linear_forward", "cpu", cpu_backend.forward, cpu_backend.reasons)
 register("linear_backward", "cpu", cpu_backend.backward, cpu_backend.reasons)
 triton.register_triton("linear_forward", "linear.triton_linear")

@@ -406,8 +406,8 @@ flops.register("attention_pool_forward", _flops_forward)
 flops.register("attention_pool_backward", _flops_backward)
 
 register_autograd("attention_pool_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
-register("attention_pool_forward", "reference", _reference_forward, lambda arguments: [])
-register("attention_pool_backward", "reference", _reference_backward, lambda arguments: [])
+register("attention_pool_forward", "reference", _reference_forward)
+register("attention_pool_backward", "reference", _reference_backward)
 for _name in ("attention_pool_forward", "attention_pool_backward"):
     cpu.register_cpu(_name)
     cuda.register_cuda(_name)

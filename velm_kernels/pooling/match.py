@@ -53,12 +53,10 @@ def _too_many(arguments: Arguments) -> list[str]:
     return [] if rows <= 2**24 else [f"there are {rows} rows, and kernels take 2^24"]
 
 
-register("match_rows", "reference", _reference, lambda arguments: [])
-cpu.register_cpu("match_rows", reasons=lambda arguments: cpu.common_reasons(arguments) + _too_many(arguments))
+register("match_rows", "reference", _reference)
+cpu.register_cpu("match_rows", more_reasons=_too_many)
 cuda.register_cuda("match_rows", _too_many)
-triton.register_triton(
-    "match_rows", "pooling.triton_rows", lambda arguments: triton.common_reasons(arguments) + _too_many(arguments)
-)
+triton.register_triton("match_rows", "pooling.triton_rows", _too_many)
 
 
 def match_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -409,13 +409,11 @@ register_autograd(
     meaning=_meaning,
     differentiable_backward=_differentiable_backward,
 )
-register("pool_forward", "reference", _reference_forward, lambda arguments: [])
-register("pool_backward", "reference", _reference_backward, lambda arguments: [])
+register("pool_forward", "reference", _reference_forward)
+register("pool_backward", "reference", _reference_backward)
 for _name in ("pool_forward", "pool_backward"):
-    cpu.register_cpu(_name, reasons=lambda arguments: cpu.common_reasons(arguments) + _too_long(arguments))
+    cpu.register_cpu(_name, more_reasons=_too_long)
     cuda.register_cuda(_name, _too_long)
-    triton.register_triton(
-        _name, "pooling.triton_pool", lambda arguments: triton.common_reasons(arguments) + _too_long(arguments)
-    )
+    triton.register_triton(_name, "pooling.triton_pool", _too_long)
 register_public("masked_pool", "pool_forward", canonical_masked, _small)
 register_public("segment_pool", "pool_forward", canonical_segments)

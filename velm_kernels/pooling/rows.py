@@ -149,9 +149,7 @@ def _too_many(arguments: Arguments) -> list[str]:
 
 
 register_autograd("gather_rows", _backward, setup_context=_setup_context, meaning=_meaning)
-register("gather_rows", "reference", _meaning, lambda arguments: [])
-cpu.register_cpu("gather_rows", reasons=lambda arguments: cpu.common_reasons(arguments) + _too_many(arguments))
+register("gather_rows", "reference", _meaning)
+cpu.register_cpu("gather_rows", more_reasons=_too_many)
 cuda.register_cuda("gather_rows", _too_many)
-triton.register_triton(
-    "gather_rows", "pooling.triton_rows", lambda arguments: triton.common_reasons(arguments) + _too_many(arguments)
-)
+triton.register_triton("gather_rows", "pooling.triton_rows", _too_many)

@@ -1,0 +1,42 @@
+// dropout_residual as a torch operator on a CUDA kernel.
+
+#include "fusion/dropout_residual/cuda.h"
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+void run(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& seed, double dropout_p,
+         const Tensor& out) {
+  const Current current(x);
+  DropoutResidual p{};
+  p.rows = x.size(0);
+  p.dim = x.size(1);
+  p.dtype = dtype_of(x);
+  p.x = span_of(x);
+  p.x_stride = x.stride(0);
+  p.residual = span_of(residual);
+  p.residual_stride = residual ? residual->stride(0) : 0;
+  p.out = span_of(out);
+  p.seed = span_of(seed);
+  p.dropout_p = dropout_p;
+  dropout_residual(p, current.stream());
+}
+
+void dropout_residual_forward(Tensor x, std::optional<Tensor> residual, Tensor seed, double dropout_p, Tensor out) {
+  run(x, residual, seed, dropout_p, out);
+}
+void dropout_residual_backward(Tensor grad, Tensor seed, double dropout_p, Tensor grad_x) {
+  run(grad, std::nullopt, seed, dropout_p, grad_x);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("dropout_residual_forward", TORCH_BOX(&dropout_residual_forward));
+  m.impl("dropout_residual_backward", TORCH_BOX(&dropout_residual_backward));
+}
+
+}  // namespace
+}  // namespace velm::cuda

@@ -1,0 +1,59 @@
+// factorized_pool as torch operators on CUDA kernels.
+
+#include "fusion/factorized_pool/cuda.h"
+
+#include "device/tensor.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+FactorizedPool problem_of(const Tensor& a, const Tensor& b, const std::optional<Tensor>& seed, int64_t factor,
+                          bool inner, bool power_norm, bool l2_norm, double dropout_p) {
+  FactorizedPool p{};
+  p.batch = a.size(0);
+  p.regions = a.size(1);
+  p.factor = factor;
+  p.dim = a.size(2) / factor;
+  p.dtype = dtype_of(a);
+  p.inner = inner;
+  p.power_norm = power_norm;
+  p.l2_norm = l2_norm;
+  p.a = span_of(a);
+  p.a_batch_stride = a.stride(0);
+  p.a_region_stride = a.stride(1);
+  p.b = span_of(b);
+  p.b_batch_stride = b.stride(0);
+  p.b_region_stride = b.stride(1);
+  p.seed = span_of(seed);
+  p.dropout_p = dropout_p;
+  return p;
+}
+
+void factorized_pool_forward(Tensor a, Tensor b, std::optional<Tensor> seed, int64_t factor, bool inner,
+                             bool power_norm, bool l2_norm, double dropout_p, Tensor out) {
+  const Current current(a);
+  FactorizedPool p = problem_of(a, b, seed, factor, inner, power_norm, l2_norm, dropout_p);
+  p.out = span_of(out);
+  cuda::factorized_pool_forward(p, current.stream());
+}
+
+void factorized_pool_backward(Tensor grad, Tensor a, Tensor b, std::optional<Tensor> seed, int64_t factor, bool inner,
+                              bool power_norm, bool l2_norm, double dropout_p, std::optional<Tensor> grad_a,
+                              std::optional<Tensor> grad_b) {
+  const Current current(a);
+  FactorizedPool p = problem_of(a, b, seed, factor, inner, power_norm, l2_norm, dropout_p);
+  p.grad = span_of(grad);
+  p.grad_a = span_of(grad_a);
+  p.grad_b = span_of(grad_b);
+  cuda::factorized_pool_backward(p, current.stream());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("factorized_pool_forward", TORCH_BOX(&factorized_pool_forward));
+  m.impl("factorized_pool_backward", TORCH_BOX(&factorized_pool_backward));
+}
+
+}  // namespace
+}  // namespace velm::cuda

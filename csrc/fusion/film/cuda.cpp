@@ -1,0 +1,70 @@
+// film as torch operators on CUDA kernels.
+
+#include "fusion/film/cuda.h"
+
+#include "device/tensor.h"
+#include "fusion/regions.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+Film film_of(const Tensor& like, bool regions_contiguous, double gamma_offset) {
+  Film p{};
+  p.batch = like.size(0);
+  p.regions = like.size(1);
+  p.dim = like.size(2);
+  p.dtype = dtype_of(like);
+  p.regions_contiguous = regions_contiguous;
+  p.offset = static_cast<float>(gamma_offset);
+  return p;
+}
+
+void set_x(Film& p, const Tensor& x) {
+  p.x = span_of(x);
+  p.x_batch_stride = x.stride(0);
+  p.x_stride = x.stride(p.regions_contiguous ? 2 : 1);
+}
+
+void set_gamma(Film& p, const Tensor& gamma) {
+  p.gamma = span_of(gamma);
+  p.gamma_stride = gamma.stride(0);
+}
+
+void film_forward_op(Tensor x, Tensor gamma, Tensor beta, bool regions_contiguous, double gamma_offset, Tensor out) {
+  const Current current(x);
+  Film p = film_of(x, regions_contiguous, gamma_offset);
+  set_x(p, x);
+  set_gamma(p, gamma);
+  p.beta = span_of(beta);
+  p.beta_stride = beta.stride(0);
+  p.out = span_of(out);
+  film_forward(p, current.stream());
+}
+
+void film_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> gamma, bool regions_contiguous,
+                      double gamma_offset, std::optional<Tensor> grad_x, std::optional<Tensor> grad_gamma,
+                      std::optional<Tensor> grad_beta) {
+  const Current current(grad);
+  Film p = film_of(grad, regions_contiguous, gamma_offset);
+  p.grad = span_of(grad);
+  if (grad_gamma) set_x(p, *x);
+  if (grad_x) set_gamma(p, *gamma);
+  p.grad_x = span_of(grad_x);
+  p.grad_gamma = span_of(grad_gamma);
+  p.grad_beta = span_of(grad_beta);
+  const bool has_parts = (grad_gamma || grad_beta) && !regions_contiguous;
+  Tensor parts = torch::stable::new_empty(grad, {has_parts ? p.batch * region_blocks(p.regions) * 2 * p.dim : 0},
+                                          ScalarType::Float);
+  p.parts = span_of(parts);
+  film_backward(p, current.stream());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("film_forward", TORCH_BOX(&film_forward_op));
+  m.impl("film_backward", TORCH_BOX(&film_backward_op));
+}
+
+}  // namespace
+}  // namespace velm::cuda

@@ -1,0 +1,114 @@
+"""The common tail of factorised bilinear fusions: product, sum over the factor, signed square root, L2 norm."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments
+from velm_kernels.fusion.factorized_pool.op import LAYOUTS, OPERATOR
+from velm_kernels.layout import unit_last_stride
+
+
+def factorized_pool(
+    a: Tensor,
+    b: Tensor,
+    factor: int = 1,
+    layout: str = "inner",
+    power_norm: bool = False,
+    l2_norm: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """``normalize(signed_sqrt(sum over the factor of dropout(a * b)))``, one pass forward and one backward.
+
+    The tail of the fusions that replace a bilinear form by a product of projections: MLB (Kim et al., 2017) with
+    factor 1, MFB and MFH (Yu et al., 2017) with the factor innermost, MUTAN (Ben-younes et al., 2017) and BLOCK
+    (Ben-younes et al., 2019) with the factor outermost.
+
+    Args:
+        a: ``(..., factor * dim)``, float32, bfloat16, float16, or float64 (computed by the reference backend).
+        b: ``(..., factor * dim)``, dtype of a. The leading dimensions of a and b broadcast.
+        factor: how many products are summed for one output.
+        layout: ``"inner"``: output o is the sum of the products ``[o * factor, (o + 1) * factor)``; ``"outer"``: of
+            the products ``o, dim + o, 2 * dim + o, ...``
+        power_norm: the signed square root ``sign(z) * sqrt(|z|)`` of the sums z.
+        l2_norm: the outputs of a row are divided by their L2 norm, or by 1e-12 if that is larger.
+        dropout_p: in [0, 1), of the products: those kept are divided by ``1 - dropout_p``. The random numbers are
+            those of :func:`velm_kernels.dropout_residual` for rows of ``factor * dim``.
+        seed: integer, or integer tensor with one element; drawn from torch's generator where not given.
+
+    Under autocast a and b are cast to its dtype.
+
+    Returns:
+        ``(..., dim)`` over the broadcast leading dimensions, contiguous, in a's dtype; everything in between is
+        float32.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together, factor does not divide, or layout is unknown.
+
+    The gradient of the signed root is ``1 / (2 sqrt|z|)``, infinite at 0: there it counts as 0. Of root and norm
+    together it is ``dz = (g - u (u . g)) / (2 n^2 |u|)`` with u the output and ``n^2 = sum |z|``, computed in that
+    form. A row of zeros gives 0 and passes back 0. Backward keeps a and b alone.
+    """
+    if isinstance(a, Tensor):
+        a, b = checks.autocast(a, b)
+    arguments = canonical(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
+    out: Tensor = OPERATOR(arguments)
+    return out.view(*checks.broadcast_shapes(a.shape[:-1], b.shape[:-1]), out.shape[-1])
+
+
+def canonical(
+    a: Tensor,
+    b: Tensor,
+    factor: int = 1,
+    layout: str = "inner",
+    power_norm: bool = False,
+    l2_norm: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Arguments:
+    """Checks the arguments of :func:`factorized_pool` and returns those of the operator, ``(batch, regions, ...)``."""
+    checks.dtype_in("a", checks.tensor("a", a), checks.FLOAT_DTYPES)
+    checks.dtype_in("b", checks.tensor("b", b), (a.dtype,))
+    checks.same_device("b", b, "a", a)
+    if a.dim() == 0:
+        raise ValueError("a: expected (..., factor * dim), given ()")
+    try:
+        if b.dim() == 0 or b.shape[-1] != a.shape[-1]:
+            raise RuntimeError
+        leading = checks.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"b: expected (..., {a.shape[-1]}) with leading dimensions that broadcast with those of a "
+            f"{tuple(a.shape)}, given {tuple(b.shape)}"
+        ) from None
+    if checks.integer("factor", factor, 1) and a.shape[-1] % factor:
+        raise ValueError(f"factor: expected a positive divisor of {a.shape[-1]} features, given {factor}")
+    checks.choice("layout", layout, LAYOUTS)
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    checks.flag("power_norm", power_norm)
+    checks.flag("l2_norm", l2_norm)
+    return {
+        "a": _regions(a, leading),
+        "b": _regions(b, leading),
+        "seed": checks.seed_tensor(dropout_p, seed, a.device),
+        "factor": factor,
+        "inner": layout == "inner",
+        "power_norm": power_norm,
+        "l2_norm": l2_norm,
+        "dropout_p": dropout_p,
+    }
+
+
+def _regions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
+    """``(batch, regions, features)``; what is broadcast over regions is not repeated."""
+    batch = 1
+    for size in leading[:-1]:
+        batch = batch * size
+    x = x.expand(*leading, x.shape[-1]).reshape(batch, leading[-1] if leading else 1, x.shape[-1])
+    return unit_last_stride(x)
+
+
+OPERATOR.serves("factorized_pool", canonical)

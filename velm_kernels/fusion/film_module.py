@@ -1,0 +1,68 @@
+"""Feature-wise linear modulation as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from velm_kernels import checks
+from velm_kernels.constructors import checked
+from velm_kernels.fusion.film import film
+from velm_kernels.linear import linear
+
+
+class FiLM(nn.Module):
+    """Modulation of features by a condition: a linear layer makes gamma and beta, :func:`velm_kernels.film` applies
+    them (Perez et al., 2018).
+
+    Args:
+        condition_dim: features of the condition.
+        features: features that are modulated.
+        channels_first: whether they are channels of ``(batch, features, *spatial)``.
+        device, dtype: of the parameters.
+
+    The state_dict is that of one ``torch.nn.Linear``: ``linear.weight (2 * features, condition_dim)`` and
+    ``linear.bias (2 * features,)``, gamma before beta. The weight starts at 0 and the bias at 1 for gamma and 0 for
+    beta: the module begins as the identity.
+
+    Shape:
+        x ``(batch, ..., features)``, or ``(batch, features, *spatial)``, and condition ``(batch, condition_dim)`` to
+        the shape of x.
+    """
+
+    @checked()
+    def __init__(
+        self,
+        condition_dim: int,
+        features: int,
+        channels_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.channels_first = features, channels_first
+        self.linear = nn.Linear(condition_dim, 2 * features, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.linear.weight)
+        with torch.no_grad():
+            self.linear.bias[: self.features] = 1.0
+            self.linear.bias[self.features :] = 0.0
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        size = self.linear.weight.shape[1]
+        checks.features("condition", condition, "(batch, condition_dim)", size, self.linear.weight, 2)
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+        if x.dim() < 2 or x.shape[1 if self.channels_first else -1] != self.features or len(x) != len(condition):
+            layout = "(batch, features, *spatial)" if self.channels_first else "(batch, ..., features)"
+            raise ValueError(
+                f"x: expected {layout} with batch = {len(condition)} and features = {self.features}, "
+                f"given {tuple(x.shape)}"
+            )
+        checks.same_device("x", x, "condition", condition)
+        gamma, beta = linear(condition, self.linear.weight, self.linear.bias).chunk(2, -1)
+        return film(x, gamma, beta, channels_first=self.channels_first)
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, channels_first={self.channels_first}"

@@ -1,0 +1,455 @@
+"""From one declaration of an operator follow its schemas, fake results, autograd, reference backend and dispatch.
+
+An operator is a forward and, where it has gradients, a backward::
+
+    OPERATOR = Operator(
+        "film",
+        "Tensor x, Tensor gamma, Tensor beta, bool regions_contiguous, float gamma_offset",
+        shapes=lambda a: empty_like_rows(a.x, a.regions_contiguous),
+        reference=meaning,
+        differentiable=("x", "gamma", "beta"),
+        saves={"x": ("gamma",), "gamma": ("x",)},
+        triton="fusion.film.triton",
+    )
+
+declares ``velm::film_forward`` and ``velm::film_backward`` to torch. These are functions: they give new results. The
+kernels behind them, in whatever language, fill memory that they are given, which is allocated here and nowhere else::
+
+    film_forward(x, gamma, beta, regions_contiguous, gamma_offset, out)
+    film_backward(grad, x, gamma, regions_contiguous, gamma_offset, grad_x, grad_gamma, grad_beta)
+
+A kernel is given None for a gradient that is not wanted, and for what is saved for no gradient that is wanted. What
+torch sees is functional because placements of DTensors, ``torch.vmap`` and compilers that keep mutation (all but
+inductor) take it as it is; an operator that writes on its arguments they would copy around or refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from velm_kernels import backends
+from velm_kernels.backends import Arguments, cpu, cuda, direct, flops, library, triton
+
+# What kernels and meanings are called with, by name.
+Values = SimpleNamespace
+Empty = Callable[[Any], Any]
+Reasons = Callable[[Arguments], list[str]]
+
+
+class Parameter(NamedTuple):
+    """One argument of a schema."""
+
+    kind: str
+    name: str
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.kind.startswith("Tensor")
+
+    @property
+    def is_list(self) -> bool:
+        return self.kind.endswith("[]")
+
+    def optional(self) -> Parameter:
+        return Parameter(self.kind if self.kind.endswith(("?", "[]")) else f"{self.kind}?", self.name)
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name}"
+
+
+def parameters(schema: str) -> list[Parameter]:
+    """``"Tensor x, int n"`` in parts."""
+    found = (argument.rpartition(" ") for argument in schema.split(", ") if argument)
+    return [Parameter(kind, name) for kind, _, name in found]
+
+
+class Operator:
+    """Declares ``velm::<name>_forward`` and, with ``differentiable``, ``velm::<name>_backward``.
+
+    Args:
+        name: of the operator, in the words of its public function.
+        arguments: of forward, as torch writes schemas: tensors in canonical form and settings.
+        shapes: the uninitialised results for arguments by name (``a.x``), in memory as every backend leaves them: a
+            tensor, or a tuple with None for a result that was not asked for.
+        reference: the meaning: from the arguments, floating point in float32 or wider, to the results in whatever
+            dtype and memory. Plain torch, differentiable to any order.
+        results: their names.
+        may_be_absent: results that are not always asked for.
+        differentiable: the arguments whose gradient a kernel computes.
+        passed_on: arguments whose gradient is that of the only result, as it comes.
+        without_gradient: results without one.
+        may_lack: results whose gradient backward takes as None; those of others are zeros where there is none.
+        saves: for each differentiable argument, the arguments and results that its gradient is computed from; a tuple
+            where that is the same for all.
+        remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
+        gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
+            whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
+            Without it, autograd of ``reference``; then everything that the reference reads has to be saved.
+        gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
+            contiguous, from the values of backward by name.
+        incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
+        triton: the module with the functions ``<name>_forward`` and ``<name>_backward``.
+        cpu, cuda: whether there are such kernels.
+        reasons: by backend, why it cannot serve given arguments, beside what holds for all of its kernels.
+        check: sees the arguments of forward before every call and may read values.
+        flops, backward_flops: multiply-adds times 2, from the shapes of the arguments by name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        shapes: Empty,
+        reference: Callable[..., Any],
+        results: tuple[str, ...] = ("out",),
+        may_be_absent: tuple[str, ...] = (),
+        differentiable: tuple[str, ...] = (),
+        passed_on: tuple[str, ...] = (),
+        without_gradient: tuple[str, ...] = (),
+        may_lack: tuple[str, ...] = (),
+        saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
+        remembers: Mapping[str, Callable[[Any], Any]] | None = None,
+        gradients: Callable[[Any, Sequence[bool]], Sequence[Any]] | None = None,
+        gradient_shapes: Mapping[str, Empty] | None = None,
+        incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
+        triton: str = "",
+        cpu: bool = True,
+        cuda: bool = True,
+        reasons: Mapping[str, Reasons] | None = None,
+        check: Callable[[Arguments], None] | None = None,
+        flops: Callable[[Any], int] | None = None,
+        backward_flops: Callable[[Any], int] | None = None,
+    ) -> None:
+        self.name = name
+        self.forward, self.backward = f"{name}_forward", f"{name}_backward"
+        self.parameters = parameters(arguments)
+        self.names = [parameter.name for parameter in self.parameters]
+        self.results, self._may_be_absent = results, may_be_absent
+        self.differentiable, self._passed_on = differentiable, passed_on
+        self._shapes, self._reference = shapes, reference
+        self._without_gradient, self._may_lack = without_gradient, may_lack
+        self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
+        self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
+        self._incoming = incoming
+        self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
+        given = {"triton": triton, "cpu": cpu, "cuda": cuda}
+        self._declare_forward(given, reasons or {}, check, flops)
+        if differentiable:
+            self._declare_backward(given, reasons or {}, backward_flops)
+
+    def __repr__(self) -> str:
+        return f"Operator({self.name!r})"
+
+    def __call__(self, arguments: Arguments) -> Any:
+        """The results for arguments in the order of the schema: a tensor, or a tuple of them."""
+        return direct.call(self.forward, arguments)
+
+    def serves(self, name: str, canonical: Callable[..., Arguments], plain: Callable[..., Any] | None = None) -> None:
+        """Tells :func:`velm_kernels.explain` of the public function ``name``, which calls ``plain`` for the result of
+        torch's own form where that is the faster one, else None, and then this operator with ``canonical``'s arguments.
+        """
+        backends.register_public(name, self.forward, canonical, plain)
+
+    def empty(self, a: Any) -> tuple[Tensor | None, ...]:
+        """Uninitialised results for arguments by name."""
+        made = self._shapes(a)
+        return made if isinstance(made, tuple) else (made,)
+
+    def empty_gradients(self, a: Any, wanted: Sequence[bool]) -> list[Any]:
+        """Uninitialised gradients for the values of backward by name; None where not wanted."""
+        return [self._empty_gradient(name, a) if want else None for name, want in zip(self.differentiable, wanted)]
+
+    def _empty_gradient(self, name: str, a: Any) -> Tensor:
+        if name in self._gradient_shapes:
+            made: Tensor = self._gradient_shapes[name](a)
+            return made
+        like = getattr(a, name)
+        found: Tensor = like.new_empty(like.shape)
+        return found
+
+    # what torch sees
+
+    def _declare_forward(
+        self,
+        given: Mapping[str, Any],
+        reasons: Mapping[str, Reasons],
+        check: Callable[[Arguments], None] | None,
+        formula: Callable[[Any], int] | None,
+    ) -> None:
+        returned = "Tensor" if len(self.results) == 1 else f"({', '.join(['Tensor'] * len(self.results))})"
+        filled = _filled(self.results, optional=self._may_be_absent)
+        library.declare(
+            self.forward,
+            ", ".join(map(str, self.parameters)),
+            returned,
+            fake=lambda *args: self._returned(self.empty(self._by_name(args[:-1])), args),
+            check=check,
+            kernel=[*self.parameters, *filled],
+        )
+        for backend, kernel in _kernels(self.forward, given):
+            _register(self.forward, backend, self._filling(kernel), reasons.get(backend))
+        backends.register(self.forward, "reference", self._filling(lambda: self._fill_by_reference))
+        if formula is not None:
+            flops.register(self.forward, _of_shapes(formula, self.names))
+
+    def _by_name(self, values: Sequence[Any]) -> Any:
+        return Values(**dict(zip(self.names, values, strict=True)))
+
+    def _returned(self, made: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
+        """What torch is given: it knows no results that are None."""
+        if len(made) == 1:
+            return made[0]
+        return tuple(_nothing(args) if value is None else value for value in made)
+
+    def _filling(self, kernel: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
+        """The implementation of forward by a kernel that fills what it is given."""
+
+        def call(*values: Any) -> Any:
+            made = self.empty(self._by_name(values))
+            kernel()(*values, *made)
+            return self._returned(made, values)
+
+        return call
+
+    def _fill_by_reference(self, *values: Any) -> None:
+        given, made = values[: len(self.names)], values[len(self.names) :]
+        for to, value in zip(made, _tuple(self._reference(*_widened(given))), strict=True):
+            if to is not None:
+                to.copy_(value)
+
+    def meaning(self, *values: Any) -> Any:
+        """Forward by plain torch: new results in the dtypes and the memory that :meth:`empty` gives them, which torch
+        can differentiate to any order."""
+        made = self.empty(self._by_name(values))
+        found: list[Tensor | None] = []
+        for name, to, value in zip(self.results, made, _tuple(self._reference(*_widened(values))), strict=True):
+            if to is None:
+                found.append(None)
+                continue
+            value = _laid_out(value.to(to.dtype), to)
+            found.append(value.detach() if name in self._without_gradient else value)
+        return self._returned(found, values)
+
+    # backward
+
+    def _declare_backward(
+        self, given: Mapping[str, Any], reasons: Mapping[str, Reasons], formula: Callable[[Any], int] | None
+    ) -> None:
+        self._with_gradient = [name for name in self.results if name not in self._without_gradient]
+        alone = len(self._with_gradient) == 1
+        self._grad_names = ["grad" if alone else f"grad_{name}" for name in self._with_gradient]
+        grads = [
+            Parameter("Tensor?" if result in self._may_lack else "Tensor", name)
+            for result, name in zip(self._with_gradient, self._grad_names)
+        ]
+        # What every gradient is computed from is always there.
+        needed = {name: [of for of in self.differentiable if name in self._saves.get(of, ())] for name in self._saved()}
+        tensors = {parameter.name: parameter for parameter in self.parameters if parameter.is_tensor}
+        self._kept = [(self.names.index(name), needed[name]) for name in tensors if name in needed]
+        self._kept_results = [(i, needed[name]) for i, name in enumerate(self.results) if name in needed]
+        saved = [
+            parameter if len(needed[name]) == len(self.differentiable) else parameter.optional()
+            for name, parameter in tensors.items()
+            if name in needed
+        ]
+        saved += [Parameter("Tensor", self.results[i]) for i, _ in self._kept_results]
+        self._settings = [i for i, parameter in enumerate(self.parameters) if not parameter.is_tensor]
+        settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
+        arguments = [*grads, *saved, *settings]
+        self._backward_names = [parameter.name for parameter in arguments]
+        # A kernel with one gradient is not called for none.
+        names = [f"grad_{name}" for name in self.differentiable]
+        filled = _filled(names, optional=names if len(names) > 1 else ())
+        returned = "Tensor" if len(filled) == 1 else f"({', '.join(['Tensor'] * len(filled))})"
+        wanted = [Parameter("int", "wanted")] if len(filled) > 1 else []
+        library.declare(
+            self.backward,
+            ", ".join(map(str, [*arguments, *wanted])),
+            returned,
+            fake=lambda *args: self._returned_gradients(args[:-1]),
+            kernel=[*arguments, *filled],
+        )
+        for backend, kernel in _kernels(self.backward, given):
+            _register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend))
+        by_reference = self._filling_gradients(lambda: self._fill_gradients_by_reference)
+        backends.register(self.backward, "reference", by_reference)
+        if formula is not None:
+            flops.register(self.backward, _of_shapes(formula, [*self._backward_names, "wanted"]))
+        self._run_backward = getattr(direct.ops, self.backward)
+        library.register_autograd(
+            self.forward, self._differentiate, setup_context=self._setup_context, meaning=self.meaning
+        )
+
+    def _saved(self) -> list[str]:
+        return list(dict.fromkeys(name for names in self._saves.values() for name in names))
+
+    def _backward_by_name(self, values: Sequence[Any]) -> Any:
+        return Values(**dict(zip(self._backward_names, values, strict=True)))
+
+    def _made_gradients(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
+        """The values of backward, and its uninitialised results with None for what is not wanted."""
+        count = len(self._backward_names)
+        values = args[:count]
+        wanted = [bool(args[count] >> bit & 1) for bit in range(len(self.differentiable))] if args[count:] else [True]
+        return values, self.empty_gradients(self._backward_by_name(values), wanted)
+
+    def _returned_gradients(self, args: Sequence[Any]) -> Any:
+        values, made = self._made_gradients(args)
+        return self._returned(made, values)
+
+    def _filling_gradients(self, kernel: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            values, made = self._made_gradients(args)
+            kernel()(*values, *made)
+            return self._returned(made, values)
+
+        return call
+
+    def _fill_gradients_by_reference(self, *values: Any) -> None:
+        count = len(self._backward_names)
+        a, made = self._backward_by_name(_widened(values[:count])), values[count:]
+        wanted = [to is not None for to in made]
+        found = self._gradients(a, wanted) if self._gradients is not None else self._differentiated(a, wanted)
+        for to, value in zip(made, found, strict=True):
+            if to is not None:
+                to.copy_(value)
+
+    def _differentiated(self, a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+        """The gradients of the reference, by torch."""
+        given = [getattr(a, name) for name in self.names]
+        chosen = [name for name, want in zip(self.differentiable, wanted) if want]
+        with library.autograd_inside():
+            leaves = {name: getattr(a, name).detach().requires_grad_() for name in chosen}
+            found = _tuple(self._reference(*(leaves.get(name, value) for name, value in zip(self.names, given))))
+            by_result = dict(zip(self.results, found, strict=True))
+            pairs = [
+                (by_result[result], getattr(a, name))
+                for result, name in zip(self._with_gradient, self._grad_names)
+                if getattr(a, name) is not None
+            ]
+            grads = torch.autograd.grad(
+                [result for result, _ in pairs],
+                list(leaves.values()),
+                [grad.to(result.dtype).expand(result.shape) for result, grad in pairs],
+                materialize_grads=True,
+            )
+        by_argument = dict(zip(chosen, grads, strict=True))
+        return [by_argument.get(name) for name in self.differentiable]
+
+    # autograd
+
+    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        needed = dict(zip(self.names, ctx.needs_input_grad))
+        ctx.wanted = [needed[name] for name in self.differentiable]
+        saved = [inputs[i] if any(map(needed.__getitem__, of)) else None for i, of in self._kept]
+        made = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*saved, *(made[i] for i, _ in self._kept_results))
+        ctx.settings = [inputs[i] for i in self._settings]
+        if self._remembers:
+            a = self._by_name(inputs[:-1])
+            ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
+        if len(made) > 1:
+            ctx.set_materialize_grads(False)
+            ctx.made = [(value.shape, value.dtype) for value in made]
+        ctx.backend = inputs[-1]
+
+    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        count = len(self.names) + 1
+        by_result = dict(zip(self.results, grads, strict=True))
+        chosen = [by_result[name] for name in self._with_gradient]
+        gradients: list[Any] = [None] * count
+        for name in self._passed_on:
+            place = self.names.index(name)
+            gradients[place] = chosen[0] if ctx.needs_input_grad[place] else None
+        if all(grad is None for grad in chosen) or not any(ctx.wanted):
+            return tuple(gradients)
+        saved = ctx.saved_tensors
+        a = Values(**dict(zip(self._backward_names[len(chosen) :], (*saved, *ctx.settings), strict=True)))
+        for place, name in enumerate(self._with_gradient):
+            grad = chosen[place]
+            if grad is None and name not in self._may_lack:
+                like = next(other for other in chosen if other is not None)
+                shape, dtype = ctx.made[self.results.index(name)]
+                grad = like.new_zeros(shape, dtype=dtype)
+            chosen[place] = grad if grad is None else self._incoming(grad, a)
+        wanted = [sum(1 << bit for bit, want in enumerate(ctx.wanted) if want)] if len(ctx.wanted) > 1 else []
+        found = self._run_backward(*chosen, *saved, *ctx.settings, *wanted, ctx.backend)
+        for name, want, gradient in zip(self.differentiable, ctx.wanted, _tuple(found), strict=True):
+            if want:
+                gradients[self.names.index(name)] = gradient
+        return tuple(gradients)
+
+
+def _kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Callable[..., None]]]]:
+    """(backend, what gives its kernel), for every backend with one."""
+    if given["triton"]:
+        yield "triton", lambda: triton.imported(f"velm_kernels.{given['triton']}", name)
+    if given["cpu"]:
+        yield "cpu", lambda: cpu.op(name)
+    if given["cuda"]:
+        for backend in cuda.NAMESPACES:
+            yield backend, lambda backend=backend: cuda.op(backend, name)  # type: ignore[misc]
+
+
+def _register(name: str, backend: str, call: Callable[..., Any], more: Reasons | None) -> None:
+    of_all: Reasons
+    if backend == "triton":
+        of_all = triton.common_reasons
+    elif backend == "cpu":
+        of_all = lambda a: cpu.reasons(name, a)  # noqa: E731
+    else:
+        of_all = lambda a: cuda.reasons(backend, name, a)  # noqa: E731
+    backends.register(name, backend, call, more, of_all)
+
+
+def _filled(names: Sequence[str], optional: Sequence[str]) -> list[Parameter]:
+    """Arguments of a kernel that it writes."""
+    letters = (chr(ord("a") + i) for i in range(len(names)))
+    return [Parameter(f"Tensor({letter}!){'?' * (name in optional)}", name) for letter, name in zip(letters, names)]
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _nothing(values: Sequence[Any]) -> Tensor:
+    """In place of a tensor that was not asked for."""
+    first = next(value for value in values if isinstance(value, Tensor))
+    return first.new_empty((0,))
+
+
+def _widened(values: Sequence[Any]) -> list[Any]:
+    """``values`` with what is floating point in float32 or wider."""
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [wide(one) for one in value]
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value.to(torch.promote_types(value.dtype, torch.float32))
+        return value
+
+    return [wide(value) for value in values]
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """``value`` with its dimensions in memory in the order of those of ``like``, which has no gaps."""
+    if value.stride() == like.stride():
+        return value
+    order = sorted(range(like.dim()), key=lambda dim: like.stride(dim), reverse=True)
+    back = sorted(range(like.dim()), key=order.__getitem__)
+    return value.permute(order).contiguous().permute(back)
+
+
+def _of_shapes(formula: Callable[[Any], int], names: Sequence[str]) -> Callable[..., int]:
+    """A formula as torch's counter calls it, with shapes in place of tensors."""
+
+    def count(*args: Any, **kwargs: Any) -> int:
+        return int(formula(Values(**dict(zip(names, args)))))
+
+    return count
