@@ -12,7 +12,7 @@ from velm_kernels.attention import reference_small as reference
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch, value_of
 from velm_kernels.layout import as_matrix
 
 GRAD_X, GRAD_GATE = 1, 2
@@ -35,7 +35,8 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
 
     Returns:
         ``(..., dim)``, contiguous, in the dtype to which ``residual`` and ``x`` promote. The sum is computed in
-        float32 (float64 for float64 inputs) and rounded once.
+        float32 (float64 for float64 inputs) and rounded once, but in a small call on the CPU, where torch's operators
+        round each their result.
 
     Raises:
         TypeError: a dtype is not as above.
@@ -53,11 +54,22 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
 
 
 def _small(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor | None:
-    if row_mask is not None or not takes_torch(SMALL, residual, x, gate) or x.dim() == 0:
+    if not takes_torch(SMALL, residual, x, gate, dtype=ANY, recorded=2 * SMALL) or x.dim() == 0:
         return None
-    if residual.shape != x.shape or gate.shape not in ((), (1,), x.shape[-1:]):
+    if residual.shape != x.shape or gate.shape not in ((), (1,), x.shape[-1:]) or not x.is_contiguous():
         return None
-    return torch.addcmul(residual, torch.tanh(gate), x)
+    if not residual.is_contiguous():
+        return None
+    if row_mask is None:
+        return residual + torch.tanh(gate) * x
+    if not takes_torch(SMALL, row_mask, dtype=torch.bool) or row_mask.shape != x.shape[:-1]:
+        return None
+    row_mask = row_mask.unsqueeze(-1)
+    if torch.is_grad_enabled():
+        # The gradient of the gate would see zero times what is not read; x would see zero times a gate that is NaN.
+        value = value_of(gate)
+        return None if value != value else residual + torch.tanh(gate) * torch.where(row_mask, x, 0.0)
+    return torch.where(row_mask, residual + torch.tanh(gate) * x, residual)
 
 
 def canonical(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Arguments:

@@ -15,12 +15,12 @@ from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backw
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import unit_last_stride
 
 MAX_HEAD_DIM = 256
-# Scores up to which forming them is the fastest way.
-SMALL_SCORES = 1 << 12
+# Scores up to which forming them is the fastest way, and elements of 16 bits that become float32 for it.
+SMALL_SCORES, SMALL_WIDENED = 1 << 15, 1 << 16
 
 
 def cross_attention(
@@ -146,38 +146,37 @@ def _small(
     (:mod:`velm_kernels.processors`); else None."""
     if torch.compiler.is_compiling():
         return None
-    dtype, rules = getattr(query, "dtype", None), processors.rules()
-    if dtype is not torch.float32 and (dtype is not torch.bfloat16 or rules.bfloat16_attention):
-        return None
-    if not takes_torch(processors.NEVER, query, key, value, dtype=dtype):
+    if not takes_torch(processors.NEVER, query, key, value, dtype=ANY):
         return None
     if not query.dim() == key.dim() == value.dim() == 4:
         return None
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
     if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
         return None
-    if is_causal.__class__ is not bool or 0 in (query.numel(), keys) or not 0 < dim <= MAX_HEAD_DIM:
+    if is_causal.__class__ is not bool or 0 in (batch, heads, queries, keys) or not 0 < dim <= MAX_HEAD_DIM:
         return None
-    if not (scale is None or scale.__class__ is float):
+    if not (scale is None or (scale.__class__ is float and abs(scale) <= 1e30)):
         return None
-    scores = batch * heads * queries * keys
-    if dtype is torch.float32:
-        # Causal, torch's kernel lets the values of later keys into earlier rows where they are not finite.
-        if is_causal or scores > rules.attention_scores:
-            return None
-        # It has no other derivatives than the first, and nobody knows here what will be asked for; and it loses NaN in
-        # rows shorter than a vector.
-        if keys < torch_attention.CPU_SHORTEST or derivatives.wanted(query, key, value):
-            if scores > SMALL_SCORES or heads != kv_heads:
-                return None
-            scaled = query * (dim**-0.5 if scale is None else scale)
-            return torch.softmax(scaled @ key.transpose(-1, -2), -1) @ value
-    elif keys < torch_attention.CPU_SHORTEST or derivatives.wanted(query, key, value):
-        # The operator takes torch's kernel forward as well, and its own gradients where they are faster.
+    dtype, rules, scores = query.dtype, processors.rules(), batch * heads * queries * keys
+    is_float32 = dtype is torch.float32
+    # Torch's kernel loses NaN in rows shorter than a vector, and has no other derivatives than the first; nobody knows
+    # here which will be asked for.
+    by_kernel = keys >= torch_attention.CPU_SHORTEST and not derivatives.wanted(query, key, value)
+    # Causal, it lets the values of later keys into earlier rows where they are not finite.
+    if by_kernel and (
+        scores <= rules.attention_scores and not is_causal
+        if is_float32
+        else dtype is torch.bfloat16 and not rules.bfloat16_attention
+    ):
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads
+        )
+    if scores > SMALL_SCORES or heads != kv_heads or is_causal:
         return None
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads
-    )
+    if not is_float32 and max(query.numel(), key.numel()) > SMALL_WIDENED:
+        return None
+    out = torch.softmax((wide(query) * (dim**-0.5 if scale is None else scale)) @ wide(key).transpose(-1, -2), -1)
+    return out @ value if is_float32 else (out @ wide(value)).to(dtype)
 
 
 def _small_plain(query: Any, key: Any, value: Any, **settings: Any) -> torch.Tensor | None:

@@ -1,44 +1,66 @@
 """Small calls on the CPU: torch's own form has finished before a call of an operator has begun.
 
 Checks, the choice of a backend and, under autograd, a node of the graph take some ten microseconds whatever the sizes.
-A public function whose meaning is one or two operators of torch asks :func:`takes_torch` first and computes by those;
-such a call is differentiable in every way that torch is. Only float32, whose plain form rounds no more often than the
-kernels do, and only where nobody asked for a backend, compiles, or counts operators. ``explain`` says so.
+A public function whose meaning is a few operators of torch asks :func:`takes_torch` first and computes by those; such a
+call is differentiable in every way that torch is. It rounds as often as a user's own code in torch does, no more; NaN
+and infinity, empty rows and what is masked are as everywhere. Only where nobody asked for a backend, compiles, or
+counts operators. What is unusual about the arguments, and every error, is left to the operator: a form returns None and
+raises nothing. ``explain`` says so.
+
+What is left over a user's own code is the looking at arguments, two to four microseconds.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from velm_kernels import backends
+from velm_kernels import backends, checks
 from velm_kernels.backends import triton
 
 # Tests of operators at small sizes switch the rule off.
 enabled = True
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_INTEGERS = frozenset(checks.INTEGER_DTYPES)
 # A node of autograd's graph, and gradients one by one, cost an operator's call several times as much.
 WITH_GRADIENT = 4
 
 
-def takes_torch(limit: int, *tensors: Any, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether a call with ``tensors`` is small: all of them ``dtype`` on the CPU, none with more than ``limit``
-    elements, four times as many where a gradient is recorded."""
+# What a form that takes 16 bits too passes as dtype.
+ANY = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def takes_torch(
+    limit: int,
+    *tensors: Any,
+    dtype: torch.dtype | frozenset[torch.dtype] = torch.float32,
+    recorded: int | None = None,
+) -> bool:
+    """Whether a call with ``tensors`` is small: all of them ``dtype`` (or one of them, the same) on the CPU, none with
+    more than ``limit`` elements; where a gradient is recorded ``recorded``, by default four times as many."""
     if not enabled or torch.compiler.is_compiling():
         return False
-    recording = torch.is_grad_enabled()
-    if recording:
-        recording = False
-        for tensor in tensors:
-            if tensor.__class__ in _PLAIN and tensor.requires_grad:
-                recording = True
-                limit *= WITH_GRADIENT
-                break
-    for tensor in tensors:
-        if tensor.__class__ not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu or tensor.numel() > limit:
+    if dtype.__class__ is frozenset:
+        given = getattr(tensors[0], "dtype", None)
+        if given not in dtype:
             return False
+        dtype = given
+    if recorded is None:
+        recorded = WITH_GRADIENT * limit
+    most, records = 0, False
+    for tensor in tensors:
+        if tensor.__class__ not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
+            return False
+        if (elements := tensor.numel()) > most:
+            if elements > recorded and elements > limit:
+                return False
+            most = elements
+        records = records or tensor.requires_grad
+    if most > (recorded if records and torch.is_grad_enabled() else limit):
+        return False
     return not (
         backends.forced()
         # Whoever switched it on wants to see kernels run.
@@ -46,3 +68,26 @@ def takes_torch(limit: int, *tensors: Any, dtype: torch.dtype = torch.float32) -
         or torch._C._len_torch_dispatch_stack()
         or torch.is_autocast_enabled("cpu")
     )
+
+
+def values_of(tensor: Any, limit: int = 64) -> list[int] | None:
+    """The values of a tensor of at most ``limit`` integers on the CPU, where nobody traces or transforms what is
+    computed now; else None."""
+    if tensor.__class__ not in _PLAIN or tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.numel() > limit:
+        return None
+    return tensor.reshape(-1).tolist() if _may_read() else None
+
+
+def value_of(tensor: torch.Tensor) -> float:
+    """The value of a tensor of one element on the CPU; NaN where there are more, or somebody traces or transforms what
+    is computed now."""
+    return float(tensor.item()) if tensor.numel() == 1 and _may_read() else math.nan
+
+
+def _may_read() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float32, itself where it is."""
+    return tensor if tensor.dtype is torch.float32 else tensor.float()

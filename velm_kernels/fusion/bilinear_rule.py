@@ -1,7 +1,7 @@
 """Where plain forms of torch are faster for the bilinear form on the CPU: small ones, of few outputs, of few rows.
 
 Like the rule of :mod:`velm_kernels.linear.rule` a fixed function of the sizes, and switched by the same
-:func:`velm_kernels.linear.rule.use_product`. Only float32: in half precision torch rounds what is summed.
+:func:`velm_kernels.linear.rule.use_product`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
 
@@ -38,13 +38,18 @@ def torchs_forward(rows: int, weight: Tensor) -> bool:
 def small(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The bilinear form by way of the outer products, where those are small; else None. Arguments that do not fit
     together are left to the checks."""
-    if not takes_torch(NEVER, x, y, weight) or (bias is not None and not takes_torch(NEVER, bias)):
+    if not takes_torch(NEVER, x, y, weight, dtype=ANY) or weight.dim() != 3:
+        return None
+    if bias is not None and not (takes_torch(NEVER, bias, dtype=x.dtype) and bias.shape == weight.shape[:1]):
         return None
     shape, (*leading, dy) = x.shape, y.shape or (0,)
-    if len(shape) < 2 or list(shape[:-1]) != leading or weight.dim() != 3 or weight.shape[1:] != (shape[-1], dy):
+    if len(shape) < 2 or weight.shape[1:] != (shape[-1], dy):
         return None
-    if (bias is not None and bias.shape != weight.shape[:1]) or rule.forced_product() is not None:
-        return None
-    if not 0 < x.numel() * dy <= OUTER or weight.shape[0] == 0:
+    if list(shape[:-1]) != leading:
+        # One row of x for all regions.
+        if len(shape) != 2 or len(leading) != 2 or leading[0] != shape[0]:
+            return None
+        x = x.unsqueeze(1)
+    if not 0 < y.numel() * shape[-1] <= OUTER or weight.shape[0] == 0 or rule.forced_product() is not None:
         return None
     return F.linear((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)

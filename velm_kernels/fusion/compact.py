@@ -12,6 +12,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, reasons_against, register, register_public
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.fusion import count_sketch, reference
 from velm_kernels.layout import unit_last_stride
 
@@ -19,6 +20,8 @@ GRAD_X, GRAD_Y = 1, 2
 # Elements of sketches of one input that are worked on at a time: enough to hide what a transform costs whatever its
 # size, few enough for memory to be used again and not asked of the system anew.
 ELEMENTS_ON_CPU, ELEMENTS = 2**21, 2**24
+# Elements of x, y and the result up to which torch's steps are the faster ones, see velm_kernels.backends.small.
+SMALL = 1 << 18
 
 
 class Sketch(NamedTuple):
@@ -91,12 +94,50 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     torch it takes longer than two of half its size. The gradients are correlations with the gradient of the result, by
     one call back for both. Backward keeps x and y alone and makes their spectra again.
     """
+    small = _small(x, y, sketch_x, sketch_y, dim)
+    if small is not None:
+        return small
     if isinstance(x, Tensor):
         x, y = checks.autocast(x, y)
     arguments = canonical(x, y, sketch_x, sketch_y, dim)
     out: Tensor = call("compact_bilinear_forward", arguments)
     x, y = _same_dims(x, y)
     return out.view(*checks.broadcast_shapes(x.shape[:-1], y.shape[:-1]), dim)
+
+
+def _small(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int) -> Tensor | None:
+    """By torch's own steps, whose spectra backward keeps."""
+    if not takes_torch(SMALL, x, y, dtype=ANY, recorded=SMALL) or dim.__class__ is not int or dim < 1:
+        return None
+    if not 0 < x.dim() <= y.dim() or 0 in x.shape or 0 in y.shape:
+        return None
+    if x.shape[:-1] != y.shape[:-1]:
+        if x.dim() != 2 or y.dim() != 3 or len(x) != len(y):
+            return None
+        x = x[:, None]
+    if (y.numel() // y.shape[-1]) * dim > SMALL:
+        return None
+    spectra = [_small_spectrum(*one, dim) for one in ((x, sketch_x), (y, sketch_y))]
+    if spectra[0] is None or spectra[1] is None:
+        return None
+    return torch.fft.irfft(spectra[0] * spectra[1], n=dim).to(x.dtype)
+
+
+def _small_spectrum(x: Tensor, sketch: Sketch, dim: int) -> Tensor | None:
+    if not isinstance(sketch, tuple) or len(sketch) != 2:
+        return None
+    bucket, sign = sketch
+    if not takes_torch(SMALL, bucket, dtype=torch.int64) or not takes_torch(SMALL, sign):
+        return None
+    if not bucket.shape == sign.shape == x.shape[-1:]:
+        return None
+    x = wide(x) * sign
+    try:
+        # It looks at the indices, in any case.
+        sketched = x.new_zeros((*x.shape[:-1], dim)).scatter_add(-1, bucket.expand(x.shape), x)
+    except RuntimeError:
+        return None
+    return torch.fft.rfft(sketched)
 
 
 def _same_dims(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,4 +365,4 @@ def _register(backend: str) -> None:
 register_autograd("compact_bilinear_forward", _backward, setup_context=_setup_context, meaning=_meaning)
 for _backend in count_sketch.BACKENDS:
     _register(_backend)
-register_public("compact_bilinear", "compact_bilinear_forward", canonical)
+register_public("compact_bilinear", "compact_bilinear_forward", canonical, _small)

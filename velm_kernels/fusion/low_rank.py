@@ -14,6 +14,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import autograd_inside, declare, register_autograd
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.fusion import cuda_low_rank, reference
 from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, checked_inputs, leading_beside
 from velm_kernels.layout import unit_last_stride
@@ -22,6 +23,9 @@ from velm_kernels.layout import unit_last_stride
 GRADIENTS = 2 * MOST_INPUTS + 2
 # float32 numbers that backward keeps at the most: 64 MiB.
 MOST_KEPT = 1 << 24
+# Elements of each input and factor, and of a projection, up to which torch's form is the faster one, see
+# velm_kernels.backends.small.
+SMALL, SMALL_PROJECTED = 1 << 15, 1 << 13
 
 
 def low_rank_fusion(
@@ -54,9 +58,37 @@ def low_rank_fusion(
     projections, ``rank * out`` numbers for every row of an input, where they are no more than ``MOST_KEPT`` numbers
     together; else it computes them again, and they never exist all at once.
     """
+    small = _small(inputs, factors, weight, bias)
+    if small is not None:
+        return small
     arguments, leading = _prepared(inputs, factors, weight, bias)
     out, _ = call("low_rank_fusion_forward", arguments)
     return out if len(leading) == 1 else out.view(*leading, out.shape[1])
+
+
+def _small(
+    inputs: Sequence[Tensor], factors: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
+) -> Tensor | None:
+    if inputs.__class__ not in (list, tuple) or factors.__class__ not in (list, tuple):
+        return None
+    if not (2 <= len(inputs) <= MOST_INPUTS and len(factors) == len(inputs)):
+        return None
+    if not takes_torch(SMALL, *inputs, *factors, weight) or weight.dim() != 1 or factors[0].dim() != 3:
+        return None
+    rank, rows, out_features = len(weight), inputs[0].shape[:-1], factors[0].shape[2]
+    if 0 in (rank, out_features) or len(rows) != 1 or not 0 < rows[0] * rank * out_features <= SMALL_PROJECTED:
+        return None
+    if bias is not None and not (takes_torch(SMALL, bias) and bias.shape == (out_features,)):
+        return None
+    product = None
+    for x, factor in zip(inputs, factors, strict=True):
+        if x.shape[:-1] != rows or factor.shape != (rank, 1 + x.shape[1], out_features):
+            return None
+        projected = torch.matmul(torch.cat([x.new_ones(rows[0], 1), x], 1), factor)
+        product = projected if product is None else product * projected
+    assert product is not None
+    out = torch.matmul(weight, product.view(rank, -1)).view(rows[0], out_features)
+    return out if bias is None else out + bias
 
 
 def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
@@ -244,4 +276,4 @@ for _backend, _namespace in cuda.NAMESPACES.items():
     for _name, _call in (("forward", cuda_low_rank.forward), ("backward", cuda_low_rank.backward)):
         _reasons = functools.partial(cuda.reasons, _backend, "low_rank_gradients")
         register(f"low_rank_fusion_{_name}", _backend, functools.partial(_call, _namespace), _reasons)
-register_public("low_rank_fusion", "low_rank_fusion_forward", canonical)
+register_public("low_rank_fusion", "low_rank_fusion_forward", canonical, _small)

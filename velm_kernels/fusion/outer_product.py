@@ -9,11 +9,11 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import derivatives
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.processors import NEVER
 
 # Elements of the result up to which autograd's own gradient, which forms products of that size, is the faster one.
-SMALL = 1 << 14
+SMALL = 1 << 18
 
 
 def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -50,7 +50,7 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
             name, value = ("mask", mask) if lengths is None else ("lengths", lengths)
             raise ValueError(f"{name}: expected None for x without regions, given {checks.describe(value)}")
         recorded = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-        if not recorded or (takes_torch(NEVER, x, y) and x.numel() * y.shape[1] <= SMALL):
+        if not recorded or (takes_torch(NEVER, x, y, dtype=ANY) and x.numel() * y.shape[1] <= SMALL):
             return x[:, :, None] * y[:, None, :]
         with checks.without_autocast(x.device):
             if derivatives.in_functorch() is not None or derivatives.has_tangent((x, y)):

@@ -10,10 +10,15 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, register_public
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.bilinear import canonical as canonical_bilinear
+from velm_kernels.linear import rule
+from velm_kernels.processors import NEVER
 
 MOST_INPUTS = 4
+# Numbers of the outer products of all rows up to which forming them is faster.
+OUTER = 1 << 16
 
 
 def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -28,7 +33,8 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     Under autocast all are cast to its dtype.
 
     Returns:
-        ``(..., out)`` over the broadcast leading dimensions, contiguous, in the dtype of the inputs.
+        ``(..., out)`` over the broadcast leading dimensions, contiguous, in the dtype of the inputs. Of small calls on
+        the CPU the outer product is formed, in that dtype.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -38,7 +44,29 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
     to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
     """
-    return bilinear(*_sides(inputs, weight, bias))
+    small = _small(inputs, weight, bias)
+    return bilinear(*_sides(inputs, weight, bias)) if small is None else small
+
+
+def _small(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """The fusion by way of the outer product, where that is small; else None."""
+    if inputs.__class__ not in (list, tuple) or not 2 <= len(inputs) <= MOST_INPUTS:
+        return None
+    if not takes_torch(NEVER, weight, *inputs, dtype=ANY) or weight.dim() != 2:
+        return None
+    leading = inputs[0].shape[:-1]
+    if any(x.dim() == 0 or x.shape[:-1] != leading for x in inputs):
+        return None
+    features = math.prod(1 + x.shape[-1] for x in inputs)
+    if (
+        weight.shape[1] != features
+        or not 0 < math.prod(leading) * features <= OUTER
+        or rule.forced_product() is not None
+    ):
+        return None
+    if bias is not None and not (takes_torch(NEVER, bias, dtype=weight.dtype) and bias.shape == weight.shape[:1]):
+        return None
+    return torch.nn.functional.linear(_outer(inputs), weight, bias)
 
 
 def _canonical(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Arguments:
@@ -120,4 +148,4 @@ def _outer(inputs: Sequence[Tensor]) -> Tensor:
     return result
 
 
-register_public("tensor_fusion", "bilinear_forward", _canonical)
+register_public("tensor_fusion", "bilinear_forward", _canonical, _small)

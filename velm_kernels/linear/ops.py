@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.layout import as_matrix, unit_last_stride
 from velm_kernels.linear import cpu_backend, reference, rule, torch_backend  # noqa: F401, which registers itself
 from velm_kernels.linear.reference import ACTIVATIONS
@@ -95,22 +95,29 @@ def _small(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """The projection by torch's product and operators, where the result is small; else None."""
-    given = (x, weight, *(tensor for tensor in (bias, residual) if tensor is not None))
-    if not takes_torch(NEVER, *given) or x.dim() == 0 or weight.dim() != 2:
+    """The projection by torch's product and operators: where nothing follows the product, and where the result is
+    small. Else None."""
+    if bias is None:
+        taken = takes_torch(NEVER, x, weight, dtype=ANY)
+    else:
+        taken = takes_torch(NEVER, x, weight, bias, dtype=ANY)
+    if not taken or x.dim() == 0 or weight.dim() != 2:
         return None
     out_features, in_features = weight.shape
-    if x.shape[-1] != in_features or in_features == 0 or rule.forced_product() is not None:
+    if x.shape[-1] != in_features or in_features == 0 or (bias is not None and bias.shape != (out_features,)):
         return None
-    if (bias is not None and bias.shape != (out_features,)) or (
+    rows = x.numel() // in_features
+    if rule.own_product_of(rows, x.dtype):
+        return None
+    if activation is None is residual:
+        return torch.nn.functional.linear(x, weight, bias)
+    if rows * out_features > SMALL or (
         activation is not None and (activation.__class__ is not str or activation not in ACTIVATIONS[1:])
     ):
         return None
-    rows = x.numel() // in_features
-    shape = (*x.shape[:-1], out_features)
-    if rows * out_features > SMALL or (residual is not None and residual.shape != shape):
-        return None
-    if own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad):
+    if residual is not None and not (
+        takes_torch(NEVER, residual, dtype=x.dtype) and residual.shape == (*x.shape[:-1], out_features)
+    ):
         return None
     out = torch.nn.functional.linear(x, weight, bias)
     if activation:

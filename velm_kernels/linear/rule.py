@@ -86,3 +86,12 @@ def own_product(
     if asked is not None:
         return asked == "velm"
     return faster_than_torch(x_rows, in_features, out_features, dtype, device, training)
+
+
+def own_product_of(x_rows: int, dtype: torch.dtype) -> bool:
+    """:func:`own_product` for ordinary sizes on the CPU, at once."""
+    asked = _asked_for.get()
+    if asked is not None:
+        return asked == "velm"
+    isa = cpu.in_use()
+    return isa is not None and x_rows >= first_row(dtype, isa, processors.this_processor())

@@ -13,6 +13,7 @@ from velm_kernels.attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
 from velm_kernels.pooling.pool import (
@@ -23,10 +24,14 @@ from velm_kernels.pooling.pool import (
     checked_integers,
     checked_mask,
 )
+from velm_kernels.processors import NEVER
 
 GRAD_X, GRAD_ROWS = 1, 2
 # Heads of so many columns are the widest that cross_attention takes.
 WIDEST_HEAD = 256
+# Elements of tokens, queries and scores up to which torch's form is the faster one, see velm_kernels.backends.small;
+# tokens of a row up to which forming keys and values of them is.
+SMALL, FEW_TOKENS = 1 << 16, 8
 
 
 def attention_pool(
@@ -74,6 +79,10 @@ def attention_pool(
         TypeError: a dtype is not as above.
         ValueError: a shape, a device, ``heads`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
     """
+    if lengths is mask is cu_seqlens is None:
+        small = _small(x, query, key_weight, value_weight, key_bias, value_bias, heads=heads, scale=scale)
+        if small is not None:
+            return small
     x, query, key_weight, value_weight, key_bias, value_bias = checks.autocast(
         x, query, key_weight, value_weight, key_bias, value_bias
     )
@@ -87,6 +96,64 @@ def attention_pool(
         # It has a gradient, of 0.
         out = out + 0.0 * key_bias.sum()
     return out
+
+
+def _small(
+    x: Tensor,
+    query: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    key_bias: Tensor | None = None,
+    value_bias: Tensor | None = None,
+    *,
+    heads: int,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor | None:
+    """The ordinary way or the folded one in a few operators of torch, for few tokens without padding; else None."""
+    if any(value is not None for value in others.values()) or not (
+        scale is None or (scale.__class__ is float and abs(scale) <= 1e30)
+    ):
+        return None
+    if not takes_torch(SMALL, x, query, dtype=ANY, recorded=SMALL) or not takes_torch(
+        NEVER, key_weight, value_weight, dtype=x.dtype
+    ):
+        return None
+    if x.dim() != 3 or 0 in x.shape or not (key_weight.dim() == value_weight.dim() == 2) or query.dim() not in (2, 3):
+        return None
+    (batch, tokens, dim), features, values = x.shape, key_weight.shape[0], value_weight.shape[0]
+    if key_weight.shape[1] != dim or value_weight.shape[1] != dim or heads.__class__ is not int or heads < 1:
+        return None
+    if 0 in (features, values) or features % heads or values % heads or query.shape[-1] != features:
+        return None
+    if query.shape[:-2] not in ((), (batch,)) or query.numel() == 0:
+        return None
+    for bias, size in ((key_bias, features), (value_bias, values)):
+        if bias is not None and not (takes_torch(NEVER, bias, dtype=x.dtype) and bias.shape == (size,)):
+            return None
+    queries = query.shape[-2]
+    if batch * heads * queries * tokens > SMALL:
+        return None
+    query = query * ((features // heads) ** -0.5 if scale is None else scale)
+    if x.dtype is not torch.float32 or tokens <= FEW_TOKENS or not _folds(x, query, key_weight, value_weight, heads):
+        out = _small_ordinary(x, query, key_weight, value_weight, value_bias, heads)
+    else:
+        out = _folded(x, query, key_weight, value_weight, value_bias, heads, None, 1.0)
+    if key_bias is not None and key_bias.requires_grad:
+        # It has a gradient, of 0.
+        out = out + 0.0 * key_bias.sum()
+    return out
+
+
+def _small_ordinary(
+    x: Tensor, query: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Tensor | None, heads: int
+) -> Tensor:
+    key, value = F.linear(x, key_weight), F.linear(x, value_weight, value_bias)
+    query, key, value = (
+        tensor.unflatten(-1, (heads, tensor.shape[-1] // heads)).transpose(-3, -2) for tensor in (query, key, value)
+    )
+    pooled = torch.softmax(wide(query) @ wide(key).transpose(-1, -2), -1) @ wide(value)
+    return pooled.transpose(1, 2).flatten(2).to(x.dtype)
 
 
 def _checked(
@@ -171,17 +238,20 @@ def _folded(
     value_weight: Tensor,
     value_bias: Tensor | None,
     heads: int,
-    tokens: Arguments,
+    tokens: Arguments | None,
     scale: float,
 ) -> Tensor:
+    """Without ``tokens``, those that count, by torch alone."""
     shared, queries, dim = query.shape[:-2], query.shape[-2], x.shape[-1]
     outer = product(shared)
     # One product a head, over the queries of all rows.
     by_head = (query * scale).reshape(outer * queries, heads, key_weight.shape[0] // heads).transpose(0, 1)
     folded = torch.bmm(by_head, _heads_of(key_weight, heads)).view(heads, outer, queries, dim)
     rows = folded.transpose(0, 1).reshape(outer, heads * queries, dim)
-    arguments = _canonical_rows(x, rows, **tokens)
-    pooled, logsumexp = call("attention_pool_forward", arguments)
+    if tokens is None:
+        pooled = torch.softmax(rows @ x.transpose(1, 2), -1) @ x
+    else:
+        pooled, logsumexp = call("attention_pool_forward", _canonical_rows(x, rows, **tokens))
     batch = pooled.shape[0]
     pooled = pooled.view(batch, heads, queries, dim).transpose(0, 1).reshape(heads, batch * queries, dim)
     values = torch.bmm(pooled, _heads_of(value_weight, heads).transpose(1, 2))
@@ -192,6 +262,8 @@ def _folded(
     )
     if value_bias is None:
         return out
+    if tokens is None:
+        return out + value_bias
     # All rows of scores of a segment are empty or none is.
     return out + torch.where(logsumexp[:, :1, None] == -torch.inf, 0.0, value_bias)
 
@@ -412,4 +484,4 @@ for _name in ("attention_pool_forward", "attention_pool_backward"):
     cpu.register_cpu(_name)
     cuda.register_cuda(_name)
     triton.register_triton(_name, "pooling.triton_attention_pool")
-register_public("attention_pool", "attention_pool_forward", canonical)
+register_public("attention_pool", "attention_pool_forward", canonical, _small)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -11,14 +12,21 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch, values_of, wide
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling import reference
 from velm_kernels.pooling.reference import GEM_EPS, MODES
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
-# Elements of x up to which torch's mean or sum is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 16
+# Elements of x up to which torch's form is the faster one, without a gradient and with one, see
+# velm_kernels.backends.small; and where rows have lengths of their own.
+SMALL = {
+    "mean": (1 << 17, 1 << 17),
+    "sum": (1 << 17, 1 << 17),
+    "max": (1 << 15, 1 << 17),
+    "logsumexp": (1 << 15, 1 << 17),
+}
+SMALL_MASKED, SMALL_SEGMENTS = 1 << 14, 1 << 16
 
 
 def masked_pool(
@@ -80,17 +88,45 @@ def _small(
     *,
     channels_first: bool = False,
 ) -> Tensor | None:
-    if (
-        lengths is not None
-        or mask is not None
-        or channels_first is not False
-        or p.__class__ is not float
-        or mode.__class__ is not str
-    ):
+    if mask is not None or channels_first is not False or p.__class__ is not float or mode.__class__ is not str:
         return None
-    if mode not in ("mean", "sum") or not takes_torch(SMALL, x) or x.dim() < 2 or x.shape[-2] == 0:
+    limits = SMALL.get(mode)
+    if limits is None or not takes_torch(limits[0], x, dtype=ANY, recorded=limits[1]):
         return None
-    return x.mean(-2) if mode == "mean" else x.sum(-2)
+    shape = x.shape
+    if len(shape) < 2 or 0 in shape or not x.is_contiguous():
+        return None
+    if lengths is None:
+        return _of_tokens(x, mode)
+    known = values_of(lengths)
+    if known is None or lengths.shape != shape[:-2]:
+        return None
+    tokens, least, most = shape[-2], min(known), max(known)
+    if least < 0 or most > tokens:
+        return None
+    if least == most:
+        return _of_tokens(x if most == tokens else x.narrow(-2, 0, most), mode if most else "sum")
+    if least == 0 and mode not in ("mean", "sum"):
+        return None
+    if x.numel() > SMALL_MASKED:
+        return None
+    counts = lengths.unsqueeze(-1)
+    live = (torch.arange(tokens) < counts).unsqueeze(-1)
+    x = torch.where(live, x, 0.0 if mode in ("mean", "sum") else -torch.inf)
+    if mode != "mean":
+        return _of_tokens(x, mode)
+    return (x.sum(-2, dtype=torch.float32) / (counts if least else counts.clamp(min=1))).to(x.dtype)
+
+
+def _of_tokens(x: Tensor, mode: str) -> Tensor:
+    if mode == "mean":
+        return x.mean(-2)
+    if mode == "sum":
+        return x.sum(-2)
+    if mode == "logsumexp":
+        return wide(x).logsumexp(-2).to(x.dtype)
+    # The gradient goes to the first of equal ones.
+    return x.max(-2).values if torch.is_grad_enabled() and x.requires_grad else x.amax(-2)
 
 
 def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor:
@@ -107,9 +143,32 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
     Raises:
         TypeError, ValueError: as :func:`masked_pool`; also for ``cu_seqlens`` that do not fit ``x``.
     """
+    small = _small_segments(x, cu_seqlens, mode, p)
+    if small is not None:
+        return small
     arguments = canonical_segments(x, cu_seqlens, mode, p)
     out, _ = call("pool_forward", arguments)
     return out
+
+
+def _small_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor | None:
+    if mode not in ("mean", "sum") or p.__class__ is not float or not takes_torch(SMALL_SEGMENTS, x, dtype=ANY):
+        return None
+    bounds = values_of(cu_seqlens)
+    if bounds is None or x.dim() != 2 or cu_seqlens.dim() != 1 or len(bounds) < 2 or 0 in x.shape:
+        return None
+    tokens = x.shape[0]
+    if bounds[0] != 0 or bounds[-1] != tokens or not all(map(operator.le, bounds, bounds[1:])):
+        return None
+    if len(bounds) == 2:
+        return x.mean(0, True) if mode == "mean" else x.sum(0, True)
+    lengths = cu_seqlens.diff().long()
+    given = wide(x)
+    index = torch.repeat_interleave(lengths, output_size=tokens)
+    out = given.new_zeros(len(lengths), x.shape[1]).index_add(0, index, given)
+    if mode == "mean":
+        out = out / lengths.clamp(min=1).unsqueeze(-1)
+    return out.to(x.dtype)
 
 
 def checked_mode(mode: str, p: float) -> tuple[int, float]:
@@ -416,4 +475,4 @@ for _name in ("pool_forward", "pool_backward"):
     cuda.register_cuda(_name, _too_long)
     triton.register_triton(_name, "pooling.triton_pool", _too_long)
 register_public("masked_pool", "pool_forward", canonical_masked, _small)
-register_public("segment_pool", "pool_forward", canonical_segments)
+register_public("segment_pool", "pool_forward", canonical_segments, _small_segments)

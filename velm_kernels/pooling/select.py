@@ -11,8 +11,12 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, derivatives, register_public
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import LIBRARY
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.pooling.pool import checked_integers, checked_mask
 from velm_kernels.pooling.rows import canonical as canonical_rows
+
+# Elements of x up to which torch's steps are the faster ones, see velm_kernels.backends.small.
+SMALL = 1 << 18
 
 
 class SelectedTokens(NamedTuple):
@@ -63,12 +67,48 @@ def select_tokens(
     The gradient of ``x`` is that of the result where a token was taken and 0 elsewhere, written in one pass. Tokens
     that are not taken are not read.
     """
+    small = _small(x, scores, k, lengths=lengths, mask=mask, max_k=max_k)
+    if small is not None:
+        return small
     arguments, indices, kept = _canonical(x, scores, k, lengths=lengths, mask=mask, max_k=max_k)
     tokens: Tensor = call("gather_rows", arguments)
     leading = x.shape[:-2]
     return SelectedTokens(
         tokens.view(*leading, *tokens.shape[1:]), indices.view(*leading, indices.shape[1]), kept.view(leading)
     )
+
+
+def _small(
+    x: Tensor,
+    scores: Tensor,
+    k: int | Tensor,
+    *,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    max_k: int | None = None,
+) -> SelectedTokens | None:
+    if (
+        not lengths is mask is max_k is None
+        or k.__class__ is not int
+        or not takes_torch(SMALL, x, dtype=ANY, recorded=SMALL)
+    ):
+        return None
+    shape = x.shape
+    if len(shape) < 2 or not takes_torch(SMALL, scores, dtype=ANY) or scores.shape != shape[:-1]:
+        return None
+    if 0 in shape or not 0 < k <= shape[-2] or not x.is_contiguous():
+        return None
+    # Sorting says so of NaN, and of equal ones the first comes first.
+    ranks = scores.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    indices = ranks.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort().values
+    rows = x.numel() // (shape[-2] * shape[-1])
+    if rows == 1:
+        tokens = x.index_select(-2, indices.view(-1)) if len(shape) < 4 else x.view(*shape[-2:])[indices.view(-1)]
+    else:
+        taken = indices.view(rows, k) + torch.arange(0, rows * shape[-2], shape[-2]).unsqueeze(-1)
+        tokens = x.view(-1, shape[-1]).index_select(0, taken.view(-1))
+    lengths = torch.full(shape[:-2], k, dtype=torch.int32)
+    return SelectedTokens(tokens.view(*shape[:-2], k, shape[-1]), indices, lengths)
 
 
 def _size(name: str, value: Any, high: int, described: str) -> int:
@@ -176,4 +216,4 @@ def _fake_select_rows(
 LIBRARY.impl("select_rows", _select_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("velm::select_rows", _fake_select_rows, lib=LIBRARY)
 derivatives.register_vmap(LIBRARY, "select_rows")
-register_public("select_tokens", "gather_rows", canonical)
+register_public("select_tokens", "gather_rows", canonical, _small)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.factorized_pool.op import LAYOUTS, OPERATOR
 from velm_kernels.layout import unit_last_stride
+
+# Elements of a up to which torch's form is the faster one, see velm_kernels.backends.small: with root or norm, and
+# without.
+SMALL, SMALL_PLAIN = 1 << 13, 1 << 16
 
 
 def factorized_pool(
@@ -42,7 +48,7 @@ def factorized_pool(
 
     Returns:
         ``(..., dim)`` over the broadcast leading dimensions, contiguous, in a's dtype; everything in between is
-        float32.
+        float32, but in a small call on the CPU, where torch's operators round each their result.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -52,11 +58,56 @@ def factorized_pool(
     together it is ``dz = (g - u (u . g)) / (2 n^2 |u|)`` with u the output and ``n^2 = sum |z|``, computed in that
     form. A row of zeros gives 0 and passes back 0. Backward keeps a and b alone.
     """
+    small = plain(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
+    if small is not None:
+        return small
     if isinstance(a, Tensor):
         a, b = checks.autocast(a, b)
     arguments = canonical(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
     out: Tensor = OPERATOR(arguments)
     return out.view(*checks.broadcast_shapes(a.shape[:-1], b.shape[:-1]), out.shape[-1])
+
+
+def plain(
+    a: Tensor,
+    b: Tensor,
+    factor: int = 1,
+    layout: str = "inner",
+    power_norm: bool = False,
+    l2_norm: bool = False,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    limit = SMALL_PLAIN if power_norm is l2_norm is False else SMALL
+    if not takes_torch(limit, a, b, dtype=ANY, recorded=limit) or a.shape != b.shape:
+        return None
+    if dropout_p.__class__ is not float or dropout_p != 0.0 or seed is not None or factor.__class__ is not int:
+        return None
+    if a.dim() == 0 or a.numel() == 0 or factor < 1 or a.shape[-1] % factor or layout not in LAYOUTS:
+        return None
+    if (
+        power_norm.__class__ is not bool
+        or l2_norm.__class__ is not bool
+        or not (a.is_contiguous() and b.is_contiguous())
+    ):
+        return None
+    records = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    # A row of zeros passes nothing back, which of norm alone torch's form does not know; 1e-12 is 0 in float16.
+    if l2_norm and (a.dtype is torch.float16 or (records and not power_norm)):
+        return None
+    z = a * b
+    if factor > 1:
+        size = a.shape[-1] // factor
+        z = z.unflatten(-1, (size, factor)).sum(-1) if layout == "inner" else z.unflatten(-1, (factor, size)).sum(-2)
+    if power_norm:
+        if records:
+            # The gradient at 0 counts as 0.
+            is_zero = z == 0.0
+            z = torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, z.abs()).sqrt().copysign(z))
+        else:
+            z = z.abs().sqrt_().copysign_(z)
+    return torch.nn.functional.normalize(z, dim=-1) if l2_norm else z
 
 
 def canonical(
@@ -111,4 +162,4 @@ def _regions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
     return unit_last_stride(x)
 
 
-OPERATOR.serves("factorized_pool", canonical)
+OPERATOR.serves("factorized_pool", canonical, plain)

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.film.op import OPERATOR
 from velm_kernels.layout import product, unit_last_stride
 
 # Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 16
+SMALL = 1 << 17
 
 
 def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0) -> Tensor:
@@ -29,7 +29,8 @@ def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False
     Under autocast all are cast to its dtype.
 
     Returns:
-        the shape, the dtype and the order in memory of x; everything in between is float32.
+        the shape, the dtype and the order in memory of x; everything in between is float32, but in a small call on
+        the CPU, where torch's operators round each their result.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -52,13 +53,29 @@ def plain(
     x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0
 ) -> Tensor | None:
     """The result of a small call by torch's own operators, or None."""
-    if not takes_torch(SMALL, x, gamma, beta) or gamma_offset.__class__ is not float or x.dim() < 2:
+    if not takes_torch(SMALL, x, gamma, beta, dtype=ANY, recorded=SMALL) or gamma_offset.__class__ is not float:
         return None
-    if channels_first is not False or gamma.shape != (x.shape[0], x.shape[-1]) or beta.shape != gamma.shape:
+    dims = x.dim()
+    if dims < 2 or not abs(gamma_offset) <= 1e30 or gamma.shape != beta.shape or not x.is_contiguous():
         return None
-    shape = (x.shape[0], *[1] * (x.dim() - 2), x.shape[-1])
-    gamma = gamma.view(shape) if gamma_offset == 0.0 else gamma.view(shape) + gamma_offset
-    return torch.addcmul(beta.view(shape), gamma, x)
+    shape = x.shape
+    if channels_first is True:
+        if gamma.shape != shape[:2]:
+            return None
+        for _ in range(dims - 2):
+            gamma, beta = gamma.unsqueeze(-1), beta.unsqueeze(-1)
+    elif channels_first is False:
+        if gamma.shape == (shape[0], shape[-1]):
+            for _ in range(dims - 2):
+                gamma, beta = gamma.unsqueeze(1), beta.unsqueeze(1)
+        elif gamma.shape != shape[-1:]:
+            return None
+    else:
+        return None
+    if gamma_offset != 0.0:
+        gamma = gamma + gamma_offset
+    # One operator rounds once, but reads what is repeated along a row one by one, and its gradient is slower.
+    return gamma * x + beta if channels_first or torch.is_grad_enabled() else torch.addcmul(beta, gamma, x)
 
 
 def canonical(

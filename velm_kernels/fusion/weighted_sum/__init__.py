@@ -12,7 +12,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments, cpu, cuda, register, register_public
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.backends.small import takes_torch
+from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.backends.triton import register_triton
 from velm_kernels.fusion.weighted_sum import reference
 from velm_kernels.layout import unit_last_stride
@@ -20,8 +20,8 @@ from velm_kernels.layout import unit_last_stride
 # Gradients are asked for by the bits of an integer: 1 for the weights, 2 << i for feature i.
 GRAD_WEIGHTS = 1
 # Elements of a feature up to which torch's form is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 15
-MOST_FEATURES = 60
+SMALL = 1 << 16
+MOST_FEATURES, FEW_FEATURES = 60, 4
 
 
 def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     Under autocast the features are cast to its dtype.
 
     Returns:
-        ``(batch, ..., dim)``, contiguous, in the dtype of the features; summed in float32.
+        ``(batch, ..., dim)``, contiguous, in the dtype of the features; summed in float32, but in a small call on the
+        CPU, where torch's operators round each their result.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -59,25 +60,37 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def _small(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
-    if (
-        features.__class__ not in (list, tuple)
-        or not 1 <= len(features) <= 4
-        or not takes_torch(SMALL, weights, *features)
-    ):
+    if features.__class__ not in (list, tuple) or not 1 <= len(features) <= FEW_FEATURES:
         return None
-    first, *others = features
-    shape = first.shape
-    if len(shape) < 2 or any(value.shape != shape for value in others):
+    if not takes_torch(SMALL, *features, weights, dtype=ANY, recorded=SMALL):
+        return None
+    # The largest comes first: that is the result's size and order in memory.
+    order = sorted(range(len(features)), key=lambda i: -features[i].dim())
+    shape = features[order[0]].shape
+    dims = len(shape)
+    if dims < 2 or not features[order[0]].is_contiguous():
         return None
     if weights.shape == (len(features),):
         each = weights.unbind()
     elif weights.shape == (shape[0], len(features)):
-        each = weights.view(shape[0], *[1] * (len(shape) - 1), len(features)).unbind(-1)
+        each = weights.unbind(1)
+        for _ in range(dims - 1):
+            each = tuple(weight.unsqueeze(-1) for weight in each)
     else:
         return None
-    out = first * each[0]
-    for value, weight in zip(others, each[1:], strict=True):
-        out = torch.addcmul(out, value, weight)
+    out, records = None, torch.is_grad_enabled()
+    for i in order:
+        value, weight = features[i], each[i]
+        if value.shape != shape:
+            if value.shape != (shape[0], shape[-1]):
+                return None
+            for _ in range(dims - 2):
+                value = value.unsqueeze(1)
+        if out is None:
+            out = value * weight
+        else:
+            # One operator rounds once, but its gradient is slower.
+            out = out + value * weight if records else torch.addcmul(out, value, weight)
     return out
 
 
