@@ -27,7 +27,6 @@ set(VELM_KERNEL_SOURCES
   fusion/bilinear_attention_products.cu
   fusion/bilinear_weight.cu
   fusion/count_sketch.cu
-  fusion/low_rank.cu
   pooling/attention_pool.cu
   pooling/gather_rows.cu
   pooling/match_rows.cu
@@ -41,7 +40,6 @@ set(VELM_KERNEL_OPERATORS
   csrc/fusion/bilinear_attention_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
-  csrc/fusion/low_rank_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
   csrc/pooling/tokens_cuda.cpp

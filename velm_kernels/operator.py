@@ -25,6 +25,8 @@ inductor) take it as it is; an operator that writes on its arguments they would 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -89,12 +91,15 @@ class Operator:
         remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
         gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
             whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
-            Without it, autograd of ``reference``; then everything that the reference reads has to be saved.
+            Without it, autograd of ``reference`` at what is saved, and at zeros for a differentiable argument that is
+            not, whose gradient depends on no value of it (a bias); the rest that the reference reads has to be saved.
         gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
             contiguous, from the values of backward by name.
         incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
         triton: the module with the functions ``<name>_forward`` and ``<name>_backward``.
-        cpu, cuda: whether there are such kernels.
+        cpu, cuda: whether there are such kernels. Where Python stands before those of CUDA, ``cuda`` is the module with
+            the functions ``<name>_forward`` and ``<name>_backward``, whose first argument gives the library's kernel of
+            a name.
         reasons: by backend, why it cannot serve given arguments, beside what holds for all of its kernels.
         check: sees the arguments of forward before every call and may read values.
         flops, backward_flops: multiply-adds times 2, from the shapes of the arguments by name.
@@ -120,7 +125,7 @@ class Operator:
         incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
         triton: str = "",
         cpu: bool = True,
-        cuda: bool = True,
+        cuda: bool | str = True,
         reasons: Mapping[str, Reasons] | None = None,
         check: Callable[[Arguments], None] | None = None,
         flops: Callable[[Any], int] | None = None,
@@ -193,7 +198,7 @@ class Operator:
             kernel=[*self.parameters, *filled],
         )
         for backend, kernel in _kernels(self.forward, given):
-            _register(self.forward, backend, self._filling(kernel), reasons.get(backend))
+            _register(self.forward, backend, self._filling(kernel), reasons.get(backend), given)
         backends.register(self.forward, "reference", self._filling(lambda: self._fill_by_reference))
         if formula is not None:
             flops.register(self.forward, _of_shapes(formula, self.names))
@@ -276,7 +281,7 @@ class Operator:
             kernel=[*arguments, *filled],
         )
         for backend, kernel in _kernels(self.backward, given):
-            _register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend))
+            _register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend), given)
         by_reference = self._filling_gradients(lambda: self._fill_gradients_by_reference)
         backends.register(self.backward, "reference", by_reference)
         if formula is not None:
@@ -322,11 +327,15 @@ class Operator:
 
     def _differentiated(self, a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
         """The gradients of the reference, by torch."""
-        given = [getattr(a, name) for name in self.names]
         chosen = [name for name, want in zip(self.differentiable, wanted) if want]
         with library.autograd_inside():
-            leaves = {name: getattr(a, name).detach().requires_grad_() for name in chosen}
-            found = _tuple(self._reference(*(leaves.get(name, value) for name, value in zip(self.names, given))))
+            leaves = {
+                name: (getattr(a, name).detach() if hasattr(a, name) else self._empty_gradient(name, a).zero_())
+                for name in chosen
+            }
+            for leaf in leaves.values():
+                leaf.requires_grad_()
+            found = _tuple(self._reference(*(leaves.get(name, getattr(a, name, None)) for name in self.names)))
             by_result = dict(zip(self.results, found, strict=True))
             pairs = [
                 (by_result[result], getattr(a, name))
@@ -356,6 +365,9 @@ class Operator:
             ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
         if len(made) > 1:
             ctx.set_materialize_grads(False)
+            if self._without_gradient:
+                results = zip(self.results, made, strict=True)
+                ctx.mark_non_differentiable(*(value for name, value in results if name in self._without_gradient))
             ctx.made = [(value.shape, value.dtype) for value in made]
         ctx.backend = inputs[-1]
 
@@ -394,15 +406,27 @@ def _kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callabl
         yield "cpu", lambda: cpu.op(name)
     if given["cuda"]:
         for backend in cuda.NAMESPACES:
-            yield backend, lambda backend=backend: cuda.op(backend, name)  # type: ignore[misc]
+            if given["cuda"] is True:
+                yield backend, lambda backend=backend: cuda.op(backend, name)  # type: ignore[misc]
+            else:
+                yield backend, functools.partial(_before_cuda, backend, f"velm_kernels.{given['cuda']}", name)
 
 
-def _register(name: str, backend: str, call: Callable[..., Any], more: Reasons | None) -> None:
+def _before_cuda(backend: str, module: str, name: str) -> Callable[..., None]:
+    """The function ``name`` of ``module``, which calls kernels of ``backend``."""
+    return functools.partial(getattr(importlib.import_module(module), name), functools.partial(cuda.op, backend))
+
+
+def _register(
+    name: str, backend: str, call: Callable[..., Any], more: Reasons | None, given: Mapping[str, Any]
+) -> None:
     of_all: Reasons
     if backend == "triton":
         of_all = triton.common_reasons
     elif backend == "cpu":
         of_all = lambda a: cpu.reasons(name, a)  # noqa: E731
+    elif given["cuda"] is not True:
+        of_all = functools.partial(cuda.common_reasons, backend)
     else:
         of_all = lambda a: cuda.reasons(backend, name, a)  # noqa: E731
     backends.register(name, backend, call, more, of_all)

@@ -63,8 +63,9 @@ def sources() -> list[Path]:
 
 
 def name_of(source: Path) -> str:
-    """The operator whose kernels these are, or the name of the file."""
-    return source.parent.name if source.stem == "cuda" else source.stem
+    """The operator whose kernels these are and what its file is called beside, or the name of the file."""
+    is_own = len(source.parts) == 3
+    return source.parent.name + source.stem.removeprefix("cuda") if is_own else source.stem
 
 
 def digest(source: Path) -> str:

@@ -4,7 +4,7 @@
 
 #include "fusion/bilinear_attention_cuda.h"
 #include "fusion/bilinear_cuda.h"
-#include "fusion/low_rank_cuda.h"
+#include "fusion/low_rank_fusion/cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

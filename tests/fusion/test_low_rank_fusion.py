@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import LowRankFusion, low_rank, low_rank_fusion, low_rank_products, reference
+from velm_kernels.fusion import LowRankFusion, low_rank_fusion, reference
+from velm_kernels.fusion.low_rank_fusion import canonical, op, products
 
 
 def _tensors(shapes, rank, out, dtype, seed=0):
@@ -73,7 +74,7 @@ def test_any_shape(backend, data):
     names = ["inputs"] * count + ["factors"] * count + ["scalars"] * 2
     tensors = _tensors([(*lead, dim) for lead, dim in zip(leading, dims, strict=False)], rank, out, dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(low_rank, "MOST_KEPT", low_rank.MOST_KEPT if kept else 0)
+        patch.setattr(op, "MOST_KEPT", op.MOST_KEPT if kept else 0)
         _check(backend, tensors, wanted and [name == wanted for name in names])
 
 
@@ -100,8 +101,8 @@ SEVERAL_TILES = (
 @pytest.mark.parametrize(("shapes", "dtype", "out", "kept"), SEVERAL_TILES)
 def test_several_tiles(backend, shapes, dtype, out, kept, monkeypatch):
     """And two of three ranks at a time in backward."""
-    monkeypatch.setattr(low_rank, "MOST_KEPT", low_rank.MOST_KEPT if kept else 0)
-    monkeypatch.setattr(low_rank_products, "WORKSPACE", 2 * math.prod(shapes[1][:2]) * out)
+    monkeypatch.setattr(op, "MOST_KEPT", op.MOST_KEPT if kept else 0)
+    monkeypatch.setattr(products, "WORKSPACE", 2 * math.prod(shapes[1][:2]) * out)
     _check(backend, _tensors(shapes, 3, out, dtype))
 
 
@@ -110,15 +111,15 @@ def test_several_tiles(backend, shapes, dtype, out, kept, monkeypatch):
 def test_many_ranks(backend, kept, monkeypatch):
     """More than there are blocks, of which the last has fewer, and some at a time in backward; of those not kept, the
     projections of one row for several, some rows at a time in forward."""
-    monkeypatch.setattr(low_rank, "MOST_KEPT", 1 << 20 if kept else 0)
-    monkeypatch.setattr(low_rank_products, "WORKSPACE", 301 * 5 * 2 + 7)
+    monkeypatch.setattr(op, "MOST_KEPT", 1 << 20 if kept else 0)
+    monkeypatch.setattr(products, "WORKSPACE", 301 * 5 * 2 + 7)
     _check(backend, _tensors([(5, 2, 3), (5, 4)], 301, 5, torch.float32))
 
 
 @every_cpu_backend
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
-    monkeypatch.setattr(low_rank, "MOST_KEPT", 1 << 20 if kept else 0)
+    monkeypatch.setattr(op, "MOST_KEPT", 1 << 20 if kept else 0)
     _check(backend, _tensors([(50, 12, 9), (50, 17)], 5, 300, torch.float32))
 
 
@@ -136,13 +137,13 @@ def test_an_input_of_one_row_is_the_same_as_a_repeated_one(backend):
 def test_triton_projects_one_row_for_many_once():
     pytest.importorskip("triton")
     from velm_kernels.backends.triton import pretend
-    from velm_kernels.fusion import triton_low_rank
+    from velm_kernels.fusion.low_rank_fusion.triton import low_rank_fusion_forward
 
     *inputs, factor0, factor1, weight, bias = _tensors([(3, 6), (12, 5)], 2, 7, torch.float32)
     missing = [None, None]
     arguments = (*inputs, *missing, factor0, factor1, *missing, weight, bias, 12, False)
     with pretend(80) as launches:
-        triton_low_rank.low_rank_fusion_forward(*arguments)
+        low_rank_fusion_forward(*arguments, torch.empty(12, 7), None)
     project, fuse = launches
     assert project.arguments[0] is inputs[0] and project.arguments[1] is factor0
     # The other kernel reads these projections and has nothing to make them of.
@@ -154,7 +155,7 @@ def test_what_backward_keeps(monkeypatch):
     """The projections up to a limit, and beyond it the arguments alone; its gradients are asked for twice."""
     tensors = [value.requires_grad_() for value in _tensors([(8, 6), (8, 5)], 2, 7, torch.float32)]
     for limit, expected in ((2 * 16 * 7, 2 * 16 * 7), (2 * 16 * 7 - 1, 0)):
-        monkeypatch.setattr(low_rank, "MOST_KEPT", limit)
+        monkeypatch.setattr(op, "MOST_KEPT", limit)
         kept = []
 
         def keep(tensor, kept=kept):
@@ -173,11 +174,11 @@ def test_what_backward_keeps(monkeypatch):
 def test_operator_checks_and_compile():
     tensors = [value.requires_grad_() for value in _tensors([(3, 6), (3, 4, 5), (3, 1, 2)], 2, 7, torch.float32)]
     inputs, factors, weight, bias = tensors[:3], tensors[3:6], *tensors[6:]
-    arguments = list(low_rank.canonical(inputs, factors, weight, bias).values())
+    arguments = list(canonical(inputs, factors, weight, bias).values())
     torch.library.opcheck(torch.ops.velm.low_rank_fusion_forward.default, (*arguments, ""))
     *values, _, rows, _ = (value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
-    for kept, grad_mask in ((torch.randn(2 * (3 + 12 + 3) * 7), 1023), (torch.empty(0), 1 + 32 + 256)):
-        backward = (torch.randn(rows, 7), *values, kept, rows, grad_mask, "")
+    for kept, wanted in ((torch.randn(2 * (3 + 12 + 3) * 7), 1023 - 8 - 128), (torch.empty(0), 1 + 32 + 256)):
+        backward = (torch.randn(rows, 7), *values, kept, rows, kept.numel() > 0, wanted, "")
         operator = torch.ops.velm.low_rank_fusion_backward.default
         torch.library.opcheck(operator, backward, test_utils=("test_schema", "test_faketensor"))
     compiled = torch.compile(low_rank_fusion, fullgraph=True, backend="aot_eager")

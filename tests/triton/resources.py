@@ -40,11 +40,11 @@ from velm_kernels.fusion import (
     triton_bilinear,
     triton_bilinear_attention,
     triton_count_sketch,
-    triton_low_rank,
 )
 from velm_kernels.fusion.dropout_residual.triton import dropout_residual_forward
 from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward, factorized_pool_forward
 from velm_kernels.fusion.film.triton import film_backward, film_forward
+from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear import triton_linear
 from velm_kernels.pooling import triton_attention_pool, triton_pool, triton_rows
@@ -217,18 +217,25 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
         triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
         triton_bilinear.bilinear_backward(few, few, few, weight, 15)
-        low_rank = (*[few] * 4, *[_empty(4, 1 + WIDEST, WIDEST, dtype=dtype)] * 4, row[:4])
-        # The first time for the kernel that projects a row for several; the second has all of the other.
-        shared = (_empty(16, WIDEST, dtype=dtype), *low_rank[1:])
-        triton_low_rank.low_rank_fusion_forward(*shared, row[:WIDEST], few.shape[0], True)
-        fused, _ = triton_low_rank.low_rank_fusion_forward(*low_rank, row[:WIDEST], few.shape[0], True)
-        nothing = _empty(0, dtype=torch.float32)
-        triton_low_rank.low_rank_fusion_backward(fused, *low_rank, nothing, few.shape[0], 1023)
+        _low_rank(dtype)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
         _modulation(dtype)
         _bilinear_attention(dtype)
         _pooling(dtype)
     return {launch.kind: launch for launch in launches}
+
+
+def _low_rank(dtype: torch.dtype) -> None:
+    x, row, grad_row = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, dtype=dtype), _empty(WIDEST, dtype=dtype)
+    factor, weight, rank = _empty(4, 1 + WIDEST, WIDEST, dtype=dtype), row[:4], 4
+    # The first time for the kernel that projects a row for several; the second has all of the other.
+    for shared in (_empty(16, WIDEST, dtype=dtype), x):
+        inputs, rows = (shared, x, x, x), sum((shared.shape[0], 64, 64, 64))
+        kept = _empty(rank * rows * WIDEST, dtype=torch.float32)
+        triton_low_rank.low_rank_fusion_forward(*inputs, *[factor] * 4, weight, row, 64, True, x, kept)
+    nothing = _empty(0, dtype=torch.float32)
+    gradients = (*[x] * 4, *[torch.empty_like(factor)] * 4, weight, grad_row)
+    triton_low_rank.low_rank_fusion_backward(x, *[x] * 4, *[factor] * 4, weight, nothing, 64, False, *gradients)
 
 
 def _modulation(dtype: torch.dtype) -> None:

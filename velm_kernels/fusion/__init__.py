@@ -11,7 +11,7 @@ from velm_kernels.fusion.factorized_modules import MFB, MFH, MLB, Mutan
 from velm_kernels.fusion.factorized_pool import factorized_pool
 from velm_kernels.fusion.film import film
 from velm_kernels.fusion.film_module import FiLM
-from velm_kernels.fusion.low_rank import low_rank_fusion
+from velm_kernels.fusion.low_rank_fusion import low_rank_fusion
 from velm_kernels.fusion.modules import Bilinear, LowRankFusion, TensorFusion
 from velm_kernels.fusion.outer_product import outer_product_fusion
 from velm_kernels.fusion.sum_modules import ConcatMLP, LinearSum

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear import beside, bilinear
-from velm_kernels.fusion.low_rank import low_rank_fusion
-from velm_kernels.fusion.tensor_fusion import MOST_INPUTS, tensor_fusion
+from velm_kernels.fusion.inputs import MOST_INPUTS
+from velm_kernels.fusion.low_rank_fusion import low_rank_fusion
+from velm_kernels.fusion.tensor_fusion import tensor_fusion
 
 
 class Bilinear(nn.Bilinear):

@@ -12,6 +12,8 @@ from velm_kernels.fusion.dropout_residual.reference import kept as kept
 from velm_kernels.fusion.factorized_pool.reference import factorized_pool as factorized_pool
 from velm_kernels.fusion.factorized_pool.reference import factorized_pool_gradient as factorized_pool_gradient
 from velm_kernels.fusion.film.reference import film as film
+from velm_kernels.fusion.low_rank_fusion.reference import low_rank_fusion as low_rank_fusion
+from velm_kernels.fusion.low_rank_fusion.reference import with_one as with_one
 from velm_kernels.fusion.weighted_sum.reference import weighted_sum as weighted_sum
 
 
@@ -27,25 +29,6 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     for x in inputs[1:]:
         outer = (outer[..., :, None] * with_one(x)[..., None, :]).flatten(-2)
     return torch.nn.functional.linear(outer, weight, bias)
-
-
-def low_rank_fusion(
-    inputs: Sequence[Tensor], factors: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """``sum_r weight[r] * prod_m ([1; x_m] factors[m][r]) + bias``."""
-    products: Tensor | None = None
-    for x, factor in zip(inputs, factors, strict=True):
-        # (..., rank, out)
-        projected = torch.einsum("...d,rdo->...ro", with_one(x), factor)
-        products = projected if products is None else products * projected
-    assert products is not None
-    out = torch.einsum("...ro,r->...o", products, weight)
-    return out if bias is None else out + bias
-
-
-def with_one(x: Tensor) -> Tensor:
-    """``[1; x]`` along the last dimension."""
-    return torch.cat([x.new_ones((*x.shape[:-1], 1)), x], -1)
 
 
 def outer_product_fusion(x: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,10 @@ from velm_kernels.backends import Arguments, register_public
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.bilinear import canonical as canonical_bilinear
+from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
 from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
 
-MOST_INPUTS = 4
 # Numbers of the outer products of all rows up to which forming them is faster.
 OUTER = 1 << 16
 
@@ -77,7 +77,7 @@ def _sides(
     inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The arguments of the bilinear form that the fusion is."""
-    inputs, weight, bias, _ = checked_inputs(inputs, weight, bias, _leading)
+    inputs, weight, bias, _ = checked_inputs(inputs, weight, bias)
     # What is one row for all regions gets a dimension for them.
     inputs = [x[:, None] if len(own) == x.dim() else x for x, own in zip(inputs, leading_beside(inputs), strict=True)]
     sizes = [1 + x.shape[-1] for x in inputs]
@@ -96,46 +96,6 @@ def _sides(
     # As many dimensions on both sides: a matrix beside three dimensions would be one row for several regions.
     left, right = (side.reshape(*[1] * (1 + len(leading) - side.dim()), *side.shape) for side in (left, right))
     return left, right, weight.view(weight.shape[0], left.shape[-1], right.shape[-1]), bias
-
-
-def leading_beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """The leading dimensions of the inputs as they stand beside one another: with a 1 for the regions in a matrix that
-    has a row for each entry of a tensor of three dimensions."""
-    batches = [x.shape[0] for x in inputs if x.dim() == 3]
-    return [(*x.shape[:-1], 1) if x.dim() == 2 and x.shape[0] in batches else tuple(x.shape[:-1]) for x in inputs]
-
-
-def _leading(inputs: Sequence[Tensor]) -> tuple[int, ...]:
-    return checks.broadcast_shapes(*leading_beside(inputs))
-
-
-def checked_inputs(
-    inputs: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    leading: Callable[[Sequence[Tensor]], tuple[int, ...]],
-) -> tuple[list[Tensor], Tensor, Tensor | None, tuple[int, ...]]:
-    """The arguments in the dtype of autocast, checked but for the shapes of weight and bias, and the leading
-    dimensions of the result, which ``leading`` finds or raises RuntimeError."""
-    inputs = checks.tensors("inputs", inputs, 2, MOST_INPUTS)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if name == "weight" or value is not None:
-            checks.tensor(name, value)
-    *inputs, weight, bias = checks.autocast(*inputs, weight, bias)
-    for m, x in enumerate(inputs):
-        checks.dtype_in(f"inputs[{m}]", x, (inputs[0].dtype,) if m else checks.FLOAT_DTYPES)
-        checks.same_device(f"inputs[{m}]", x, "inputs[0]", inputs[0])
-        if x.dim() == 0:
-            raise ValueError(f"inputs[{m}]: expected (..., d), given ()")
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None:
-            checks.dtype_in(name, value, (inputs[0].dtype,))
-            checks.same_device(name, value, "inputs[0]", inputs[0])
-    try:
-        found = leading(inputs)
-    except RuntimeError:
-        raise ValueError(f"inputs: expected leading dimensions that broadcast, given {checks.shapes(inputs)}") from None
-    return list(inputs), weight, bias, found
 
 
 def _outer(inputs: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <array>
-#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -250,42 +249,38 @@ void gradients_of_products(const Products& p, int64_t rows, int64_t out, const f
   std::copy(totals.begin(), totals.end(), grad_weight);
 }
 
-std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
-                                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight,
-                                                   Optional bias, int64_t rows, bool save) {
+void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0, Tensor factor1,
+                             Optional factor2, Optional factor3, Tensor weight, Optional bias, int64_t rows, bool,
+                             Tensor out, Optional kept) {
   Problem p(x0, x1, x2, x3, factor0, factor1, factor2, factor3, weight, rows);
-  Tensor z = torch::stable::new_empty(x0, {rows, p.out});
-  int64_t numbers = 0;
-  for (const Modality& m : p.inputs) numbers += save ? m.size() : 0;
-  Tensor kept = torch::stable::new_empty(x0, {numbers}, ScalarType::Float);
-  p.keep(kept);
-  if (numbers > 0) prefer_huge_pages(mutable_data<float>(kept), static_cast<size_t>(numbers) * sizeof(float));
+  in_large_pages(kept);
+  if (kept) p.keep(*kept);
   with_type(x0.scalar_type(), [&](auto t) {
     using T = decltype(t);
     std::vector<float> start(static_cast<size_t>(p.out));
     if (bias) convert(start.data(), const_data<T>(*bias), p.out);
-    T* to = mutable_data<T>(z);
+    T* to = mutable_data<T>(out);
     float* sums = std::is_same_v<T, float> ? reinterpret_cast<float*>(to) : p.memory.take(rows * p.out);
     for (int64_t row = 0; row < rows; ++row) std::copy(start.begin(), start.end(), sums + row * p.out);
     for (int64_t r = 0; r < p.rank && !p.empty(); r += p.step)
       add_products(Products(p, r, std::min(p.step, p.rank - r), true), rows, p.out, p.weight.data() + r, sums);
     if constexpr (!std::is_same_v<T, float>) convert(to, sums, rows * p.out);
   });
-  return {z, kept};
 }
 
 // The gradient of a matrix in fp32: its own memory if that is fp32, else some apart, to be rounded at the end.
-float* start_of(const Tensor& gradient, Scratch& memory) {
-  const int64_t numbers = gradient.numel();
-  float* to = gradient.scalar_type() == ScalarType::Float ? mutable_data<float>(gradient) : memory.take(numbers);
+float* start_of(const Optional& gradient, Scratch& memory) {
+  if (!gradient) return nullptr;
+  const int64_t numbers = gradient->numel();
+  float* to = gradient->scalar_type() == ScalarType::Float ? mutable_data<float>(*gradient) : memory.take(numbers);
   prefer_huge_pages(to, static_cast<size_t>(numbers) * sizeof(float));
   return to;
 }
-void round_to(const Tensor& gradient, const float* from) {
-  if (gradient.scalar_type() == ScalarType::Float) return;
-  with_type(gradient.scalar_type(), [&](auto t) {
-    auto* to = mutable_data<decltype(t)>(gradient);
-    parallel_ranges(gradient.numel(), kGrain,
+void round_to(const Optional& gradient, const float* from) {
+  if (!gradient || gradient->scalar_type() == ScalarType::Float) return;
+  with_type(gradient->scalar_type(), [&](auto t) {
+    auto* to = mutable_data<decltype(t)>(*gradient);
+    parallel_ranges(gradient->numel(), kGrain,
                     [&](int64_t begin, int64_t end) { convert(to + begin, from + begin, end - begin); });
   });
 }
@@ -309,30 +304,24 @@ void gradient_of_factor(const Modality& m, float* d, int64_t count, float* to) {
            view(to, {count, m.depth, m.out}, {m.depth * m.out, m.out, 1}));
 }
 
-using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 // grad is contiguous.
-Gradients low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
-                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight, Tensor kept,
-                                   int64_t rows, int64_t grad_mask) {
+void low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
+                              Tensor factor1, Optional factor2, Optional factor3, Tensor weight, Tensor kept,
+                              int64_t rows, bool, Optional grad_x0, Optional grad_x1, Optional grad_x2,
+                              Optional grad_x3, Optional grad_factor0, Optional grad_factor1, Optional grad_factor2,
+                              Optional grad_factor3, Optional grad_weight, Optional grad_bias) {
   Problem p(x0, x1, x2, x3, factor0, factor1, factor2, factor3, weight, rows);
   p.keep(kept);
-  const auto wants = [&](size_t bit) { return (grad_mask >> bit & 1) != 0; };
-  const auto result = [&](size_t bit, std::initializer_list<int64_t> shape) {
-    return wants(bit) ? torch::stable::new_empty(grad, torch::headeronly::IntHeaderOnlyArrayRef(shape)) : nothing(grad);
-  };
-  std::vector<Tensor> of_x, of_factor;
+  const std::array<Optional, kMost> of_x{grad_x0, grad_x1, grad_x2, grad_x3},
+      of_factor{grad_factor0, grad_factor1, grad_factor2, grad_factor3};
   std::array<float*, kMost> to_x{}, to_factor{}, gradients{};
+  bool wants_products = grad_weight.has_value();
   for (size_t m = 0; m < kMost; ++m) {
-    const bool is_there = m < p.inputs.size();
-    of_x.push_back(is_there ? result(m, {p.inputs[m].rows, p.inputs[m].depth - 1}) : nothing(grad));
-    of_factor.push_back(is_there ? result(kMost + m, {p.rank, p.inputs[m].depth, p.out}) : nothing(grad));
     to_x[m] = start_of(of_x[m], p.memory);
     to_factor[m] = start_of(of_factor[m], p.memory);
-    if (is_there) gradients[m] = p.inputs[m].room;
+    wants_products |= to_x[m] || to_factor[m];
+    if (m < p.inputs.size()) gradients[m] = p.inputs[m].room;
   }
-  Tensor of_weight = result(2 * kMost, {p.rank}), of_bias = result(2 * kMost + 1, {p.out});
-  const bool wants_products = (grad_mask & ((1 << (2 * kMost + 1)) - 1)) != 0;
   float* g = nullptr;
   with_type(grad.scalar_type(), [&](auto t) {
     using T = decltype(t);
@@ -347,8 +336,8 @@ Gradients low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x
   std::vector<float> of_ranks(static_cast<size_t>(p.rank));
   if (p.empty()) {
     for (size_t m = 0; m < kMost; ++m) {
-      std::fill_n(to_x[m], of_x[m].numel(), 0.0f);
-      std::fill_n(to_factor[m], of_factor[m].numel(), 0.0f);
+      if (of_x[m]) std::fill_n(to_x[m], of_x[m]->numel(), 0.0f);
+      if (of_factor[m]) std::fill_n(to_factor[m], of_factor[m]->numel(), 0.0f);
     }
   }
   for (int64_t r = 0; r < p.rank && wants_products && !p.empty(); r += p.step) {
@@ -357,8 +346,8 @@ Gradients low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x
                           of_ranks.data() + r);
     for (size_t m = 0; m < p.inputs.size(); ++m) {
       const Modality& input = p.inputs[m];
-      if (wants(m)) gradient_of_x(input, gradients[m], r, count, to_x[m]);
-      if (wants(kMost + m)) gradient_of_factor(input, gradients[m], count, to_factor[m] + r * input.depth * p.out);
+      if (of_x[m]) gradient_of_x(input, gradients[m], r, count, to_x[m]);
+      if (of_factor[m]) gradient_of_factor(input, gradients[m], count, to_factor[m] + r * input.depth * p.out);
     }
   }
   for (size_t m = 0; m < kMost; ++m) {
@@ -367,16 +356,14 @@ Gradients low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x
   }
   with_type(grad.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    if (wants(2 * kMost)) convert(mutable_data<T>(of_weight), of_ranks.data(), p.rank);
-    if (!wants(2 * kMost + 1)) return;
+    if (grad_weight) convert(mutable_data<T>(*grad_weight), of_ranks.data(), p.rank);
+    if (!grad_bias) return;
     std::vector<double> sums(static_cast<size_t>(p.out));
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t o = 0; o < p.out; ++o) sums[static_cast<size_t>(o)] += g[row * p.out + o];
     const std::vector<float> rounded(sums.begin(), sums.end());
-    convert(mutable_data<T>(of_bias), rounded.data(), p.out);
+    convert(mutable_data<T>(*grad_bias), rounded.data(), p.out);
   });
-  return {of_x[0],      of_x[1],      of_x[2],      of_x[3],   of_factor[0],
-          of_factor[1], of_factor[2], of_factor[3], of_weight, of_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

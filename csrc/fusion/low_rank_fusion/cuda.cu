@@ -27,7 +27,7 @@
 #include "device/launch.h"
 #include "device/reduce.h"
 #include "fusion/bilinear_tiles.h"
-#include "fusion/low_rank_cuda.h"
+#include "fusion/low_rank_fusion/cuda.h"
 
 namespace velm::cuda {
 namespace {

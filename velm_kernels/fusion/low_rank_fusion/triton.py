@@ -9,8 +9,10 @@ from torch import Tensor
 
 from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, architecture, launch, precision
-from velm_kernels.fusion.low_rank_products import MODALITIES, backward, forward, split
-from velm_kernels.fusion.triton_low_rank_kernels import (
+from velm_kernels.fusion.inputs import MOST_INPUTS
+from velm_kernels.fusion.low_rank_fusion import products
+from velm_kernels.fusion.low_rank_fusion.op import split
+from velm_kernels.fusion.low_rank_fusion.triton_kernels import (
     low_rank_gradients_kernel,
     low_rank_kernel,
     low_rank_projection_kernel,
@@ -48,19 +50,17 @@ def _sizes(xs: tuple[Tensor | None, ...], rows: int) -> tuple[int, ...]:
     return (*strides, *dims, *repeats)
 
 
-def low_rank_fusion_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`velm::low_rank_fusion_forward` by a Triton kernel, after another for inputs with one row for several."""
-    return forward(_forward, *arguments)
+def low_rank_fusion_forward(*arguments: Any) -> None:
+    """By a Triton kernel, after another for inputs with one row for several."""
+    products.forward(_forward, *arguments)
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *tensors, weight, bias, rows, save = arguments
-    xs, factors = tuple(tensors[:MODALITIES]), tensors[MODALITIES:]
+def _forward(*arguments: Any) -> None:
+    *tensors, weight, bias, rows, _, result, kept = arguments
+    xs, factors = tuple(tensors[:MOST_INPUTS]), tensors[MOST_INPUTS:]
     rank, _, out = factors[0].shape
     config, constants = _config(xs[0])
     out_blocks = cdiv(out, config.block_n)
-    numbers = sum(x.shape[0] for x in xs if x is not None) * rank * out if save else 0
-    kept = xs[0].new_empty((numbers,), dtype=torch.float32)
     projections = split(kept, xs, factors[0])
     for m, x in enumerate(xs):
         if x is None or x.shape[0] == rows:
@@ -73,18 +73,15 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
         given = (x, factors[m], projections[m], *sizes)
         launch("low_rank_projection", low_rank_projection_kernel, grid, given, constants, config)
         factors[m] = None
-    result = xs[0].new_empty((rows, out))
     row_blocks = cdiv(rows, config.block_m)
     given = (*xs, *factors, *projections, weight, bias, result, *_sizes(xs, rows), rows, out, rank, row_blocks)
     launch("low_rank", low_rank_kernel, row_blocks * out_blocks, given, constants, config)
-    return result, kept
 
 
-def low_rank_fusion_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`velm::low_rank_fusion_backward`: a kernel for the gradients of the projections of some ranks at a time, whose
-    products with the inputs and the factors are torch's."""
-    *tensors, weight, kept, rows, _ = arguments
-    xs, factors = tuple(tensors[:MODALITIES]), tuple(tensors[MODALITIES:])
+def low_rank_fusion_backward(grad: Tensor, *arguments: Any) -> None:
+    """A kernel for the gradients of the projections of some ranks at a time, whose products with the inputs and the
+    factors are torch's."""
+    xs, factors, (weight, kept, rows) = arguments[:MOST_INPUTS], arguments[MOST_INPUTS:8], arguments[8:11]
     out = factors[0].shape[2]
     config, constants = _config(grad, backward=True)
     row_blocks, out_blocks = cdiv(rows, config.block_m), cdiv(out, config.block_n)
@@ -112,4 +109,4 @@ def low_rank_fusion_backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...
         launch("low_rank_gradients", low_rank_gradients_kernel, grid, given, constants, config)
         return gradients, partial.sum(1)
 
-    return backward(gradients_of, grad, *arguments)
+    products.backward(gradients_of, grad, *arguments)

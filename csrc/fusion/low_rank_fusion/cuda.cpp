@@ -1,7 +1,7 @@
 // low_rank_fusion as torch operators on CUDA kernels. Of backward there are its kernels; what is a product of matrices
 // is left to Python.
 
-#include "fusion/low_rank_cuda.h"
+#include "fusion/low_rank_fusion/cuda.h"
 
 #include <algorithm>
 #include <limits>
@@ -53,24 +53,20 @@ Tensor low_rank_projections(Tensor x, Tensor factor) {
   return to;
 }
 
-std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0,
-                                                   Tensor factor1, Optional factor2, Optional factor3, Tensor weight,
-                                                   Optional bias, int64_t rows, bool save) {
+void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Tensor factor0, Tensor factor1,
+                             Optional factor2, Optional factor3, Tensor weight, Optional bias, int64_t rows, bool,
+                             Tensor out, Optional kept) {
   const Current current(x0);
   LowRankFusion p = problem_of(x0, factor0, rows);
   std::vector<Tensor> xs{x0, x1}, factors{factor0, factor1}, rooms;
   if (x2) xs.push_back(*x2), factors.push_back(*factor2);
   if (x3) xs.push_back(*x3), factors.push_back(*factor3);
   const auto numbers = [&](const Tensor& x) { return x.size(0) * p.rank * p.out; };
-  int64_t all = 0;
-  for (const Tensor& x : xs) all += numbers(x);
-  Tensor z = torch::stable::new_empty(x0, {rows, p.out});
-  Tensor kept = torch::stable::new_empty(x0, {save ? all : 0}, ScalarType::Float);
-  if (z.numel() == 0) return {z, kept};
+  if (out.numel() == 0) return;
   int64_t offset = 0;
   for (size_t m = 0; m < xs.size(); ++m) {
     const bool shares = xs[m].size(0) < rows;
-    rooms.push_back(save ? torch::stable::narrow(kept, 0, offset, numbers(xs[m]))
+    rooms.push_back(kept ? torch::stable::narrow(*kept, 0, offset, numbers(xs[m]))
                          : torch::stable::new_empty(x0, {shares ? numbers(xs[m]) : 0}, ScalarType::Float));
     offset += numbers(xs[m]);
     if (shares) project(xs[m], factors[m], rooms[m], current.stream());
@@ -79,11 +75,10 @@ std::tuple<Tensor, Tensor> low_rank_fusion_forward(Tensor x0, Tensor x1, Optiona
   }
   p.weight = span_of(weight);
   p.bias = span_of(bias);
-  p.z = span_of(z);
+  p.z = span_of(out);
   Tensor partials = torch::stable::new_empty(x0, {low_rank_partials(p)}, ScalarType::Float);
   p.partials = span_of(partials);
   low_rank_fusion(p, current.stream());
-  return {z, kept};
 }
 
 // Of some ranks: the gradients of their projections that `wanted` has a bit for, (rows of m, ranks * out) or as many
@@ -115,8 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor 
   std::vector<Tensor> to;
   for (int m = 0; m < kMostInputs; ++m) {
     const bool wants = m < p.count && (wanted >> m & 1);
-    to.push_back(wants ? torch::stable::new_empty(grad, {low_rank_gradient_rows(p, m), p.ranks * p.out})
-                       : nothing(grad));
+    to.push_back(torch::stable::new_empty(grad, {wants ? low_rank_gradient_rows(p, m) : 0, p.ranks * p.out}));
     p.to[m] = span_of(to.back());
   }
   Tensor sums = torch::stable::new_empty(grad, {p.ranks, low_rank_gradient_blocks(p)}, ScalarType::Float);
