@@ -14,6 +14,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
+# Values that are compared in Python.
+FEW_VALUES = 64
 # What a message shows of a string or a number.
 LONGEST_TEXT = 40
 
@@ -249,7 +251,12 @@ def reads_values(value: torch.Tensor) -> bool:
 def values_between(name: str, value: torch.Tensor, low: int, high: int) -> None:
     """Every element in ``[low, high]``; silent where the tensor must not be read."""
     if value.numel() and reads_values(value):
-        smallest, largest = int(value.min()), int(value.max())
+        if value.numel() <= FEW_VALUES:
+            # Sooner than one operator of torch.
+            values = value.reshape(-1).tolist()
+            smallest, largest = min(values), max(values)
+        else:
+            smallest, largest = (int(end) for end in value.aminmax())
         if smallest < low or largest > high:
             raise ValueError(f"{name}: expected values from {low} to {high}, given {smallest} to {largest}")
 

@@ -43,6 +43,11 @@ class Line:
             faster by torch.
         bfloat16_attention: whether plain attention in bfloat16 is faster here than by torch, forward.
         bfloat16_attention_backward: queries times keys times head_dim up to which its gradients are faster here.
+        steps: elements of the result up to which torch's operators behind a float32 or float16 product of torch's are
+            faster than one fused pass.
+        bfloat16_steps: the same for bfloat16.
+        bfloat16_products: whether operators that are products in bfloat16, but for :func:`velm_kernels.linear`, are
+            faster by this library's product.
     """
 
     name: str
@@ -52,6 +57,9 @@ class Line:
     attention_scores: int = 1 << 15
     bfloat16_attention: bool = True
     bfloat16_attention_backward: int = NEVER
+    steps: int = 1 << 15
+    bfloat16_steps: int = 1 << 15
+    bfloat16_products: bool = True
 
 
 def _is_zen_5_of_full_width(processor: Processor) -> bool:
@@ -78,6 +86,9 @@ TABLE = (
         attention_scores=1 << 18,
         bfloat16_attention=False,
         bfloat16_attention_backward=1 << 23,
+        steps=1 << 18,
+        bfloat16_steps=NEVER,
+        bfloat16_products=False,
     ),
     Line(
         "Zen 5 of full width",

@@ -17,7 +17,7 @@ from velm_kernels.layout import as_matrix
 
 GRAD_X, GRAD_GATE = 1, 2
 # Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 15
+SMALL = 1 << 16
 
 
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
@@ -54,7 +54,7 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
 
 
 def _small(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor | None:
-    if not takes_torch(SMALL, residual, x, gate, dtype=ANY, recorded=2 * SMALL) or x.dim() == 0:
+    if not takes_torch(SMALL, residual, x, gate, dtype=ANY, recorded=SMALL) or x.dim() == 0:
         return None
     if residual.shape != x.shape or gate.shape not in ((), (1,), x.shape[-1:]) or not x.is_contiguous():
         return None

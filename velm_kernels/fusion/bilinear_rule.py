@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from velm_kernels import processors
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
 
-# Numbers of the outer products of all rows up to which forming them and one product with the weight is faster, forward
-# and backward: 0.2 to 0.5 of the time at a quarter of this, the same at this.
-OUTER = 1 << 16
+# Numbers of the outer products of all rows up to which forming them and one product with the weight is faster: 0.4 to
+# 1.1 of the time just below, without a gradient and with one.
+OUTER, OUTER_RECORDED = 1 << 18, 3 << 16
+# The same where torch's product in bfloat16 is the faster one, from so many outputs on.
+OUTER_BFLOAT16, MANY_OUTPUTS = 3 << 21, 32
 # Outputs up to which torch's forward, which goes from output to output, is faster.
 FEW_OUTPUTS = 4
 # The weight of an output is larger than a first-level cache from here on. Torch reads it as it lies, this library in
@@ -50,6 +53,16 @@ def small(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         if len(shape) != 2 or len(leading) != 2 or leading[0] != shape[0]:
             return None
         x = x.unsqueeze(1)
-    if not 0 < y.numel() * shape[-1] <= OUTER or weight.shape[0] == 0 or rule.forced_product() is not None:
+    most = most_of_outer(weight.shape[0], x, y, weight)
+    if not 0 < y.numel() * shape[-1] <= most or weight.shape[0] == 0 or rule.forced_product() is not None:
         return None
     return F.linear((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)
+
+
+def most_of_outer(out: int, *tensors: Tensor) -> int:
+    """Numbers of outer products up to which forming them is faster, for ``out`` outputs and these arguments."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return OUTER_RECORDED
+    if tensors[0].dtype is torch.bfloat16 and out >= MANY_OUTPUTS and not processors.rules().bfloat16_products:
+        return OUTER_BFLOAT16
+    return OUTER

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velm_kernels import checks
+from velm_kernels import checks, processors
 from velm_kernels.backends import derivatives
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.processors import NEVER
@@ -39,7 +39,7 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
     This is torch's batched matrix product, forward and backward, and has no kernel of its own. The sum over regions is
     a product of matrices, whose limit is that of ``torch.bmm``, and the product of a single region is never formed;
     without regions the time is that of writing the result. On the CPU bfloat16 and float16 are summed, gradients
-    too, in float32, where torch is faster and rounds once; on a GPU torch accumulates them in float32, as
+    too, in float32 and rounded once; on a GPU torch accumulates them in float32, as
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like allow. Backward keeps x and y.
     """
     if isinstance(x, Tensor):
@@ -65,8 +65,11 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
 
 
 def _wide(x: Tensor) -> Tensor:
-    """What products are made of: on the CPU float32 in place of half precision."""
-    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+    """What products are made of: on the CPU float32 in place of half precision, but for bfloat16 on processors with
+    products of their own for it, which sum in float32 too."""
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return x
+    return x if x.dtype is torch.bfloat16 and not processors.rules().bfloat16_products else x.float()
 
 
 class _Outer(torch.autograd.Function):

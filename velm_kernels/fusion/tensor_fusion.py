@@ -11,14 +11,12 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, register_public
 from velm_kernels.backends.small import ANY, takes_torch
+from velm_kernels.fusion import bilinear_rule
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.bilinear import canonical as canonical_bilinear
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
 from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
-
-# Numbers of the outer products of all rows up to which forming them is faster.
-OUTER = 1 << 16
 
 
 def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -58,9 +56,10 @@ def _small(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None)
     if any(x.dim() == 0 or x.shape[:-1] != leading for x in inputs):
         return None
     features = math.prod(1 + x.shape[-1] for x in inputs)
+    most = bilinear_rule.most_of_outer(weight.shape[0], weight, *inputs)
     if (
         weight.shape[1] != features
-        or not 0 < math.prod(leading) * features <= OUTER
+        or not 0 < math.prod(leading) * features <= most
         or rule.forced_product() is not None
     ):
         return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velm_kernels import checks
+from velm_kernels import checks, processors
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
@@ -19,8 +19,7 @@ from velm_kernels.linear.rule import own_product
 from velm_kernels.processors import NEVER
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
-# Elements of the result up to which torch's operators behind its product are the faster ones.
-SMALL = 1 << 15
+SMALL_QUICK_GELU = 1 << 15
 
 
 def linear(
@@ -95,8 +94,8 @@ def _small(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor | None:
-    """The projection by torch's product and operators: where nothing follows the product, and where the result is
-    small. Else None."""
+    """The projection by torch's product and operators, where nothing follows the product, and where those are faster
+    than one pass (:mod:`velm_kernels.processors`); else None."""
     if bias is None:
         taken = takes_torch(NEVER, x, weight, dtype=ANY)
     else:
@@ -111,7 +110,7 @@ def _small(
         return None
     if activation is None is residual:
         return torch.nn.functional.linear(x, weight, bias)
-    if rows * out_features > SMALL or (
+    if rows * out_features > _most_steps(x.dtype, activation) or (
         activation is not None and (activation.__class__ is not str or activation not in ACTIVATIONS[1:])
     ):
         return None
@@ -123,6 +122,15 @@ def _small(
     if activation:
         out = reference.activate(out, activation)
     return out if residual is None else out + residual
+
+
+def _most_steps(dtype: torch.dtype, activation: str | None) -> int:
+    """Elements of the result up to which torch's operators behind its product are faster than one pass."""
+    if activation == "quick_gelu":
+        # Three operators, each of which keeps its argument.
+        return SMALL_QUICK_GELU
+    rules = processors.rules()
+    return rules.bfloat16_steps if dtype is torch.bfloat16 else rules.steps
 
 
 def _is_plain_torch(x: Tensor, out_features: int) -> bool:

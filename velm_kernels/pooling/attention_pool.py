@@ -10,7 +10,8 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
-from velm_kernels.backends import Arguments, cpu, cuda, flops, forced, register, register_public, triton
+from velm_kernels.attention.torch_attention import CPU_SHORTEST
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import ANY, takes_torch, wide
@@ -29,9 +30,9 @@ from velm_kernels.processors import NEVER
 GRAD_X, GRAD_ROWS = 1, 2
 # Heads of so many columns are the widest that cross_attention takes.
 WIDEST_HEAD = 256
-# Elements of tokens, queries and scores up to which torch's form is the faster one, see velm_kernels.backends.small;
-# tokens of a row up to which forming keys and values of them is.
-SMALL, FEW_TOKENS = 1 << 16, 8
+# Elements of tokens, queries and scores up to which torch's form is the faster one, without a gradient and with one
+# (see velm_kernels.backends.small); tokens of a row up to which forming keys and values of them is.
+SMALL, SMALL_RECORDED, FEW_TOKENS = 1 << 19, 1 << 16, 8
 
 
 def attention_pool(
@@ -115,7 +116,7 @@ def _small(
         scale is None or (scale.__class__ is float and abs(scale) <= 1e30)
     ):
         return None
-    if not takes_torch(SMALL, x, query, dtype=ANY, recorded=SMALL) or not takes_torch(
+    if not takes_torch(SMALL, x, query, dtype=ANY, recorded=SMALL_RECORDED) or not takes_torch(
         NEVER, key_weight, value_weight, dtype=x.dtype
     ):
         return None
@@ -152,7 +153,11 @@ def _small_ordinary(
     query, key, value = (
         tensor.unflatten(-1, (heads, tensor.shape[-1] // heads)).transpose(-3, -2) for tensor in (query, key, value)
     )
-    pooled = torch.softmax(wide(query) @ wide(key).transpose(-1, -2), -1) @ wide(value)
+    if key.shape[-2] >= CPU_SHORTEST and not derivatives.wanted(x, query, key, value):
+        # The public function knows where torch's kernel is the faster one.
+        pooled = cross_attention(query.expand(len(x), *query.shape[-3:]), key, value, scale=1.0)
+    else:
+        pooled = torch.softmax(wide(query) @ wide(key).transpose(-1, -2), -1) @ wide(value)
     return pooled.transpose(1, 2).flatten(2).to(x.dtype)
 
 

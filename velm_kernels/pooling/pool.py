@@ -19,14 +19,16 @@ from velm_kernels.pooling.reference import GEM_EPS, MODES
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
 # Elements of x up to which torch's form is the faster one, without a gradient and with one, see
-# velm_kernels.backends.small; and where rows have lengths of their own.
+# velm_kernels.backends.small; rows shorter than others.
 SMALL = {
-    "mean": (1 << 17, 1 << 17),
-    "sum": (1 << 17, 1 << 17),
-    "max": (1 << 15, 1 << 17),
+    "mean": (1 << 18, 1 << 18),
+    "sum": (1 << 18, 1 << 18),
+    "max": (1 << 16, 1 << 17),
     "logsumexp": (1 << 15, 1 << 17),
 }
-SMALL_MASKED, SMALL_SEGMENTS = 1 << 14, 1 << 16
+FEW_ROWS = 16
+# The same for segments, and for one alone.
+SMALL_SEGMENTS, SMALL_SEGMENT = 1 << 19, 1 << 20
 
 
 def masked_pool(
@@ -108,14 +110,18 @@ def _small(
         return _of_tokens(x if most == tokens else x.narrow(-2, 0, most), mode if most else "sum")
     if least == 0 and mode not in ("mean", "sum"):
         return None
-    if x.numel() > SMALL_MASKED:
+    short = [(row, length) for row, length in enumerate(known) if length < tokens]
+    if len(short) > FEW_ROWS:
         return None
-    counts = lengths.unsqueeze(-1)
-    live = (torch.arange(tokens) < counts).unsqueeze(-1)
-    x = torch.where(live, x, 0.0 if mode in ("mean", "sum") else -torch.inf)
+    # Sooner than any mask.
+    filled = x.clone()
+    rows = filled.view(-1, tokens, shape[-1])
+    for row, length in short:
+        rows[row, length:] = 0.0 if mode in ("mean", "sum") else -torch.inf
     if mode != "mean":
-        return _of_tokens(x, mode)
-    return (x.sum(-2, dtype=torch.float32) / (counts if least else counts.clamp(min=1))).to(x.dtype)
+        return _of_tokens(filled, mode)
+    counts = lengths.unsqueeze(-1) if least else lengths.unsqueeze(-1).clamp(min=1)
+    return (filled.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
 
 
 def _of_tokens(x: Tensor, mode: str) -> Tensor:
@@ -152,7 +158,11 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
 
 
 def _small_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor | None:
-    if mode not in ("mean", "sum") or p.__class__ is not float or not takes_torch(SMALL_SEGMENTS, x, dtype=ANY):
+    if (
+        mode not in ("mean", "sum")
+        or p.__class__ is not float
+        or not takes_torch(SMALL_SEGMENT, x, dtype=ANY, recorded=SMALL_SEGMENT)
+    ):
         return None
     bounds = values_of(cu_seqlens)
     if bounds is None or x.dim() != 2 or cu_seqlens.dim() != 1 or len(bounds) < 2 or 0 in x.shape:
@@ -162,6 +172,8 @@ def _small_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float 
         return None
     if len(bounds) == 2:
         return x.mean(0, True) if mode == "mean" else x.sum(0, True)
+    if x.numel() > SMALL_SEGMENTS:
+        return None
     lengths = cu_seqlens.diff().long()
     given = wide(x)
     index = torch.repeat_interleave(lengths, output_size=tokens)

@@ -15,8 +15,9 @@ from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.pooling.pool import checked_integers, checked_mask
 from velm_kernels.pooling.rows import canonical as canonical_rows
 
-# Elements of x up to which torch's steps are the faster ones, see velm_kernels.backends.small.
-SMALL = 1 << 18
+# Elements of x up to which torch's steps are the faster ones, without a gradient and with one, see
+# velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 1 << 23, 1 << 20
 
 
 class SelectedTokens(NamedTuple):
@@ -90,7 +91,7 @@ def _small(
     if (
         not lengths is mask is max_k is None
         or k.__class__ is not int
-        or not takes_torch(SMALL, x, dtype=ANY, recorded=SMALL)
+        or not takes_torch(SMALL, x, dtype=ANY, recorded=SMALL_RECORDED)
     ):
         return None
     shape = x.shape

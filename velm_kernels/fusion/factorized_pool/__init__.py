@@ -13,7 +13,7 @@ from velm_kernels.layout import unit_last_stride
 
 # Elements of a up to which torch's form is the faster one, see velm_kernels.backends.small: with root or norm, and
 # without.
-SMALL, SMALL_PLAIN = 1 << 13, 1 << 16
+SMALL, SMALL_PLAIN = 1 << 13, 1 << 18
 
 
 def factorized_pool(
@@ -80,7 +80,7 @@ def plain(
 ) -> Tensor | None:
     """The result of a small call by torch's own operators, or None."""
     limit = SMALL_PLAIN if power_norm is l2_norm is False else SMALL
-    if not takes_torch(limit, a, b, dtype=ANY, recorded=limit) or a.shape != b.shape:
+    if not takes_torch(limit, a, b, dtype=ANY, recorded=limit if limit == SMALL else 2 * limit) or a.shape != b.shape:
         return None
     if dropout_p.__class__ is not float or dropout_p != 0.0 or seed is not None or factor.__class__ is not int:
         return None

@@ -10,9 +10,11 @@ from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.film.op import OPERATOR
 from velm_kernels.layout import product, unit_last_stride
+from velm_kernels.processors import NEVER
 
-# Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 17
+# Elements of x up to which torch's form is the faster one, see velm_kernels.backends.small. With one region for each
+# gamma every gradient is a product of elements, which torch's operators are never slower at.
+SMALL = 1 << 19
 
 
 def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0) -> Tensor:
@@ -53,7 +55,8 @@ def plain(
     x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0
 ) -> Tensor | None:
     """The result of a small call by torch's own operators, or None."""
-    if not takes_torch(SMALL, x, gamma, beta, dtype=ANY, recorded=SMALL) or gamma_offset.__class__ is not float:
+    recorded = SMALL if getattr(x, "ndim", 0) > 2 else NEVER
+    if not takes_torch(SMALL, x, gamma, beta, dtype=ANY, recorded=recorded) or gamma_offset.__class__ is not float:
         return None
     dims = x.dim()
     if dims < 2 or not abs(gamma_offset) <= 1e30 or gamma.shape != beta.shape or not x.is_contiguous():

@@ -8,17 +8,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from velm_kernels import checks
+from velm_kernels import checks, processors
 from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import takes_torch
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
 from velm_kernels.fusion.low_rank_fusion import op
 from velm_kernels.fusion.low_rank_fusion.op import OPERATOR
 from velm_kernels.layout import unit_last_stride
+from velm_kernels.processors import NEVER
 
-# Elements of each input and factor, and of a projection, up to which torch's form is the faster one, see
-# velm_kernels.backends.small.
-SMALL, SMALL_PROJECTED = 1 << 15, 1 << 13
+# Elements of each input and factor, and of a projection, up to which torch's form is the faster one in float32, without
+# a gradient and with one, see velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = (1 << 19, 1 << 16), (1 << 15, 1 << 13)
+# Elements of a factor from which on it is in bfloat16, where torch's product is the faster one.
+LARGE, LARGE_RECORDED = 1 << 18, 1 << 21
+PLAIN_DTYPES = frozenset((torch.float32, torch.bfloat16))
 
 
 def low_rank_fusion(
@@ -62,18 +66,30 @@ def low_rank_fusion(
 def plain(
     inputs: Sequence[Tensor], factors: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
-    """The result of a small call by torch's own operators, or None."""
+    """The result by torch's own operators where those are faster, or None."""
     if inputs.__class__ not in (list, tuple) or factors.__class__ not in (list, tuple):
         return None
     if not (2 <= len(inputs) <= MOST_INPUTS and len(factors) == len(inputs)):
         return None
-    if not takes_torch(SMALL, *inputs, *factors, weight) or weight.dim() != 1 or factors[0].dim() != 3:
+    if not takes_torch(NEVER, *inputs, *factors, weight, dtype=PLAIN_DTYPES) or weight.dim() != 1:
+        return None
+    if factors[0].dim() != 3:
         return None
     rank, rows, out_features = len(weight), inputs[0].shape[:-1], factors[0].shape[2]
-    if 0 in (rank, out_features) or len(rows) != 1 or not 0 < rows[0] * rank * out_features <= SMALL_PROJECTED:
+    if 0 in (rank, out_features) or len(rows) != 1 or rows[0] == 0:
         return None
-    if bias is not None and not (takes_torch(SMALL, bias) and bias.shape == (out_features,)):
+    given = (*inputs, *factors, weight) if bias is None else (*inputs, *factors, weight, bias)
+    if not takes_torch(NEVER, *given, dtype=weight.dtype) or (bias is not None and bias.shape != (out_features,)):
         return None
+    records = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if weight.dtype is torch.bfloat16:
+        least = LARGE_RECORDED if records else LARGE
+        if processors.rules().bfloat16_products or factors[0].numel() < least:
+            return None
+    else:
+        most, most_projected = SMALL_RECORDED if records else SMALL
+        if max(tensor.numel() for tensor in given) > most or rows[0] * rank * out_features > most_projected:
+            return None
     product = None
     for x, factor in zip(inputs, factors, strict=True):
         if x.shape[:-1] != rows or factor.shape != (rank, 1 + x.shape[1], out_features):

@@ -19,8 +19,9 @@ from velm_kernels.layout import unit_last_stride
 
 # Gradients are asked for by the bits of an integer: 1 for the weights, 2 << i for feature i.
 GRAD_WEIGHTS = 1
-# Elements of a feature up to which torch's form is the faster one, see velm_kernels.backends.small.
-SMALL = 1 << 16
+# Elements of a feature up to which torch's form is the faster one, without a gradient and with one, see
+# velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 1 << 18, 3 << 16
 MOST_FEATURES, FEW_FEATURES = 60, 4
 
 
@@ -62,7 +63,7 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
 def _small(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
     if features.__class__ not in (list, tuple) or not 1 <= len(features) <= FEW_FEATURES:
         return None
-    if not takes_torch(SMALL, *features, weights, dtype=ANY, recorded=SMALL):
+    if not takes_torch(SMALL, *features, weights, dtype=ANY, recorded=SMALL_RECORDED):
         return None
     # The largest comes first: that is the result's size and order in memory.
     order = sorted(range(len(features)), key=lambda i: -features[i].dim())
