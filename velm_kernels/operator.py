@@ -18,9 +18,11 @@ kernels behind them, in whatever language, fill memory that they are given, whic
     film_forward(x, gamma, beta, regions_contiguous, gamma_offset, out)
     film_backward(grad, x, gamma, regions_contiguous, gamma_offset, grad_x, grad_gamma, grad_beta)
 
-A kernel is given None for a gradient that is not wanted, and for what is saved for no gradient that is wanted. What
-torch sees is functional because placements of DTensors, ``torch.vmap`` and compilers that keep mutation (all but
-inductor) take it as it is; an operator that writes on its arguments they would copy around or refuse.
+A kernel is given None for a gradient that is not wanted, and for what is saved for no gradient that is wanted. For an
+argument that is a list of tensors it is given a list: of the saved ones, empty where no gradient needs them, and of the
+gradients, with None for those that are not wanted. What torch sees is functional because placements of DTensors,
+``torch.vmap`` and compilers that keep mutation (all but inductor) take it as it is; an operator that writes on its
+arguments they would copy around or refuse.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor
 
 from velm_kernels import backends
 from velm_kernels.backends import Arguments, cpu, cuda, direct, flops, library, triton
+from velm_kernels.backends.derivatives import flat, in_lists
 
 # What kernels and meanings are called with, by name.
 Values = SimpleNamespace
@@ -91,10 +94,11 @@ class Operator:
         remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
         gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
             whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
-            Without it, autograd of ``reference`` at what is saved, and at zeros for a differentiable argument that is
-            not, whose gradient depends on no value of it (a bias); the rest that the reference reads has to be saved.
+            For a list, ``wanted`` has a list too, and so has what is returned. Without it, autograd of ``reference`` at
+            what is saved, and at zeros for a differentiable argument that is not, whose gradient depends on no value of
+            it (a bias); the rest that the reference reads has to be saved.
         gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
-            contiguous, from the values of backward by name.
+            contiguous, from the values of backward by name; for a list from these and the place in it.
         incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
         triton: the module with the functions ``<name>_forward`` and ``<name>_backward``.
         cpu, cuda: whether there are such kernels. Where Python stands before those of CUDA, ``cuda`` is the module with
@@ -120,8 +124,8 @@ class Operator:
         may_lack: tuple[str, ...] = (),
         saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
         remembers: Mapping[str, Callable[[Any], Any]] | None = None,
-        gradients: Callable[[Any, Sequence[bool]], Sequence[Any]] | None = None,
-        gradient_shapes: Mapping[str, Empty] | None = None,
+        gradients: Callable[[Any, Sequence[Any]], Sequence[Any]] | None = None,
+        gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
         incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
         triton: str = "",
         cpu: bool = True,
@@ -135,6 +139,7 @@ class Operator:
         self.forward, self.backward = f"{name}_forward", f"{name}_backward"
         self.parameters = parameters(arguments)
         self.names = [parameter.name for parameter in self.parameters]
+        self._lists = {parameter.name for parameter in self.parameters if parameter.is_list}
         self.results, self._may_be_absent = results, may_be_absent
         self.differentiable, self._passed_on = differentiable, passed_on
         self._shapes, self._reference = shapes, reference
@@ -166,15 +171,22 @@ class Operator:
         made = self._shapes(a)
         return made if isinstance(made, tuple) else (made,)
 
-    def empty_gradients(self, a: Any, wanted: Sequence[bool]) -> list[Any]:
+    def empty_gradients(self, a: Any, wanted: Sequence[Any]) -> list[Any]:
         """Uninitialised gradients for the values of backward by name; None where not wanted."""
-        return [self._empty_gradient(name, a) if want else None for name, want in zip(self.differentiable, wanted)]
+        return [
+            [self._empty_gradient(name, a, i) if one else None for i, one in enumerate(want)]
+            if isinstance(want, (list, tuple))
+            else (self._empty_gradient(name, a) if want else None)
+            for name, want in zip(self.differentiable, wanted)
+        ]
 
-    def _empty_gradient(self, name: str, a: Any) -> Tensor:
+    def _empty_gradient(self, name: str, a: Any, *place: int) -> Tensor:
         if name in self._gradient_shapes:
-            made: Tensor = self._gradient_shapes[name](a)
+            made: Tensor = self._gradient_shapes[name](a, *place)
             return made
         like = getattr(a, name)
+        for i in place:
+            like = like[i]
         found: Tensor = like.new_empty(like.shape)
         return found
 
@@ -206,11 +218,10 @@ class Operator:
     def _by_name(self, values: Sequence[Any]) -> Any:
         return Values(**dict(zip(self.names, values, strict=True)))
 
-    def _returned(self, made: Sequence[Tensor | None], args: Sequence[Any]) -> Any:
+    def _returned(self, made: Sequence[Any], args: Sequence[Any]) -> Any:
         """What torch is given: it knows no results that are None."""
-        if len(made) == 1:
-            return made[0]
-        return tuple(_nothing(args) if value is None else value for value in made)
+        found = tuple(_without_none(value, args) for value in made)
+        return found if len(found) > 1 else found[0]
 
     def _filling(self, kernel: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
         """The implementation of forward by a kernel that fills what it is given."""
@@ -270,9 +281,13 @@ class Operator:
         self._backward_names = [parameter.name for parameter in arguments]
         # A kernel with one gradient is not called for none.
         names = [f"grad_{name}" for name in self.differentiable]
-        filled = _filled(names, optional=names if len(names) > 1 else ())
-        returned = "Tensor" if len(filled) == 1 else f"({', '.join(['Tensor'] * len(filled))})"
+        lists = [name for name in self.differentiable if name in self._lists]
+        filled = _filled(names, names if len(names) > 1 else (), [f"grad_{name}" for name in lists])
+        kinds = ["Tensor[]" if name in lists else "Tensor" for name in self.differentiable]
+        returned = kinds[0] if len(kinds) == 1 else f"({', '.join(kinds)})"
+        # Bit i: whether gradient i is, of a list whether any; then which of each list.
         wanted = [Parameter("int", "wanted")] if len(filled) > 1 else []
+        wanted += [Parameter("bool[]", f"wanted_{name}") for name in lists]
         library.declare(
             self.backward,
             ", ".join(map(str, [*arguments, *wanted])),
@@ -300,8 +315,11 @@ class Operator:
     def _made_gradients(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
         """The values of backward, and its uninitialised results with None for what is not wanted."""
         count = len(self._backward_names)
-        values = args[:count]
-        wanted = [bool(args[count] >> bit & 1) for bit in range(len(self.differentiable))] if args[count:] else [True]
+        values, left = args[:count], iter(args[count:])
+        bits = next(left) if len(self.differentiable) > 1 else 1
+        wanted = [
+            next(left) if name in self._lists else bool(bits >> bit & 1) for bit, name in enumerate(self.differentiable)
+        ]
         return values, self.empty_gradients(self._backward_by_name(values), wanted)
 
     def _returned_gradients(self, args: Sequence[Any]) -> Any:
@@ -319,23 +337,32 @@ class Operator:
     def _fill_gradients_by_reference(self, *values: Any) -> None:
         count = len(self._backward_names)
         a, made = self._backward_by_name(_widened(values[:count])), values[count:]
-        wanted = [to is not None for to in made]
+        wanted = [[one is not None for one in to] if isinstance(to, list) else to is not None for to in made]
         found = self._gradients(a, wanted) if self._gradients is not None else self._differentiated(a, wanted)
-        for to, value in zip(made, found, strict=True):
+        for to, value in zip(flat(made), flat(found), strict=True):
             if to is not None:
                 to.copy_(value)
 
-    def _differentiated(self, a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    def _differentiated(self, a: Any, wanted: Sequence[Any]) -> Sequence[Any]:
         """The gradients of the reference, by torch."""
-        chosen = [name for name, want in zip(self.differentiable, wanted) if want]
+        leaves: list[Tensor] = []
+
+        def leaf(want: bool, name: str, *place: int) -> Any:
+            value: Any = getattr(a, name, None)
+            for i in place:
+                value = value[i]
+            if not want:
+                return value
+            value = self._empty_gradient(name, a, *place).zero_() if value is None else value.detach()
+            leaves.append(value.requires_grad_())
+            return value
+
         with library.autograd_inside():
-            leaves = {
-                name: (getattr(a, name).detach() if hasattr(a, name) else self._empty_gradient(name, a).zero_())
-                for name in chosen
+            given = {
+                name: [leaf(one, name, i) for i, one in enumerate(want)] if isinstance(want, list) else leaf(want, name)
+                for name, want in zip(self.differentiable, wanted, strict=True)
             }
-            for leaf in leaves.values():
-                leaf.requires_grad_()
-            found = _tuple(self._reference(*(leaves.get(name, getattr(a, name, None)) for name in self.names)))
+            found = _tuple(self._reference(*(given.get(name, getattr(a, name, None)) for name in self.names)))
             by_result = dict(zip(self.results, found, strict=True))
             pairs = [
                 (by_result[result], getattr(a, name))
@@ -344,21 +371,34 @@ class Operator:
             ]
             grads = torch.autograd.grad(
                 [result for result, _ in pairs],
-                list(leaves.values()),
+                leaves,
                 [grad.to(result.dtype).expand(result.shape) for result, grad in pairs],
                 materialize_grads=True,
             )
-        by_argument = dict(zip(chosen, grads, strict=True))
-        return [by_argument.get(name) for name in self.differentiable]
+        left = iter(grads)
+        return [
+            [next(left) if one else None for one in want] if isinstance(want, list) else next(left) if want else None
+            for want in wanted
+        ]
 
     # autograd
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        needed = dict(zip(self.names, ctx.needs_input_grad))
-        ctx.wanted = [needed[name] for name in self.differentiable]
-        saved = [inputs[i] if any(map(needed.__getitem__, of)) else None for i, of in self._kept]
+        wanted = ctx.needs_input_grad
+        if self._lists:
+            wanted = in_lists(wanted, _lengths(inputs))
+        by_name = dict(zip(self.names, wanted))
+        ctx.wanted = [by_name[name] for name in self.differentiable]
+        needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}
+        ctx.needed = needed
+        saved = [
+            inputs[i] if any(map(needed.__getitem__, of)) else [] if self.parameters[i].is_list else None
+            for i, of in self._kept
+        ]
         made = output if isinstance(output, tuple) else (output,)
-        ctx.save_for_backward(*saved, *(made[i] for i, _ in self._kept_results))
+        saved += [made[i] for i, _ in self._kept_results]
+        ctx.saved_lengths = _lengths(saved) if self._lists else None
+        ctx.save_for_backward(*(flat(saved) if self._lists else saved))
         ctx.settings = [inputs[i] for i in self._settings]
         if self._remembers:
             a = self._by_name(inputs[:-1])
@@ -372,16 +412,20 @@ class Operator:
         ctx.backend = inputs[-1]
 
     def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        count = len(self.names) + 1
+        gradients: list[Any] = [None] * (len(self.names) + 1)
+        for place, length in enumerate(ctx.lengths or ()):
+            if length is not None:
+                gradients[place] = [None] * length
         by_result = dict(zip(self.results, grads, strict=True))
         chosen = [by_result[name] for name in self._with_gradient]
-        gradients: list[Any] = [None] * count
         for name in self._passed_on:
-            place = self.names.index(name)
-            gradients[place] = chosen[0] if ctx.needs_input_grad[place] else None
-        if all(grad is None for grad in chosen) or not any(ctx.wanted):
+            gradients[self.names.index(name)] = chosen[0] if ctx.needed[name] else None
+        wanted = sum(1 << bit for bit, name in enumerate(self.differentiable) if ctx.needed[name])
+        if all(grad is None for grad in chosen) or not wanted:
             return tuple(gradients)
         saved = ctx.saved_tensors
+        if ctx.saved_lengths is not None:
+            saved = in_lists(saved, ctx.saved_lengths)
         a = Values(**dict(zip(self._backward_names[len(chosen) :], (*saved, *ctx.settings), strict=True)))
         for place, name in enumerate(self._with_gradient):
             grad = chosen[place]
@@ -390,10 +434,14 @@ class Operator:
                 shape, dtype = ctx.made[self.results.index(name)]
                 grad = like.new_zeros(shape, dtype=dtype)
             chosen[place] = grad if grad is None else self._incoming(grad, a)
-        wanted = [sum(1 << bit for bit, want in enumerate(ctx.wanted) if want)] if len(ctx.wanted) > 1 else []
-        found = self._run_backward(*chosen, *saved, *ctx.settings, *wanted, ctx.backend)
-        for name, want, gradient in zip(self.differentiable, ctx.wanted, _tuple(found), strict=True):
-            if want:
+        bits = [wanted] if len(self.differentiable) > 1 else []
+        lists = [want for want in ctx.wanted if isinstance(want, list)]
+        found = self._run_backward(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
+        found = found if isinstance(found, tuple) else (found,)
+        for name, want, gradient in zip(self.differentiable, ctx.wanted, found, strict=True):
+            if isinstance(want, list):
+                gradient = [value if one else None for one, value in zip(want, gradient, strict=True)]
+            if ctx.needed[name]:
                 gradients[self.names.index(name)] = gradient
         return tuple(gradients)
 
@@ -432,19 +480,31 @@ def _register(
     backends.register(name, backend, call, more, of_all)
 
 
-def _filled(names: Sequence[str], optional: Sequence[str]) -> list[Parameter]:
+def _filled(names: Sequence[str], optional: Sequence[str], lists: Sequence[str] = ()) -> list[Parameter]:
     """Arguments of a kernel that it writes."""
     letters = (chr(ord("a") + i) for i in range(len(names)))
-    return [Parameter(f"Tensor({letter}!){'?' * (name in optional)}", name) for letter, name in zip(letters, names)]
+    return [
+        Parameter(f"Tensor({letter}!){'?[]' if name in lists else '?' * (name in optional)}", name)
+        for letter, name in zip(letters, names)
+    ]
+
+
+def _lengths(values: Sequence[Any]) -> list[int | None]:
+    """Those of lists, and None for what is none."""
+    return [len(value) if isinstance(value, (list, tuple)) else None for value in values]
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _nothing(values: Sequence[Any]) -> Tensor:
-    """In place of a tensor that was not asked for."""
-    first = next(value for value in values if isinstance(value, Tensor))
+def _without_none(value: Any, args: Sequence[Any]) -> Any:
+    """A result with empty tensors in place of those that were not asked for."""
+    if isinstance(value, list):
+        return [_without_none(one, args) for one in value]
+    if value is not None:
+        return value
+    first = next(arg for arg in flat(args) if isinstance(arg, Tensor))
     return first.new_empty((0,))
 
 

@@ -210,7 +210,15 @@ def test_operator_checks_and_compile():
     weights = torch.randn(2, 2, requires_grad=True)
     features = [x, gamma[:, None].detach().requires_grad_()]
     torch.library.opcheck(operators.weighted_sum_forward.default, (features, weights, ""))
-    backward = (torch.randn(2, 5, 20), [f.detach() for f in features], weights.detach(), 2, 5, "")
+    backward = (
+        torch.randn(2, 5, 20),
+        [f.detach() for f in features],
+        weights.detach(),
+        [False, True],
+        3,
+        [False, True],
+        "",
+    )
     torch.library.opcheck(operators.weighted_sum_backward.default, backward, test_utils=only)
 
     def function(x, gamma, beta):

@@ -247,9 +247,10 @@ def _modulation(dtype: torch.dtype) -> None:
     hashes = _empty(768), _empty(768, dtype=torch.float32)
     triton_count_sketch.count_sketches(x[0], *hashes, x[0], *hashes, 16000)
     features = [x] * triton_weighted_sum.AT_ONCE
-    triton_weighted_sum.weighted_sum_forward(features, weights)
+    triton_weighted_sum.weighted_sum_forward(features, weights, x)
     # The second of two launches would be that of the features with one region.
-    triton_weighted_sum.weighted_sum_backward(x, features, weights, 0, (4 << len(features)) - 1)
+    broadcast = [False] * len(features)
+    triton_weighted_sum.weighted_sum_backward(x, features, weights, broadcast, list(features), weights)
 
 
 def _bilinear_attention(dtype: torch.dtype) -> None:

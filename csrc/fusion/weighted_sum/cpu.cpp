@@ -1,6 +1,5 @@
 // weighted_sum, the sum of weights[i] * features[i]: each input and each gradient passes through the processor once.
 
-#include <tuple>
 #include <vector>
 
 #include "fusion/regions_cpu.h"
@@ -18,12 +17,9 @@ Lines feature_lines(const Tensor& t, int64_t regions) {
   return Lines(t, t.stride(0), t.size(1) == regions ? t.stride(1) : 0);
 }
 
-Tensor weighted_sum_forward(std::vector<Tensor> features, Tensor weights) {
-  const int64_t batch = features[0].size(0), dim = features[0].size(2);
+void weighted_sum_forward(std::vector<Tensor> features, Tensor weights, Tensor out) {
+  const int64_t batch = out.size(0), regions = out.size(1), dim = out.size(2);
   const auto count = static_cast<int64_t>(features.size());
-  int64_t regions = 0;
-  for (const Tensor& value : features) regions = std::max(regions, value.size(1));
-  Tensor out = torch::stable::new_empty(features[0], {batch, regions, dim});
   const ScalarType type = out.scalar_type();
   std::vector<Lines> lines;
   for (const Tensor& value : features) lines.push_back(feature_lines(value, regions));
@@ -53,7 +49,6 @@ Tensor weighted_sum_forward(std::vector<Tensor> features, Tensor weights) {
       }
     }
   });
-  return out;
 }
 
 // The sums over a few rows are left in `products`, (batch, blocks, count), and in `sums`, (batch, blocks, dim).
@@ -114,31 +109,26 @@ void weighted_sum_broadcast(const float* sums, int64_t batch, int64_t dim, Scala
   });
 }
 
-std::tuple<std::vector<Tensor>, Tensor> weighted_sum_backward(Tensor grad, std::vector<Tensor> features, Tensor weights,
-                                                              int64_t broadcast, int64_t grad_mask) {
+void weighted_sum_backward(Tensor grad, std::vector<Tensor> features, Tensor weights, std::vector<bool> broadcast,
+                           std::vector<std::optional<Tensor>> grad_features, std::optional<Tensor> grad_weights) {
   const int64_t batch = grad.size(0), regions = grad.size(1), dim = grad.size(2), count = weights.size(1);
-  const bool wants_weights = grad_mask & 1;
-  Tensor grad_weights = wants_weights ? torch::stable::new_empty(weights, {batch, count}) : nothing(weights);
-  std::vector<Tensor> grads;
   std::vector<Feature> all(static_cast<size_t>(count));
   bool needs_sums = false;
-  for (int64_t i = 0; i < count; ++i) {
+  for (size_t i = 0; i < all.size(); ++i) {
     Feature& feature = all[i];
-    feature.is_broadcast = broadcast >> i & 1;
-    feature.wants_grad = grad_mask >> (i + 1) & 1;
-    const int64_t own = feature.is_broadcast ? 1 : regions;
-    grads.push_back(feature.wants_grad ? torch::stable::new_empty(grad, {batch, own, dim}) : nothing(grad));
-    feature.grad = Lines(grads.back(), own * dim, dim);
-    if (wants_weights) feature.from = feature_lines(features[i], regions);
-    needs_sums = needs_sums || (feature.is_broadcast && (wants_weights || feature.wants_grad));
+    feature.is_broadcast = broadcast[i];
+    feature.wants_grad = grad_features[i].has_value();
+    if (feature.wants_grad) feature.grad = Lines(*grad_features[i], (broadcast[i] ? 1 : regions) * dim, dim);
+    if (grad_weights) feature.from = feature_lines(features[i], regions);
+    needs_sums = needs_sums || (feature.is_broadcast && (grad_weights || feature.wants_grad));
   }
   const int64_t blocks = divide_up(regions, kRegions);
   const auto* w = const_data<float>(weights);
   Scratch memory;
-  float* products = wants_weights ? memory.take(batch * blocks * count) : nullptr;
+  float* products = grad_weights ? memory.take(batch * blocks * count) : nullptr;
   float* sums = needs_sums ? memory.take(batch * blocks * dim) : nullptr;
   weighted_sum_rows(grad, all, w, products, sums);
-  if (products) add_parts(products, batch, blocks, count, count, Lines(grad_weights, count, 1));
+  if (products) add_parts(products, batch, blocks, count, count, Lines(*grad_weights, count, 1));
   if (needs_sums) {
     float* total = memory.take(batch * dim);
     Lines to;
@@ -147,9 +137,8 @@ std::tuple<std::vector<Tensor>, Tensor> weighted_sum_backward(Tensor grad, std::
     to.inner = sizeof(float);
     add_parts(sums, batch, blocks, dim, dim, to);
     weighted_sum_broadcast(total, batch, dim, grad.scalar_type(), all, w,
-                           wants_weights ? mutable_data<float>(grad_weights) : nullptr);
+                           grad_weights ? mutable_data<float>(*grad_weights) : nullptr);
   }
-  return {grads, grad_weights};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

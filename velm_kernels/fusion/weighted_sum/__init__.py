@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, register, register_public
-from velm_kernels.backends.direct import call, ops
-from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, takes_torch
-from velm_kernels.backends.triton import register_triton
-from velm_kernels.fusion.weighted_sum import reference
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.fusion.weighted_sum.op import OPERATOR
+from velm_kernels.layout import product, unit_last_stride
 
-# Gradients are asked for by the bits of an integer: 1 for the weights, 2 << i for feature i.
-GRAD_WEIGHTS = 1
 # Elements of a feature up to which torch's form is the faster one, without a gradient and with one, see
 # velm_kernels.backends.small.
 SMALL, SMALL_RECORDED = 1 << 18, 3 << 16
@@ -49,18 +43,19 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
 
     Backward keeps the features only where the gradient of the weights is wanted.
     """
-    small = _small(features, weights)
+    small = plain(features, weights)
     if small is not None:
         return small
     features = checks.autocast(*checks.tensors("features", features, 1, MOST_FEATURES))
     arguments = canonical(features, weights)
-    out: Tensor = call("weighted_sum_forward", arguments)
+    out: Tensor = OPERATOR(arguments)
     dims = max(value.dim() for value in features)
     leading = checks.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
     return out.view(leading)
 
 
-def _small(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+def plain(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
     if features.__class__ not in (list, tuple) or not 1 <= len(features) <= FEW_FEATURES:
         return None
     if not takes_torch(SMALL, *features, weights, dtype=ANY, recorded=SMALL_RECORDED):
@@ -129,9 +124,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
         raise ValueError(
             f"weights: expected (n,) = {(count,)} or (batch, n) = {(batch, count)}, given {tuple(weights.shape)}"
         )
-    regions = 1
-    for size in shape[1:-1]:
-        regions = regions * size
+    regions = product(shape[1:-1])
     return {
         "features": [_rows(value, shape, regions) for value in features],
         "weights": weights.to(wide).expand(batch, count).contiguous(),
@@ -147,87 +140,4 @@ def _rows(x: Tensor, shape: tuple[int, ...], regions: int) -> Tensor:
     return unit_last_stride(x)
 
 
-def _fake_forward(features: list[Tensor], weights: Tensor, backend: str) -> Tensor:
-    batch, _, dim = features[0].shape
-    return features[0].new_empty((batch, most_regions(features), dim))
-
-
-def most_regions(features: Sequence[Tensor]) -> int:
-    regions = features[0].shape[1]
-    for value in features[1:]:
-        regions = max(regions, value.shape[1])
-    return regions
-
-
-def empty_gradients(grad: Tensor, weights: Tensor, broadcast: int, grad_mask: int) -> tuple[list[Tensor], Tensor]:
-    """Uninitialised gradients; what is not wanted has shape (0,)."""
-    batch, regions, dim = grad.shape
-    grads = [
-        grad.new_empty((batch, 1 if broadcast >> i & 1 else regions, dim) if grad_mask >> (i + 1) & 1 else (0,))
-        for i in range(weights.shape[1])
-    ]
-    return grads, weights.new_empty(weights.shape if grad_mask & GRAD_WEIGHTS else (0,))
-
-
-def _fake_backward(
-    grad: Tensor, features: list[Tensor], weights: Tensor, broadcast: int, grad_mask: int, backend: str
-) -> tuple[list[Tensor], Tensor]:
-    return empty_gradients(grad, weights, broadcast, grad_mask)
-
-
-# features: (batch, regions, dim) or (batch, 1, dim) each, last stride 1, other strides arbitrary; weights: (batch, n)
-# contiguous, float32. Out: (batch, regions, dim) contiguous.
-declare("weighted_sum_forward", "Tensor[] features, Tensor weights", "Tensor", fake=_fake_forward)
-# features may be empty if grad_mask has no GRAD_WEIGHTS; bit i of broadcast tells that feature i has one region of
-# several. Gradients are contiguous.
-declare(
-    "weighted_sum_backward",
-    "Tensor grad, Tensor[] features, Tensor weights, int broadcast, int grad_mask",
-    "(Tensor[], Tensor)",
-    fake=_fake_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    features, weights, ctx.backend = inputs
-    ctx.broadcast = sum(1 << i for i, value in enumerate(features) if value.shape[1] != output.shape[1])
-    ctx.grad_mask = GRAD_WEIGHTS * weights.requires_grad
-    ctx.grad_mask += sum(2 << i for i, value in enumerate(features) if value.requires_grad)
-    ctx.save_for_backward(weights, *(features if weights.requires_grad else ()))
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor | None], Tensor | None, None]:
-    weights, *features = ctx.saved_tensors
-    grads, grad_weights = ops.weighted_sum_backward(
-        grad.contiguous(), features, weights, ctx.broadcast, ctx.grad_mask, ctx.backend
-    )
-    wanted = [value if ctx.grad_mask >> (i + 1) & 1 else None for i, value in enumerate(grads)]
-    return wanted, grad_weights if ctx.grad_mask & GRAD_WEIGHTS else None, None
-
-
-def _reference_forward(features: list[Tensor], weights: Tensor) -> Tensor:
-    out = reference.weighted_sum([value.to(weights.dtype) for value in features], weights[:, None])
-    return out.to(features[0].dtype).contiguous()
-
-
-def _reference_backward(
-    grad: Tensor, features: list[Tensor], weights: Tensor, broadcast: int, grad_mask: int
-) -> tuple[list[Tensor], Tensor]:
-    grads, grad_weights = empty_gradients(grad, weights, broadcast, grad_mask)
-    grad = grad.to(weights.dtype)
-    for i, to in enumerate(grads):
-        g = grad.sum(1, keepdim=True) if broadcast >> i & 1 else grad
-        if grad_mask >> (i + 1) & 1:
-            to.copy_(weights[:, i, None, None] * g)
-        if grad_mask & GRAD_WEIGHTS:
-            grad_weights[:, i] = (g * features[i].to(g.dtype)).sum((1, 2))
-    return grads, grad_weights
-
-
-register_autograd("weighted_sum_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
-for _name, _function in (("forward", _reference_forward), ("backward", _reference_backward)):
-    register(f"weighted_sum_{_name}", "reference", _function)
-    register_triton(f"weighted_sum_{_name}", "fusion.weighted_sum.triton")
-    cpu.register_cpu(f"weighted_sum_{_name}")
-    cuda.register_cuda(f"weighted_sum_{_name}")
-register_public("weighted_sum", "weighted_sum_forward", canonical, _small)
+OPERATOR.serves("weighted_sum", canonical, plain)

@@ -7,7 +7,6 @@ import torch
 from velm_kernels.attention.triton_attention import sum_partials
 from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
-from velm_kernels.fusion.weighted_sum import GRAD_WEIGHTS, empty_gradients, most_regions
 from velm_kernels.fusion.weighted_sum.triton_kernels import weighted_sum_backward_kernel, weighted_sum_kernel
 
 TILE = Config(8, 256, 4, 1)
@@ -20,40 +19,38 @@ def _strides(x: torch.Tensor, regions: int) -> tuple[int, int]:
     return x.stride(0), x.stride(1) if x.shape[1] == regions else 0
 
 
-def weighted_sum_forward(features: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """`velm::weighted_sum_forward` by a Triton kernel."""
-    batch, _, dim = features[0].shape
-    regions, count = most_regions(features), len(features)
+def weighted_sum_forward(features: list[torch.Tensor], weights: torch.Tensor, out: torch.Tensor) -> None:
+    batch, regions, dim = out.shape
+    count = len(features)
     row_blocks, column_blocks = cdiv(regions, TILE.block_m), cdiv(dim, TILE.block_n)
     sizes = (regions, dim, count, row_blocks, column_blocks)
-    out = None
+    before = None
     for first in range(0, count, AT_ONCE):
         some = features[first : first + AT_ONCE]
-        dtype = some[0].dtype if first + AT_ONCE >= count else torch.float32
-        before, out = out, features[0].new_empty((batch, regions, dim), dtype=dtype)
+        is_last = first + AT_ONCE >= count
+        to = out if is_last else torch.empty_like(out, dtype=torch.float32)
         strides = tuple(_strides(x, regions) for x in some)
-        arguments = (tuple(some), strides, weights[:, first:], before, out, *sizes)
+        arguments = (tuple(some), strides, weights[:, first:], before, to, *sizes)
         constants = {"FEATURES": len(some), **CONSTANTS}
         launch("weighted_sum", weighted_sum_kernel, batch * row_blocks * column_blocks, arguments, constants, TILE)
-    assert out is not None
-    return out
+        before = to
 
 
 def weighted_sum_backward(
-    grad: torch.Tensor, features: list[torch.Tensor], weights: torch.Tensor, broadcast: int, grad_mask: int
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """`velm::weighted_sum_backward` by Triton kernels."""
-    grads, grad_weights = empty_gradients(grad, weights, broadcast, grad_mask)
-    wants_weights = bool(grad_mask & GRAD_WEIGHTS)
-    wanted = [to if grad_mask >> (i + 1) & 1 else None for i, to in enumerate(grads)]
-    known: list[torch.Tensor | None] = list(features) if wants_weights else [None] * len(grads)
-    everywhere = [i for i in range(len(grads)) if not broadcast >> i & 1]
-    once = [i for i in range(len(grads)) if broadcast >> i & 1 and (wants_weights or wanted[i] is not None)]
-    sums = _through(grad, known, wanted, weights, grad_weights if wants_weights else None, everywhere, bool(once))
+    grad: torch.Tensor,
+    features: list[torch.Tensor],
+    weights: torch.Tensor,
+    broadcast: list[bool],
+    grad_features: list[torch.Tensor | None],
+    grad_weights: torch.Tensor | None,
+) -> None:
+    known: list[torch.Tensor | None] = list(features) if grad_weights is not None else [None] * len(broadcast)
+    everywhere = [i for i, once in enumerate(broadcast) if not once]
+    once = [i for i, to in enumerate(grad_features) if broadcast[i] and (grad_weights is not None or to is not None)]
+    sums = _through(grad, known, grad_features, weights, grad_weights, everywhere, bool(once))
     if once:
         # The sum of the gradient over the regions is that of a single one.
-        _through(sums[:, None], known, wanted, weights, grad_weights if wants_weights else None, once, False)
-    return grads, grad_weights
+        _through(sums[:, None], known, grad_features, weights, grad_weights, once, False)
 
 
 def _through(
