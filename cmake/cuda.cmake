@@ -28,8 +28,6 @@ set(VELM_KERNEL_SOURCES
   fusion/bilinear_weight.cu
   fusion/count_sketch.cu
   pooling/attention_pool.cu
-  pooling/gather_rows.cu
-  pooling/match_rows.cu
   pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
@@ -42,7 +40,6 @@ set(VELM_KERNEL_OPERATORS
   csrc/fusion/count_sketch_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp
-  csrc/pooling/tokens_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

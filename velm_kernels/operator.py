@@ -97,6 +97,8 @@ class Operator:
             For a list, ``wanted`` has a list too, and so has what is returned. Without it, autograd of ``reference`` at
             what is saved, and at zeros for a differentiable argument that is not, whose gradient depends on no value of
             it (a bias); the rest that the reference reads has to be saved.
+        backward: ``(values, wanted, backend)`` -> the same, made by operators that there are already, called with
+            ``backend``; then there is no ``velm::<name>_backward``, and the values are those that it would have.
         gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
             contiguous, from the values of backward by name; for a list from these and the place in it.
         incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
@@ -125,6 +127,7 @@ class Operator:
         saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
         remembers: Mapping[str, Callable[[Any], Any]] | None = None,
         gradients: Callable[[Any, Sequence[Any]], Sequence[Any]] | None = None,
+        backward: Callable[[Any, Sequence[Any], str], Sequence[Any]] | None = None,
         gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
         incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
         triton: str = "",
@@ -151,7 +154,15 @@ class Operator:
         given = {"triton": triton, "cpu": cpu, "cuda": cuda}
         self._declare_forward(given, reasons or {}, check, flops)
         if differentiable:
-            self._declare_backward(given, reasons or {}, backward_flops)
+            self._know_backward()
+            if backward is None:
+                self._declare_backward(given, reasons or {}, backward_flops)
+                self._run_backward = getattr(direct.ops, self.backward)
+            else:
+                self._run_backward = self._composed(backward)
+            library.register_autograd(
+                self.forward, self._differentiate, setup_context=self._setup_context, meaning=self.meaning
+            )
 
     def __repr__(self) -> str:
         return f"Operator({self.name!r})"
@@ -254,9 +265,8 @@ class Operator:
 
     # backward
 
-    def _declare_backward(
-        self, given: Mapping[str, Any], reasons: Mapping[str, Reasons], formula: Callable[[Any], int] | None
-    ) -> None:
+    def _know_backward(self) -> None:
+        """What backward is called with: gradients, saved arguments, saved results, settings."""
         self._with_gradient = [name for name in self.results if name not in self._without_gradient]
         alone = len(self._with_gradient) == 1
         self._grad_names = ["grad" if alone else f"grad_{name}" for name in self._with_gradient]
@@ -277,8 +287,13 @@ class Operator:
         saved += [Parameter("Tensor", self.results[i]) for i, _ in self._kept_results]
         self._settings = [i for i, parameter in enumerate(self.parameters) if not parameter.is_tensor]
         settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
-        arguments = [*grads, *saved, *settings]
-        self._backward_names = [parameter.name for parameter in arguments]
+        self._backward_parameters = [*grads, *saved, *settings]
+        self._backward_names = [parameter.name for parameter in self._backward_parameters]
+
+    def _declare_backward(
+        self, given: Mapping[str, Any], reasons: Mapping[str, Reasons], formula: Callable[[Any], int] | None
+    ) -> None:
+        arguments = self._backward_parameters
         # A kernel with one gradient is not called for none.
         names = [f"grad_{name}" for name in self.differentiable]
         lists = [name for name in self.differentiable if name in self._lists]
@@ -301,10 +316,13 @@ class Operator:
         backends.register(self.backward, "reference", by_reference)
         if formula is not None:
             flops.register(self.backward, _of_shapes(formula, [*self._backward_names, "wanted"]))
-        self._run_backward = getattr(direct.ops, self.backward)
-        library.register_autograd(
-            self.forward, self._differentiate, setup_context=self._setup_context, meaning=self.meaning
-        )
+
+    def _composed(self, backward: Callable[[Any, Sequence[Any], str], Sequence[Any]]) -> Callable[..., Sequence[Any]]:
+        def call(*args: Any) -> Sequence[Any]:
+            values, wanted = self._values_and_wanted(args[:-1])
+            return backward(self._backward_by_name(values), wanted, args[-1])
+
+        return call
 
     def _saved(self) -> list[str]:
         return list(dict.fromkeys(name for names in self._saves.values() for name in names))
@@ -312,14 +330,18 @@ class Operator:
     def _backward_by_name(self, values: Sequence[Any]) -> Any:
         return Values(**dict(zip(self._backward_names, values, strict=True)))
 
-    def _made_gradients(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
-        """The values of backward, and its uninitialised results with None for what is not wanted."""
+    def _values_and_wanted(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
         count = len(self._backward_names)
         values, left = args[:count], iter(args[count:])
         bits = next(left) if len(self.differentiable) > 1 else 1
         wanted = [
             next(left) if name in self._lists else bool(bits >> bit & 1) for bit, name in enumerate(self.differentiable)
         ]
+        return values, wanted
+
+    def _made_gradients(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
+        """The values of backward, and its uninitialised results with None for what is not wanted."""
+        values, wanted = self._values_and_wanted(args)
         return values, self.empty_gradients(self._backward_by_name(values), wanted)
 
     def _returned_gradients(self, args: Sequence[Any]) -> Any:

@@ -3,8 +3,9 @@
 #include <cmath>
 
 #include "pooling/attention_pool_cuda.h"
+#include "pooling/gather_rows/cuda.h"
+#include "pooling/match_rows/cuda.h"
 #include "pooling/pool_cuda.h"
-#include "pooling/tokens_cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

@@ -7,11 +7,15 @@ import torch
 import torch.utils.flop_counter
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import velm_kernels
 from benchmarks.pooling import published_merge
 from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
+from velm_kernels import backends
+from velm_kernels.backends.follow import Follower
 from velm_kernels.pooling import merge_tokens, reference, unmerge_tokens
 
 
@@ -178,14 +182,16 @@ def test_same_bits_for_any_number_of_threads(backend):
         assert torch.equal(one, other)
 
 
-def test_operator_checks_compile_flops_and_explain():
+def test_operator_checks_compile_and_flops():
     x, metric, size = _draw(2, 14, 8, 6, torch.float32, 0)
     checks = {"test_utils": ("test_schema", "test_faketensor")}
     rows = metric.contiguous().unflatten(1, (7, 2)).unbind(2)
-    torch.library.opcheck(torch.ops.velm.match_rows.default, (*rows, ""), **checks)
-    arguments = velm_kernels.pooling.merge.canonical(x.requires_grad_(), metric, 4, size.requires_grad_())
+    torch.library.opcheck(torch.ops.velm.match_rows_forward.default, (*rows, ""), **checks)
+    with Follower() as follower:
+        merge_tokens(x.requires_grad_(), metric, 4, size.requires_grad_())
+    (_, _), (_, arguments) = follower.called
     arguments["back_weight"] = arguments["back_weight"].detach().requires_grad_()
-    operator = torch.ops.velm.gather_rows.default
+    operator = torch.ops.velm.gather_rows_forward.default
     torch.library.opcheck(operator, (*arguments.values(), ""), **checks)
 
     def function(x, metric, size):
@@ -198,7 +204,38 @@ def test_operator_checks_compile_flops_and_explain():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         merge_tokens(x, metric, 4)
     assert counter.get_total_flops() == 2 * 2 * 7 * 7 * 6
-    assert velm_kernels.explain("merge_tokens", x, metric, 3).startswith("merge_tokens -> ")
+
+
+def test_explain_names_the_operators_inside_and_computes_nothing(monkeypatch):
+    x, metric, size = _draw(2, 14, 8, 6, torch.float32, 0)
+    merged, indices, scores = x[:, :10], merge_tokens(x, metric, 4).indices, metric[..., 0]
+    ran = []
+    monkeypatch.setattr(backends, "run", lambda operator, *args: ran.append(operator))
+    with Computed() as computed:
+        merging = velm_kernels.explain("merge_tokens", x, metric, 4, size, protected=1).splitlines()
+        unmerging = velm_kernels.explain("unmerge_tokens", merged, indices).splitlines()
+        selecting = velm_kernels.explain("select_tokens", x, scores, 3).splitlines()
+    assert ran == [] and computed.elements == 0
+    for told, operators in (
+        (merging, ["match_rows", "gather_rows"]),
+        (unmerging, ["gather_rows"]),
+        (selecting, ["gather_rows"]),
+    ):
+        assert [line.split()[0] for line in told[1:] if "->" in line] == operators
+    assert merging[0] == "merge_tokens -> cpu" or INTERPRETED
+
+
+class Computed(TorchDispatchMode):
+    """Counts the elements of results that have values."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for value in tree_leaves(results):
+            if type(value) is torch.Tensor and not value.is_meta:
+                self.elements += value.numel()
+        return results
 
 
 X, METRIC = torch.ones(2, 7, 4), torch.ones(2, 7, 3)

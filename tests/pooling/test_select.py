@@ -81,13 +81,14 @@ def test_operator_checks_compile_and_explain():
     lengths, k = torch.tensor([7, 3]).int(), torch.tensor([2, 5]).int()
     torch.library.opcheck(torch.ops.velm.select_rows.default, (scores, lengths, None, k, 6))
     index, inverse, *_ = torch.ops.velm.select_rows(scores, lengths, None, k, 6)
-    torch.library.opcheck(torch.ops.velm.gather_rows.default, (x, index, None, None, inverse, None, None, ""))
+    torch.library.opcheck(torch.ops.velm.gather_rows_forward.default, (x, index, None, None, inverse, None, None, ""))
     compiled = torch.compile(select_tokens, fullgraph=True, backend="aot_eager")
     for given_k in (3, k):
         expected = select_tokens(x, scores, given_k, lengths=lengths)
         for ours, theirs in zip(compiled(x, scores, given_k, lengths=lengths), expected, strict=True):
             assert torch.equal(ours, theirs)
-    assert velm_kernels.explain("select_tokens", x, scores, 3).startswith("select_tokens -> ")
+    told = velm_kernels.explain("select_tokens", x, scores, k, lengths=lengths).splitlines()
+    assert told[0].startswith("select_tokens -> ") and told[1].startswith("  gather_rows -> ")
 
 
 X, SCORES = torch.ones(2, 6, 4), torch.ones(2, 6)

@@ -47,7 +47,9 @@ from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear import triton_linear
-from velm_kernels.pooling import triton_attention_pool, triton_pool, triton_rows
+from velm_kernels.pooling import triton_attention_pool, triton_pool
+from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
+from velm_kernels.pooling.match_rows.triton import match_rows_forward
 from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
@@ -266,8 +268,8 @@ def _pooling(dtype: torch.dtype) -> None:
         out, stats = triton_pool.pool_forward(x, lengths, mask, None, False, mode, 2.5)
         triton_pool.pool_backward(out, x, stats, lengths, mask, None, TOKENS, False, mode, 2.5)
     index, weight = _empty(BATCH, TOKENS), _empty(BATCH, TOKENS, dtype=torch.float32)
-    triton_rows.gather_rows(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight)
-    triton_rows.match_rows(x, x)
+    gather_rows_forward(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight, x[:, : TOKENS // 2])
+    match_rows_forward(x, x, weight, index)
     rows = _empty(BATCH, HEADS, 768, dtype=dtype)
     pooled, logsumexp = triton_attention_pool.attention_pool_forward(x, rows, lengths, mask, None)
     triton_attention_pool.attention_pool_backward(pooled, x, rows, lengths, mask, None, pooled, logsumexp, 3)

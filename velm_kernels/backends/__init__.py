@@ -35,6 +35,7 @@ __all__ = [
     "kind_of",
     "reasons_against",
     "register",
+    "register_composed",
     "register_public",
     "run",
     "select",
@@ -84,6 +85,7 @@ class PublicFunction:
 
 _implementations: dict[str, dict[str, Implementation]] = {}
 _public_functions: dict[str, PublicFunction] = {}
+_composed: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 _warned: set[tuple[str, str]] = set()
 # Those of an operator that can serve one kind of arguments, in the order in which they are tried.
 _serving: dict[tuple[Any, ...], list[Implementation]] = {}
@@ -132,6 +134,12 @@ def register_public(
     what the function asks before: it returns the result of a small call, or None (:mod:`velm_kernels.backends.small`).
     """
     _public_functions[name] = PublicFunction(operator, canonical, small)
+
+
+def register_composed(function: Callable[..., Any], small: Callable[..., Any] | None = None) -> None:
+    """Lets :func:`explain` tell of the operators that the public ``function`` calls, by following it on tensors without
+    values. ``small`` is as of :func:`register_public`."""
+    _composed[function.__name__] = function, small
 
 
 def forced() -> str:
@@ -333,8 +341,9 @@ def _caller() -> tuple[int, str]:
     frame = sys._getframe(1)
     # What torch.compile generates has no module name.
     while (package := frame.f_globals.get("__name__", "torch").partition(".")[0]) in _PASSED_OVER:
-        if package == "velm_kernels" and frame.f_code.co_name in _public_functions:
-            name = frame.f_code.co_name
+        of = frame.f_code.co_name
+        if package == "velm_kernels" and (of in _public_functions or of in _composed):
+            name = of
         if frame.f_back is None:
             break
         level, frame = level + 1, frame.f_back
@@ -344,20 +353,50 @@ def _caller() -> tuple[int, str]:
 def explain(name: str, *args: Any, **kwargs: Any) -> str:
     """Which backend ``velm_kernels.<name>(*args, **kwargs)`` would run on, and why not on the others.
 
+    Nothing is computed.
+
     >>> print(velm_kernels.explain("cross_attention", query, key, value))
     """
+    from velm_kernels.backends import follow
+
     if not isinstance(name, str):
         raise TypeError(f"name: expected the name of an operator, given {type(name).__name__}")
-    if name not in _public_functions:
-        raise ValueError(f"explain: expected one of {', '.join(sorted(_public_functions))}, given {name!r}")
-    public = _public_functions[name]
+    known = {**_public_functions, **_composed}
+    if name not in known:
+        raise ValueError(f"explain: expected one of {', '.join(sorted(known))}, given {name!r}")
     wanted = forced()
-    reasons = reasons_against(public.operator, public.canonical(*args, **kwargs), wanted)
+    if name in _composed:
+        small = _composed[name][1]
+        taken, reasons = _explain_composed(name, args, kwargs, wanted)
+    else:
+        public = _public_functions[name]
+        small = public.small
+        taken, reasons = _explain_operator(public.operator, public.canonical(*args, **kwargs), wanted)
+    taken += " (asked for)" if wanted else ""
+    if small is not None and follow.computes(small, args, kwargs):
+        taken = "torch (its own function, called in place of an operator)"
+    return "\n".join([f"{name} -> {taken}", *reasons])
+
+
+def _explain_operator(operator: str, arguments: Arguments, wanted: str) -> tuple[str, list[str]]:
+    """The backend that serves these arguments, and a line for each backend."""
+    reasons = reasons_against(operator, arguments, wanted)
     taken = wanted or next(backend for backend in reasons if not reasons[backend])
-    lines = [f"{name} -> {taken}" + (" (asked for)" if wanted else "")]
-    if public.small is not None and public.small(*args, **kwargs) is not None:
-        lines = [f"{name} -> torch (its own function, called in place of an operator)"]
     width = max(map(len, reasons)) + 1
-    for backend, why in reasons.items():
-        lines.append(f"  {backend:<{width}}{'yes' if not why else 'no: ' + '; '.join(why)}")
-    return "\n".join(lines)
+    told = (f"  {backend:<{width}}{'yes' if not why else 'no: ' + '; '.join(why)}" for backend, why in reasons.items())
+    return taken, list(told)
+
+
+def _explain_composed(name: str, args: Sequence[Any], kwargs: Arguments, wanted: str) -> tuple[str, list[str]]:
+    """The backends that serve the operators inside, and of each of these which one, and a line for each backend."""
+    from velm_kernels.backends import follow
+
+    taken, lines = [], []
+    for operator, arguments in follow.operators_called(_composed[name][0], args, kwargs):
+        if operator not in _implementations:
+            # By torch on every device.
+            continue
+        backend, reasons = _explain_operator(operator, arguments, wanted)
+        taken.append(backend)
+        lines += [f"  {_family(operator)} -> {backend}", *(f"  {line}" for line in reasons)]
+    return ", ".join(dict.fromkeys(taken)), lines

@@ -117,20 +117,25 @@ def _small(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int) -
         x = x[:, None]
     if (y.numel() // y.shape[-1]) * dim > SMALL:
         return None
+    if not (_is_sketch_of(x, sketch_x) and _is_sketch_of(y, sketch_y)):
+        return None
     spectra = [_small_spectrum(*one, dim) for one in ((x, sketch_x), (y, sketch_y))]
     if spectra[0] is None or spectra[1] is None:
         return None
     return torch.fft.irfft(spectra[0] * spectra[1], n=dim).to(x.dtype)
 
 
-def _small_spectrum(x: Tensor, sketch: Sketch, dim: int) -> Tensor | None:
+def _is_sketch_of(x: Tensor, sketch: Sketch) -> bool:
     if not isinstance(sketch, tuple) or len(sketch) != 2:
-        return None
+        return False
     bucket, sign = sketch
     if not takes_torch(SMALL, bucket, dtype=torch.int64) or not takes_torch(SMALL, sign):
-        return None
-    if not bucket.shape == sign.shape == x.shape[-1:]:
-        return None
+        return False
+    return bucket.shape == sign.shape == x.shape[-1:]
+
+
+def _small_spectrum(x: Tensor, sketch: Sketch, dim: int) -> Tensor | None:
+    bucket, sign = sketch
     x = wide(x) * sign
     try:
         # It looks at the indices, in any case.

@@ -1,7 +1,7 @@
 """From many tokens to one vector, or to fewer tokens."""
 
 from velm_kernels.pooling.attention_pool import attention_pool
-from velm_kernels.pooling.merge import MergedTokens, merge_tokens, unmerge_tokens
+from velm_kernels.pooling.merge_tokens import MergedTokens, merge_tokens, unmerge_tokens
 from velm_kernels.pooling.modules import (
     AttentionalPooler,
     AttentionPool,
@@ -10,10 +10,10 @@ from velm_kernels.pooling.modules import (
     ProbePool,
     SegmentPool,
 )
+from velm_kernels.pooling.pixel_shuffle_tokens import pixel_shuffle_tokens
 from velm_kernels.pooling.pool import masked_pool, segment_pool
-from velm_kernels.pooling.select import SelectedTokens, select_tokens
+from velm_kernels.pooling.select_tokens import SelectedTokens, select_tokens
 from velm_kernels.pooling.token_modules import PerceiverResampler, TokenMerge
-from velm_kernels.pooling.tokens import pixel_shuffle_tokens
 
 __all__ = [
     "AttentionPool",

@@ -17,13 +17,13 @@ from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
-from velm_kernels.pooling.pool import (
-    _live,
-    _padded,
+from velm_kernels.pooling.tokens import (
     check_values,
     checked_cu_seqlens,
     checked_integers,
     checked_mask,
+    live_tokens,
+    padded,
 )
 from velm_kernels.processors import NEVER
 
@@ -286,7 +286,7 @@ def _ordinary(
     # Padding may hold NaN, which must not reach the gradients of the weights.
     live = None
     if tokens["mask"] is not None or tokens["lengths"] is not None:
-        live = _live(x.shape[0], x.shape[1], tokens["lengths"], tokens["mask"], x.device)
+        live = live_tokens(x.shape[0], x.shape[1], tokens["lengths"], tokens["mask"], x.device)
         x = torch.where(live[..., None], x, 0.0)
     # Of matrix products alone there is no CUDA kernel here: torch's is taken where nothing but CUDA kernels may be.
     project = F.linear if forced() in cuda.NAMESPACES else linear
@@ -427,9 +427,9 @@ def _rows_of_tokens(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     source = None
     if cu_seqlens is not None:
-        x, source = _padded(x, cu_seqlens)
+        x, source = padded(x, cu_seqlens)
         mask = source >= 0
-    live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)
+    live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)
     return torch.where(live[..., None], x.to(wide), 0.0), live, source
 
 

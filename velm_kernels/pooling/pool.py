@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, derivatives, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import ANY, takes_torch, values_of, wide
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling import reference
 from velm_kernels.pooling.reference import GEM_EPS, MODES
+from velm_kernels.pooling.tokens import (
+    check_values,
+    checked_cu_seqlens,
+    checked_integers,
+    checked_mask,
+    live_tokens,
+    padded,
+)
 
 MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
 # Elements of x up to which torch's form is the faster one, without a gradient and with one, see
@@ -188,36 +196,6 @@ def checked_mode(mode: str, p: float) -> tuple[int, float]:
     return MODES.index(mode), checks.number("p", p, 1e-3, 1e3, described="a power from 0.001 to 1000")
 
 
-def checked_integers(name: str, given: Tensor, like: Tensor, layout: str, shape: tuple[int, ...]) -> Tensor:
-    return checks.integers(name, given, layout, shape, "x", like).reshape(-1)
-
-
-def checked_mask(mask: Tensor, x: Tensor, layout: str, target: tuple[int, ...], rows: int, tokens: int) -> Tensor:
-    """``mask`` broadcast to ``target``, as contiguous ``(rows, tokens)``."""
-    return checks.mask("mask", mask, layout, target, "x", x).reshape(rows, tokens).contiguous()
-
-
-def checked_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
-    checks.tensor("cu_seqlens", cu_seqlens, dims=1, layout="(segments + 1,)")
-    if cu_seqlens.shape[0] < 1:
-        raise ValueError("cu_seqlens: expected (segments + 1,) with at least the leading 0, given (0,)")
-    return checked_integers("cu_seqlens", cu_seqlens, x, "(segments + 1,)", tuple(cu_seqlens.shape))
-
-
-def check_values(arguments: Arguments, tokens: int) -> None:
-    """Lengths and bounds of segments fit the tokens; runs inside operators, since it reads values."""
-    if arguments["lengths"] is not None:
-        checks.values_between("lengths", arguments["lengths"], 0, tokens)
-    bounds = arguments["cu_seqlens"]
-    if bounds is not None and checks.reads_values(bounds):
-        first, last = int(bounds[0]), int(bounds[-1])
-        if first != 0 or last != tokens or bool((bounds.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens: expected values that rise from 0 to {tokens}, the tokens of x, "
-                f"given {first} to {last}{'' if (bounds.diff() >= 0).all() else ', some of them falling'}"
-            )
-
-
 def canonical_masked(
     x: Tensor,
     lengths: Tensor | None = None,
@@ -367,21 +345,6 @@ def _differentiable_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
     return _gradient(grad, *arguments), None, None, None, None, None, None, None
 
 
-def _padded(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed tokens as ``(segments, longest, dim)``, and where in ``x`` each comes from (-1 where from nowhere)."""
-    bounds = cu_seqlens.long()
-    lengths = bounds.diff()
-    longest = int(lengths.max()) if len(lengths) and derivatives.readable(lengths) else len(x) if len(lengths) else 0
-    position = torch.arange(longest, device=x.device)
-    source = torch.where(position < lengths[:, None], bounds[:-1, None] + position, -1)
-    return x[source.clamp(min=0)] if len(x) else x.new_zeros(*source.shape, x.shape[1]), source
-
-
-def _live(segments: int, tokens: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device) -> Tensor:
-    live = torch.ones(segments, tokens, dtype=torch.bool, device=device) if mask is None else mask
-    return live if lengths is None else live & (torch.arange(tokens, device=device) < lengths[:, None])
-
-
 def _meaning(
     x: Tensor,
     lengths: Tensor | None,
@@ -393,11 +356,11 @@ def _meaning(
 ) -> tuple[Tensor, Tensor]:
     dtype = x.dtype
     if cu_seqlens is not None:
-        x, source = _padded(x, cu_seqlens)
+        x, source = padded(x, cu_seqlens)
         mask = source >= 0
     wide = x.to(torch.promote_types(dtype, torch.float32))
     if mode == MAX and x.shape[1]:
-        live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
+        live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
         values = wide.detach()
         largest = torch.where(live, values, -torch.inf).amax(1, keepdim=True)
         # The first of equal ones: torch's own index is that of any of them.
@@ -440,12 +403,12 @@ def _gradient(
     """The gradient of x, in plain torch that can be differentiated."""
     source = None
     if cu_seqlens is not None:
-        x, source = _padded(grad.new_zeros(tokens, grad.shape[1]) if x is None else x, cu_seqlens)
+        x, source = padded(grad.new_zeros(tokens, grad.shape[1]) if x is None else x, cu_seqlens)
         mask = source >= 0
     elif x is None:
         x = grad.new_zeros(grad.shape[0], tokens, grad.shape[1])
     wide = torch.promote_types(grad.dtype, torch.float32)
-    live = _live(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
+    live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
     g, x = grad.to(wide)[:, None], torch.where(live, x.to(wide), 0.0)
     if mode == MAX:
         position = torch.arange(x.shape[1], device=x.device)[None, :, None]

@@ -7,6 +7,10 @@ import itertools
 import torch
 from torch import Tensor
 
+from velm_kernels.pooling.merge_tokens.reference import merge_tokens as merge_tokens
+from velm_kernels.pooling.merge_tokens.reference import unmerge_tokens as unmerge_tokens
+from velm_kernels.pooling.select_tokens.reference import select_tokens as select_tokens
+
 MODES = ("mean", "sum", "max", "logsumexp", "gem")
 # Where generalised mean pooling clamps from below, as in the code of Radenovic et al.
 GEM_EPS = 1e-6
@@ -59,72 +63,6 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
     bounds = cu_seqlens.tolist()
     rows = [masked_pool(x[start:stop], mode=mode, p=p) for start, stop in itertools.pairwise(bounds)]
     return torch.stack(rows) if rows else x.new_zeros(0, x.shape[1]) + x.sum(0)
-
-
-def select_tokens(
-    x: Tensor,
-    scores: Tensor,
-    k: int | Tensor,
-    *,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    max_k: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(..., tokens, dim)`` to ``(..., kept, dim)``: of the tokens that may be taken the ``k`` of highest score, the
-    first of equal ones, in their order; behind them zeros."""
-    leading, (tokens, dim) = x.shape[:-2], x.shape[-2:]
-    kept = k if isinstance(k, int) else tokens if max_k is None else max_k
-    live = torch.ones(scores.shape, dtype=torch.bool) if mask is None else mask.broadcast_to(scores.shape)
-    if lengths is not None:
-        live = live & (torch.arange(tokens) < lengths[..., None])
-    wanted = torch.as_tensor(k).expand(leading).reshape(-1).tolist()
-    shape = (len(wanted), tokens)
-    ranks, live = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf).reshape(shape), live.reshape(shape)
-    indices = []
-    for score, allowed, count in zip(ranks.tolist(), live.tolist(), wanted, strict=True):
-        best = sorted((i for i in range(tokens) if allowed[i]), key=lambda i: -score[i])
-        indices.append(sorted(best[:count]))
-    out = torch.stack(
-        [
-            torch.cat([row[taken], row.new_zeros(kept - len(taken), dim)])
-            for row, taken in zip(x.reshape(*shape, dim), indices, strict=True)
-        ]
-    )
-    padded = torch.tensor([taken + [-1] * (kept - len(taken)) for taken in indices], dtype=torch.long)
-    lengths = torch.tensor([len(taken) for taken in indices], dtype=torch.int32)
-    return out.view(*leading, kept, dim), padded.view(*leading, kept), lengths.view(leading)
-
-
-def merge_tokens(
-    x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, protected: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``(..., tokens, dim)`` to ``(..., tokens - r, dim)``, sizes, and the row that each token went to."""
-    if x.dim() > 2:
-        sizes = [None] * len(x) if size is None else size
-        rows = [merge_tokens(*row, protected=protected) for row in zip(x, metric, [r] * len(x), sizes, strict=True)]
-        return tuple(map(torch.stack, zip(*rows, strict=True)))  # type: ignore[return-value]
-    tokens = len(x)
-    size = x.new_ones(tokens) if size is None else size
-    norm = metric.norm(dim=1, keepdim=True)
-    unit = torch.where(norm == 0, 0.0, metric / norm)
-    a, b = (range(protected + (protected + which) % 2, tokens, 2) for which in (0, 1))
-    similarity = (unit[list(a)] @ unit[list(b)].T).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    best = {
-        i: max(enumerate(row), key=lambda match: match[1]) for i, row in zip(a, similarity.tolist(), strict=True) if row
-    }
-    merged = sorted(best, key=lambda i: -best[i][1])[:r]
-    kept = [*range(protected), *(i for i in a if i not in merged), *b]
-    goes_to = {i: kept.index(i) for i in kept} | {i: kept.index(b[best[i][0]]) for i in merged}
-    index = torch.tensor([goes_to[i] for i in range(tokens)], dtype=torch.long)
-    size = size.to(x.dtype)
-    total = size.new_zeros(len(kept)).index_add(0, index, size)
-    sums = x.new_zeros(len(kept), x.shape[1]).index_add(0, index, x * size[:, None])
-    return sums / total[:, None], total, index
-
-
-def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
-    """``(..., merged, dim)`` to ``(..., tokens, dim)``: the row of each token."""
-    return merged.gather(-2, indices[..., None].expand(*indices.shape, merged.shape[-1]))
 
 
 def attention_pool(

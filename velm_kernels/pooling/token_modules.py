@@ -12,7 +12,7 @@ from velm_kernels.attention import cross_attention
 from velm_kernels.constructors import checked
 from velm_kernels.linear import linear
 from velm_kernels.linear.reference import ACTIVATIONS
-from velm_kernels.pooling.merge import MergedTokens, merge_tokens
+from velm_kernels.pooling.merge_tokens import MergedTokens, merge_tokens
 
 
 class TokenMerge(nn.Module):

@@ -1,57 +1,56 @@
-"""Fewer and wider tokens."""
+"""Which tokens belong to which row, by lengths, a mask or the bounds of packed segments: checks, and plain torch."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.linear import linear
+from velm_kernels.backends import Arguments, derivatives
 
 
-def pixel_shuffle_tokens(
-    x: Tensor, height: int, width: int, factor: int, weight: Tensor | None = None, bias: Tensor | None = None
+def checked_integers(name: str, given: Tensor, like: Tensor, layout: str, shape: tuple[int, ...]) -> Tensor:
+    return checks.integers(name, given, layout, shape, "x", like).reshape(-1)
+
+
+def checked_mask(mask: Tensor, x: Tensor, layout: str, target: tuple[int, ...], rows: int, tokens: int) -> Tensor:
+    """``mask`` broadcast to ``target``, as contiguous ``(rows, tokens)``."""
+    return checks.mask("mask", mask, layout, target, "x", x).reshape(rows, tokens).contiguous()
+
+
+def checked_cu_seqlens(cu_seqlens: Tensor, x: Tensor) -> Tensor:
+    checks.tensor("cu_seqlens", cu_seqlens, dims=1, layout="(segments + 1,)")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens: expected (segments + 1,) with at least the leading 0, given (0,)")
+    return checked_integers("cu_seqlens", cu_seqlens, x, "(segments + 1,)", tuple(cu_seqlens.shape))
+
+
+def check_values(arguments: Arguments, tokens: int) -> None:
+    """Lengths and bounds of segments fit the tokens; runs inside operators, since it reads values."""
+    if arguments["lengths"] is not None:
+        checks.values_between("lengths", arguments["lengths"], 0, tokens)
+    bounds = arguments["cu_seqlens"]
+    if bounds is not None and checks.reads_values(bounds):
+        first, last = int(bounds[0]), int(bounds[-1])
+        if first != 0 or last != tokens or bool((bounds.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected values that rise from 0 to {tokens}, the tokens of x, "
+                f"given {first} to {last}{'' if (bounds.diff() >= 0).all() else ', some of them falling'}"
+            )
+
+
+def padded(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed tokens as ``(segments, longest, dim)``, and where in ``x`` each comes from (-1 where from nowhere)."""
+    bounds = cu_seqlens.long()
+    lengths = bounds.diff()
+    longest = int(lengths.max()) if len(lengths) and derivatives.readable(lengths) else len(x) if len(lengths) else 0
+    position = torch.arange(longest, device=x.device)
+    source = torch.where(position < lengths[:, None], bounds[:-1, None] + position, -1)
+    return x[source.clamp(min=0)] if len(x) else x.new_zeros(*source.shape, x.shape[1]), source
+
+
+def live_tokens(
+    segments: int, tokens: int, lengths: Tensor | None, mask: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Joins each square of ``factor`` x ``factor`` neighbouring tokens into one, in a single copy; with ``weight``,
-    projects them.
-
-    This is how InternVL (Chen et al., 2024, section 3.2) and Idefics3 (Laurencon et al., 2024, section 3.1) make their
-    image tokens fewer; both order them as here (InternVL from its second version on).
-
-    Args:
-        x: ``(..., height * width, dim)``, tokens row by row.
-        height, width: of the map, in tokens. factor: divides both.
-        weight: ``(out, factor^2 * dim)``, of the projection that follows in Idefics3 and SmolVLM. In InternVL a layer
-            norm stands between the two.
-        bias: ``(out,)``, only with ``weight``.
-
-    Returns:
-        ``(..., height * width / factor^2, factor^2 * dim)``, contiguous: the new tokens row by row, in each the old
-        ones row by row. With ``weight`` :func:`velm_kernels.linear` of that, ``(..., height * width / factor^2, out)``.
-
-    Raises:
-        TypeError: ``x`` is no tensor, or a size no integer.
-        ValueError: sizes do not fit.
-
-    The copy stays beside the projection: it takes a hundredth of its time on a CPU at the sizes of these models, and
-    one product for each row of the squares, which needs no copy, takes twice to four times as long.
-    """
-    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
-    for name, size in (("height", height), ("width", width), ("factor", factor)):
-        checks.integer(name, size, 1, 2**31 - 1)
-    if x.dim() < 2 or x.shape[-2] != height * width:
-        raise ValueError(f"x: expected (..., {height} * {width} = {height * width}, dim), given {tuple(x.shape)}")
-    if height % factor or width % factor:
-        raise ValueError(f"factor: expected one that divides height = {height} and width = {width}, given {factor}")
-    leading, dim = x.shape[:-2], x.shape[-1]
-    rows, columns = height // factor, width // factor
-    squares = x.reshape(*leading, rows, factor, columns, factor, dim).transpose(-4, -3)
-    joined = squares.reshape(*leading, rows * columns, factor * factor * dim).contiguous()
-    if weight is None:
-        if bias is not None:
-            raise ValueError(f"bias: expected None without weight, given {checks.describe(bias)}")
-        return joined
-    if checks.tensor("weight", weight).dim() != 2 or weight.shape[1] != joined.shape[-1]:
-        raise ValueError(
-            f"weight: expected (out, {factor}^2 * {dim} = {joined.shape[-1]}), given {tuple(weight.shape)}"
-        )
-    return linear(joined, weight, bias)
+    live = torch.ones(segments, tokens, dtype=torch.bool, device=device) if mask is None else mask
+    return live if lengths is None else live & (torch.arange(tokens, device=device) < lengths[:, None])

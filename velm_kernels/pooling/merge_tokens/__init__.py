@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, register_public
-from velm_kernels.backends.direct import call
+from velm_kernels.backends import register_composed
 from velm_kernels.layout import product
-from velm_kernels.pooling.match import match_rows
-from velm_kernels.pooling.rows import canonical as canonical_rows
+from velm_kernels.pooling.gather_rows import gather_rows
+from velm_kernels.pooling.match_rows import match_rows
 
 
 class MergedTokens(NamedTuple):
@@ -58,9 +57,16 @@ def merge_tokens(x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, 
     The matrix of similarities is never written. Each row of the result is summed in one order, without atomics. The
     gradient of ``x`` is one pass over that of the result; that of ``size``, which is rarely wanted, keeps ``x``.
     """
-    arguments, merged_size, indices = _canonical(x, metric, r, size, protected)
-    tokens: Tensor = call("gather_rows", arguments)
-    leading = x.shape[:-2]
+    size, protected, r = _checked(x, metric, r, size, protected)
+    leading, (count, dim) = tuple(x.shape[:-2]), x.shape[-2:]
+    batch = product(leading)
+    indices = _where_to(metric.detach().reshape(batch, count, metric.shape[-1]), r, protected)
+    source, offsets = _transposed(indices, count - r)
+    merged_size = size.new_zeros(batch, count - r).scatter_add(1, indices, size)
+    weight = size / merged_size.gather(1, indices)
+    rows = x.reshape(batch, count, dim)
+    of_sources = weight.detach().gather(1, source)
+    tokens = gather_rows(rows, source.int(), offsets, of_sources, indices.int(), None, weight)
     return MergedTokens(
         tokens.view(*leading, *tokens.shape[1:]),
         merged_size.view(*leading, merged_size.shape[1]),
@@ -83,23 +89,24 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
         ValueError: a shape or a device is not as above. On the CPU, or with VELM_CHECK=1, also for
             indices out of range; unchecked they give zeros.
     """
-    arguments = _canonical_unmerge(merged, indices)
-    out: Tensor = call("gather_rows", arguments)
-    return out.view(*indices.shape, merged.shape[-1])
+    _check_unmerge(merged, indices)
+    batch, (rows, dim) = product(tuple(merged.shape[:-2])), merged.shape[-2:]
+    index = indices.reshape(batch, indices.shape[-1])
+    source, offsets = _transposed(index, rows)
+    out = gather_rows(merged.reshape(batch, rows, dim), index.int(), None, None, source.int(), offsets, None)
+    return out.view(*indices.shape, dim)
 
 
 def _count(name: str, value: Any, high: int, described: str) -> int:
     return checks.integer(name, value, 0, high, described=f"0 to {high}, {described}")
 
 
-def _canonical(
-    x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, protected: int = 0
-) -> tuple[Arguments, Tensor, Tensor]:
-    """The arguments of ``velm::gather_rows``, the sizes and where tokens go."""
+def _checked(x: Tensor, metric: Tensor, r: int, size: Tensor | None, protected: int) -> tuple[Tensor, int, int]:
+    """Checks the arguments of :func:`merge_tokens`; the sizes as ``(batch, tokens)``, and the two numbers."""
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     if x.dim() < 2:
         raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
-    leading, (tokens, dim) = tuple(x.shape[:-2]), x.shape[-2:]
+    leading, tokens = tuple(x.shape[:-2]), x.shape[-2]
     batch = product(leading)
     checks.dtype_in("metric", checks.tensor("metric", metric), checks.FLOAT_DTYPES)
     if metric.dim() != x.dim() or metric.shape[:-1] != x.shape[:-1]:
@@ -109,26 +116,11 @@ def _canonical(
     r = _count("r", r, (tokens - protected) // 2, f"half of the {tokens - protected} tokens that are not protected")
     wide = torch.promote_types(x.dtype, torch.float32)
     if size is None:
-        size = torch.ones(batch, tokens, dtype=wide, device=x.device)
-    else:
-        checks.dtype_in("size", checks.tensor("size", size), checks.FLOAT_DTYPES)
-        checks.shape("size", size, "(..., tokens)", (*leading, tokens))
-        checks.same_device("size", size, "x", x)
-        size = size.reshape(batch, tokens).to(wide)
-    index = _where_to(metric.detach().reshape(batch, tokens, metric.shape[-1]), r, protected)
-    source, offsets = _transposed(index, tokens - r)
-    merged_size = size.new_zeros(batch, tokens - r).scatter_add(1, index, size)
-    weight = size / merged_size.gather(1, index)
-    arguments = canonical_rows(
-        x.reshape(batch, tokens, dim),
-        source.int(),
-        offsets,
-        weight.detach().gather(1, source),
-        index.int(),
-        None,
-        weight,
-    )
-    return arguments, merged_size, index
+        return torch.ones(batch, tokens, dtype=wide, device=x.device), protected, r
+    checks.dtype_in("size", checks.tensor("size", size), checks.FLOAT_DTYPES)
+    checks.shape("size", size, "(..., tokens)", (*leading, tokens))
+    checks.same_device("size", size, "x", x)
+    return size.reshape(batch, tokens).to(wide), protected, r
 
 
 def _where_to(metric: Tensor, r: int, protected: int) -> Tensor:
@@ -160,8 +152,7 @@ def _transposed(index: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     return source, torch.searchsorted(ordered, bounds).int()
 
 
-def _canonical_unmerge(merged: Tensor, indices: Tensor) -> Arguments:
-    """Checks the arguments of :func:`unmerge_tokens` and returns those of the operator."""
+def _check_unmerge(merged: Tensor, indices: Tensor) -> None:
     checks.dtype_in("merged", checks.tensor("merged", merged), checks.FLOAT_DTYPES)
     if merged.dim() < 2:
         raise ValueError(f"merged: expected (..., merged, dim), given {tuple(merged.shape)}")
@@ -172,17 +163,8 @@ def _canonical_unmerge(merged: Tensor, indices: Tensor) -> Arguments:
             f"given {tuple(indices.shape)}"
         )
     checks.same_device("indices", indices, "merged", merged)
-    batch, (rows, dim) = product(tuple(merged.shape[:-2])), merged.shape[-2:]
-    checks.values_between("indices", indices, 0, rows - 1)
-    index = indices.reshape(batch, indices.shape[-1])
-    source, offsets = _transposed(index, rows)
-    return canonical_rows(merged.reshape(batch, rows, dim), index.int(), None, None, source.int(), offsets, None)
+    checks.values_between("indices", indices, 0, merged.shape[-2] - 1)
 
 
-def canonical(*args: Any, **kwargs: Any) -> Arguments:
-    """Checks the arguments of :func:`merge_tokens` and returns those of the operator that merges."""
-    return _canonical(*args, **kwargs)[0]
-
-
-register_public("merge_tokens", "gather_rows", canonical)
-register_public("unmerge_tokens", "gather_rows", _canonical_unmerge)
+register_composed(merge_tokens)
+register_composed(unmerge_tokens)

@@ -1,4 +1,4 @@
-// Tokens that are selected or merged, on a CUDA device: what the operators hand to the kernels.
+// gather_rows on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
 #include "device/span.h"
@@ -22,24 +22,6 @@ struct GatherRows {
   Span out;
 };
 
-// Rows (batch, rows, dim) with last stride 1.
-struct MatchedRows {
-  Span data;
-  int64_t rows, batch_stride, row_stride;
-  // One over their norms, float (batch, rows): written by the first of the kernels.
-  Span inverse_norms;
-};
-
-// For each row of a, the largest cosine of its angle to a row of b, and the first row of b that has it.
-struct MatchRows {
-  int64_t batch, dim;
-  Dtype dtype;
-  MatchedRows a, b;
-  // float and int32 (batch, rows of a).
-  Span similarity, best;
-};
-
 void gather_rows(const GatherRows& problem, Stream stream);
-void match_rows(const MatchRows& problem, Stream stream);
 
 }  // namespace velm::cuda

@@ -6,7 +6,7 @@
 #include "attention/cuda_products.h"
 #include "device/launch.h"
 #include "device/reduce.h"
-#include "pooling/tokens_cuda.h"
+#include "pooling/match_rows/cuda.h"
 
 namespace velm::cuda {
 namespace {

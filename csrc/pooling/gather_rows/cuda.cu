@@ -4,7 +4,7 @@
 #include "device/launch.h"
 #include "device/memory.h"
 #include "device/numbers.h"
-#include "pooling/tokens_cuda.h"
+#include "pooling/gather_rows/cuda.h"
 
 namespace velm::cuda {
 namespace {

@@ -1,11 +1,9 @@
-// Selecting and merging tokens: weighted sums of rows by index, and for each row the most similar of others.
+// For each row the most similar of others: a product whose rows are reduced where they are computed.
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <memory>
-#include <optional>
-#include <tuple>
 
 #include "common/tensor.h"
 #include "simd/parallel.h"
@@ -18,71 +16,6 @@ namespace {
 using namespace simd;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-// Elements below which another thread costs more than it saves.
-constexpr int64_t kGrain = 16384;
-
-// The entries of one row of the result: numbers of rows of x, and their weights or null.
-struct Entries {
-  const int32_t* index;
-  const float* weight;
-  int64_t count;
-};
-
-template <class T>
-void sum_rows(const T* x, int64_t row_stride, int64_t rows, const Entries& entries, int64_t dim, T* out) {
-  const auto in = [&](int64_t e) { return entries.index[e] >= 0 && entries.index[e] < rows; };
-  const auto row = [&](int64_t e) { return x + entries.index[e] * row_stride; };
-  if (entries.count == 1 && in(0) && !entries.weight) {
-    std::copy_n(row(0), dim, out);
-    return;
-  }
-  const auto sum_of = [&](const auto& read) VELM_INLINE_LAMBDA {
-    Vec sum = zero();
-    for (int64_t e = 0; e < entries.count; ++e) {
-      if (!in(e)) continue;
-      const Vec value = read(row(e));
-      sum = entries.weight ? fma(value, Vec(entries.weight[e]), sum) : sum + value;
-    }
-    return sum;
-  };
-  int64_t c = 0;
-  for (; c + kLanes <= dim; c += kLanes)
-    store(out + c, sum_of([&](const T* p) VELM_INLINE_LAMBDA { return load(p + c); }));
-  if (const int left = static_cast<int>(dim - c); left > 0)
-    store_first(out + c, sum_of([&](const T* p) VELM_INLINE_LAMBDA { return load_first(p + c, left); }), left);
-}
-
-Tensor gather_rows(Tensor x, Tensor index, std::optional<Tensor> offsets, std::optional<Tensor> weight, Tensor,
-                   std::optional<Tensor>, std::optional<Tensor>) {
-  const int64_t batch = x.size(0), rows = x.size(1), dim = x.size(2), entries = index.size(1);
-  const int64_t out_rows = offsets ? offsets->size(1) - 1 : entries;
-  Tensor out = in_large_pages(torch::stable::new_empty(x, {batch, out_rows, dim}));
-  with_type(x.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    const T* from = const_data<T>(x);
-    T* to = mutable_data<T>(out);
-    const int32_t* indices = const_data<int32_t>(index);
-    const int32_t* bounds = offsets ? const_data<int32_t>(*offsets) : nullptr;
-    const float* weights = weight ? const_data<float>(*weight) : nullptr;
-    const int64_t batch_stride = x.stride(0), row_stride = x.stride(1);
-    parallel_ranges(batch * out_rows, kGrain / std::max<int64_t>(dim, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = i / out_rows, m = i % out_rows;
-        int64_t first = m, last = m + 1;
-        if (bounds) {
-          const int32_t* of_row = bounds + b * (out_rows + 1) + m;
-          first = std::clamp<int64_t>(of_row[0], 0, entries);
-          last = std::clamp<int64_t>(of_row[1], first, entries);
-        }
-        const int64_t at = b * entries + first;
-        sum_rows(from + b * batch_stride, row_stride, rows,
-                 {indices + at, weights ? weights + at : nullptr, last - first}, dim, to + i * dim);
-      }
-    });
-  });
-  return out;
-}
-
 // Columns of the product that are computed together, and rows of a that share a panel of b while it is in the cache.
 constexpr int64_t kPanel = 2 * kLanes, kBlock = 8 * kTileRows<2>;
 
@@ -207,10 +140,8 @@ class Matcher {
   Best* state_;
 };
 
-std::tuple<Tensor, Tensor> match_rows(Tensor a, Tensor b) {
+void match_rows(Tensor a, Tensor b, Tensor similarity, Tensor best) {
   const int64_t batch = a.size(0), rows = a.size(1), columns = b.size(1), dim = a.size(2);
-  Tensor similarity = torch::stable::new_empty(a, {batch, rows}, ScalarType::Float);
-  Tensor best = torch::stable::new_empty(a, {batch, rows}, ScalarType::Int);
   const Source from_a(a), from_b(b);
   Scratch memory;
   Panels panels{(columns + kPanel - 1) / kPanel, dim, nullptr, nullptr};
@@ -237,12 +168,10 @@ std::tuple<Tensor, Tensor> match_rows(Tensor a, Tensor b) {
                                          mutable_data<int32_t>(best));
       },
       [&](auto& matcher, int64_t i) { (*matcher)(i / blocks, i % blocks * kBlock); });
-  return {similarity, best};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("gather_rows", TORCH_BOX(&gather_rows));
-  m.impl("match_rows", TORCH_BOX(&match_rows));
+  m.impl("match_rows_forward", TORCH_BOX(&match_rows));
 }
 
 }  // namespace
