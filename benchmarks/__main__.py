@@ -106,6 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import sweep
 
         return sweep.main(given[1:])
+    if given[:1] == ["host"]:
+        from benchmarks import host
+
+        return host.main(given[1:])
     return run(parse(given))
 
 

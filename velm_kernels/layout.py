@@ -14,7 +14,7 @@ def unit_last_stride(x: Tensor) -> Tensor:
     A tensor without elements is contiguous whatever its strides, so that ``Tensor.contiguous`` would leave those of an
     expanded one (the gradient of a sum) at 0.
     """
-    if x.shape[-1] <= 1 or x.stride(-1) == 1:
+    if x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

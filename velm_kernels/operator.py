@@ -161,7 +161,11 @@ class Operator:
             else:
                 self._run_backward = self._composed(backward)
             library.register_autograd(
-                self.forward, self._differentiate, setup_context=self._setup_context, meaning=self.meaning
+                self.forward,
+                self._differentiate,
+                setup_context=self._setup_context,
+                meaning=self.meaning,
+                leaves=(*differentiable, *passed_on),
             )
 
     def __repr__(self) -> str:
@@ -406,9 +410,9 @@ class Operator:
     # autograd
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        wanted = ctx.needs_input_grad
+        wanted = ctx.needs
         if self._lists:
-            wanted = in_lists(wanted, _lengths(inputs))
+            wanted = in_lists(wanted, _lengths(inputs[:-1]))
         by_name = dict(zip(self.names, wanted))
         ctx.wanted = [by_name[name] for name in self.differentiable]
         needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}

@@ -216,7 +216,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 4 + nothing
     grad_outs = [None if grad is None else unit_last_stride(grad) for grad in grads[:2]]
     grad_lses = [None if grad is None else grad.contiguous() for grad in grads[2:]]
-    wanted = ctx.needs_input_grad[:4]
+    wanted = ctx.needs[:4]
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
     results = ops.bidirectional_attention_backward(
         *grad_outs, *grad_lses, *ctx.saved_tensors, ctx.scale, ctx.dropout_p, grad_mask, ctx.backend

@@ -135,7 +135,7 @@ declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     residual, x, gate, row_mask, backend = inputs
-    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, gate, row_mask)
+    ctx.save_for_backward(x if ctx.needs[2] else None, gate, row_mask)
     ctx.dtypes = residual.dtype, x.dtype
     ctx.backend = backend
 
@@ -143,7 +143,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
     x, gate, row_mask = ctx.saved_tensors
     residual_dtype, x_dtype = ctx.dtypes
-    wants_residual, wants_x, wants_gate = ctx.needs_input_grad[:3]
+    wants_residual, wants_x, wants_gate = ctx.needs[:3]
     grad_x = grad_gate = None
     if wants_x or wants_gate:
         grad_mask = GRAD_X * wants_x + GRAD_GATE * wants_gate

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 
 from velm_kernels import backends, checks, processors
 from velm_kernels.attention import reference_backend, torch_attention
-from velm_kernels.attention.schema import TENSOR_NAMES, backward, save_for_backward
+from velm_kernels.attention.schema import (
+    DIFFERENTIABLE,
+    SCALAR_NAMES,
+    TENSOR_NAMES,
+    backward,
+    save_for_backward,
+    saved_arguments,
+)
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
@@ -106,12 +113,16 @@ def cross_attention(
         is None
         and norm_eps.__class__ is dropout_p.__class__ is float
         and dropout_p == 0.0
+        and norm_eps == 1e-6
         and seed is None
         and return_logsumexp is return_key_mass is False
     ):
         small = _small(query, key, value, is_causal, scale)
         if small is not None:
             return small
+        plain = _plain_arguments(query, key, value, is_causal, scale)
+        if plain is not None:
+            return _call(plain, return_logsumexp, return_key_mass)
     arguments = _canonical(
         query,
         key,
@@ -323,6 +334,46 @@ def _canonical(
     }
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What `_canonical` makes of query, key and value alone.
+_PLAIN_ARGUMENTS: Arguments = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass")) | {
+    "max_seqlen_q": 0,
+    "max_seqlen_k": 0,
+    "softcap": 0.0,
+    "norm_eps": 1e-6,
+    "dropout_p": 0.0,
+    "return_key_mass": False,
+}
+
+
+def _plain_arguments(query: Any, key: Any, value: Any, is_causal: Any, scale: Any) -> Arguments | None:
+    """What :func:`_canonical` gives for these alone, in a fifth of its time, where nothing is wrong with them and
+    nothing is to be done about them; else None."""
+    if not (query.__class__ in _PLAIN and key.__class__ in _PLAIN and value.__class__ in _PLAIN):
+        return None
+    dtype, device = query.dtype, query.device
+    if not (dtype is key.dtype is value.dtype and dtype in checks.FLOAT_DTYPES):
+        return None
+    if not (device == key.device and device == value.device) or checks.autocast_enabled(device):
+        return None
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if not len(of_query) == len(of_key) == len(of_value) == 4 or of_key[:3] != of_value[:3]:
+        return None
+    (batch, heads, _, head_dim), (key_batch, kv_heads, _, key_dim), value_dim = of_query, of_key, of_value[3]
+    if batch != key_batch or head_dim != key_dim or kv_heads == 0 or heads % kv_heads:
+        return None
+    if not (0 < head_dim <= MAX_HEAD_DIM and 0 < value_dim <= MAX_HEAD_DIM) or is_causal.__class__ is not bool:
+        return None
+    if scale is None:
+        scale = head_dim**-0.5
+    elif scale.__class__ is not float or not -1e30 <= scale < 1e30:
+        return None
+    arguments = _PLAIN_ARGUMENTS.copy()
+    arguments["query"], arguments["key"], arguments["value"] = query, key, value
+    arguments["is_causal"], arguments["scale"] = is_causal, scale
+    return arguments
+
+
 def _canonical_varlen(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -472,7 +523,10 @@ def _settings(
 
 def unit_last_strides(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
     """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
-    return [unit_last_stride(value) if index in large else value for index, value in enumerate(args)]
+    found = list(args)
+    for index in large:
+        found[index] = unit_last_stride(found[index])
+    return found
 
 
 # What the kernels stream.
@@ -489,6 +543,8 @@ register_autograd(
     backward,
     setup_context=save_for_backward,
     meaning=reference_backend.attention_forward,
+    leaves=DIFFERENTIABLE,
+    given=saved_arguments,
 )
 backends.register("attention_forward", "reference", reference_backend.attention_forward)
 backends.register("attention_backward", "reference", reference_backend.attention_backward)

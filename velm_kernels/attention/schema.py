@@ -127,9 +127,15 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Ten
     ctx.set_materialize_grads(False)
 
 
+def saved_arguments(ctx: Any) -> list[Any]:
+    """The arguments of forward, from what :func:`save_for_backward` saved of them."""
+    *tensors, _, _ = ctx.saved_tensors
+    return [*tensors, *ctx.scalars, False]
+
+
 def backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    wanted = [ctx.needs_input_grad[TENSOR_NAMES.index(name)] for name in DIFFERENTIABLE]
+    wanted = [ctx.needs[TENSOR_NAMES.index(name)] for name in DIFFERENTIABLE]
     count = len(TENSOR_NAMES) + len(SCALAR_NAMES) + 2
     if (grad_out is None and grad_logsumexp is None) or not any(wanted):
         return (None,) * count

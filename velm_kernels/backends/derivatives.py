@@ -116,28 +116,32 @@ def _no_autocast(args: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
     return checks.without_autocast(next(value.device for value in flat(args) if isinstance(value, Tensor)))
 
 
-def remember(ctx: Any, args: Sequence[Any], lengths: Sequence[int | None] | None) -> None:
-    """Keeps with ``ctx`` what :func:`differentiable_gradients` needs to call the meaning again, but no tensor that is
-    not saved for backward already.
-
-    ``args`` are those of the operator, the elements of lists in their place; ``lengths`` those of :func:`in_lists`, or
-    None for an operator without lists."""
-    *args, ctx.chosen_backend = args
-    ctx.lengths = lengths and lengths[:-1]
+def remember(ctx: Any, args: Sequence[Any]) -> None:
+    """Keeps with ``ctx`` what :func:`remembered` makes the arguments from, but no tensor that is not saved for backward
+    already. ``args`` are those of the operator, the elements of lists in their place."""
     places = {id(tensor): place for place, tensor in enumerate(ctx.to_save or ())}
-    ctx.arguments = [_remembered(value, places) if isinstance(value, Tensor) else value for value in args]
+    arguments = list(args)
+    for at, value in enumerate(arguments):
+        # Most are none, and every call that records a gradient comes through here.
+        if value.__class__ not in _SCALARS and isinstance(value, Tensor):
+            arguments[at] = _remembered(value, places)
+    ctx.arguments = arguments
+
+
+_SCALARS = frozenset((bool, int, float, str, type(None)))
+# Made beforehand, since every call that records a gradient needs some.
+_KEPT = tuple(map(Kept, range(32)))
 
 
 def _remembered(value: Tensor, places: dict[int, int]) -> Kept | Absent:
     place = places.get(id(value))
-    return Absent(value.shape, value.dtype, value.device) if place is None else Kept(place)
+    if place is None:
+        return Absent(value.shape, value.dtype, value.device)
+    return _KEPT[place] if place < len(_KEPT) else Kept(place)
 
 
-def differentiable_gradients(
-    operator: str, meaning: Meaning, ctx: Any, grads: Sequence[Tensor | None], why: str
-) -> list[Tensor | None]:
-    """The gradients of the arguments, in a list, from those of the results. Where gradients are recorded, they are
-    connected to both: to what was saved and to ``grads``."""
+def remembered(ctx: Any) -> list[Any]:
+    """The arguments that :func:`remember` was given, with zeros in place of those that are not saved."""
     saved = ctx.saved_tensors
     args: list[Any] = []
     for value in ctx.arguments:
@@ -146,8 +150,17 @@ def differentiable_gradients(
         elif isinstance(value, Absent):
             value = value.stand_in()
         args.append(value)
+    return args
+
+
+def differentiable_gradients(
+    operator: str, meaning: Meaning, ctx: Any, args: list[Any], grads: Sequence[Tensor | None], why: str
+) -> list[Tensor | None]:
+    """The gradients of the arguments, in a list, from those of the results. Where gradients are recorded, they are
+    connected to both: to what was saved and to ``grads``. ``args``, the elements of lists in their place, are changed.
+    """
     connected = torch.is_grad_enabled()
-    wanted = [place for place, want in enumerate(ctx.needs_input_grad[: len(args)]) if want]
+    wanted = [place for place, want in enumerate(ctx.needs) if want]
     with torch.enable_grad(), _no_autocast(args):
         for place in wanted:
             # One tensor may be several arguments, and each has a gradient of its own.

@@ -32,7 +32,7 @@ def declare(name: str, arguments: Sequence[str], check: Callable[[Arguments], No
 
 
 def declare_autograd(name: str, record: Callable[..., Any]) -> None:
-    """Makes ``record(*values, backend)`` the call of ``velm::name`` that records a gradient."""
+    """Makes ``record(arguments, backend, kind)`` the call of ``velm::name`` that records a gradient."""
     _recording[name] = record
 
 
@@ -62,7 +62,7 @@ def call(name: str, arguments: Arguments) -> Any:
         if needed is False:
             return run(name, arguments, backend, kind)
         if needed and name in _recording:
-            return _recording[name](*arguments.values(), backend)
+            return _recording[name](arguments, backend, kind)
     return getattr(torch.ops.velm, name)(*arguments.values(), backend)
 
 

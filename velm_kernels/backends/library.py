@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,15 @@ def autograd_inside() -> Iterator[None]:
         for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
         yield
+
+
+class _Recorded(NamedTuple):
+    """A call that records a gradient, as autograd's function is given it: what it need not look at."""
+
+    arguments: Arguments
+    backend: str
+    kind: list[Any] | None
+    keyset: torch._C.DispatchKeySet | None
 
 
 def declare(
@@ -72,13 +81,17 @@ def register_autograd(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     meaning: Callable[..., Any],
     differentiable_backward: Callable[..., tuple[Any, ...]] | None = None,
+    leaves: Sequence[str] | None = None,
+    given: Callable[[Any], list[Any]] | None = None,
 ) -> None:
     """Makes ``backward`` the derivative of ``velm::name``, and ``meaning`` what its other derivatives are those of.
 
-    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens; for an
-    argument that is a list ``ctx.needs_input_grad`` has an element for each of the list's. Torch's own, in a call that
-    records gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of
-    attention that takes ten times as long as all the rest, and these operators have none.
+    ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens, but
+    that ``ctx.needs`` stands for ``ctx.needs_input_grad``: a flag for each argument, of a list for each of its tensors.
+    ``leaves`` are the arguments that may have a gradient, by default all of them. Torch's own, in a call that records
+    gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of attention
+    that takes ten times as long as all the rest, and these operators have none. ``given`` makes the arguments of
+    ``meaning`` from ``ctx`` where every tensor among them is saved; without it they are noted in every call.
 
     ``meaning`` takes the arguments of the operator without ``backend`` and returns its results, by plain torch alone:
     a pure function, every result new, that torch can differentiate to any order; results without a derivative are
@@ -89,40 +102,88 @@ def register_autograd(
     torch, or returns NotImplemented.
     """
     operator: torch._ops.OpOverload = getattr(torch.ops.velm, name).default
+    names = [argument.name for argument in operator._schema.arguments][:-1]
+    if leaves is None:
+        leaves = names
+    # In the order of the schema.
+    places = [place for place, of in enumerate(names) if of in leaves]
     has_lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)
 
     def forward(ctx: Any, *args: Any) -> Any:
-        *inputs, lengths, keyset = args
-        flat, inputs = inputs, inputs if lengths is None else derivatives.in_lists(inputs, lengths)
+        call: _Recorded = args[-1]
+        inputs = tuple(call.arguments.values())
+        if has_lists:
+            ctx.lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in inputs]
+            flags = iter(ctx.needs_input_grad)
+            needs = [
+                next(flags) if place in places else False
+                for place, length in enumerate(ctx.lengths)
+                for _ in range(1 if length is None else length)
+            ]
+        else:
+            ctx.lengths, needs = None, [False] * len(inputs)
+            for place, need in zip(places, ctx.needs_input_grad):
+                needs[place] = need
+        ctx.needs = needs
         with torch._C._AutoDispatchBelowAutograd():
-            if keyset is None:
+            if call.keyset is None:
                 # Not called by the dispatcher, because nobody listens to it.
-                result = direct.run_values(name, inputs[:-1], inputs[-1])
+                result = direct.run(name, call.arguments, call.backend, call.kind)
             else:
-                result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
-            setup_context(ctx, tuple(inputs), result)
-        derivatives.remember(ctx, flat, lengths)
+                result = operator.redispatch(call.keyset & torch._C._after_autograd_keyset, *inputs, call.backend)
+            setup_context(ctx, (*inputs, call.backend), result)
+        ctx.chosen_backend = call.backend
+        if given is None:
+            derivatives.remember(ctx, derivatives.flat(inputs) if has_lists else inputs)
         return result
 
     def every_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         why = derivatives.why_not_backward(grads)
+        found: Sequence[Any]
         if why is None:
             found = backward(ctx, *grads)
         elif differentiable_backward is None or (found := differentiable_backward(ctx, *grads)) is NotImplemented:
-            return (*derivatives.differentiable_gradients(name, meaning, ctx, grads, why), None, None, None)
+            args = derivatives.remembered(ctx) if given is None else given(ctx)
+            found = derivatives.differentiable_gradients(name, meaning, ctx, args, grads, why)
+            if ctx.lengths is not None:
+                found = derivatives.in_lists(found, ctx.lengths)
         else:
             backends.warn_of_plain_torch(name, grads, why, ctx.chosen_backend)
-        return (*(found if ctx.lengths is None else derivatives.flat(found)), None, None)
+        chosen = [found[place] for place in places]
+        if has_lists:
+            # No gradient of a list is one of each of its tensors.
+            lengths = [ctx.lengths[place] for place in places]
+            chosen = [
+                [None] * length if length is not None and value is None else value
+                for value, length in zip(chosen, lengths)
+            ]
+            chosen = derivatives.flat(chosen)
+        return (*chosen, None)
 
     # Its name is what graphs of autograd and profiles show.
     members = {"forward": staticmethod(forward), "backward": staticmethod(every_backward)}
     function: Any = type(f"velm_{name}_", (torch.autograd.Function,), members)
+    # Without the search for tensors that have outlived a transform, in Python.
+    apply_plain = super(torch.autograd.Function, function).apply
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
-    def record(*args: Any, keyset: torch._C.DispatchKeySet | None = None) -> Any:
-        if not has_lists:
-            return function.apply(*args, None, keyset)
-        lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in args]
-        return function.apply(*derivatives.flat(args), lengths, keyset)
+    def record(
+        arguments: Arguments,
+        backend: str,
+        kind: list[Any] | None = None,
+        keyset: torch._C.DispatchKeySet | None = None,
+    ) -> Any:
+        values = list(arguments.values())
+        chosen = [values[place] for place in places]
+        if has_lists:
+            chosen = derivatives.flat(chosen)
+        call = _Recorded(arguments, backend, kind, keyset)
+        if keyset is not None:
+            return function.apply(*chosen, call)
+        for value in chosen:
+            if isinstance(value, torch.Tensor) and is_wrapped(value):
+                return function.apply(*chosen, call)
+        return apply_plain(*chosen, call)
 
     def run(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
         if derivatives.other_modes():
@@ -130,7 +191,8 @@ def register_autograd(
             if why is not None:
                 return derivatives.by_meaning(name, meaning, args[:-1], why, args[-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return record(*args, keyset=keyset)
+            *values, backend = args
+            return record(dict(zip(names, values, strict=True)), backend, keyset=keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -145,7 +145,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(name: str) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[:4]
+        wanted = ctx.needs[:4]
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
         operator = getattr(ops, f"{name}_backward")
         grads = operator(unit_last_stride(grad), *ctx.saved_tensors, grad_mask, ctx.backend)

@@ -350,7 +350,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_maps: Tensor | None, grad_logits: Tensor | None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:4]
+    wanted = ctx.needs[:4]
     if grad_maps is None and grad_logits is None:
         return (None,) * 10
     grads = ops.bilinear_attention_backward(
@@ -369,7 +369,7 @@ def _setup_pool_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 
 def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs[:3]
     grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
     grads = ops.bilinear_attention_pool_backward(grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend)
     return (*_chosen(grads, wanted), *([None] * 5))

@@ -246,7 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wants_x, wants_y = ctx.needs_input_grad[:2]
+    wants_x, wants_y = ctx.needs[:2]
     grad_x, grad_y = ops.compact_bilinear_backward(
         grad.contiguous(), *ctx.saved_tensors, GRAD_X * wants_x + GRAD_Y * wants_y, ctx.backend
     )

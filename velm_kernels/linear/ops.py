@@ -245,7 +245,7 @@ declare(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, residual, activation, save, backend = inputs
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    needs_x, needs_weight, needs_bias = ctx.needs[:3]
     saved = None
     if activation and (needs_x or needs_weight or needs_bias):
         if not save and _saves_tensor(activation, x.dtype, residual is not None):
@@ -266,12 +266,12 @@ def _backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple
     if grad is None:
         return tuple(results)
     x, weight, saved = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
+    wanted = ctx.needs[:3]
     if any(wanted):
         grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
         grads = ops.linear_backward(unit_last_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend)
         results[:3] = [value if want else None for value, want in zip(grads, wanted, strict=True)]
-    if ctx.needs_input_grad[3]:
+    if ctx.needs[3]:
         results[3] = grad
     return tuple(results)
 
@@ -281,7 +281,7 @@ def _differentiable_backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor |
     results: list[Tensor | None] = [None] * 7
     x, weight, saved = ctx.saved_tensors
     given = grad if grad is not None else grad_saved
-    if given is None or not any(ctx.needs_input_grad):
+    if given is None or not any(ctx.needs):
         return tuple(results)
     wide = torch.promote_types(given.dtype, torch.float32)
     with checks.without_autocast(given.device):
@@ -297,13 +297,13 @@ def _differentiable_backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor |
                 more = reference.activation_gradient(more, saved.to(wide), ctx.activation, of_value)
             grad_z = more if grad_z is None else grad_z + more
         assert grad_z is not None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs[0]:
             results[0] = (grad_z @ weight.to(wide)).to(given.dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs[1]:
             results[1] = (grad_z.transpose(0, 1) @ x.to(wide)).to(given.dtype)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs[2]:
             results[2] = grad_z.sum(0).to(given.dtype)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs[3]:
             results[3] = grad
     return tuple(results)
 

@@ -399,7 +399,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    wants_x, wants_rows = ctx.needs_input_grad[:2]
+    wants_x, wants_rows = ctx.needs[:2]
     grad_mask = GRAD_X * wants_x + GRAD_ROWS * wants_rows
     grad_x, grad_rows = ops.attention_pool_backward(grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend)
     return grad_x if wants_x else None, grad_rows if wants_rows else None, None, None, None, None
