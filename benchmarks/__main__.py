@@ -77,7 +77,7 @@ def table(rows: Sequence[harness.Row], title: str) -> Any:
     shown.add_column("way", no_wrap=True)
     on_gpu = any(row.host_ms is not None for row in rows)
     host = ("host ms",) if on_gpu else ()
-    for name in ("ms", "quartiles", *host, "of limit", "over best other", "for backward", "peak", "error"):
+    for name in ("ms", "quartiles", *host, "of limit", "GB/s", "over best other", "for backward", "peak", "error"):
         shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         speed = row.speedup_over_best_other
@@ -88,6 +88,7 @@ def table(rows: Sequence[harness.Row], title: str) -> Any:
             f"{row.lower_quartile_ms:.3f} to {row.upper_quartile_ms:.3f}",
             *([] if not on_gpu else ["" if row.host_ms is None else f"{row.host_ms:.3f}"]),
             "" if row.fraction_of_limit is None else f"{row.fraction_of_limit:.0%}",
+            "" if row.bytes is None else f"{row.bytes / row.median_ms / 1e6:.1f}",
             "" if speed is None else f"{speed:.2f}x ({row.best_other})",
             _mebibytes(row.saved_bytes),
             _mebibytes(row.peak_bytes),
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     bf16 = f"{limits.bf16 / 1e9:.0f}" if limits.bf16 else "none"
     console.print(
         f"limits with {limits.threads} threads: fp32 {limits.fp32 / 1e9:.0f} GFLOP/s, bf16 {bf16}, "
-        f"copy {limits.copy / 1e9:.1f} GB/s, torch.matmul "
+        f"copy {limits.copy / 1e9:.1f} GB/s, reading {(limits.read or 0) / 1e9:.1f} GB/s, torch.matmul "
         + ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in limits.matmul.items())
     )
     rows: list[harness.Row] = []

@@ -84,6 +84,7 @@ def attention_case(
         backward_traffic=2.0 * traffic,
         work=pairs,
         gpu_ways=dict(peers.for_bias() if bias else peers.for_plain()),
+        reads_only=queries * heads <= keys * kv_heads // 16,
     )
 
 
@@ -276,6 +277,9 @@ def cases() -> list[Case]:
         attention_case("trained-bias", 4, 12, 12, 128, 577, 64, bias=True),
         varlen_case(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
         attention_case("decode", 4, 32, 8, 1, 6404, 128, backward=False),
+        attention_case("decode-long", 1, 32, 8, 1, 16384, 128, backward=False),
+        attention_case("decode-wide-group", 1, 64, 8, 1, 8192, 128, backward=False),
+        attention_case("decode-blip", 16, 12, 12, 1, 577, 64, backward=False),
         key_mass_case(8, 12, 40, 577, 64),
         bidirectional_case(1, 4, 5000, 256, 256),
         gated_residual_case(4, 512, 4096),

@@ -43,6 +43,7 @@ class Case:
         backward_flops, backward_traffic: the same for the backward pass, None if there is none to measure.
         work: elements of the largest intermediate of the eager way.
         gpu_ways: further ones that only run on GPUs.
+        reads_only: whether next to nothing is written, so that the bandwidth of reading is the limit.
     """
 
     operator: str
@@ -58,6 +59,7 @@ class Case:
     work: float = 0.0
     gpu_ways: dict[str, Function] = field(default_factory=dict)
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    reads_only: bool = False
 
     @property
     def directions(self) -> tuple[str, ...]:
@@ -76,6 +78,7 @@ class Row:
     peak_fp32: float
     peak_bf16: float | None
     copy_bandwidth: float
+    read_bandwidth: float | None
     family: str
     operator: str
     case: str
@@ -247,7 +250,7 @@ def measure_case(
 
     flops = case.flops + (case.backward_flops or 0.0) * backward
     traffic = (case.traffic + case.backward_traffic * backward) * dtype.itemsize
-    limit = limits.seconds(flops, traffic, dtype)
+    limit = limits.seconds(flops, traffic, dtype, reads_only=case.reads_only and not backward)
     rows = []
     for way, timing in timings.items():
         saved = peak = None
@@ -266,6 +269,7 @@ def measure_case(
                 peak_fp32=limits.fp32,
                 peak_bf16=limits.bf16,
                 copy_bandwidth=limits.copy,
+                read_bandwidth=limits.read,
                 family=family,
                 operator=case.operator,
                 case=case.name,

@@ -142,6 +142,7 @@ def measure_model(
                 peak_fp32=limits.fp32,
                 peak_bf16=limits.bf16,
                 copy_bandwidth=limits.copy,
+                read_bandwidth=limits.read,
                 family="models",
                 operator="model",
                 case=case.name,

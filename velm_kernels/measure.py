@@ -251,7 +251,12 @@ def relative_rms(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, in operations and bytes a second, measured now with ``threads`` threads."""
+    """What this machine can do at most, in operations and bytes a second, measured now with ``threads`` threads.
+
+    Attributes:
+        copy: bytes read plus bytes written by a copy.
+        read: bytes read where next to nothing is written.
+    """
 
     device: str
     threads: int
@@ -259,6 +264,7 @@ class Limits:
     bf16: float | None
     copy: float
     matmul: dict[str, float] = field(default_factory=dict)
+    read: float | None = None
 
     def flops(self, dtype: torch.dtype) -> float:
         """The multiply-add peak for operands of ``dtype``: fp32's where the machine has nothing better."""
@@ -266,13 +272,15 @@ class Limits:
             return self.matmul[str(dtype).removeprefix("torch.")]
         return self.bf16 if dtype == torch.bfloat16 and self.bf16 else self.fp32
 
-    def seconds(self, flops: float, traffic: float, dtype: torch.dtype) -> float:
-        """The least time for so many operations and bytes read and written: whichever takes longer."""
-        return max(flops / self.flops(dtype), traffic / self.copy)
+    def seconds(self, flops: float, traffic: float, dtype: torch.dtype, *, reads_only: bool = False) -> float:
+        """The least time for so many operations and bytes: whichever takes longer. The bytes are read and written, or,
+        where ``reads_only``, read."""
+        bandwidth = self.read if reads_only and self.read else self.copy
+        return max(flops / self.flops(dtype), traffic / bandwidth)
 
 
 def measure_limits(device: torch.device | str = "cpu", seconds: float = 0.5) -> Limits:
-    """Measure the multiply-add peaks, the copy bandwidth and the rate of ``torch.matmul``.
+    """Measure the multiply-add peaks, the bandwidths of a copy and of reading, and the rate of ``torch.matmul``.
 
     On a CPU the peaks come from ``velm_kernels._facts``; without it, and on a GPU, from ``torch.matmul``.
     """
@@ -285,6 +293,9 @@ def measure_limits(device: torch.device | str = "cpu", seconds: float = 0.5) -> 
         timing = alternate({"matmul": functools.partial(torch.matmul, a, b)}, rounds=5, device=device)["matmul"]
         matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / timing.best
     threads = torch.get_num_threads()
+    source = torch.empty(2**28 if cuda else 2**27, dtype=torch.uint8, device=device).fill_(1)
+    numbers = source.view(torch.float32)
+    read = source.numel() / alternate({"read": numbers.sum}, rounds=5, device=device)["read"].best
     if not cuda:
         try:
             from velm_kernels import _facts
@@ -298,8 +309,10 @@ def measure_limits(device: torch.device | str = "cpu", seconds: float = 0.5) -> 
                 _facts.peak_bf16(threads=threads, seconds=seconds),
                 _facts.copy_bandwidth(threads=threads, seconds=seconds),
                 matmul,
+                read,
             )
-    source = torch.empty(2**28 if cuda else 2**27, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     copy = alternate({"copy": lambda: target.copy_(source)}, rounds=5, device=device)["copy"]
-    return Limits(str(device), threads, matmul["float32"], matmul["bfloat16"], 2 * source.numel() / copy.best, matmul)
+    return Limits(
+        str(device), threads, matmul["float32"], matmul["bfloat16"], 2 * source.numel() / copy.best, matmul, read
+    )
