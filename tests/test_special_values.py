@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import Backend, every_backend_with_cuda
+import velm_kernels
+from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda
 from tests.operators import CALLS, Call, results
+from velm_kernels.attention import reference as attention_reference
 
 pytestmark = pytest.mark.quick
 
@@ -47,7 +49,6 @@ NOT_YET: dict[str, set[str]] = {
     # There is no linear, of which pixel_shuffle_tokens is made, in CUDA.
     "device_on_host": {"linear", "pixel_shuffle_tokens"},
 }
-INFINITE = ("inf", "-inf")
 
 
 def gaps(case: str, arguments: str, specials: Iterable[str], results: str) -> set[tuple[str, str, str, str]]:
@@ -55,50 +56,24 @@ def gaps(case: str, arguments: str, specials: Iterable[str], results: str) -> se
     return set(itertools.product([case], arguments.split(), specials, results.split()))
 
 
-# Of the kernels that multiply tiles of queries and keys.
-OF_TILES = {
-    # Rows of a tile that hide a key that others of them see have 0 as its weight, and 0 times NaN or infinity is NaN.
-    *gaps("cross_attention-everything", "query key_norm_weight", SPECIAL, "key"),
-    *gaps("cross_attention-everything", "key", SPECIAL, "query"),
-    *gaps("cross_attention-everything", "value", SPECIAL, "output_0"),
-    *gaps("cross_attention_varlen", "query", SPECIAL, "key"),
-    *gaps("cross_attention_varlen", "key", SPECIAL, "query"),
-    *gaps("cross_attention_varlen", "value", SPECIAL, "output_0"),
-    # Scores of -inf count as hidden: infinity elsewhere in their row does not make their weights NaN, nor does a row of
-    # nothing else become NaN.
-    *gaps("cross_attention", "query", INFINITE, "key value"),
-    *gaps("cross_attention_varlen", "query", INFINITE, "output_0 query value"),
-}
 # What backends do not keep yet, by case, argument, special value and result.
 GAPS: dict[str, set[tuple[str, str, str, str]]] = {
-    "device_on_host": {
-        *OF_TILES,
-        # As in OF_TILES; and the logsumexp of a row with an infinite score is NaN instead of infinity.
-        *gaps("cross_attention-everything", "bias", ["inf"], "output_1"),
-        *gaps("bidirectional_attention", "query_a", INFINITE, "output_2 output_3 value_b"),
-        *gaps("bidirectional_attention", "query_b", INFINITE, "output_2 output_3 value_a"),
-        # Backward takes the weights from the logsumexp: 0 instead of NaN where that is infinite.
-        *gaps("merge_attention", "3", ["inf"], "1 2 4 5"),
-        *gaps("merge_attention", "4", ["inf"], "0 2 3 5"),
-        *gaps("merge_attention", "5", ["inf"], "0 1 3 4"),
-        # Scores of -inf count as hidden, as in OF_TILES.
-        *gaps("bilinear_attention", "h bias", ["-inf"], "output_0 v q h"),
-    },
     "triton": {
-        *OF_TILES,
-        *gaps("cross_attention-everything", "query_norm_weight", SPECIAL, "key"),
-        # As in OF_TILES; the sums of rows in backward are made of the results.
+        # Rows of a tile that hide a key that others of them see have 0 as its weight, and 0 times NaN or infinity is
+        # NaN.
+        *gaps("cross_attention-everything", "query", SPECIAL, "key"),
+        *gaps("cross_attention-everything", "key", SPECIAL, "query"),
+        *gaps("cross_attention_varlen", "query", SPECIAL, "key"),
+        *gaps("cross_attention_varlen", "key", SPECIAL, "query"),
+        *gaps("cross_attention-everything", "value", SPECIAL, "output_0"),
+        *gaps("cross_attention_varlen", "value", SPECIAL, "output_0"),
+        # The sums of rows in backward are made of the results.
         *gaps("cross_attention-everything", "value", SPECIAL, "query key bias"),
         *gaps("cross_attention_varlen", "value", SPECIAL, "query key"),
-        # Backward takes the weights from the logsumexp: 0 instead of NaN where that is infinite.
-        *gaps("cross_attention", "key", INFINITE, "value"),
-        *gaps("cross_attention_varlen", "key", INFINITE, "value"),
-        *gaps("cross_attention-everything", "bias", ["inf"], "output_2 value"),
-        *gaps("bidirectional_attention", "query_a", INFINITE, "query_b value_a value_b"),
-        *gaps("bidirectional_attention", "query_b", INFINITE, "query_a value_a value_b"),
+        *gaps("cross_attention-everything", "key_norm_weight query_norm_weight", ["nan"], "key"),
     },
 }
-NOT_YET["cuda"], GAPS["cuda"] = NOT_YET["device_on_host"], GAPS["device_on_host"]
+NOT_YET["cuda"] = NOT_YET["device_on_host"]
 
 
 def names_of(call: Call) -> list[str]:
@@ -132,42 +107,93 @@ def pattern(x: Tensor, only_finite: bool) -> Tensor:
     return torch.where(x.isnan(), 1, torch.where(x == torch.inf, 2, torch.where(x == -torch.inf, 3, 0)))
 
 
+def computes_anew(backend: Backend, call: Call) -> bool:
+    """Whether something is computed in another order where a number is not finite: products of the reference term by
+    term, and what hidden numbers have made NaN in CUDA's attention pair by pair."""
+    return backend.name == "reference" or ("cross_attention" in call.operator and backend.name != "cpu")
+
+
+def failures(backend: Backend, call: Call, sizes: dict[str, int], places: int) -> list[str]:
+    """What is wrong with each special value in each argument, at some places of it."""
+    with backend.use():
+        usual = outputs_and_gradients(call, call.arguments(**sizes))
+    exact_usual = outputs_and_gradients(call, call.arguments(torch.float64, **sizes), exact=True)
+    found = []
+    names = names_of(call)
+    of_all = itertools.product(enumerate(call.leaves(call.arguments(**sizes))), SPECIAL.items(), range(places))
+    for (number, leaf), (special, value), place in of_all:
+        if (call.operator, names[number], special) in LEFT_OUT:
+            continue
+        both = []
+        at = zlib.crc32(f"{call} {number} {special}{place or ''}".encode()) % max(1, leaf.numel())
+        for exact in (False, True):
+            arguments = call.arguments(torch.float64 if exact else torch.float32, **sizes)
+            changed = [x.contiguous().clone() for x in call.leaves(arguments)]
+            changed[number].view(-1)[at] = value
+            with backend.use():
+                both.append(outputs_and_gradients(call, call.with_leaves(arguments, changed), exact))
+        for (name, got), (_, true), (_, before), (_, true_before) in zip(*both, usual, exact_usual, strict=True):
+            gap = str(call), names[number], special, name
+            if (call.operator, name) in CONSTANT or gap in GAPS.get(backend.name, ()):
+                continue
+            where = f"{special} at {at} of argument {number}, {name}"
+            only_finite = call.operator in SEVERAL_FACTORS and special != "nan"
+            wrong = pattern(got, only_finite) != pattern(true, only_finite)
+            if wrong.any():
+                found.append(f"{where}: {got[wrong][:5].tolist()} for {true[wrong][:5].tolist()}, {wrong.sum()}x")
+            same = torch.isclose(got, before, 1e-4, 1e-5) if computes_anew(backend, call) else got == before
+            moved = (true == true_before) & got.isfinite() & ~same
+            if moved.any():
+                found.append(f"{where}: {moved.sum()} of {got.numel()} changed that do not read it")
+    return found
+
+
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @every_backend_with_cuda
 def test_come_out_where_plain_torch_has_them(backend: Backend, call: Call) -> None:
     if {call.operator, str(call)} & NOT_YET.get(backend.name, set()):
         pytest.skip("not yet on this backend")
+    found = failures(backend, call, {}, 1)
+    assert not found, "\n".join(found)
+
+
+# More than a tile of rows and of keys.
+LARGER = {
+    "cross_attention": {"batch": 1, "heads": 1, "queries": 70, "keys": 150},
+    "cross_attention-everything": {"batch": 1, "heads": 1, "queries": 70, "keys": 150},
+    "cross_attention_varlen": {"sequences": 1, "heads": 1, "queries": 70, "keys": 90},
+    "bidirectional_attention": {"batch": 1, "heads": 1, "a": 40, "b": 70},
+    "masked_pool-gem": {"tokens": 40, "dim": 33},
+}
+
+
+@pytest.mark.parametrize("call", [call for call in CALLS if str(call) in LARGER], ids=str)
+@every_backend_with_cuda
+def test_at_sizes_of_several_tiles(backend: Backend, call: Call) -> None:
+    if INTERPRETED:
+        pytest.skip("the interpreter takes minutes")
+    found = failures(backend, call, LARGER[str(call)], 1)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e30, -1e9])
+@every_backend_with_cuda
+def test_rows_that_a_finite_bias_hides_are_the_mean_of_all_values(backend: Backend, hidden: float) -> None:
+    """As softmax has it: what the smallest number is added to are equal scores."""
+    call = next(call for call in CALLS if str(call) == "cross_attention")
+    given = call.arguments()
+    bias = torch.zeros(1, 1, 5, 9)
+    bias[..., 1, :], bias[..., 3, 4:] = hidden, hidden
+    given = call.requiring_gradients(given)
     with backend.use():
-        usual = outputs_and_gradients(call, call.arguments())
-    exact_usual = outputs_and_gradients(call, call.arguments(torch.float64), exact=True)
-    failures = []
-    names = names_of(call)
-    for number, leaf in enumerate(call.leaves(call.arguments())):
-        for special, value in SPECIAL.items():
-            if (call.operator, names[number], special) in LEFT_OUT:
-                continue
-            found = []
-            at = zlib.crc32(f"{call} {number} {special}".encode()) % max(1, leaf.numel())
-            for exact in (False, True):
-                arguments = call.arguments(torch.float64 if exact else torch.float32)
-                changed = [x.contiguous().clone() for x in call.leaves(arguments)]
-                changed[number].view(-1)[at] = value
-                with backend.use():
-                    found.append(outputs_and_gradients(call, call.with_leaves(arguments, changed), exact))
-            for (name, got), (_, true), (_, before), (_, true_before) in zip(*found, usual, exact_usual, strict=True):
-                gap = str(call), names[number], special, name
-                if (call.operator, name) in CONSTANT or gap in GAPS.get(backend.name, ()):
-                    continue
-                where = f"{special} at {at} of argument {number}, {name}"
-                only_finite = call.operator in SEVERAL_FACTORS and special != "nan"
-                wrong = pattern(got, only_finite) != pattern(true, only_finite)
-                if wrong.any():
-                    failures.append(
-                        f"{where}: {got[wrong][:5].tolist()} for {true[wrong][:5].tolist()}, {wrong.sum()}x"
-                    )
-                # The reference forms products term by term where something is not finite, in another order.
-                same = torch.isclose(got, before, 1e-4, 1e-5) if backend.name == "reference" else got == before
-                moved = (true == true_before) & got.isfinite() & ~same
-                if moved.any():
-                    failures.append(f"{where}: {moved.sum()} of {got.numel()} changed that do not read it")
-    assert not failures, "\n".join(failures)
+        out, logsumexp = velm_kernels.cross_attention(**given, bias=bias, return_logsumexp=True)
+        upstream = torch.ones_like(out)
+        # Of rows that are hidden altogether, gradients are those of weights whose sum a logsumexp as large has lost.
+        upstream[:, :, 1] = 0
+        gradients = torch.autograd.grad(out, call.leaves(given), upstream)
+    expected, _, _ = attention_reference.cross_attention(**given, bias=bias)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out[:, :, 1], given["value"].mean(2))
+    assert (logsumexp[:, :, 1] < hidden / 4).all()
+    for got, true in zip(gradients, torch.autograd.grad(expected, call.leaves(given), upstream), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-4, atol=1e-5)

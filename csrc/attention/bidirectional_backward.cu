@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     logsumexp[half] = is_row ? float{up_x.of_rows.logsumexp[rows_x + row]} : -kInfinity;
     shift[half] = is_row ? float{up_x.of_rows.shift[rows_x + row]} : 0.0f;
     delta[half] = is_row ? float{up_x.of_rows.delta[rows_x + row]} : 0.0f;
-    live[half] = logsumexp[half] != -kInfinity;
+    // The delta of a row with nothing but -inf is NaN, and that of one that sees nothing 0.
+    live[half] = logsumexp[half] != -kInfinity || delta[half] != 0.0f;
   }
 
   float total[kDim / 8][4] = {};
@@ -173,7 +174,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         const int column = 8 * j + 2 * member + i;
         const float of_column = shared.delta[table][warp_column + column];
         const float lse = shared.logsumexp[table][warp_column + column];
-        live_columns |= unsigned{first_column + column < x.keys && lse != -kInfinity} << (2 * j + i);
+        const bool is_live = first_column + column < x.keys && (lse != -kInfinity || of_column != 0.0f);
+        live_columns |= unsigned{is_live} << (2 * j + i);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float& e = of_y[j][2 * half + i];

@@ -113,7 +113,7 @@ struct KeyBlock {
     return !__all_sync(kAll, open[0] && open[1]) || a.mask.data || a.bias.data || a.wide_bias.data;
   }
 
-  // -inf where a query does not see a key, and the bias added elsewhere. `key` is the first of the warp.
+  // kHidden where a query does not see a key, and the bias added elsewhere. `key` is the first of the warp.
   template <int kTiles>
   DEVICE_INLINE void mask(float (&s)[kTiles][4], ColumnTable<8 * kTiles>& table, int head, int start, int key) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
@@ -129,7 +129,7 @@ struct KeyBlock {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int n = first + 8 * half;
-          if (n < lo || n >= hi || !open[half]) s[j][2 * half + i] = -kInfinity;
+          if (n < lo || n >= hi || !open[half]) s[j][2 * half + i] = kHidden;
         }
       }
     if (a.mask.data)
@@ -151,7 +151,7 @@ struct KeyBlock {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s[j][i];
-        if (!load_if(x != -kInfinity, from + (i % 2 * stride[2] + i / 2 * 8 * stride[3]), kShown)) x = -kInfinity;
+        if (!load_if(x != kHidden, from + (i % 2 * stride[2] + i / 2 * 8 * stride[3]), kShown)) x = kHidden;
       }
   }
   // The same of the bias.

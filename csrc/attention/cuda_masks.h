@@ -105,7 +105,9 @@ DEVICE_INLINE int next_tile(const HorizonOf<kCount>& horizon, const Inputs<T>& a
   return tile;
 }
 
-// What backward knows of rows: the logsumexp, its `shift` (backward_cuda.h) and delta.
+// What backward knows of rows: the logsumexp, its `shift` (backward_cuda.h) and delta. All weights of a row with an
+// infinite score, or with nothing but -inf, are NaN: its shift is. A row that sees nothing has a logsumexp of -inf and
+// a shift and a delta of 0.
 struct RowStatistics {
   ReadOnly<float> logsumexp, shift, delta;
 };
@@ -119,8 +121,7 @@ DEVICE_INLINE float weight_of(float score, float unit, float logsumexp, float sh
   return exp2_approximate(fmaf(fmaf(score, unit, -logsumexp), kLog2E, shift));
 }
 
-// Of the two rows of a thread: infinity and 0 where there is nothing, so that weights are 0. `first_row` is the row of
-// the warp in the table.
+// Of the two rows of a thread: infinity and 0 past the end. `first_row` is the row of the warp in the table.
 template <class T, int kCount>
 DEVICE_INLINE void read_rows(float (&logsumexp)[2], float (&shift)[2], float (&delta)[2], const Inputs<T>& a,
                              const Sequence& s, RowsOfBlock<kCount>& rows, int first_row, const RowStatistics& from) {
@@ -131,8 +132,7 @@ DEVICE_INLINE void read_rows(float (&logsumexp)[2], float (&shift)[2], float (&d
     const int row = first_row + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half, query = rows.query[row];
     if (query < 0) continue;
     const int64_t at = s.row_number(a, rows.head[row], query);
-    const float of_row = from.logsumexp[at];
-    if (of_row != -kInfinity) logsumexp[half] = of_row;
+    logsumexp[half] = from.logsumexp[at];
     if (from.shift) shift[half] = from.shift[at];
     if (from.delta) delta[half] = from.delta[at];
   }
@@ -179,12 +179,20 @@ DEVICE_INLINE void cap_scores(float (&s)[kTiles][4], float cap, float (&slopes)[
 
 constexpr unsigned char kShown = 1;
 
+// In place of the score of what a row does not see: a number that no score is. -inf is the score of a key that is seen,
+// and that takes part in whatever becomes of its row.
+constexpr float kHidden = -0x1.fffffap127f;
+// A bias below this leaves nothing of a score, and counts as the next power of two: in base 2 that is exact, so that a
+// row of nothing else, as masks of the smallest number of a type make it, is the mean of all values.
+constexpr float kFarBias = -0x1p31f;
+
 // A score with its bias. That of what is hidden already is not read.
 template <class B>
 DEVICE_INLINE float biased(float x, const ReadOnly<B>& from) {
-  const float bias = to_float(load_if(x != -kInfinity, from, from_float<B>(0.0f)));
+  const float bias = to_float(load_if(x != kHidden, from, from_float<B>(0.0f)));
+  const float power = __uint_as_float(__float_as_uint(bias) & 0xff800000u);
   // Selected, as what -inf hides may be NaN.
-  return bias == -kInfinity ? -kInfinity : x + bias;
+  return bias == -kInfinity || x == kHidden ? kHidden : x + (bias < kFarBias ? power : bias);
 }
 
 // Adds the bias of one row, from the thread's first key on, to the scores `first` and the next of each tile.
@@ -196,7 +204,8 @@ DEVICE_INLINE void add_bias(float (&s)[kTiles][4], int first, ReadOnly<B> from, 
     for (int i = 0; i < 2; ++i) s[j][first + i] = biased(s[j][first + i], from + i * stride);
 }
 
-// -inf where a row does not see a key, and the bias added elsewhere. `first_row` is the row of the warp in the table.
+// kHidden where a row does not see a key, and the bias added elsewhere. `first_row` is the row of the warp in the
+// table.
 template <int kTiles, class T, int kCount>
 DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOfBlock<kCount>& rows, int index,
                                int first_row, int start, uint64_t open) {
@@ -212,7 +221,7 @@ DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOf
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int n = key + 8 * j + i;
-        if (n < lo || n >= hi || !(open >> (8 * j + i) & 1)) s[j][2 * half + i] = -kInfinity;
+        if (n < lo || n >= hi || !(open >> (8 * j + i) & 1)) s[j][2 * half + i] = kHidden;
       }
     const int query = rows.query[row], head = rows.head[row];
     if (a.mask.data) {
@@ -222,7 +231,7 @@ DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOf
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& x = s[j][2 * half + i];
-          if (!load_if(x != -kInfinity, from + i * a.mask.stride[3], kShown)) x = -kInfinity;
+          if (!load_if(x != kHidden, from + i * a.mask.stride[3], kShown)) x = kHidden;
         }
     }
     if (a.bias.data)
@@ -235,6 +244,17 @@ DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOf
   }
 }
 
+// Which of the two rows of a thread see one of its keys: bits 0 and 1.
+template <int kTiles>
+DEVICE_INLINE unsigned seeing_rows(const float (&s)[kTiles][4]) {
+  unsigned seeing = 0;
+#pragma unroll
+  for (int j = 0; j < kTiles; ++j)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) seeing |= unsigned{s[j][i] != kHidden} << i / 2;
+  return seeing;
+}
+
 // Which keys of a tile some of the 16 rows of the warp see, in the bits that `multiply` takes.
 template <int kTiles>
 DEVICE_INLINE unsigned seen_keys(const float (&s)[kTiles][4]) {
@@ -242,7 +262,7 @@ DEVICE_INLINE unsigned seen_keys(const float (&s)[kTiles][4]) {
 #pragma unroll
   for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) seen |= unsigned{s[j][i] != -kInfinity || s[j][2 + i] != -kInfinity} << (2 * j + i);
+    for (int i = 0; i < 2; ++i) seen |= unsigned{s[j][i] != kHidden || s[j][2 + i] != kHidden} << (2 * j + i);
 #pragma unroll
   for (int step = 4; step < 32; step *= 2) seen |= __shfl_xor_sync(kAll, seen, step);
   return seen;

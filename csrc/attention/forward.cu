@@ -13,6 +13,7 @@
 
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_splits.h"
 #include "device/launch.h"
 #include "device/reduce.h"
@@ -66,6 +67,11 @@ struct Grid {
 
   int64_t blocks(int64_t batch) const { return batch * heads * row_blocks * splits; }
 };
+
+// Of the largest score of a row: whether it is one, and not infinite either. The largest is never NaN.
+DEVICE_INLINE bool is_number(float x) {
+  return fabsf(x) < -kHidden;
+}
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
@@ -130,6 +136,8 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   for (int i = 0; i < kSlots - 1; ++i) ring.fill(copy, i % 2 != 0);
 
   float sums[2] = {}, highest[2] = {-kInfinity, -kInfinity}, total_out[kDim / 8][4] = {};
+  // Bits of the two rows of a thread: whether they see one of its keys.
+  unsigned row_seen = 0;
   while (tile != kNoTile) {
     const int start = tile * kKeys, following = ahead;
     const Shared<T> keys = shared.ring[ring.next(copy, kSlots % 2 == 0)];
@@ -144,7 +152,10 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
         uint64_t open = ~uint64_t{0};
         if (a.key_mask) open = open_keys<kKeys>(a, index, start, horizon.end);
         mask_scores(p, a, shared.rows, index, warp_row, start, open);
+        row_seen |= seeing_rows(p);
         seen = seen_keys(p);
+      } else {
+        row_seen = 3;
       }
       float decay[2];
 #pragma unroll
@@ -154,10 +165,13 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
         for (int j = 0; j < kTiles; ++j) most = fmaxf(most, fmaxf(p[j][2 * half], p[j][2 * half + 1]));
         most = fmaxf(most, __shfl_xor_sync(kAll, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAll, most, 2));
-        // A row that has seen nothing yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf). NaN passes by the maximum,
-        // and by way of the sum becomes all of the row.
-        const float base = most == -kInfinity ? 0.0f : __fmul_rn(most, a.unit_base_2);
-        decay[half] = exp2_approximate(__fmul_rn(highest[half], a.unit_base_2) - base);
+        // 0 for a row that has seen nothing yet, exp2(-inf - 0) = 0 instead of exp2(-inf + inf), and for one with an
+        // infinite score, whose sum then is infinity. NaN passes by the maximum, and by way of the sum becomes all of
+        // the row.
+        const float base = is_number(most) ? __fmul_rn(most, a.unit_base_2) : 0.0f;
+        // Beside an infinite score nothing is left of what came before it; of the sums of some lanes that may be 0.
+        const float less = is_number(most) ? base : kInfinity;
+        decay[half] = most == highest[half] ? 1.0f : exp2_approximate(__fmul_rn(highest[half], a.unit_base_2) - less);
         highest[half] = most;
         float sum = 0.0f;
 #pragma unroll
@@ -193,18 +207,24 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     tile = kSlots == 2 ? ahead : following;
   }
 
+  row_seen |= __shfl_xor_sync(kAll, row_seen, 1);
+  row_seen |= __shfl_xor_sync(kAll, row_seen, 2);
   // Where a row is kept among those of all heads, in the part of the split.
   const auto number_of = [&](int row) {
     return split * partials.rows + s.row_number(a, shared.rows.head[row], shared.rows.query[row]);
   };
+  bool has_weights[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float sum = sums[half];
     sum += __shfl_xor_sync(kAll, sum, 1);
     sum += __shfl_xor_sync(kAll, sum, 2);
-    // Infinite and NaN sums are results; only a sum of exactly nothing is an empty row.
-    const bool empty = sum == 0.0f;
-    const float scale = empty ? 0.0f : a.keep_scale / sum;
+    // NaN is a result, and that of an infinite sum, and of a sum of 0 where something is seen, as all of it is -inf.
+    const bool empty = !(row_seen >> half & 1);
+    has_weights[half] = sum > 0.0f && sum < kInfinity;
+    // Of several splits others may see more: what is 0 then counts as 0.
+    const bool counts_for_nothing = grid.splits > 1 && sum == 0.0f;
+    const float scale = sum == kInfinity ? sum - sum : counts_for_nothing ? 1.0f : a.keep_scale / sum;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
       // Zero times what other rows see may be NaN.
@@ -214,27 +234,58 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
     const int row = warp_row + group + 8 * half;
     if (member != 0 || shared.rows.query[row] < 0) continue;
     // The sum is that of exponentials relative to the maximum as it was rounded in base 2.
-    const float base = __fmul_rn(highest[half], a.unit_base_2);
-    const float of_sum = fmaf(fmaf(highest[half], a.unit_base_2, -base), -kLn2, logf(sum));
-    const float lse = fmaf(highest[half], a.unit, of_sum);
+    const float most = is_number(highest[half]) ? highest[half] : 0.0f, base = __fmul_rn(most, a.unit_base_2);
+    const float of_sum = fmaf(fmaf(most, a.unit_base_2, -base), -kLn2, logf(sum));
+    const float lse = fmaf(most, a.unit, of_sum);
     logsumexp[number_of(row)] = empty ? -kInfinity : lse;
-    if (shift) shift[number_of(row)] = empty ? 0.0f : -kLog2E * (fmaf(highest[half], a.unit, -lse) + of_sum);
+    // NaN where the logsumexp is infinite.
+    if (shift) shift[number_of(row)] = empty ? 0.0f : -kLog2E * (fmaf(most, a.unit, -lse) + of_sum);
   }
+  // The logsumexp tells that there is nothing.
+  if (grid.splits > 1 && is_idle) return;
+  const SpoiledRows spoiled(total_out, has_weights);
   if (grid.splits > 1) {
-    // The logsumexp tells that there is nothing.
-    if (is_idle) return;
     store_wide_rows<kDim>(total_out, a.value_dim, [&](int row) {
       return shared.rows.query[warp_row + row] < 0 ? Global<float>(nullptr)
                                                    : partials.out + number_of(warp_row + row) * partials.stride;
     });
-    return;
+  } else {
+    // No other warp reads these rows of the query tile.
+    const Shared<T> stage = shared.query;
+    store_rows<T, kDim>(stage + warp_row * kDim, total_out, a.value_dim, out_width, [&](int row) {
+      const int query = shared.rows.query[warp_row + row], of_head = shared.rows.head[warp_row + row];
+      return query < 0 ? Global<T>(nullptr) : out.at(s.batch, of_head, s.first_query + query);
+    });
   }
-  // No other warp reads these rows of the query tile.
-  const Shared<T> stage = shared.query;
-  store_rows<T, kDim>(stage + warp_row * kDim, total_out, a.value_dim, out_width, [&](int row) {
-    const int query = shared.rows.query[warp_row + row], of_head = shared.rows.head[warp_row + row];
-    return query < 0 ? Global<T>(nullptr) : out.at(s.batch, of_head, s.first_query + query);
-  });
+  if (!spoiled.any() || !hides_from_some(a)) return;
+
+  __syncwarp();
+  int begin = 0, end = kNoTile;
+  if (grid.splits > 1) {
+    const int lowest = horizon.template next<kKeys>(0), tiles = (horizon.end + kKeys - 1) / kKeys - lowest;
+    begin = (lowest + first_of_split(tiles, split, grid.splits)) * kKeys;
+    end = (lowest + first_of_split(tiles, split + 1, grid.splits)) * kKeys;
+  }
+#pragma unroll 1
+  for (int row = warp_row; row < warp_row + 16; ++row) {
+    const int query = shared.rows.query[row], of_head = shared.rows.head[row];
+    if (query < 0 || !spoiled.has(row - warp_row)) continue;
+    const int first_key = max(int{shared.rows.lo[row]}, begin), last_key = min(int{shared.rows.hi[row]}, end);
+    const float of_row = logsumexp[number_of(row)];
+    RowSum<kDim> sum;
+#pragma unroll 1
+    for (int key = first_key; key < last_key && !sum.is_nan(a.value_dim); ++key) {
+      const PairScore pair = score_of(a, s, index, of_head, query, key);
+      if (pair.score == kHidden) continue;
+      const float weight = weight_of(pair.score, a.unit, of_row, 0.0f);
+      sum.add(keeps(a, index, of_head, query, key) ? weight : 0.0f, a.value.at(s.batch, kv_head, s.first_key + key),
+              a.value_dim);
+    }
+    if (grid.splits > 1)
+      sum.put(partials.out + number_of(row) * partials.stride, a.value_dim, a.keep_scale);
+    else
+      sum.put(out.at(s.batch, of_head, s.first_query + query), a.value_dim, a.keep_scale);
+  }
 }
 
 // One warp a row: the mean of what its splits left, weighed by their sums of exponentials. A lane holds that of one
@@ -259,11 +310,13 @@ __global__ void __launch_bounds__(kThreads)
   float highest = mine;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) highest = fmaxf(highest, __shfl_xor_sync(kAll, highest, step));
-  const float base = highest == -kInfinity ? 0.0f : highest;
-  // Of a NaN the sum makes a NaN, which the maximum passed over.
-  float weight = exp2f(fmaf(mine - base, kLog2E, -my_shift));
+  const float base = is_number(highest) ? highest : 0.0f;
+  const unsigned seen = __ballot_sync(kAll, mine != -kInfinity || my_shift != 0.0f);
+  // Of a NaN the sum makes a NaN, which the maximum passed over; of infinity, infinity, and of -inf 0, whose shifts are
+  // NaN.
+  float weight = exp2f(fmaf(mine - base, kLog2E, fabsf(mine) == kInfinity ? 0.0f : -my_shift));
   const float sum = warp_sum(weight);
-  const bool empty = sum == 0.0f;
+  const bool empty = seen == 0;
   weight = empty ? 0.0f : weight / sum;
   if (lane == 0) {
     const float of_sum = logf(sum), lse = base + of_sum;
@@ -279,7 +332,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = 0; s < splits; ++s) {
       const float w = __shfl_sync(kAll, weight, s);
       // What saw nothing has left nothing.
-      if (w == 0.0f || column >= dim) continue;
+      if (!(seen >> s & 1) || column >= dim) continue;
       const auto x = load<kWide>(partials.out + (s * partials.rows + at) * partials.stride + column);
 #pragma unroll
       for (int k = 0; k < kWide; ++k) total[k] = fmaf(w, x[k], total[k]);

@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        sums[j][i] +=
-            p[j][i] == -kInfinity ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
+        sums[j][i] += p[j][i] == kHidden ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
   }
 
   const int64_t rows = plan.sums_rows ? 1 : a.queries, columns = plan.sums_columns ? 1 : a.keys;

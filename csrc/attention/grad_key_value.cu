@@ -5,6 +5,7 @@
 #include "attention/backward_cuda.h"
 #include "attention/cuda_columns.h"
 #include "attention/cuda_products.h"
+#include "attention/cuda_repair.h"
 #include "device/launch.h"
 
 namespace velm::cuda {
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
 #pragma unroll
       for (int j = 0; j < kTiles; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) is_seen[i / 2] |= p[j][i] != -kInfinity;
+        for (int i = 0; i < 4; ++i) is_seen[i / 2] |= p[j][i] != kHidden;
     } else {
       is_seen[0] = is_seen[1] = true;
     }
@@ -152,7 +153,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
         for (int half = 0; half < 2; ++half) {
           float& x = p[j][2 * half + i];
           // What is hidden has no logsumexp perhaps, and may be NaN in e; of what is seen a NaN there is a result.
-          const bool is_hidden = x == -kInfinity;
+          const bool is_hidden = x == kHidden;
           x = weight_of(x, a.unit, logsumexp, shift);
           if constexpr (kKind == kKeyGradient)
             x *= e[j][2 * half + i];
@@ -178,6 +179,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) total[j][i] = is_seen[i / 2] ? total[j][i] * g.scale : 0.0f;
   const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
+  const SpoiledRows spoiled(total, is_seen);
   if (g.wide_to.data) {
     store_wide_rows<kDim>(total, dim, [&](int row) {
       const int key = warp_key + row;
@@ -189,6 +191,34 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
       const int key = warp_key + row;
       return key < s.keys ? g.to.at(s.batch, kv_head, s.first_key + key) : Global<T>(nullptr);
     });
+  }
+  if (!spoiled.any() || !hides_from_some(a)) return;
+
+  __syncwarp();
+#pragma unroll 1
+  for (int row = 0; row < 16; ++row) {
+    const int key = warp_key + row;
+    if (key >= s.keys || !spoiled.has(row)) continue;
+    RowSum<kDim> sum;
+#pragma unroll 1
+    for (int i = 0; i < a.group * s.queries && !sum.is_nan(dim); ++i) {
+      const int head = first_head + i / s.queries, query = i % s.queries;
+      const PairScore pair = score_of(a, s, index, head, query, key);
+      if (pair.score == kHidden) continue;
+      if constexpr (kKind == kKeyGradient) {
+        sum.add(grad_of_score(a, s, index, head, query, key, pair, g.grad_out, g.of_rows),
+                a.query.at(s.batch, head, s.first_query + query), dim);
+      } else {
+        const int64_t at = s.row_number(a, head, query);
+        const float weight = weight_of(pair.score, a.unit, g.of_rows.logsumexp[at], g.of_rows.shift[at]);
+        sum.add(keeps(a, index, head, query, key) ? weight : 0.0f, g.grad_out.at(s.batch, head, s.first_query + query),
+                dim);
+      }
+    }
+    if (g.wide_to.data)
+      sum.put(g.wide_to.at(s.batch, kv_head, s.first_key + key), dim, g.scale);
+    else
+      sum.put(g.to.at(s.batch, kv_head, s.first_key + key), dim, g.scale);
   }
 }
 

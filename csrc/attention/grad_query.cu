@@ -5,6 +5,7 @@
 #include "attention/backward_cuda.h"
 #include "attention/cuda_masks.h"
 #include "attention/cuda_products.h"
+#include "attention/cuda_repair.h"
 #include "device/launch.h"
 
 namespace velm::cuda {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
     for (int j = 0; j < kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        p[j][i] = p[j][i] == -kInfinity ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
+        p[j][i] = p[j][i] == kHidden ? 0.0f : weight_of(p[j][i], a.unit, logsumexp[i / 2], shift[i / 2]) * e[j][i];
     const auto store_bias = [&](const auto& bias, auto convert) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -153,8 +154,13 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // Rows that see nothing: zero times what other rows see may be NaN.
-      grad[j][i] = logsumexp[i / 2] == kInfinity ? 0.0f : grad[j][i] * g.scale;
+      const bool is_empty = logsumexp[i / 2] == -kInfinity && shift[i / 2] == 0.0f;
+      grad[j][i] = is_empty ? 0.0f : grad[j][i] * g.scale;
     }
+  // Of a row with another delta, all gradients are NaN.
+  const bool has_weights[2] = {fabsf(logsumexp[0]) < kInfinity && fabsf(delta[0]) < kInfinity,
+                               fabsf(logsumexp[1]) < kInfinity && fabsf(delta[1]) < kInfinity};
+  const SpoiledRows spoiled(grad, has_weights);
   if (g.wide_query.data) {
     store_wide_rows<kDim>(grad, a.head_dim, [&](int row) {
       const int query = shared.rows.query[warp_row + row];
@@ -166,6 +172,26 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
       const int query = shared.rows.query[warp_row + row];
       return query < 0 ? Global<T>(nullptr) : g.query.at(s.batch, head, s.first_query + query);
     });
+  }
+  if (!spoiled.any() || !hides_from_some(a)) return;
+
+  __syncwarp();
+#pragma unroll 1
+  for (int row = warp_row; row < warp_row + 16; ++row) {
+    const int query = shared.rows.query[row];
+    if (query < 0 || !spoiled.has(row - warp_row)) continue;
+    RowSum<kDim> sum;
+#pragma unroll 1
+    for (int key = shared.rows.lo[row]; key < shared.rows.hi[row] && !sum.is_nan(a.head_dim); ++key) {
+      const PairScore pair = score_of(a, s, index, head, query, key);
+      if (pair.score != kHidden)
+        sum.add(grad_of_score(a, s, index, head, query, key, pair, g.grad_out, g.of_rows),
+                a.key.at(s.batch, kv_head, s.first_key + key), a.head_dim);
+    }
+    if (g.wide_query.data)
+      sum.put(g.wide_query.at(s.batch, head, s.first_query + query), a.head_dim, g.scale);
+    else
+      sum.put(g.query.at(s.batch, head, s.first_query + query), a.head_dim, g.scale);
   }
 }
 

@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 2)
         for (int half = 0; half < 2; ++half) {
           const float x = p[j][2 * half + i];
           // What is hidden has no logsumexp perhaps.
-          total[half] += x == -kInfinity ? 0.0f : weight_of(x, a.unit, logsumexp, shift);
+          total[half] += x == kHidden ? 0.0f : weight_of(x, a.unit, logsumexp, shift);
         }
       }
   }

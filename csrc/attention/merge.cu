@@ -78,6 +78,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
 
   float mine = -kInfinity;
   if (lane < a.shards) mine = a.shard[lane].logsumexp[row];
+  const unsigned present = __ballot_sync(kAll, mine != -kInfinity);
   const float highest = warp_max(mine);
   const float base = highest == -kInfinity ? 0.0f : highest;
   // Of a NaN the sum makes a NaN, which the maximum passed over. Of infinities it makes infinity, and weights of NaN.
@@ -92,8 +93,8 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     float total[kSteps][Width] = {};
     for (int s = 0; s < a.shards; ++s) {
       const float w = __shfl_sync(kAll, weight, s);
-      // A shard without keys is not read.
-      if (w == 0.0f) continue;
+      // A shard without keys is not read; one of so small a weight that it is 0 is.
+      if (!(present >> s & 1)) continue;
       const auto from = row_of(a.shard[s].out, at);
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -128,8 +129,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
 
   float mine = -kInfinity;
   if (lane < a.shards) mine = a.shard[lane].logsumexp[row];
-  const float weight = mine == -kInfinity ? 0.0f : expf(mine - logsumexp[row]);
-  const bool has_any = __any_sync(kAll, weight != 0.0f);
+  const float total = logsumexp[row];
+  // NaN where one of them is infinity, as their softmax is.
+  const float weight = mine == -kInfinity ? 0.0f : total == kInfinity ? total - total : expf(mine - total);
+  const unsigned present = __ballot_sync(kAll, mine != -kInfinity);
 
   const auto from = row_of(grad, at);
   // Of the shard with the lane's number.
@@ -140,13 +143,14 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
     for (int i = 0; i < kSteps; ++i) {
       const int64_t column = first + (i * 32 + lane) * Width;
       // The gradient of a row without keys is not read either.
-      if (column >= a.dim || !has_any) break;
+      if (column >= a.dim || !present) break;
       const auto x = load<Width>(from + column);
 #pragma unroll
       for (int k = 0; k < Width; ++k) g[i][k] = to_float(x[k]);
     }
     for (int s = 0; s < a.shards; ++s) {
       const float w = __shfl_sync(kAll, weight, s);
+      const bool is_present = present >> s & 1;
       float dot = 0.0f;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
@@ -155,10 +159,10 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
         if (a.wants_outs) {
           Vector<T, Width> result;
 #pragma unroll
-          for (int k = 0; k < Width; ++k) result[k] = from_float<T>(w == 0.0f ? 0.0f : w * g[i][k]);
+          for (int k = 0; k < Width; ++k) result[k] = from_float<T>(is_present ? w * g[i][k] : 0.0f);
           store(row_of(a.shard[s].grad_out, at) + column, result);
         }
-        if (a.wants_logsumexps && w != 0.0f) {
+        if (a.wants_logsumexps && is_present) {
           const auto x = load<Width>(row_of(a.shard[s].out, at) + column);
 #pragma unroll
           for (int k = 0; k < Width; ++k) dot = fmaf(g[i][k], to_float(x[k]), dot);
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
   const float mean = warp_sum(weight * product);
   if (lane < a.shards) {
     const float shift = (a.grad_logsumexp ? a.grad_logsumexp[row] : 0.0f) - mean;
-    a.shard[lane].grad_logsumexp[row] = weight == 0.0f ? 0.0f : weight * (product + shift);
+    a.shard[lane].grad_logsumexp[row] = mine == -kInfinity ? 0.0f : weight * (product + shift);
   }
 }
 

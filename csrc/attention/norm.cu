@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kThreads)
       if (i * 32 + lane < dim) grad[i] = upstream[i * 32 + lane];
       live = live || grad[i] != 0.0f;
     }
-    // A row whose gradient is all zero was not attended to: it is not read, as it may be NaN.
+    // A row whose gradient is all zero was not attended to: it is not read, as it may be NaN, and weights may be.
     live = __any_sync(kAll, live);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads)
     const auto to = grad_x.at(place.batch, place.head, place.row);
 #pragma unroll
     for (int i = 0; i < kSteps; ++i)
-      if (i * 32 + lane < dim) to[i * 32 + lane] = from_float<T>((grad[i] - n[i] * mean) * scale);
+      if (i * 32 + lane < dim) to[i * 32 + lane] = from_float<T>(live ? (grad[i] - n[i] * mean) * scale : 0.0f);
   }
   if (!partials) return;
 #pragma unroll

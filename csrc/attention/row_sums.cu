@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         // What is hidden may be NaN in e.
-        const bool is_hidden = p[j][i] == -kInfinity;
+        const bool is_hidden = p[j][i] == kHidden;
         const float weight = weight_of(p[j][i], a.unit, logsumexp[i / 2], 0.0f);
         weights[i / 2] += is_hidden ? 0.0f : weight;
         products[i / 2] = is_hidden ? products[i / 2] : fmaf(weight, e[j][i], products[i / 2]);
@@ -177,16 +177,18 @@ __global__ void __launch_bounds__(kThreads)
   const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
   const int query = static_cast<int>(at % queries);
   float sum = 0.0f;
-  // A row that sees nothing has no gradient, whatever stands in its grad_out.
-  if (__any_sync(kAll, lane == 0 && logsumexp[at] != -kInfinity)) {
-    const auto x = out.at(batch, head, query), y = grad_out.at(batch, head, query);
+  const float of_row = logsumexp[at];
+  const auto x = out.at(batch, head, query), y = grad_out.at(batch, head, query);
+  // A row that sees nothing has no gradient, whatever stands in its grad_out. One that sees nothing but -inf is NaN.
+  const bool is_live = of_row != -kInfinity || __any_sync(kAll, lane == 0 && !(to_float(x[0]) == 0.0f));
+  if (is_live) {
     for (int d = lane; d < dim; d += 32) sum = fmaf(to_float(x[d]), to_float(y[d]), sum);
     if (grad_logsumexp.data && lane == 0) sum -= grad_logsumexp.at(batch, head, query)[0];
   }
   sum = warp_sum(sum);
   if (lane != 0) return;
   delta[at] = sum;
-  shift[at] = 0.0f;
+  shift[at] = is_live && fabsf(of_row) == kInfinity ? of_row - of_row : 0.0f;
 }
 
 }  // namespace

@@ -214,9 +214,11 @@ __global__ void __launch_bounds__(kMapThreads, 2) pair_maps_kernel(const Maps<T>
   const Global<float> sums = p.sums + first;
   const float bias = p.bias ? to_float(p.bias[g]) : 0.0f;
   float largest = -kInfinity, total = 0.0f;
+  bool has_pairs = false;
   for (int at = thread; at < size; at += kMapThreads) {
     float score = p.maps ? -kInfinity : 0.0f;
     if (pairs.counts(at)) {
+      has_pairs = true;
       score = 0.0f;
       for (int part = 0; part < p.parts; ++part) score += sums[part * p.part_stride + at];
       score += bias;
@@ -231,7 +233,8 @@ __global__ void __launch_bounds__(kMapThreads, 2) pair_maps_kernel(const Maps<T>
   if (!p.maps) return;
   const float whole = block_max(largest, shared.largest), base = whole == -kInfinity ? 0.0f : whole;
   total = block_sum(total * expf(largest - base), shared.sum);
-  const float scale = total == 0.0f ? 0.0f : 1.0f / total;
+  // Of pairs with nothing but -inf, 0 divided by 0.
+  const float scale = __syncthreads_or(has_pairs) ? 1.0f / total : 0.0f;
   for (int at = thread; at < size; at += kMapThreads) {
     // A NaN is that of all pairs, but not of what is no pair.
     const float score = sums[at], weight = pairs.counts(at) ? expf(score - base) * scale : 0.0f;

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
-from .triton_tiles import grad_scores, kept_weights, open_rows, probabilities, round_to, unless_empty, wide
+from .triton_tiles import LOWEST, grad_scores, kept_weights, open_rows, probabilities, round_to, unless_infinite, wide
 
 
 @triton.jit
@@ -80,7 +80,8 @@ def grad_side_kernel(
         b_open_x = open_rows(mask_x, b, mask_x_words, start_x, BLOCK_M)
     b_lse_x = tl.load(logsumexp_x + rows_x + b_x, mask=b_in_x, other=-float("inf"))
     b_delta_x = tl.load(delta_x + rows_x + b_x, mask=b_in_x, other=0.0)
-    b_live_x = b_lse_x != -float("inf")
+    # The delta of a row that sees nothing but -inf is NaN.
+    b_live_x = (b_lse_x != -float("inf")) | (b_delta_x != 0.0)
     # What is neither attended to nor attends to anything is not read.
     p_qx = row_of(query_x, query_x_strides, b, head, start_x)
     qx = rows(p_qx, b_i, query_x_strides.row, b_open_x | b_live_x, HEAD_DIM, BLOCK_D, WIDE)
@@ -99,26 +100,26 @@ def grad_side_kernel(
             b_open_y = open_rows(mask_y, b, mask_y_words, start_y, BLOCK_N)
         b_lse_y = tl.load(logsumexp_y + rows_y + b_y, mask=b_in_y, other=-float("inf"))
         b_delta_y = tl.load(delta_y + rows_y + b_y, mask=b_in_y, other=0.0)
-        b_live_y = b_lse_y != -float("inf")
+        b_live_y = (b_lse_y != -float("inf")) | (b_delta_y != 0.0)
         p_qy = row_of(query_y, query_y_strides, b, head, start_y)
         qy = rows(p_qy, b_j, query_y_strides.row, b_open_y | b_live_y, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
         b_s = product_of_rows(qx, qy, HEAD_DIM, BLOCK_D, PRECISION) * scale
         b_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if HAS_X and (grad_query is not None):
-            b_s_x = tl.where(b_open_y[None, :] & b_live_x[:, None], b_s, -float("inf"))
+            b_s_x = tl.where(b_open_y[None, :] & b_live_x[:, None], b_s, LOWEST)
             p_vy = row_of(value_y, value_y_strides, b, head, start_y)
             vy = rows(p_vy, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, WIDE)
-            b_shift_x = unless_empty(b_lse_x)[:, None]
+            b_shift_x = unless_infinite(b_lse_x)[:, None]
             b_p = probabilities(b_s_x, b_shift_x, dropout_x, head_index, b_x, start_y, True, BLOCK_N, False)
             b_dp = product_of_rows(dox, vy, DIM_Y, BLOCK_Y, PRECISION)
             b_ds += grad_scores(b_p, b_dp, b_delta_x[:, None], dropout_x, True)
         if HAS_Y:
-            b_s_y = tl.where(b_open_x[:, None] & b_live_y[None, :], b_s, -float("inf"))
+            b_s_y = tl.where(b_open_x[:, None] & b_live_y[None, :], b_s, LOWEST)
             p_doy = row_of(grad_out_y, grad_out_y_strides, b, head, start_y)
             doy = rows(p_doy, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, WIDE)
             # To direction y the rows of x are keys.
-            b_shift_y = unless_empty(b_lse_y)[None, :]
+            b_shift_y = unless_infinite(b_lse_y)[None, :]
             b_p_y = probabilities(b_s_y, b_shift_y, dropout_y, head_index, b_y, start_x, True, BLOCK_M, True)
             if grad_query is not None:
                 b_dp_y = product_of_rows(vx, doy, DIM_X, BLOCK_X, PRECISION)

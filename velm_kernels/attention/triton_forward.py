@@ -19,6 +19,7 @@ from .triton_products import (
 from .triton_tiles import (
     LN2,
     LOG2E,
+    LOWEST,
     extents,
     kept,
     key_rows_ok,
@@ -28,7 +29,7 @@ from .triton_tiles import (
     round_to,
     scores,
     seen_keys,
-    unless_empty,
+    unless_infinite,
     wide,
 )
 
@@ -64,7 +65,9 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Online softmax over the key tiles from `first` to `last`: `b_max` is the largest score of a row, `b_shift` that
-    in base 2. GUARDED: values that no row of the tile sees are not read."""
+    in base 2. GUARDED: values that no row of the tile sees are not read.
+
+    `b_max` is -inf of a row that has seen nothing yet, LOWEST of one that has seen nothing but -inf."""
     b_j = tl.arange(0, BLOCK_N)
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
@@ -72,21 +75,23 @@ def _attend(
         k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
+        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, True, BLOCK_N)
         # [BM]. NaN is never the largest; it gets into the sum.
         b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
-        # 0 for a row that has seen nothing yet, exp2(-inf - 0) = 0, and for one with an infinite score.
-        b_new_shift = tl.where(tl.abs(b_new_max) == float("inf"), 0.0, b_new_max * LOG2E)
+        if not (MASKED or (masks.key_mask is not None)):
+            b_new_max = tl.maximum(b_new_max, LOWEST)
+        # 0 for a row without a score yet, exp2(-inf - 0) = 0, and for one with an infinite score.
+        b_new_shift = tl.where(tl.abs(b_new_max) >= -LOWEST, 0.0, b_new_max * LOG2E)
         # [BM, BN]. The product is not rounded, as its last place is larger the larger the score is.
         b_p = tl.exp2(tl.fma(b_s, LOG2E, -b_new_shift[:, None]))
-        b_decay = tl.where(b_max == -float("inf"), 0.0, tl.exp2(b_shift - b_new_shift))
+        b_decay = tl.where(b_max <= LOWEST, 0.0, tl.exp2(b_shift - b_new_shift))
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_max = b_new_max
         b_shift = b_new_shift
         if dropout is not None:
             b_p = tl.where(kept(dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
         if GUARDED:
-            b_ok = seen_keys(b_s)
+            b_ok = seen_keys(b_s, True)
         v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         b_p = round_to(b_p, p_v.dtype.element_ty)
         accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
@@ -228,15 +233,20 @@ def attention_forward_kernel(
     if flags is not None and not GUARDED:
         report_nan(flags, accs, BLOCK_M)
 
-    # NaN and inf sums are results; only a sum of exactly nothing is an empty row.
-    b_empty = b_sum == 0.0
-    b_scale = 1.0 / tl.where(b_empty, 1.0, b_sum)
+    # An empty row is 0. NaN is a result, that of an infinite sum too, and that of a sum of 0 of what is seen, all -inf.
+    b_empty = (b_sum == 0.0) & (b_max == -float("inf"))
+    b_scale = tl.where(b_sum == float("inf"), float("nan"), 1.0 / tl.where(b_empty, 1.0, b_sum))
+    if SPLIT:
+        # Other splits may have seen more.
+        b_scale = tl.where(b_sum == 0.0, 1.0, b_scale)
     if dropout is not None:
         b_scale = b_scale * dropout.keep_scale
     # What the rounding of the shift has left in the sum is taken out of its logarithm.
-    b_base = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
+    b_base = tl.where(tl.abs(b_max) >= -LOWEST, 0.0, b_max)
     b_log = tl.log2(tl.where(b_empty, 1.0, b_sum)) - tl.fma(b_base, LOG2E, -b_shift)
     b_lse = tl.where(b_empty, -float("inf"), b_base + b_log * LN2)
+    if SPLIT:
+        b_lse = tl.where((b_sum == 0.0) & (b_max == LOWEST), LOWEST, b_lse)
 
     b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + e.start_q + b_m
     if SPLIT:
@@ -265,7 +275,8 @@ def merge_splits_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Merge partial results over keys, in the order of the keys, whatever order they were computed in."""
+    """Merge partial results over keys, in the order of the keys, whatever order they were computed in. The logsumexp of
+    a part that sees nothing but -inf is LOWEST."""
     b_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_in = b_row < rows
     b_dv = tl.arange(0, BLOCK_DV)
@@ -278,13 +289,13 @@ def merge_splits_kernel(
         b_lse = tl.load(partial_logsumexp + b_at, mask=b_in, other=-float("inf"))
         b_out = tl.load(partial_out + (b_at * VALUE_DIM)[:, None] + b_dv[None, :], mask=b_ok, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse)
-        b_shift = tl.where(tl.abs(b_new_max) == float("inf"), 0.0, b_new_max)
+        b_shift = tl.where(tl.abs(b_new_max) >= -LOWEST, 0.0, b_new_max)
         b_decay = tl.exp(b_max - b_shift)
         b_weight = tl.exp(b_lse - b_shift)
         b_acc = b_acc * b_decay[:, None] + b_out * b_weight[:, None]
         b_sum = b_sum * b_decay + b_weight
         b_max = b_new_max
-    b_empty = b_sum == 0.0
+    b_empty = (b_sum == 0.0) & (b_max == -float("inf"))
     b_safe = tl.where(b_empty, 1.0, b_sum)
     tl.store(logsumexp + b_row, tl.where(b_empty, -float("inf"), b_max + tl.log(b_safe)), mask=b_in)
     b = b_row // (heads * queries)
@@ -349,8 +360,8 @@ def key_mass_kernel(
             q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, BLOCK_N)
-            b_lse = unless_empty(b_lse)[None, :]
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, False, BLOCK_N)
+            b_lse = unless_infinite(b_lse)[None, :]
             b_mass += tl.sum(probabilities(b_s, b_lse, None, 0, b_m, start_n, True, BLOCK_N, True), 1)
     p_mass = key_mass + wide(b) * mass_strides.batch + wide(head) * mass_strides.head + e.start_k + start_n
     tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < e.keys)

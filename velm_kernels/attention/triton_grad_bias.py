@@ -13,7 +13,7 @@ from .triton_tiles import (
     query_block,
     round_to,
     scores,
-    unless_empty,
+    unless_infinite,
     wide,
 )
 
@@ -99,10 +99,10 @@ def grad_bias_kernel(
             do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
             k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
             v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
-            b_lse = unless_empty(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))[:, None]
+            b_lse = unless_infinite(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))[:, None]
             b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
             b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
             head_index = b * sizes.heads + head
             b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, True, BLOCK_N, False)
             b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)

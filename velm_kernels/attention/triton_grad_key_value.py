@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
+    PAST_END,
     extents,
     grad_products,
     grad_scores,
@@ -16,7 +17,7 @@ from .triton_tiles import (
     query_block,
     round_to,
     scores,
-    unless_empty,
+    unless_infinite,
     wide,
 )
 
@@ -71,16 +72,16 @@ def _grad_key_value_tiles(
         if masks.range_start is not None:
             wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
         if wanted:
-            b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
+            b_lse = tl.load(p_lse + b_m, mask=b_in, other=PAST_END)
             b_delta = tl.load(p_delta + b_m, mask=b_in, other=0.0)
             # Empty rows are not read: their query and grad_out may be NaN.
-            b_live = b_lse != -float("inf")
+            b_live = b_in & (b_lse != -float("inf"))
             q = rows(p_q + wide(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, WIDE)
             do = rows(p_do + wide(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
-            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, BLOCK_N)
-            b_lse = unless_empty(b_lse)[None, :]
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, False, BLOCK_N)
+            b_lse = unless_infinite(b_lse)[None, :]
             b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, HIDES, BLOCK_N, True)
             if WANTS_VALUE:
                 b_weight = round_to(kept_weights(b_p, dropout), p_do.dtype.element_ty)

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from .triton_products import add_weighted, has_nan, product_of_rows, report_nan, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
+    PAST_END,
     extents,
     grad_products,
     grad_scores,
@@ -18,7 +19,7 @@ from .triton_tiles import (
     round_to,
     scores,
     seen_keys,
-    unless_empty,
+    unless_infinite,
     wide,
 )
 
@@ -51,8 +52,7 @@ def delta_kernel(
     b_dv = tl.arange(0, BLOCK_DV)
     b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + b_m
     # An empty row has no gradient, whatever stands in its grad_out.
-    b_live = b_in & (tl.load(logsumexp + b_lse_at, mask=b_in, other=-float("inf")) != -float("inf"))
-    b_ok = b_live[:, None] & (b_dv < VALUE_DIM)[None, :]
+    b_lse = tl.load(logsumexp + b_lse_at, mask=b_in, other=-float("inf"))
     p_do = (
         grad_out
         + wide(b) * grad_out_strides.batch
@@ -60,8 +60,11 @@ def delta_kernel(
         + wide(b_m) * grad_out_strides.row
     )
     p_o = out + wide(b) * out_strides.batch + wide(b_head) * out_strides.head + wide(b_m) * out_strides.row
-    b_do = tl.load(p_do[:, None] + b_dv[None, :], mask=b_ok, other=0.0).to(tl.float32)
-    b_o = tl.load(p_o[:, None] + b_dv[None, :], mask=b_ok, other=0.0).to(tl.float32)
+    b_column = (b_dv < VALUE_DIM)[None, :]
+    b_o = tl.load(p_o[:, None] + b_dv[None, :], mask=b_in[:, None] & b_column, other=0.0).to(tl.float32)
+    # Of an empty row it is 0, of one that sees nothing but -inf NaN.
+    b_live = b_in & ((b_lse != -float("inf")) | (tl.max((b_o != 0.0).to(tl.int32), 1) != 0))
+    b_do = tl.load(p_do[:, None] + b_dv[None, :], mask=b_live[:, None] & b_column, other=0.0).to(tl.float32)
     b_delta = tl.sum(b_do * b_o, 1)
     if grad_logsumexp is not None:
         p_dlse = (
@@ -123,7 +126,7 @@ def delta_of_products_kernel(
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
     # An empty row has no gradient, whatever stands in its grad_out.
     b_live = b_lse != -float("inf")
-    b_lse = unless_empty(b_lse)[:, None]
+    b_lse = unless_infinite(b_lse)[:, None]
     p_q = row_of(query, query_strides, b, head, e.start_q + start_m)
     p_do = row_of(grad_out, grad_out_strides, b, head, e.start_q + start_m)
     p_k = row_of(key, key_strides, b, kv_head, e.start_k)
@@ -138,7 +141,7 @@ def delta_of_products_kernel(
         v = rows(p_v + wide(start_n) * value_strides.row, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, BLOCK_N)
+        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
         b_p = probabilities(b_s, b_lse, dropout, b * sizes.heads + head, b_m, start_n, True, BLOCK_N, False)
         b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
         b_sum += tl.sum(grad_scores(b_p, b_dp, tl.zeros((BLOCK_M, 1), tl.float32), dropout, True), 1)
@@ -192,7 +195,7 @@ def _grad_query_tiles(
         v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
-        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, BLOCK_N)
+        b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, False, BLOCK_N)
         b_p = probabilities(b_s, b_lse[:, None], dropout, b_head_index, block.b_m, start_n, HIDES, BLOCK_N, False)
         b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
         b_ds = grad_scores(b_p, b_dp, b_delta[:, None], dropout, HIDES)
@@ -203,7 +206,7 @@ def _grad_query_tiles(
             tl.store(p_tile, round_to(b_ds, grad_bias.dtype.element_ty), mask=b_inside)
         b_dqk = grad_products(b_ds, b_p, b_qk, scaling, HIDES)
         if GUARDED:
-            k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, seen_keys(b_s), HEAD_DIM, BLOCK_D, WIDE)
+            k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, seen_keys(b_s, False), HEAD_DIM, BLOCK_D, WIDE)
         b_dqk = round_to(b_dqk, p_k.dtype.element_ty)
         dq = add_weighted(dq, None, b_dqk, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     return dq
@@ -275,12 +278,12 @@ def grad_query_kernel(
     p_k = row_of(key, key_strides, b, kv_head, e.start_k)
     p_v = row_of(value, value_strides, b, kv_head, e.start_k)
     lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
-    b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
+    b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=PAST_END)
     b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
     # [BM, D], [BM, DV]
     q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
     do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
-    b_lse = unless_empty(b_lse)
+    b_lse = unless_infinite(b_lse)
     dq = zero_pieces(BLOCK_M, HEAD_DIM, BLOCK_D, PARTS)
     for masks_part in tl.static_range(FIRST_PART, 3):
         dq = _grad_query_tiles(

@@ -81,7 +81,7 @@ def rms_norm_backward_kernel(
         b_dy = tl.load(
             _row_pointers(grad_y, grad_y_strides, b_row, heads, length)[:, None] + b_d[None, :], mask=b_ok, other=0.0
         ).to(tl.float32)
-        # A row whose gradient is all zero was not attended to: it is not read, as it may be NaN.
+        # A row whose gradient is all zero was not attended to: it is not read, as it may be NaN, and weights may be.
         b_live = tl.max((b_dy != 0.0).to(tl.int32), 1) > 0
         b_x = tl.load(
             _row_pointers(x, x_strides, b_row, heads, length)[:, None] + b_d[None, :],
@@ -91,7 +91,7 @@ def rms_norm_backward_kernel(
         b_inverse = 1.0 / tl.sqrt(tl.sum(b_x * b_x, 1) / DIM + eps)
         b_inverse = tl.where(b_live, b_inverse, 0.0)
         b_n = b_x * b_inverse[:, None]
-        b_g = b_dy * b_w[None, :]
+        b_g = tl.where(b_live[:, None], b_dy * b_w[None, :], 0.0)
         b_dx = (b_g - b_n * (tl.sum(b_g * b_n, 1) / DIM)[:, None]) * b_inverse[:, None]
         b_dw += b_dy * b_n
         if grad_x is not None:

@@ -223,7 +223,8 @@ def merge_logsumexp_backward_kernel(
         b_mean -= tl.load(grad_logsumexp + b_row, mask=b_in, other=0.0)
     for shard in tl.range(0, SHARDS):
         b_at = wide(shard) * rows + b_row
-        b_weight = _merge_weight(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")), b_total)
+        b_lse = tl.load(logsumexps + b_at, mask=b_in, other=-float("inf"))
         b_product = tl.load(products + b_at, mask=b_in, other=0.0)
-        b_grad = tl.where(b_weight == 0.0, 0.0, b_weight * (b_product - b_mean))
+        b_grad = _merge_weight(b_lse, b_total) * (b_product - b_mean)
+        b_grad = tl.where(b_lse == -float("inf"), 0.0, b_grad)
         tl.store(grad_logsumexps + b_at, b_grad, mask=b_in)

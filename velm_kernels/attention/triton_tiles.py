@@ -29,6 +29,17 @@ FAR = tl.constexpr(1 << 30)
 LONGEST_CHAIN = tl.constexpr(64)
 # The sign of a float32 among its bits.
 SIGN = tl.constexpr(-(1 << 31))
+# What stands for hidden keys must be no score, and -inf is one: a row that sees it reads whatever belongs to it. In
+# forward, where the largest score is looked for, hidden ones are -inf, and LOWEST stands for a score of -inf; elsewhere
+# LOWEST for hidden ones, which costs nothing. No score is that low, and none whose size is larger is one in base 2.
+LOWEST = tl.constexpr(float.fromhex("-0x1.fffffap127"))
+NOTHING = tl.constexpr(-float("inf"))
+# A bias below this leaves nothing of a score, and counts as the next power of two: in base 2 that is exact, so that a
+# row of nothing else, as masks of the smallest number of a type make it, is the mean of all values.
+FAR_BIAS = tl.constexpr(-float(1 << 31))
+SIGN_AND_EXPONENT = tl.constexpr(-(1 << 23))
+# A logsumexp of rows past the end, in front of which every score is nothing.
+PAST_END = tl.constexpr(3e38)
 
 
 class Strides(NamedTuple):
@@ -334,9 +345,11 @@ def scores(
     start_n,
     MASKED: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
+    FORWARD: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Scores of a tile of products `b_qk`, -inf where not visible.
+    """Scores of a tile of products `b_qk`, LOWEST where not visible. FORWARD: -inf where not visible, and in a tile
+    that may hide something LOWEST instead of -inf where visible.
 
     `b_ok` [BN] is what `key_rows_ok` says of the keys; KEYS_FIRST: the tile is [BN, BM]. A tile that is not `MASKED`
     lies inside [b_lo, b_hi) of all of its rows."""
@@ -352,19 +365,25 @@ def scores(
         p_rows = matrix_rows(masks.bias, strides, block.b, block.b_head, b_m)
         p_tile = along_queries(p_rows + start_n, KEYS_FIRST) + along_keys(b_j, KEYS_FIRST)
         b_bias = tl.load(p_tile, mask=b_n < block.keys, other=0.0).to(tl.float32)
+        b_power = (b_bias.to(tl.int32, bitcast=True) & SIGN_AND_EXPONENT).to(tl.float32, bitcast=True)
+        b_s = b_s + tl.where(b_bias < FAR_BIAS, b_power, b_bias)
+    HIDDEN: tl.constexpr = NOTHING if FORWARD else LOWEST
+    if FORWARD and (MASKED or (masks.key_mask is not None)):
+        b_s = tl.where(b_s == -float("inf"), LOWEST, b_s)
+    if masks.bias is not None:
         # Selected, as what is hidden by -inf may be NaN.
-        b_s = tl.where(b_bias == -float("inf"), -float("inf"), b_s + b_bias)
+        b_s = tl.where(b_bias == -float("inf"), HIDDEN, b_s)
     if masks.mask is not None:
         strides = Strides(masks.mask_batch, masks.mask_head, masks.mask_row)
         p_rows = matrix_rows(masks.mask, strides, block.b, block.b_head, b_m)
-        b_s = tl.where(open_keys(p_rows, masks.mask_word, start_n, BLOCK_N, KEYS_FIRST), b_s, -float("inf"))
+        b_s = tl.where(open_keys(p_rows, masks.mask_word, start_n, BLOCK_N, KEYS_FIRST), b_s, HIDDEN)
     if masks.key_mask is not None:
-        b_s = tl.where(along_keys(b_ok, KEYS_FIRST), b_s, -float("inf"))
+        b_s = tl.where(along_keys(b_ok, KEYS_FIRST), b_s, HIDDEN)
     if MASKED:
         b_visible = b_n < along_queries(block.b_hi, KEYS_FIRST)
         if masks.range_start is not None:
             b_visible = b_visible & (b_n >= along_queries(block.b_lo, KEYS_FIRST))
-        b_s = tl.where(b_visible, b_s, -float("inf"))
+        b_s = tl.where(b_visible, b_s, HIDDEN)
     return b_s
 
 
@@ -387,15 +406,17 @@ def key_rows_ok(masks, b, start_n, lo, hi, BLOCK_N: tl.constexpr, MASKED: tl.con
 
 
 @triton.jit
-def seen_keys(b_s):
+def seen_keys(b_s, FORWARD: tl.constexpr):
     """Which keys of a tile of scores some query sees. -> [BN]"""
-    return tl.max((b_s != -float("inf")).to(tl.int32), 0) > 0
+    HIDDEN: tl.constexpr = NOTHING if FORWARD else LOWEST
+    return tl.max((b_s != HIDDEN).to(tl.int32), 0) > 0
 
 
 @triton.jit
-def unless_empty(b_lse):
-    """logsumexp for `probabilities`: inf in an empty row, in front of which every score is nothing."""
-    return tl.where(b_lse == -float("inf"), float("inf"), b_lse)
+def unless_infinite(b_lse):
+    """logsumexp for `probabilities`: NaN where it is infinite, as all weights of such a row are. An empty row is one of
+    them, but hides all keys."""
+    return tl.where(tl.abs(b_lse) == float("inf"), float("nan"), b_lse)
 
 
 @triton.jit
@@ -410,7 +431,7 @@ def probabilities(
     BLOCK_N: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):
-    """exp(b_s - b_lse), where `b_lse` comes from `unless_empty` and has the tile's two dimensions. The difference is
+    """exp(b_s - b_lse), where `b_lse` comes from `unless_infinite` and has the tile's two dimensions. The difference is
     rounded, not the scores in base 2, whose last place is larger the larger they are.
 
     With dropout the sign is set of what it drops, so that no mask stays live beside it. HIDES: the tile may hide
@@ -422,7 +443,7 @@ def probabilities(
         b_kept = kept(dropout, b_head_index, b_m, start_n, BLOCK_N, KEYS_FIRST)
         b_p = tl.where(b_kept, b_bits & ~SIGN, b_bits | SIGN).to(tl.float32, bitcast=True)
     if HIDES:
-        b_p = tl.where(b_s == -float("inf"), -0.0, b_p)
+        b_p = tl.where(b_s == LOWEST, -0.0, b_p)
     return b_p
 
 

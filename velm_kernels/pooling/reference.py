@@ -44,7 +44,8 @@ def masked_pool(
     if mode == "gem":
         # Powers of ratios to the largest value neither overflow nor vanish, and equal values come out as they are.
         clamped = torch.where(live, x.clamp(min=GEM_EPS), GEM_EPS)
-        largest = clamped.detach().nan_to_num(GEM_EPS).amax(-2, keepdim=True) if x.shape[-2] else GEM_EPS
+        # Beside infinity no power matters: 1 in its place, whose product with a gradient is no infinity.
+        largest = clamped.detach().nan_to_num(GEM_EPS, 1.0).amax(-2, keepdim=True) if x.shape[-2] else GEM_EPS
         powers = torch.where(live, (clamped / largest) ** p, 0.0)
         mean = torch.where(count[..., None] > 0, powers.sum(-2, keepdim=True) / count[..., None], 1.0)
         out = (largest * mean ** (1 / p)).squeeze(-2)
