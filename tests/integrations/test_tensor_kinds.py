@@ -27,6 +27,7 @@ from .tensor_kinds import Int8, quantise
 def _our_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """At these sizes the rules take torch, and a kernel that must not see a weight would not."""
     monkeypatch.setattr(projections, "faster_than_torch", lambda *args: True)
+    monkeypatch.setattr(projections, "always_torch", lambda: False)
     monkeypatch.setattr(projections, "_FUSED_ELEMENTS", 0)
     with use_product("velm"):
         yield

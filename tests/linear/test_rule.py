@@ -9,7 +9,7 @@ import velm_kernels
 from velm_kernels import processors
 from velm_kernels.backends import cpu
 from velm_kernels.linear import faster_than_torch
-from velm_kernels.linear.rule import own_product, use_product
+from velm_kernels.linear.rule import always_torch, own_product, use_product
 from velm_kernels.processors import Processor
 
 AVX512 = frozenset({"avx2", "avx512f", "avx512vnni"})
@@ -99,3 +99,15 @@ def test_a_product_that_goes_to_torch_is_torch() -> None:
     assert type(out.grad_fn).__name__ == type(torch.nn.functional.linear(x, weight).grad_fn).__name__
     with use_product("velm"):
         assert "linear_forward" in type(velm_kernels.linear(x, weight).grad_fn.next_functions[0][0]).__name__
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [(SAPPHIRE_RAPIDS, True), (DISGUISED, True), (CASCADE_LAKE, False), (ZEN_4, False), (ZEN_5, False)],
+)
+def test_torch_for_all_sizes(processor: tuple[Processor, str], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processors, "this_processor", lambda: processor[0])
+    monkeypatch.setattr(cpu, "in_use", lambda: processor[1])
+    assert always_torch() is expected
+    monkeypatch.setattr(cpu, "in_use", lambda: None)
+    assert always_torch()

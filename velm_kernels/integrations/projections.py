@@ -20,6 +20,7 @@ from velm_kernels import checks
 from velm_kernels.backends import cpu
 from velm_kernels.fusion import dropout_residual
 from velm_kernels.linear import faster_than_torch, linear
+from velm_kernels.linear.rule import always_torch
 
 from .patching import LINEAR, Replacement, record_fallback, replaces
 from .plain import are_plain, is_bare, under_autocast
@@ -89,6 +90,10 @@ class LinearForward:
     def __call__(self, input: Tensor) -> Tensor:
         module = self.module
         weight, bias = module.weight, module.bias
+        is_usual = weight.__class__ is nn.Parameter and input.__class__ is Tensor
+        if is_usual and (bias is None or bias.__class__ is nn.Parameter) and not _is_traced() and always_torch():
+            # Whatever the sizes, without a look at them.
+            return nn.functional.linear(input, weight, bias)
         # Somebody may have kept this forward, as offloading hooks do, until after `unpatch`.
         if "velm_forward" not in vars(module):
             return nn.functional.linear(input, weight, bias)
@@ -172,8 +177,12 @@ def _dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 def _kernel_product(x: Tensor, weight: Tensor) -> bool:
-    if x.device.type == "meta":
+    if x.device.type == "meta" or (not _is_traced() and always_torch()):
         return False
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     out_features, in_features = weight.shape

@@ -95,3 +95,16 @@ def own_product_of(x_rows: int, dtype: torch.dtype) -> bool:
         return asked == "velm"
     isa = cpu.in_use()
     return isa is not None and x_rows >= first_row(dtype, isa, processors.this_processor())
+
+
+_never: tuple[str | None, Processor, bool] | None = None
+
+
+def always_torch() -> bool:
+    """Whether :func:`faster_than_torch` says no on the CPU whatever the call; patched modules ask each time."""
+    global _never
+    isa, processor = cpu.in_use(), processors.this_processor()
+    if _never is None or _never[0] != isa or _never[1] is not processor:
+        rows = (processors.NEVER if isa is None else first_row(dtype, isa, processor) for dtype in cpu.DTYPES)
+        _never = isa, processor, min(rows) >= processors.NEVER
+    return _never[2]
