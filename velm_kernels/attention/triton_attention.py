@@ -10,14 +10,13 @@ import torch
 
 from velm_kernels.attention.schema import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_NAMES, empty_like_heads
 from velm_kernels.attention.triton_forward import attention_forward_kernel, key_mass_kernel, merge_splits_kernel
-from velm_kernels.attention.triton_grad_bias import grad_bias_kernel, sum_partials_kernel
+from velm_kernels.attention.triton_grad_bias import grad_bias_kernel
 from velm_kernels.attention.triton_grad_key_value import grad_key_value_kernel
 from velm_kernels.attention.triton_grad_query import delta_kernel, delta_of_products_kernel, grad_query_kernel
 from velm_kernels.attention.triton_norm import rms_norm_backward_kernel, rms_norm_kernel
 from velm_kernels.attention.triton_problem import (
     Problem,
     aligned_empty,
-    cdiv,
     matrix_strides,
     prepare,
     row_strides,
@@ -25,9 +24,11 @@ from velm_kernels.attention.triton_problem import (
 from velm_kernels.attention.triton_tiles import Strides
 from velm_kernels.backends.triton import Config, dimension_class, launch, parts_of, sums_both
 from velm_kernels.layout import unit_last_stride
+from velm_kernels.triton.launches import FEW_PROGRAMS as FEW_PROGRAMS
+from velm_kernels.triton.launches import cdiv
+from velm_kernels.triton.launches import sum_partials as sum_partials
 
-# Splitting over keys starts where fewer programs than this would run, and gives each split at least this many tiles.
-FEW_PROGRAMS = 256
+# Splitting over keys, where there are fewer than FEW_PROGRAMS, gives each split at least this many tiles.
 LEAST_TILES = 4
 # What one program of the norm's backward sums before partial results are added.
 NORM_STEPS = 16
@@ -88,21 +89,6 @@ def rms_norm_backward(
     )
     launch("rms_norm_backward", rms_norm_backward_kernel, programs, arguments, constants, config)
     return grad_x, None if partials is None else sum_partials(partials, torch.empty_like(weight))
-
-
-def sum_partials(partials: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Sums float32 (count, elements) over its first dimension, in order, into `total` (contiguous)."""
-    block = 128
-    arguments = (partials, total, partials.shape[0], total.numel())
-    launch(
-        "sum_partials",
-        sum_partials_kernel,
-        cdiv(total.numel(), block),
-        arguments,
-        {"BLOCK": block},
-        Config(block, 0, 4, 1),
-    )
-    return total
 
 
 def few_rows(config: Config, rows: int) -> Config:

@@ -11,7 +11,6 @@ from .triton_tiles import (
     key_rows_ok,
     probabilities,
     query_block,
-    round_to,
     scores,
     unless_infinite,
     wide,
@@ -129,14 +128,3 @@ def grad_bias_kernel(
             b_sum,
             mask=(b_m < queries)[:, None] & (b_n < keys)[None, :],
         )
-
-
-@triton.jit
-def sum_partials_kernel(partial, total, count, elements, BLOCK: tl.constexpr):
-    """total[e] = sum over `count` of partial[:, e], in order, in float32."""
-    b_e = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
-    b_ok = b_e < elements
-    b_sum = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.range(0, count):
-        b_sum += tl.load(partial + wide(i) * elements + b_e, mask=b_ok, other=0.0)
-    tl.store(total + b_e, round_to(b_sum, total.dtype.element_ty), mask=b_ok)

@@ -10,13 +10,10 @@ import torch
 from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
+from velm_kernels.triton.launches import cdiv as cdiv
 
 # Offsets inside one tile are 32-bit up to this row stride.
 NARROW_STRIDE = 1 << 23
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
 
 
 def row_strides(x: torch.Tensor) -> Strides:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, architecture, launch, precision
 from velm_kernels.fusion.triton_bilinear_kernels import bilinear_inputs_kernel, bilinear_kernel, bilinear_weight_kernel
+from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 GRAD_X, GRAD_Y, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4, 8
 TILE = Config(64, 64, 8, 2)

@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.triton_attention import sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch, precision
 from velm_kernels.fusion.bilinear_attention import GRAD_ATTENTION, GRAD_BIAS, GRAD_H, GRAD_Q, GRAD_V, live_rows
 from velm_kernels.fusion.triton_bilinear_attention_kernels import (
@@ -17,6 +15,7 @@ from velm_kernels.fusion.triton_bilinear_attention_kernels import (
     side_kernel,
     softmax_kernel,
 )
+from velm_kernels.triton.launches import cdiv, sum_partials
 
 # Rows of two sides in a tile; and columns, by element size.
 TILE = Config(32, 16, 4, 2)

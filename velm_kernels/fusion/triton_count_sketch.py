@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.fusion.count_sketch import by_bucket
 from velm_kernels.fusion.triton_count_sketch_kernels import count_sketch_kernel
+from velm_kernels.triton.launches import cdiv
 
 TILE = Config(4, 128, 4, 1)
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.linear.reference import from_value
 from velm_kernels.linear.triton_kernels import linear_epilogue_kernel, linear_grad_kernel
+from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 TILE = Config(16, 128, 4, 1)

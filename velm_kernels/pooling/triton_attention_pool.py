@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.triton_attention import sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch, precision
 from velm_kernels.pooling.attention_pool import GRAD_ROWS, GRAD_X
 from velm_kernels.pooling.triton_attention_pool_kernels import (
@@ -19,6 +17,7 @@ from velm_kernels.pooling.triton_attention_pool_kernels import (
 )
 from velm_kernels.pooling.triton_pool import _strides, _tokens
 from velm_kernels.pooling.triton_pool_kernels import Tokens
+from velm_kernels.triton.launches import cdiv, sum_partials
 
 # Rows and tokens of a tile; and columns, by element size.
 TILE = Config(16, 32, 4, 2)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.pooling.pool import GEM, MEAN, MODES, _stats, empty_gradient
 from velm_kernels.pooling.triton_pool_kernels import (
@@ -16,6 +15,7 @@ from velm_kernels.pooling.triton_pool_kernels import (
     pool_counts_kernel,
     pool_kernel,
 )
+from velm_kernels.triton.launches import cdiv
 
 # Columns side by side, and with tokens side by side fewer of them.
 TILE = Config(16, 128, 4, 2)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.attention.triton_tiles import FAR, LOG2E, round_to, wide
+from velm_kernels.triton.kernels import FAR, LOG2E, round_to, wide
 
 MEAN = tl.constexpr(0)
 SUM = tl.constexpr(1)

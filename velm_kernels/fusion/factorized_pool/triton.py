@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.fusion.factorized_pool.triton_kernels import factorized_pool_backward_kernel, factorized_pool_kernel
+from velm_kernels.triton.launches import cdiv
 
 TILE = Config(4, 128, 4, 1)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from velm_kernels.attention.triton_attention import sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.fusion.film.triton_kernels import (
     film_along_backward_kernel,
     film_backward_kernel,
     film_kernel,
 )
+from velm_kernels.triton.launches import cdiv, sum_partials
 
 TILE = Config(8, 256, 4, 1)
 CONSTANTS = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, architecture, launch, precision
 from velm_kernels.fusion.inputs import MOST_INPUTS
 from velm_kernels.fusion.low_rank_fusion import products
@@ -17,6 +16,7 @@ from velm_kernels.fusion.low_rank_fusion.triton_kernels import (
     low_rank_kernel,
     low_rank_projection_kernel,
 )
+from velm_kernels.triton.launches import cdiv
 
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync.

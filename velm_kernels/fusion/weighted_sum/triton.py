@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from velm_kernels.attention.triton_attention import sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.fusion.weighted_sum.triton_kernels import weighted_sum_backward_kernel, weighted_sum_kernel
+from velm_kernels.triton.launches import cdiv, sum_partials
 
 TILE = Config(8, 256, 4, 1)
 CONSTANTS = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
 from velm_kernels.pooling.gather_rows.triton_kernels import gather_rows_kernel
+from velm_kernels.triton.launches import cdiv
 
 TILE = Config(8, 256, 4, 1)
 

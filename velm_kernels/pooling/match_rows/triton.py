@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch, precision
 from velm_kernels.pooling.match_rows.triton_kernels import inverse_norms_kernel, match_rows_kernel
+from velm_kernels.triton.launches import cdiv
 
 NORMS_TILE, NORMS_DEPTH = Config(32, 0, 4, 1), 64
 # Of half precision and of float32, with the depth of a step.
