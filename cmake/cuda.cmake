@@ -14,12 +14,10 @@ set(VELM_KERNEL_SOURCES
   ${VELM_OWN_KERNELS}
   attention/bidirectional_backward.cu
   attention/forward.cu
-  attention/gated_residual.cu
   attention/grad_bias.cu
   attention/grad_key_value.cu
   attention/grad_query.cu
   attention/key_mass.cu
-  attention/merge.cu
   attention/norm.cu
   attention/row_sums.cu
   fusion/bilinear.cu
@@ -34,7 +32,6 @@ set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
-  csrc/attention/small_cuda.cpp
   csrc/fusion/bilinear_attention_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,3 +30,10 @@ def product(sizes: Iterable[int]) -> int:
 def as_matrix(x: Tensor) -> Tensor:
     """``(rows, dim)`` of ``(..., dim)``, neighbours in a row next to each other; also for ``dim`` 0."""
     return unit_last_stride(x.reshape(product(x.shape[:-1]), x.shape[-1]))
+
+
+def empty_heads_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uninitialised ``(batch, heads, rows, dim)`` whose memory is ``(batch, rows, heads, dim)``: what a module turns
+    into ``(batch, rows, heads * dim)`` without a copy."""
+    batch, heads, rows, dim = shape
+    return like.new_empty((batch, rows, heads, dim)).transpose(1, 2)

@@ -14,7 +14,7 @@ import velm_kernels
 from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.attention.merge import canonical
+from velm_kernels.attention.merge_attention import canonical
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -166,6 +166,18 @@ def test_only_wanted_gradients(backend: Backend) -> None:
             torch.autograd.backward([out, finite], upstream32)
         torch.testing.assert_close(leaves[wanted].grad, everything[name])
         assert leaves[1 - wanted].grad is None
+
+    # Of a list, that of one shard: the others are not computed, and nothing is written in their place.
+    shards = [[t.clone() for t in stacked] for stacked in (outs, lses)]
+    chosen = (shards[0][1].requires_grad_(), shards[1][2].requires_grad_())
+    for some in (chosen[:1], chosen[1:], chosen):
+        with backend.use():
+            out, logsumexp = velm_kernels.merge_attention(*shards)
+        finite = torch.where(torch.isinf(logsumexp), 0.0, logsumexp)
+        grads = torch.autograd.grad([out, finite], some, [t.float() for t in upstream])
+        for grad, of in zip(grads, some, strict=True):
+            name, shard = ("grad_outs", 1) if of is chosen[0] else ("grad_logsumexps", 2)
+            torch.testing.assert_close(grad, everything[name][shard])
 
 
 @every_backend_once

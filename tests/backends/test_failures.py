@@ -295,15 +295,15 @@ def test_a_kernel_that_raises_in_the_interpreter() -> None:
     import torch, triton
     import triton.language as tl
     import velm_kernels
-    from velm_kernels.attention import triton_small
+    from velm_kernels.attention.gated_residual import triton as launches
 
     @triton.jit
     def broken(*args):
         raise AssertionError("planted")
 
-    names = [name for name, value in vars(triton_small).items() if name.endswith("_kernel")]
+    names = [name for name, value in vars(launches).items() if name.endswith("_kernel")]
     for name in names:
-        setattr(triton_small, name, broken)
+        setattr(launches, name, broken)
     x = torch.ones(2, 3, 4, requires_grad=True)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
@@ -340,7 +340,7 @@ def test_a_triton_that_does_not_import(tmp_path: Path) -> None:
     print(velm_kernels.gated_residual(x, x, torch.ones(1)).shape)
     print(velm_kernels.explain("gated_residual", x, x, torch.ones(1)))
     try:
-        triton.imported("velm_kernels.attention.triton_small", "gated_residual_forward")
+        triton.imported("velm_kernels.attention.gated_residual.triton", "gated_residual_forward")
     except failures.StartError as error:
         print(error.everywhere, error.reason)
     """

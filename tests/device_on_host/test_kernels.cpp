@@ -4,8 +4,8 @@
 
 #include "attention/bidirectional_cuda.h"
 #include "attention/forward_cuda.h"
-#include "attention/gated_residual_cuda.h"
-#include "attention/merge_cuda.h"
+#include "attention/gated_residual/cuda.h"
+#include "attention/merge_attention/cuda.h"
 #include "attention/norm_cuda.h"
 #include "fusion/dropout_residual/cuda.h"
 #include "tests/device_on_host/values.h"

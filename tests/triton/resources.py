@@ -32,7 +32,9 @@ import torch
 import triton
 
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
-from velm_kernels.attention import triton_attention, triton_bidirectional, triton_small
+from velm_kernels.attention import triton_attention, triton_bidirectional
+from velm_kernels.attention.gated_residual import triton as triton_gated_residual
+from velm_kernels.attention.merge_attention import triton as triton_merge_attention
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
@@ -206,10 +208,12 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, False)
         triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, 63)
         outs, logsumexps = [out] * shards, [logsumexp] * shards
-        triton_small.merge_attention_forward(outs, logsumexps)
-        triton_small.merge_attention_backward(out, logsumexp, outs, logsumexps, logsumexp, 3)
-        triton_small.gated_residual_forward(x, x, row, mask)
-        triton_small.gated_residual_backward(x, x, row, mask, 3)
+        triton_merge_attention.merge_attention_forward(outs, logsumexps, out, logsumexp)
+        triton_merge_attention.merge_attention_backward(
+            out, logsumexp, outs, logsumexps, logsumexp, list(outs), list(logsumexps)
+        )
+        triton_gated_residual.gated_residual_forward(x, x, row, mask, x)
+        triton_gated_residual.gated_residual_backward(x, x, row, mask, dtype, x, row)
         dropout_residual_forward(x, x, seed, 0.1, x)
         y, saved = triton_linear.linear_forward(x, _empty(dim, dim, dtype=dtype), row, x, "gelu", True)
         pair, options = x[None], (seed, 6, True, True, True, 0.1)

@@ -9,11 +9,10 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import reference_small as reference
-from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.layout import empty_heads_last, unit_last_stride
 from velm_kernels.philox import dropout_keep
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8

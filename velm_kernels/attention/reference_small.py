@@ -5,27 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from velm_kernels.attention.gated_residual.reference import gated_residual as gated_residual
+from velm_kernels.attention.merge_attention.reference import merge_attention as merge_attention
 from velm_kernels.philox import dropout_keep
-
-
-def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Tensor:
-    """``residual + tanh(gate) * x``; rows of ``x`` with a False ``row_mask`` count as 0."""
-    if row_mask is None:
-        return residual + torch.tanh(gate) * x
-    zero, live = x.new_zeros(()), row_mask[..., None]
-    # Of both factors, so that neither meets the other where a row is masked.
-    return residual + torch.where(live, torch.tanh(gate), zero) * torch.where(live, x, zero)
-
-
-def merge_attention(outs: Tensor, logsumexps: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and logsumexp over all shards, from ``(shards, ..., head_dim)`` and ``(shards, ...)``."""
-    present = logsumexps != -torch.inf
-    empty = ~present.any(0)
-    outs = torch.where(present[..., None], outs, outs.new_zeros(()))
-    logsumexps = torch.where(empty, logsumexps.new_zeros(()), logsumexps)
-    logsumexp = torch.logsumexp(logsumexps, 0)
-    weights = torch.where(present, logsumexps.softmax(0), logsumexps.new_zeros(()))
-    return (weights[..., None].to(outs.dtype) * outs).sum(0), logsumexp.masked_fill(empty, -torch.inf)
 
 
 def bidirectional_attention(

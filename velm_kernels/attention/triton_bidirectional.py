@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.merge import empty_heads_last
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.attention.triton_attention import delta_of, forward
 from velm_kernels.attention.triton_bidirectional_kernels import grad_side_kernel
@@ -27,7 +26,7 @@ from velm_kernels.attention.triton_problem import (
     row_strides,
 )
 from velm_kernels.backends.triton import Config, choose, launch, parts_of, piece, precision, sums_both
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.layout import empty_heads_last, unit_last_stride
 
 GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
 

@@ -17,7 +17,7 @@ from velm_kernels import backends
 from velm_kernels.backends import Arguments
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-_OTHERS = frozenset((bool, int, float, str, type(None)))
+_OTHERS = frozenset((bool, int, float, str, torch.dtype, type(None)))
 
 # By operator: the names of its arguments, what sees them before it runs, and how it is called to record a gradient.
 _names: dict[str, Sequence[str]] = {}

@@ -13,8 +13,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGradX = 1, kGradGate = 2;
-
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
@@ -84,9 +82,7 @@ void forward_rows(O* out, const Tensor& residual, const Tensor& x, const std::ve
   });
 }
 
-Tensor gated_residual_forward(Tensor residual, Tensor x, Tensor gate, std::optional<Tensor> row_mask) {
-  const ScalarType dtype = residual.scalar_type() == x.scalar_type() ? x.scalar_type() : ScalarType::Float;
-  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)}, dtype);
+void gated_residual_forward(Tensor residual, Tensor x, Tensor gate, std::optional<Tensor> row_mask, Tensor out) {
   const bool* mask = row_mask ? const_data<bool>(*row_mask) : nullptr;
   const std::vector<double> exact = tanh_of(gate);
   const std::vector<float> tanh_gate(exact.begin(), exact.end());
@@ -98,7 +94,6 @@ Tensor gated_residual_forward(Tensor residual, Tensor x, Tensor gate, std::optio
       forward_rows<R, X, O>(mutable_data<O>(out), residual, x, tanh_gate, mask);
     });
   });
-  return out;
 }
 
 // One chunk of rows: grad_x, and the sums over these rows of grad * x, for every column or (one_gate) over all.
@@ -164,12 +159,10 @@ struct BackwardChunk {
   }
 };
 
-std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> row_mask,
-                                                   int64_t grad_mask) {
+void gated_residual_backward(Tensor grad, std::optional<Tensor> x, Tensor gate, std::optional<Tensor> row_mask,
+                             ScalarType x_dtype, std::optional<Tensor> grad_x, std::optional<Tensor> grad_gate) {
   const int64_t rows = grad.size(0), dim = grad.size(1);
-  const bool wants_x = grad_mask & kGradX, wants_gate = grad_mask & kGradGate;
-  Tensor grad_x = wants_x ? torch::stable::new_empty(x, {rows, dim}) : nothing(x);
-  Tensor grad_gate = wants_gate ? torch::stable::new_empty(gate, {gate.numel()}) : nothing(gate);
+  const bool wants_gate = grad_gate.has_value();
   const std::vector<double> exact = tanh_of(gate);
   const std::vector<float> tanh_gate(exact.begin(), exact.end());
   const int64_t gates = gate.numel();
@@ -179,17 +172,17 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor
   const int64_t chunks = (rows + chunk - 1) / chunk;
   std::vector<double> sums(wants_gate ? static_cast<size_t>(chunks * gates) : 0);
   with_type(grad.scalar_type(), [&](auto g) {
-    with_type(x.scalar_type(), [&](auto b) {
+    with_type(x_dtype, [&](auto b) {
       using G = decltype(g);
       using X = decltype(b);
       const BackwardChunk<G, X> work{const_data<G>(grad),
-                                     const_data<X>(x),
-                                     wants_gate ? x.stride(0) : 0,
+                                     wants_gate ? const_data<X>(*x) : nullptr,
+                                     wants_gate ? x->stride(0) : 0,
                                      dim,
                                      tanh_gate.data(),
                                      gates == 1,
                                      row_mask ? const_data<bool>(*row_mask) : nullptr,
-                                     wants_x ? mutable_data<X>(grad_x) : nullptr,
+                                     grad_x ? mutable_data<X>(*grad_x) : nullptr,
                                      wants_gate};
       parallel_items(chunks, [&](int64_t c) {
         std::vector<float> level(wants_gate && gates > 1 ? static_cast<size_t>(dim) : 0);
@@ -199,7 +192,7 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor
   });
   if (wants_gate) {
     with_type(gate.scalar_type(), [&](auto t) {
-      auto* out = mutable_data<decltype(t)>(grad_gate);
+      auto* out = mutable_data<decltype(t)>(*grad_gate);
       for (int64_t j = 0; j < gates; ++j) {
         double total = 0;
         for (int64_t c = 0; c < chunks; ++c) total += sums[static_cast<size_t>(c * gates + j)];
@@ -208,7 +201,6 @@ std::tuple<Tensor, Tensor> gated_residual_backward(Tensor grad, Tensor x, Tensor
       }
     });
   }
-  return {grad_x, grad_gate};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

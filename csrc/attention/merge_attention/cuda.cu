@@ -1,6 +1,6 @@
 // Exact merge of attention over shards of the keys: one warp a row, one pass over the shards, forward and backward.
 
-#include "attention/merge_cuda.h"
+#include "attention/merge_attention/cuda.h"
 
 #include <type_traits>
 

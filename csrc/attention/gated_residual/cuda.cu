@@ -1,6 +1,6 @@
 // residual + tanh(gate) * x, forward and backward, one pass over memory each.
 
-#include "attention/gated_residual_cuda.h"
+#include "attention/gated_residual/cuda.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -15,7 +14,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGradOuts = 1, kGradLogsumexps = 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
@@ -61,11 +59,10 @@ VELM_INLINE Vec weight_of(Vec lse, Vec total) {
 }
 
 template <class T>
-std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps) {
-  const Shape shape(outs[0]);
+void forward(const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps, const Tensor& out,
+             const Tensor& logsumexp) {
+  const Shape shape(out);
   const size_t shards = outs.size();
-  Tensor out = empty_heads_last(outs[0], shape.batch, shape.heads, shape.queries, shape.dim);
-  Tensor logsumexp = torch::stable::new_empty(logsumexps[0], {shape.batch, shape.heads, shape.queries});
   float* total = mutable_data<float>(logsumexp);
   const Rows<T> result(out);
   std::vector<Rows<const T>> rows(outs.begin(), outs.end());
@@ -115,30 +112,23 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& outs, const std::v
       }
     };
   });
-  return {out, logsumexp};
 }
 
 template <class T>
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad_out,
-                                                              const std::optional<Tensor>& grad_logsumexp,
-                                                              const std::vector<Tensor>& outs,
-                                                              const std::vector<Tensor>& logsumexps,
-                                                              const Tensor& logsumexp, int64_t grad_mask) {
+void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumexp, const std::vector<Tensor>& outs,
+              const std::vector<Tensor>& logsumexps, const Tensor& logsumexp,
+              const std::vector<std::optional<Tensor>>& grad_outs,
+              const std::vector<std::optional<Tensor>>& grad_logsumexps) {
   const Shape shape(grad_out);
   const size_t shards = logsumexps.size();
-  const bool wants_outs = grad_mask & kGradOuts, wants_lses = grad_mask & kGradLogsumexps;
-  std::vector<Tensor> grad_outs, grad_lses;
-  std::vector<Rows<T>> to;
-  std::vector<float*> lse_to;
+  bool wants_lses = false;
+  std::vector<Rows<T>> to(shards);
+  std::vector<float*> lse_to(shards);
   for (size_t s = 0; s < shards; ++s) {
-    if (wants_outs) {
-      grad_outs.push_back(empty_heads_last(grad_out, shape.batch, shape.heads, shape.queries, shape.dim));
-      to.emplace_back(grad_outs.back());
-    }
-    if (wants_lses) {
-      grad_lses.push_back(torch::stable::new_empty(logsumexp, {shape.batch, shape.heads, shape.queries}));
-      lse_to.push_back(mutable_data<float>(grad_lses.back()));
-    }
+    if (grad_outs[s]) to[s] = Rows<T>(*grad_outs[s]);
+    if (!grad_logsumexps[s]) continue;
+    wants_lses = true;
+    lse_to[s] = mutable_data<float>(*grad_logsumexps[s]);
   }
   const float* total = const_data<float>(logsumexp);
   const float* grad_total = grad_logsumexp ? const_data<float>(*grad_logsumexp) : nullptr;
@@ -164,7 +154,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
           for (size_t s = 0; s < shards; ++s) {
             const size_t at = (static_cast<size_t>(h) * shards + s) * kLanes + static_cast<size_t>(i);
             const float w = weights[at];
-            T* grad_row = wants_outs ? to[s].at(b, h, first + i) : nullptr;
+            T* grad_row = to[s].data ? to[s].at(b, h, first + i) : nullptr;
             const T* row = wants_lses && !is_absent(w) ? rows[s].at(b, h, first + i) : nullptr;
             Vec dot = zero();
             for (int64_t j = 0; j < shape.dim; j += kLanes) {
@@ -193,6 +183,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
         }
         const Vec shift = (grad_total ? load_first(grad_total + offset, lanes) : zero()) - mean;
         for (size_t s = 0; s < shards; ++s) {
+          if (!lse_to[s]) continue;
           const Vec w = load(weights.data() + base + s * kLanes);
           const Vec g = w * (load(dots.data() + base + s * kLanes) + shift);
           store_first(lse_to[s] + offset, select(absent(w), zero(), g), lanes);
@@ -200,20 +191,18 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> backward(const Tensor& grad
       }
     };
   });
-  return {grad_outs, grad_lses};
 }
 
-std::tuple<Tensor, Tensor> merge_attention_forward(std::vector<Tensor> outs, std::vector<Tensor> logsumexps) {
-  return with_type(outs[0].scalar_type(), [&](auto t) { return forward<decltype(t)>(outs, logsumexps); });
+void merge_attention_forward(std::vector<Tensor> outs, std::vector<Tensor> logsumexps, Tensor out, Tensor logsumexp) {
+  with_type(out.scalar_type(), [&](auto t) { forward<decltype(t)>(outs, logsumexps, out, logsumexp); });
 }
 
-std::tuple<std::vector<Tensor>, std::vector<Tensor>> merge_attention_backward(Tensor grad_out,
-                                                                              std::optional<Tensor> grad_logsumexp,
-                                                                              std::vector<Tensor> outs,
-                                                                              std::vector<Tensor> logsumexps,
-                                                                              Tensor logsumexp, int64_t grad_mask) {
-  return with_type(grad_out.scalar_type(), [&](auto t) {
-    return backward<decltype(t)>(grad_out, grad_logsumexp, outs, logsumexps, logsumexp, grad_mask);
+void merge_attention_backward(Tensor grad_out, std::optional<Tensor> grad_logsumexp, std::vector<Tensor> outs,
+                              std::vector<Tensor> logsumexps, Tensor logsumexp,
+                              std::vector<std::optional<Tensor>> grad_outs,
+                              std::vector<std::optional<Tensor>> grad_logsumexps) {
+  with_type(grad_out.scalar_type(), [&](auto t) {
+    backward<decltype(t)>(grad_out, grad_logsumexp, outs, logsumexps, logsumexp, grad_outs, grad_logsumexps);
   });
 }
 
