@@ -21,8 +21,6 @@ set(VELM_KERNEL_SOURCES
   attention/norm.cu
   attention/row_sums.cu
   fusion/bilinear.cu
-  fusion/bilinear_attention.cu
-  fusion/bilinear_attention_products.cu
   fusion/bilinear_weight.cu
   fusion/count_sketch.cu
   pooling/attention_pool.cu
@@ -32,7 +30,6 @@ set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
-  csrc/fusion/bilinear_attention_cuda.cpp
   csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp

@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "fusion/bilinear_attention_cuda.h"
+#include "fusion/bilinear_attention/cuda.h"
 #include "fusion/bilinear_cuda.h"
 #include "fusion/low_rank_fusion/cuda.h"
 #include "tests/device_on_host/values.h"

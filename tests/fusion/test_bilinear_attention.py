@@ -256,7 +256,7 @@ def test_operator_checks_and_compile():
     grad = torch.randn(2, 3, 4, 5)
     backward = torch.ops.velm.bilinear_attention_backward.default
     only = {"test_utils": ("test_schema", "test_faketensor")}
-    torch.library.opcheck(backward, (grad, None, grad.softmax(-1), *plain[:3], *masks, 6, ""), **only)
+    torch.library.opcheck(backward, (grad, None, *plain[:3], *masks, grad.softmax(-1), True, 6, ""), **only)
     pool = torch.ops.velm.bilinear_attention_pool_forward.default
     attention = torch.rand(2, 3, 4, 5, requires_grad=True)
     torch.library.opcheck(pool, (*inputs[:2], attention, *masks, ""))

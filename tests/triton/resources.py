@@ -40,9 +40,9 @@ from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion import (
     triton_bilinear,
-    triton_bilinear_attention,
     triton_count_sketch,
 )
+from velm_kernels.fusion.bilinear_attention.triton import bilinear_attention_backward, bilinear_attention_forward
 from velm_kernels.fusion.dropout_residual.triton import dropout_residual_forward
 from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward, factorized_pool_forward
 from velm_kernels.fusion.film.triton import film_backward, film_forward
@@ -262,8 +262,9 @@ def _modulation(dtype: torch.dtype) -> None:
 def _bilinear_attention(dtype: torch.dtype) -> None:
     v, q, h = (_empty(BATCH, rows, 768, dtype=dtype) for rows in (100, 20, 8))
     masks = (_empty(BATCH), None, None, _empty(BATCH, 20, dtype=torch.bool))
-    maps, logits = triton_bilinear_attention.bilinear_attention_forward(v, q, h[0], h[0, :, 0], *masks, True)
-    triton_bilinear_attention.bilinear_attention_backward(maps, logits, maps, v, q, h[0], *masks, 15)
+    h, bias, maps, logits = h[0], h[0, :, 0], *(_empty(BATCH, 8, 100, 20, dtype=dtype) for _ in range(2))
+    bilinear_attention_forward(v, q, h, bias, *masks, True, maps, logits)
+    bilinear_attention_backward(maps, logits, v, q, h, *masks, maps, True, v, q, h, bias)
 
 
 def _pooling(dtype: torch.dtype) -> None:

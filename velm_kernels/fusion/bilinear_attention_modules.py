@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from velm_kernels import checks
 from velm_kernels.constructors import checked
-from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool, live_rows
+from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool
+from velm_kernels.fusion.bilinear_attention.reference import live_rows
 from velm_kernels.fusion.dropout_residual import dropout_residual
 from velm_kernels.linear import linear
 

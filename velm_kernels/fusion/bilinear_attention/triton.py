@@ -1,4 +1,4 @@
-"""Bilinear attention by Triton kernels: the launches, for tensors in canonical form."""
+"""bilinear_attention and bilinear_attention_pool by Triton kernels: the launches."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from velm_kernels.backends.triton import Config, launch, precision
-from velm_kernels.fusion.bilinear_attention import GRAD_ATTENTION, GRAD_BIAS, GRAD_H, GRAD_Q, GRAD_V, live_rows
-from velm_kernels.fusion.triton_bilinear_attention_kernels import (
+from velm_kernels.fusion.bilinear_attention.reference import live_rows
+from velm_kernels.fusion.bilinear_attention.triton_kernels import (
     joint_kernel,
     score_gradient_kernel,
     scores_kernel,
@@ -55,8 +55,9 @@ class _Pairs:
         }
         self.column_blocks = cdiv(self.k, self.constants["BLOCK_K"])
 
-    def empty(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.v.new_empty((self.batch, self.glimpses, self.regions, self.words), dtype=dtype)
+    def empty(self) -> torch.Tensor:
+        """float32 for every pair."""
+        return self.v.new_empty((self.batch, self.glimpses, self.regions, self.words), dtype=torch.float32)
 
     def scores(self, h: torch.Tensor, bias: Optional, masked: float, out: torch.Tensor) -> None:
         """h: (glimpses, k), or (batch, glimpses, k)."""
@@ -70,11 +71,12 @@ class _Pairs:
         constants = self.constants | {"BLOCK_K": 32}
         launch("bilinear_attention_scores", scores_kernel, grid, arguments, constants, TILE)
 
-    def side(self, weights: torch.Tensor, h: torch.Tensor, of_v: bool) -> torch.Tensor:
-        """The gradient of v or that of q."""
+    def side(self, weights: torch.Tensor, h: torch.Tensor, of_v: bool, out: Optional) -> None:
+        """The gradient of v or that of q, if it is wanted."""
+        if out is None:
+            return
         mine, other = (self.v, self.q) if of_v else (self.q, self.v)
         live, other_live = (self.v_live, self.q_live) if of_v else (self.q_live, self.v_live)
-        out = mine.new_empty(mine.shape)
         row_blocks = cdiv(mine.shape[1], TILE.block_m)
         strides = (self.words, 1) if of_v else (1, self.words)
         h_batch = self.glimpses * self.k if h.dim() == 3 else 0
@@ -98,18 +100,15 @@ class _Pairs:
         )
         grid = self.batch * row_blocks * self.column_blocks
         launch("bilinear_attention_side", side_kernel, grid, arguments, self.constants, TILE)
-        return out
 
-    def joint(self, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def joint(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """The features of pairs summed with weights, (batch, glimpses, k)."""
         v, q = self.v, self.q
-        out = v.new_empty((self.batch, self.glimpses, self.k), dtype=dtype)
         strides = (v.stride(0), v.stride(1), q.stride(0), q.stride(1))
         sizes = (self.glimpses, self.regions, self.words, self.k, self.column_blocks)
         arguments = (weights, v, q, out, self.v_live, self.q_live, *strides, *sizes)
         grid = self.batch * self.glimpses * self.column_blocks
         launch("bilinear_attention_joint", joint_kernel, grid, arguments, self.constants, TILE)
-        return out
 
 
 def bilinear_attention_forward(
@@ -122,23 +121,21 @@ def bilinear_attention_forward(
     v_mask: Optional,
     q_mask: Optional,
     return_logits: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`velm::bilinear_attention_forward` by Triton kernels."""
+    maps: torch.Tensor,
+    logits: Optional,
+) -> None:
     p = _Pairs(v, q, h.shape[0], v_lengths, q_lengths, v_mask, q_mask)
-    scores, maps = p.empty(torch.float32), p.empty(v.dtype)
-    logits = p.empty(v.dtype) if return_logits else None
+    scores = p.empty()
     p.scores(h, bias, float("-inf"), scores)
     grid = p.batch * p.glimpses if p.regions * p.words else 0
     arguments = (scores, maps, logits, p.v_live, p.q_live, p.glimpses, p.regions, p.words)
     constants = {"BLOCK": SOFTMAX.block_m}
     launch("bilinear_attention_softmax", softmax_kernel, grid, arguments, constants, SOFTMAX)
-    return maps, v.new_empty(0) if logits is None else logits
 
 
 def bilinear_attention_backward(
     grad_maps: Optional,
     grad_logits: Optional,
-    maps: torch.Tensor,
     v: torch.Tensor,
     q: torch.Tensor,
     h: torch.Tensor,
@@ -146,26 +143,28 @@ def bilinear_attention_backward(
     q_lengths: Optional,
     v_mask: Optional,
     q_mask: Optional,
-    grad_mask: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`velm::bilinear_attention_backward` by Triton kernels."""
+    maps: torch.Tensor,
+    return_logits: bool,
+    grad_v: Optional,
+    grad_q: Optional,
+    grad_h: Optional,
+    grad_bias: Optional,
+) -> None:
     p = _Pairs(v, q, h.shape[0], v_lengths, q_lengths, v_mask, q_mask)
-    slopes = p.empty(torch.float32)
+    slopes = p.empty()
     of_bias = v.new_empty((p.batch, p.glimpses), dtype=torch.float32)
     arguments = (maps, grad_maps, grad_logits, slopes, of_bias, p.v_live, p.q_live, p.glimpses, p.regions, p.words)
     constants = {"BLOCK": SOFTMAX.block_m}
     kernel = score_gradient_kernel
     launch("bilinear_attention_slopes", kernel, p.batch * p.glimpses, arguments, constants, SOFTMAX)
-    grads = [v.new_empty(0) for _ in range(4)]
-    if grad_mask & GRAD_V:
-        grads[0] = p.side(slopes, h, True)
-    if grad_mask & GRAD_Q:
-        grads[1] = p.side(slopes, h, False)
-    if grad_mask & GRAD_H:
-        grads[2] = sum_partials(p.joint(slopes, torch.float32), h.new_empty(h.shape))
-    if grad_mask & GRAD_BIAS:
-        grads[3] = sum_partials(of_bias, h.new_empty(h.shape[:1]))
-    return grads[0], grads[1], grads[2], grads[3]
+    p.side(slopes, h, True, grad_v)
+    p.side(slopes, h, False, grad_q)
+    if grad_h is not None:
+        joint = v.new_empty((p.batch, p.glimpses, p.k), dtype=torch.float32)
+        p.joint(slopes, joint)
+        sum_partials(joint, grad_h)
+    if grad_bias is not None:
+        sum_partials(of_bias, grad_bias)
 
 
 def bilinear_attention_pool_forward(
@@ -176,9 +175,9 @@ def bilinear_attention_pool_forward(
     q_lengths: Optional,
     v_mask: Optional,
     q_mask: Optional,
-) -> torch.Tensor:
-    """`velm::bilinear_attention_pool_forward` by a Triton kernel."""
-    return _Pairs(v, q, attention.shape[1], v_lengths, q_lengths, v_mask, q_mask).joint(attention, v.dtype)
+    out: torch.Tensor,
+) -> None:
+    _Pairs(v, q, attention.shape[1], v_lengths, q_lengths, v_mask, q_mask).joint(attention, out)
 
 
 def bilinear_attention_pool_backward(
@@ -190,16 +189,12 @@ def bilinear_attention_pool_backward(
     q_lengths: Optional,
     v_mask: Optional,
     q_mask: Optional,
-    grad_mask: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`velm::bilinear_attention_pool_backward` by Triton kernels."""
+    grad_v: Optional,
+    grad_q: Optional,
+    grad_attention: Optional,
+) -> None:
     p = _Pairs(v, q, attention.shape[1], v_lengths, q_lengths, v_mask, q_mask)
-    grads = [v.new_empty(0) for _ in range(3)]
-    if grad_mask & GRAD_V:
-        grads[0] = p.side(attention, grad, True)
-    if grad_mask & GRAD_Q:
-        grads[1] = p.side(attention, grad, False)
-    if grad_mask & GRAD_ATTENTION:
-        grads[2] = p.empty(v.dtype)
-        p.scores(grad, None, 0.0, grads[2])
-    return grads[0], grads[1], grads[2]
+    p.side(attention, grad, True, grad_v)
+    p.side(attention, grad, False, grad_q)
+    if grad_attention is not None:
+        p.scores(grad, None, 0.0, grad_attention)

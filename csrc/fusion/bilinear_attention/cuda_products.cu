@@ -17,7 +17,7 @@
 #include <algorithm>
 
 #include "device/launch.h"
-#include "fusion/bilinear_attention_tiles.h"
+#include "fusion/bilinear_attention/cuda_tiles.h"
 
 namespace velm::cuda {
 namespace {

@@ -1,5 +1,5 @@
 // Bilinear attention: sums over k of h[g, k] v[i, k] q[j, k] for all glimpses g, regions i and words j, their softmax
-// over all pairs, and its gradient. The products with the weights of pairs are in bilinear_attention_products.cu.
+// over all pairs, and its gradient. The products with the weights of pairs are in cuda_products.cu.
 //
 // Sums: 2 batch glimpses regions words k operations in matrix instructions (float32: three times as many). Beside each
 // of them a lane multiplies two elements of q by h (float32: one for three, and splits it), rounded to the type of the
@@ -16,7 +16,7 @@
 
 #include "device/launch.h"
 #include "device/reduce.h"
-#include "fusion/bilinear_attention_tiles.h"
+#include "fusion/bilinear_attention/cuda_tiles.h"
 
 namespace velm::cuda {
 namespace {

@@ -1,7 +1,7 @@
 // What the kernels of bilinear attention share.
 #pragma once
 
-#include "fusion/bilinear_attention_cuda.h"
+#include "fusion/bilinear_attention/cuda.h"
 #include "fusion/bilinear_tiles.h"
 
 namespace velm::cuda {
