@@ -20,9 +20,8 @@ set(VELM_KERNEL_SOURCES
   attention/key_mass.cu
   attention/norm.cu
   attention/row_sums.cu
-  fusion/bilinear.cu
-  fusion/bilinear_weight.cu
   fusion/count_sketch.cu
+  fusion/sums.cu
   pooling/attention_pool.cu
   pooling/pool.cu
 )
@@ -30,7 +29,6 @@ set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
-  csrc/fusion/bilinear_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
   csrc/pooling/pool_cuda.cpp

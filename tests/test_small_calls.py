@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import velm_kernels
 from velm_kernels import backends, processors
 from velm_kernels.backends import cpu, direct, small
+from velm_kernels.fusion.bilinear import rule
 from velm_kernels.fusion.film import canonical
 
 needs_a_library = pytest.mark.skipif(cpu.in_use() is None, reason="no CPU library")
@@ -152,6 +154,9 @@ CALLS: dict[str, Small] = {
     "tensor_fusion": Small(
         "tensor_fusion",
         lambda n, draw: {"inputs": [draw(n, 3), draw(n, 4)], "weight": draw(8, 20), "bias": draw(8)}, 3, 14000,
+    ),
+    "tensor_fusion of regions": Small(
+        "tensor_fusion", lambda n, draw: {"inputs": [draw(2, 3), draw(2, n, 4)], "weight": draw(8, 20)}, 3, 7000
     ),
     "low_rank_fusion": Small(
         "low_rank_fusion",
@@ -308,6 +313,70 @@ def test_small_calls_do_not_read_what_is_masked(name: str, value: float) -> None
     assert torch.equal(out, expected) and all(map(torch.equal, grads, expected_grads))
     with torch.no_grad():
         close([call.call(poisoned)], [expected.detach()])
+
+
+def _pair(rows: int, dx: int, dy: int, out: int, regions: int | None = None) -> dict[str, Any]:
+    y = randn(rows, dy) if regions is None else randn(rows, regions, dy)
+    return {"x": randn(rows, dx), "y": y, "weight": randn(out, dx, dy)}
+
+
+def _fused(rows: int, *dims: int, out: int = 6, regions: int | None = None) -> dict[str, Any]:
+    first, *others = dims
+    leading = (rows,) if regions is None else (rows, regions)
+    inputs = [randn(rows, first), *(randn(*leading, dim) for dim in others)]
+    return {"inputs": inputs, "weight": randn(out, math.prod(1 + dim for dim in dims))}
+
+
+BY_NO_OPERATOR = "torch (its own function, called in place of an operator)"
+
+
+@needs_a_library
+@pytest.mark.parametrize(
+    ("name", "arguments", "told", "ran"),
+    [
+        ("bilinear", _pair(4, 8, 9, 3), BY_NO_OPERATOR, []),
+        ("bilinear", _pair(4, 8, 9, 3, regions=5), BY_NO_OPERATOR, []),
+        ("bilinear", _pair(rule.OUTER // 8, 8, 9, rule.FEW_OUTPUTS), "torch", ["bilinear by torch"]),
+        ("bilinear", _pair(rule.OUTER // 8, 8, 9, rule.FEW_OUTPUTS + 1), "cpu", ["bilinear by cpu"]),
+        ("bilinear", _pair(rule.LARGE_ROWS, 2, rule.LARGE, 6), "torch", ["bilinear by torch"]),
+        ("bilinear", _pair(rule.LARGE_ROWS + 1, 2, rule.LARGE, 6), "cpu", ["bilinear by cpu"]),
+        ("bilinear", _pair(rule.OUTER // 8, 8, 9, 6, regions=5), "torch", ["folded_bilinear by torch"]),
+        ("tensor_fusion", _fused(4, 8, 9), BY_NO_OPERATOR, []),
+        ("tensor_fusion", _fused(4, 2, 2, 20, regions=5), BY_NO_OPERATOR, []),
+        ("tensor_fusion", _fused(rule.OUTER // 8, 8, 9), "cpu", ["bilinear by cpu"]),
+        ("tensor_fusion", _fused(rule.OUTER // 8, 8, 9, regions=5), "torch", ["folded_bilinear by torch"]),
+    ],
+)
+def test_explain_tells_of_a_bilinear_form_what_runs(
+    name: str, arguments: dict[str, Any], told: str, ran: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On both sides of every limit of its rule, and without a gradient as with one."""
+    seen: list[str] = []
+
+    def noted(operator: str, known: backends.Implementation) -> backends.Implementation:
+        def call(*values: Any) -> Any:
+            seen.append(f"{operator} by {known.backend}")
+            return known.call(*values)
+
+        return dataclasses.replace(known, call=call)
+
+    for operator in ("bilinear", "folded_bilinear"):
+        known = backends._implementations[f"{operator}_forward"]
+        for backend in known:
+            monkeypatch.setitem(known, backend, noted(operator, known[backend]))
+    backends.forget_kinds()
+    with torch.no_grad():
+        getattr(velm_kernels, name)(**arguments)
+    assert seen == ran
+    weight = arguments["weight"].requires_grad_()
+    getattr(velm_kernels, name)(**arguments)
+    weight.requires_grad_(False)
+    assert seen == 2 * ran
+    lines = velm_kernels.explain(name, **arguments).splitlines()
+    assert lines[0] == f"{name} -> {told}"
+    # Whoever asks for a backend gets it.
+    with velm_kernels.use_backend("cpu"):
+        assert velm_kernels.explain(name, **arguments).startswith(f"{name} -> cpu (asked for)")
 
 
 def test_rows_without_tokens_are_zero_and_pass_nothing_back() -> None:

@@ -106,6 +106,9 @@ class Operator:
         cpu, cuda: whether there are such kernels. Where Python stands before those of CUDA, ``cuda`` is the module with
             the functions ``<name>_forward`` and ``<name>_backward``, whose first argument gives the library's kernel of
             a name.
+        torch: the module with the functions ``<name>_forward`` and ``<name>_backward`` by torch's own operators, which
+            fill what they are given too. Where it comes first, :mod:`velm_kernels.backends.order` says.
+        torch_alone: there is nothing else, and whoever asks for another backend is served by torch all the same.
         reasons: by backend, why it cannot serve given arguments, beside what holds for all of its kernels.
         check: sees the arguments of forward before every call and may read values.
         flops, backward_flops: multiply-adds times 2, from the shapes of the arguments by name.
@@ -133,6 +136,8 @@ class Operator:
         triton: str = "",
         cpu: bool = True,
         cuda: bool | str = True,
+        torch: str = "",
+        torch_alone: bool = False,
         reasons: Mapping[str, Reasons] | None = None,
         check: Callable[[Arguments], None] | None = None,
         flops: Callable[[Any], int] | None = None,
@@ -151,7 +156,8 @@ class Operator:
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
         self._incoming = incoming
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
-        given = {"triton": triton, "cpu": cpu, "cuda": cuda}
+        given = {"triton": triton, "cpu": cpu and not torch_alone, "cuda": False if torch_alone else cuda}
+        given |= {"torch": torch, "torch_alone": torch_alone}
         self._declare_forward(given, reasons or {}, check, flops)
         if differentiable:
             self._know_backward()
@@ -175,11 +181,19 @@ class Operator:
         """The results for arguments in the order of the schema: a tensor, or a tuple of them."""
         return direct.call(self.forward, arguments)
 
-    def serves(self, name: str, canonical: Callable[..., Arguments], plain: Callable[..., Any] | None = None) -> None:
+    def serves(
+        self,
+        name: str,
+        canonical: Callable[..., Arguments],
+        plain: Callable[..., Any] | None = None,
+        operator_for: Callable[[Arguments], Operator] | None = None,
+    ) -> None:
         """Tells :func:`velm_kernels.explain` of the public function ``name``, which calls ``plain`` for the result of
-        torch's own form where that is the faster one, else None, and then this operator with ``canonical``'s arguments.
+        torch's own form where that is the faster one, else None, and then this operator, or the one that
+        ``operator_for`` them gives, with ``canonical``'s arguments.
         """
-        backends.register_public(name, self.forward, canonical, plain)
+        choose = None if operator_for is None else lambda arguments: operator_for(arguments).forward
+        backends.register_public(name, self.forward, canonical, plain, choose)
 
     def empty(self, a: Any) -> tuple[Tensor | None, ...]:
         """Uninitialised results for arguments by name."""
@@ -484,19 +498,32 @@ def _kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callabl
                 yield backend, lambda backend=backend: cuda.op(backend, name)  # type: ignore[misc]
             else:
                 yield backend, functools.partial(_before_cuda, backend, f"velm_kernels.{given['cuda']}", name)
+    if given["torch"]:
+        by_torch = functools.partial(_imported, f"velm_kernels.{given['torch']}", name)
+        for backend in ("torch", "triton", "cpu", *cuda.NAMESPACES) if given["torch_alone"] else ("torch",):
+            yield backend, by_torch
+
+
+def _imported(module: str, name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
 
 
 def _before_cuda(backend: str, module: str, name: str) -> Callable[..., None]:
     """The function ``name`` of ``module``, which calls kernels of ``backend``."""
-    return functools.partial(getattr(importlib.import_module(module), name), functools.partial(cuda.op, backend))
+    return functools.partial(_imported(module, name), functools.partial(cuda.op, backend))
 
 
 def _register(
     name: str, backend: str, call: Callable[..., Any], more: Reasons | None, given: Mapping[str, Any]
 ) -> None:
     of_all: Reasons
-    if backend == "triton":
+    if backend == "torch":
+        of_all = _unusual_dtypes
+    elif backend == "triton":
         of_all = triton.common_reasons
+    elif backend == "cpu" and given["torch_alone"]:
+        of_all = cpu.common_reasons
     elif backend == "cpu":
         of_all = lambda a: cpu.reasons(name, a)  # noqa: E731
     elif given["cuda"] is not True:
@@ -504,6 +531,15 @@ def _register(
     else:
         of_all = lambda a: cuda.reasons(backend, name, a)  # noqa: E731
     backends.register(name, backend, call, more, of_all)
+
+
+def _unusual_dtypes(arguments: Arguments) -> list[str]:
+    """Why torch's operators do not serve: what is computed in float64 is the reference's."""
+    return [
+        f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
+        for name, tensor in backends.tensors_of(arguments)
+        if tensor.is_floating_point() and tensor.dtype not in cpu.DTYPES
+    ]
 
 
 def _filled(names: Sequence[str], optional: Sequence[str], lists: Sequence[str] = ()) -> list[Parameter]:

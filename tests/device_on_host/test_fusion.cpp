@@ -2,9 +2,10 @@
 
 #include <limits>
 
+#include "fusion/bilinear/cuda.h"
 #include "fusion/bilinear_attention/cuda.h"
-#include "fusion/bilinear_cuda.h"
 #include "fusion/low_rank_fusion/cuda.h"
+#include "fusion/sums_cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

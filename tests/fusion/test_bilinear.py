@@ -7,11 +7,14 @@ import torch.utils.flop_counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.backends import small
-from velm_kernels.fusion import Bilinear, bilinear, bilinear_rule, folded, reference
-from velm_kernels.linear import rule
+from velm_kernels import explain
+from velm_kernels.backends import cpu, small
+from velm_kernels.fusion import Bilinear, bilinear, reference
+from velm_kernels.fusion.bilinear import rule
+from velm_kernels.fusion.bilinear import torch as by_torch
+from velm_kernels.linear.rule import use_product
 
 NAMES = ("x", "y", "weight", "bias")
 
@@ -39,6 +42,10 @@ def _all_results(function, inputs, wanted=(True,) * 4, dtype=None):
 def _check(backend, inputs, wanted=(True,) * 4, plain=F.bilinear, exact=F.bilinear):
     with backend.use():
         got = _all_results(bilinear, inputs, wanted)
+    _compare(got, inputs, wanted, plain, exact)
+
+
+def _compare(got, inputs, wanted=(True,) * 4, plain=F.bilinear, exact=F.bilinear):
     eager = _all_results(plain, inputs, wanted)
     precise = _all_results(exact, inputs, wanted, torch.float64)
     for name, value in got.items():
@@ -106,22 +113,20 @@ def test_nothing(backend, sizes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [(True, True, True, True), (True, False, False, False), (False, True, False, True)])
 def test_one_row_of_x_for_every_region(backend, dtype, wanted):
-    inputs = _inputs(3, 20, 17, 6, dtype, regions=5)
-
-    def repeated(x, y, weight, bias):
-        return F.bilinear(x[:, None].expand(-1, y.shape[1], -1), y, weight, bias)
-
-    _check(backend, inputs, wanted, repeated, repeated)
+    _check(backend, _inputs(3, 20, 17, 6, dtype, regions=5), wanted, _repeated, _repeated)
 
 
-def test_regions_in_pieces(monkeypatch):
-    monkeypatch.setattr(folded, "WORKSPACE", 3 * 17 * 20)
-    x, y, weight, bias = (value.double() for value in _inputs(3, 20, 17, 7, torch.float32, regions=5))
-    grad = torch.randn(3, 5, 7).double()
-    torch.testing.assert_close(folded.forward(x, y, weight, bias), folded.reference_forward(x, y, weight, bias))
-    grads, expected = (function(grad, x, y, weight, 15) for function in (folded.backward, folded.reference_backward))
-    for a, b in zip(grads, expected, strict=True):
-        torch.testing.assert_close(a, b)
+def _repeated(x, y, weight, bias):
+    return F.bilinear(x[:, None].expand(-1, y.shape[1], -1), y, weight, bias)
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True, True), (True, False, False, False), (False, True, False, True)])
+def test_by_torch_some_outputs_at_a_time(wanted, monkeypatch):
+    monkeypatch.setattr(by_torch, "WORKSPACE", 3 * 17 * 20)
+    backend = Backend("torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        _check(backend, _inputs(3, 20, 17, 7, dtype, regions=5), wanted, _repeated, _repeated)
+    _check(backend, _inputs(3, 20, 17, 7, torch.float32), wanted)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +250,13 @@ def test_small_outer_products_are_formed(leading, monkeypatch):
     monkeypatch.setattr(small, "enabled", True)
     x, y, weight, bias = _inputs(6, 8, 9, 3, torch.float32)
     inputs = (x.view(*leading, 8), y.view(*leading, 9), weight, bias)
-    assert bilinear_rule.small(*inputs) is not None
+    assert rule.plain(*inputs) is not None
     for stranger in (x[:, None], x.double(), x[:, :-1], x.half()):
-        assert bilinear_rule.small(stranger, y, weight, bias) is None
-    many = torch.ones(bilinear_rule.OUTER // (8 * 9) + 1, 1)
-    assert bilinear_rule.small(many.expand(-1, 8), many.expand(-1, 9), weight, bias) is None
-    with rule.use_product("velm"):
-        assert bilinear_rule.small(*inputs) is None
+        assert rule.plain(stranger, y, weight, bias) is None
+    many = torch.ones(rule.OUTER // (8 * 9) + 1, 1)
+    assert rule.plain(many.expand(-1, 8), many.expand(-1, 9), weight, bias) is None
+    with use_product("velm"):
+        assert rule.plain(*inputs) is None
     got, expected = _all_results(bilinear, inputs), _all_results(F.bilinear, inputs, dtype=torch.float64)
     for name, value in got.items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-4)
@@ -260,8 +265,9 @@ def test_small_outer_products_are_formed(leading, monkeypatch):
 @every_cpu_backend
 def test_torchs_forward_of_few_rows_has_the_gradients_of_the_operator(backend):
     inputs = _inputs(3, 256, 256, 5, torch.float32)
-    assert bilinear_rule.torchs_forward(3, inputs[2])
-    _check(backend, inputs)
+    with cpu.use_isa(backend.isa):
+        assert "bilinear -> torch" in explain("bilinear", *inputs)
+        _compare(_all_results(bilinear, inputs), inputs)
 
 
 ROW, OTHER, WEIGHT = torch.ones(2, 3), torch.ones(2, 4), torch.ones(5, 3, 4)

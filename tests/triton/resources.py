@@ -38,10 +38,8 @@ from velm_kernels.attention.merge_attention import triton as triton_merge_attent
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import (
-    triton_bilinear,
-    triton_count_sketch,
-)
+from velm_kernels.fusion import triton_count_sketch
+from velm_kernels.fusion.bilinear.triton import bilinear_backward, bilinear_forward
 from velm_kernels.fusion.bilinear_attention.triton import bilinear_attention_backward, bilinear_attention_forward
 from velm_kernels.fusion.dropout_residual.triton import dropout_residual_forward
 from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward, factorized_pool_forward
@@ -221,8 +219,8 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         factorized_pool_forward(pair, pair, *options, pooled)
         factorized_pool_backward(pooled, pair, pair, *options, pair, pair)
         few, weight = _empty(64, WIDEST, dtype=dtype), _empty(WIDEST, WIDEST, WIDEST, dtype=dtype)
-        triton_bilinear.bilinear_forward(few, few, weight, row[:WIDEST])
-        triton_bilinear.bilinear_backward(few, few, few, weight, 15)
+        bilinear_forward(few, few, weight, row[:WIDEST], few)
+        bilinear_backward(few, few, few, weight, few, few, weight, row[:WIDEST])
         _low_rank(dtype)
         triton_linear.linear_backward(y, x, _empty(dim, dim, dtype=dtype), saved, "gelu", 7)
         _modulation(dtype)

@@ -81,6 +81,7 @@ class PublicFunction:
     operator: str
     canonical: Callable[..., Arguments]
     small: Callable[..., Any] | None = None
+    operator_for: Callable[[Arguments], str] | None = None
 
 
 _implementations: dict[str, dict[str, Implementation]] = {}
@@ -128,12 +129,17 @@ def register(
 
 
 def register_public(
-    name: str, operator: str, canonical: Callable[..., Arguments], small: Callable[..., Any] | None = None
+    name: str,
+    operator: str,
+    canonical: Callable[..., Arguments],
+    small: Callable[..., Any] | None = None,
+    operator_for: Callable[[Arguments], str] | None = None,
 ) -> None:
     """Lets :func:`explain` turn the arguments of the public function ``name`` into those of its operator. ``small`` is
     what the function asks before: it returns the result of a small call, or None (:mod:`velm_kernels.backends.small`).
+    ``operator_for`` is what it asks where some canonical arguments are for another operator.
     """
-    _public_functions[name] = PublicFunction(operator, canonical, small)
+    _public_functions[name] = PublicFunction(operator, canonical, small, operator_for)
 
 
 def register_composed(function: Callable[..., Any], small: Callable[..., Any] | None = None) -> None:
@@ -251,8 +257,8 @@ def _select_by_kind(operator: str, arguments: Arguments, kind: Sequence[Any]) ->
         _serving[key] = serving
     for implementation in serving:
         if implementation.reasons is None or not implementation.reasons(arguments):
-            # What runs on plain torch is told.
-            if implementation.backend in ("torch", "reference"):
+            # What runs on plain torch because something else refused is told.
+            if implementation.backend in ("torch", "reference") and implementation.backend != tried[0]:
                 break
             return implementation
     return select(operator, arguments)
@@ -371,7 +377,9 @@ def explain(name: str, *args: Any, **kwargs: Any) -> str:
     else:
         public = _public_functions[name]
         small = public.small
-        taken, reasons = _explain_operator(public.operator, public.canonical(*args, **kwargs), wanted)
+        arguments = public.canonical(*args, **kwargs)
+        operator = public.operator if public.operator_for is None else public.operator_for(arguments)
+        taken, reasons = _explain_operator(operator, arguments, wanted)
     taken += " (asked for)" if wanted else ""
     if small is not None and follow.computes(small, args, kwargs):
         taken = "torch (its own function, called in place of an operator)"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from velm_kernels.fusion.bilinear.reference import bilinear as bilinear
 from velm_kernels.fusion.bilinear_attention.reference import bilinear_attention as bilinear_attention
 from velm_kernels.fusion.bilinear_attention.reference import bilinear_attention_pool as bilinear_attention_pool
 from velm_kernels.fusion.dropout_residual.reference import dropout_residual as dropout_residual
@@ -17,12 +18,6 @@ from velm_kernels.fusion.film.reference import film as film
 from velm_kernels.fusion.low_rank_fusion.reference import low_rank_fusion as low_rank_fusion
 from velm_kernels.fusion.low_rank_fusion.reference import with_one as with_one
 from velm_kernels.fusion.weighted_sum.reference import weighted_sum as weighted_sum
-
-
-def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``z[..., k] = sum_ij x[..., i] weight[k, i, j] y[..., j] + bias[k]``."""
-    out = torch.einsum("...i,kij,...j->...k", x, weight, y)
-    return out if bias is None else out + bias
 
 
 def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:

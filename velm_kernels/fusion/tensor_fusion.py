@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, register_public
+from velm_kernels.backends import register_composed
 from velm_kernels.backends.small import ANY, takes_torch
-from velm_kernels.fusion import bilinear_rule
-from velm_kernels.fusion.bilinear import bilinear
-from velm_kernels.fusion.bilinear import canonical as canonical_bilinear
+from velm_kernels.fusion.bilinear import by_operator
+from velm_kernels.fusion.bilinear.rule import most_of_outer
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
 from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
@@ -42,21 +41,24 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
     to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
     """
-    small = _small(inputs, weight, bias)
-    return bilinear(*_sides(inputs, weight, bias)) if small is None else small
+    small = plain(inputs, weight, bias)
+    return by_operator(*_sides(inputs, weight, bias)) if small is None else small
 
 
-def _small(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def plain(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The fusion by way of the outer product, where that is small; else None."""
     if inputs.__class__ not in (list, tuple) or not 2 <= len(inputs) <= MOST_INPUTS:
         return None
     if not takes_torch(NEVER, weight, *inputs, dtype=ANY) or weight.dim() != 2:
         return None
-    leading = inputs[0].shape[:-1]
+    leading = max(inputs, key=Tensor.dim).shape[:-1]
     if any(x.dim() == 0 or x.shape[:-1] != leading for x in inputs):
-        return None
+        # One row for all regions.
+        if len(leading) != 2 or any(x.shape[:-1] not in (leading, leading[:1]) for x in inputs):
+            return None
+        inputs = [x.unsqueeze(1) if x.dim() == 2 else x for x in inputs]
     features = math.prod(1 + x.shape[-1] for x in inputs)
-    most = bilinear_rule.most_of_outer(weight.shape[0], weight, *inputs)
+    most = most_of_outer(weight.shape[0], weight, *inputs)
     if (
         weight.shape[1] != features
         or not 0 < math.prod(leading) * features <= most
@@ -66,10 +68,6 @@ def _small(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None)
     if bias is not None and not (takes_torch(NEVER, bias, dtype=weight.dtype) and bias.shape == weight.shape[:1]):
         return None
     return torch.nn.functional.linear(_outer(inputs), weight, bias)
-
-
-def _canonical(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Arguments:
-    return canonical_bilinear(*_sides(inputs, weight, bias))
 
 
 def _sides(
@@ -107,4 +105,4 @@ def _outer(inputs: Sequence[Tensor]) -> Tensor:
     return result
 
 
-register_public("tensor_fusion", "bilinear_forward", _canonical, _small)
+register_composed(tensor_fusion, plain)

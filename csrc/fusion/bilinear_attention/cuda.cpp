@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "device/tensor.h"
-#include "fusion/bilinear_cuda.h"
+#include "fusion/sums_cuda.h"
 
 namespace velm::cuda {
 namespace {

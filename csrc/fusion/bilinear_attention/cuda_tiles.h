@@ -2,7 +2,7 @@
 #pragma once
 
 #include "fusion/bilinear_attention/cuda.h"
-#include "fusion/bilinear_tiles.h"
+#include "fusion/tiles_cuda.h"
 
 namespace velm::cuda {
 

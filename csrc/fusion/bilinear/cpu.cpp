@@ -5,7 +5,6 @@
 // g W is summed against y and added to the gradient of y times x. The order of additions depends on the shape alone.
 
 #include <algorithm>
-#include <tuple>
 #include <vector>
 
 #include "common/tensor.h"
@@ -21,7 +20,6 @@ namespace {
 
 using namespace simd;
 
-constexpr int64_t kGradX = 1, kGradY = 2, kGradWeight = 4, kGradBias = 8;
 constexpr int kV = 2;
 constexpr int kN = kV * kLanes;
 constexpr int kR = kTileRows<kV>;
@@ -208,10 +206,9 @@ int64_t outputs_of_task(int64_t out, int64_t height) {
   return best;
 }
 
-Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias) {
+void bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias, Tensor z) {
   const int64_t rows = x.size(0), out = weight.size(0), dx = weight.size(1);
-  Tensor z = torch::stable::new_empty(x, {rows, out});
-  if (rows == 0 || out == 0) return z;
+  if (rows == 0 || out == 0) return;
   Scratch memory;
   const Packed packed_x = pack(memory, x), packed_y = pack(memory, y);
   const int64_t lanes = packed_x.tiles() * kN;
@@ -249,7 +246,6 @@ Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor>
       transpose_from(to + tile * kN * out, out, sums + tile * kN, lanes, count, out);
     });
   });
-  return z;
 }
 
 // Columns of a tile of the rearranged weight as they are written: whole vectors, the last of which reach into what is
@@ -322,7 +318,7 @@ Packed rows_of(const Packed& all, int64_t first, int64_t rows) {
 
 // The gradients of x and y: one product g W, of which every element is used for both.
 void input_gradients(const Packed& all_x, const Packed& all_y, const Packed& all_g, const Tensor& weight,
-                     const Tensor* grad_x, const Tensor* grad_y) {
+                     const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_y) {
   const int64_t out = weight.size(0), dx = weight.size(1), dy = weight.size(2);
   const int64_t parts = std::clamp<int64_t>(dx / kPart, 1, kParts), panels = divide_up(dy, kR);
   const int64_t depth = piece_of(out, std::clamp<int64_t>(kRearranged / round_up(dy + 1, kR), 16, 512));
@@ -502,22 +498,14 @@ void bias_gradient(const Tensor& grad, const Tensor& grad_bias) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight,
-                                                             int64_t grad_mask) {
-  const int64_t rows = x.size(0), out = weight.size(0), dx = weight.size(1), dy = weight.size(2);
-  const auto result = [&](int64_t bit, std::initializer_list<int64_t> shape) {
-    return grad_mask & bit ? torch::stable::new_empty(x, torch::headeronly::IntHeaderOnlyArrayRef(shape)) : nothing(x);
-  };
-  Tensor grad_x = result(kGradX, {rows, dx}), grad_y = result(kGradY, {rows, dy});
-  Tensor grad_weight = result(kGradWeight, {out, dx, dy}), grad_bias = result(kGradBias, {out});
+void bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, std::optional<Tensor> grad_x,
+                       std::optional<Tensor> grad_y, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias) {
   Scratch memory;
   const Packed g = pack(memory, grad), packed_x = pack(memory, x);
-  if (grad_mask & (kGradX | kGradY))
-    input_gradients(packed_x, pack(memory, y), g, weight, grad_mask & kGradX ? &grad_x : nullptr,
-                    grad_mask & kGradY ? &grad_y : nullptr);
-  if (grad_mask & kGradWeight) weight_gradient(packed_x, g, y, grad_weight);
-  if (grad_mask & kGradBias) bias_gradient(grad, grad_bias);
-  return {grad_x, grad_y, grad_weight, grad_bias};
+  if (grad_x || grad_y) input_gradients(packed_x, pack(memory, y), g, weight, grad_x, grad_y);
+  if (grad_weight) weight_gradient(packed_x, g, y, *grad_weight);
+  if (grad_bias) bias_gradient(grad, *grad_bias);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

@@ -14,7 +14,7 @@
 // Gradients of x and y: for each i, G = grad W_i in the same way (a tile of W is now used by rows and not by columns),
 // from which grad_y += x[:, i] G and grad_x[:, i] = sum_j y G are taken while it is in registers.
 //
-// At 64 rows, 512 x 512 -> 256, they read 134 MB of W in 16 bits and the gradient of W (bilinear_weight.cu) writes as
+// At 64 rows, 512 x 512 -> 256, they read 134 MB of W in 16 bits and the gradient of W (cuda_weight.cu) writes as
 // much, while the 128 operations for two of these bytes are less than a third of what an H100 can do while it moves
 // them: memory is what they wait for. There are 4 tiles of z there, or 8 of grad_y, so i is shared out among blocks
 // until there are 256 of them; their sums are added by a second kernel in a fixed order.
@@ -22,7 +22,9 @@
 #include <algorithm>
 
 #include "device/launch.h"
-#include "fusion/bilinear_tiles.h"
+#include "fusion/bilinear/cuda.h"
+#include "fusion/sums_cuda.h"
+#include "fusion/tiles_cuda.h"
 
 namespace velm::cuda {
 namespace {
@@ -309,41 +311,6 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 && !kBackward ? 3 : 2
       }
 }
 
-constexpr int kAcross = 32, kDown = kThreads / kAcross;
-struct SumStorage {
-  SharedArray<float, kDown, kAcross> sums;
-};
-
-// The sum of `count` rows, and of the bias that every `period` elements have.
-template <class From, class T>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(ReadOnly<From> partials, ReadOnly<T> bias, Global<T> to, int64_t count, int64_t stride,
-                        int64_t elements, int period) {
-  auto& shared = static_shared<SumStorage>();
-  const int64_t at = int64_t{blockIdx.x} * kAcross + threadIdx.x;
-  float sum = 0.0f;
-  if (at < elements)
-    for (int64_t part = threadIdx.y; part < count; part += kDown) sum += to_float(partials[part * stride + at]);
-  shared.sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || at >= elements) return;
-  for (int i = 1; i < kDown; ++i) {
-    const float more = shared.sums[i][threadIdx.x];
-    sum += more;
-  }
-  if (bias) sum += to_float(bias[at % period]);
-  to[at] = from_float<T>(sum);
-}
-
-template <class From, class T>
-void add(const Global<const From>& partials, const Span& bias, const Span& to, int64_t count, int64_t stride,
-         int64_t elements, int64_t period, Stream stream) {
-  if (elements == 0) return;
-  launch<sum_partials_kernel<From, T>>(static_cast<unsigned>((elements + kAcross - 1) / kAcross), dim3(kAcross, kDown),
-                                       0, stream, partials, global<const T>(bias), global<T>(to), count, stride,
-                                       elements, static_cast<int>(period));
-}
-
 // How the results of a contraction are shared out. Nothing but shapes decides, so that all devices give the same bits.
 struct Plan {
   int64_t row_blocks, column_blocks, steps, parts;
@@ -370,6 +337,12 @@ int64_t count_of(int64_t parts, int64_t rows, int64_t columns) {
   return parts > 1 ? parts * rows * columns : 0;
 }
 
+// What lies behind the first `count` floats.
+Span behind(const Span& floats, int64_t count) {
+  const auto bytes = static_cast<size_t>(count) * sizeof(float);
+  return {static_cast<char*>(floats.data) + bytes, floats.bytes - bytes};
+}
+
 template <class T>
 Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
   Contraction<T> c{};
@@ -390,13 +363,6 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
 }
 
 }  // namespace
-
-void sum_parts(const Span& partials, const Span& bias, const Span& to, Dtype dtype, int64_t parts, int64_t elements,
-               int64_t period, Stream stream) {
-  with_type(dtype, [&](auto t) {
-    add<float, decltype(t)>(global<const float>(partials), bias, to, parts, elements, elements, period, stream);
-  });
-}
 
 int64_t bilinear_forward_partials(const Bilinear& p) {
   return count_of(forward_plan(p).parts, p.rows, p.out);
@@ -427,8 +393,7 @@ void bilinear_forward(const Bilinear& p, Stream stream) {
     }
     launch<contraction_kernel<T, false>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
     const int64_t elements = p.rows * p.out;
-    if (plan.parts > 1)
-      add<float, T>(global<const float>(p.partials), p.bias, p.z, plan.parts, elements, elements, p.out, stream);
+    if (plan.parts > 1) sum_parts(p.partials, p.bias, p.z, p.dtype, plan.parts, elements, p.out, stream);
   });
 }
 
@@ -456,13 +421,13 @@ void bilinear_backward(const Bilinear& p, Stream stream) {
       else
         c.to.results = global<T>(p.grad_y);
       launch<contraction_kernel<T, true>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
-      if (of_x) add<float, T>(partials, {}, p.grad_x, plan.column_blocks, p.rows * p.dx, p.rows * p.dx, 1, stream);
+      if (of_x) sum_parts(p.partials, {}, p.grad_x, p.dtype, plan.column_blocks, p.rows * p.dx, 1, stream);
       if (p.grad_y && plan.parts > 1)
-        add<float, T>(partials + of_x, {}, p.grad_y, plan.parts, p.rows * p.dy, p.rows * p.dy, 1, stream);
+        sum_parts(behind(p.partials, of_x), {}, p.grad_y, p.dtype, plan.parts, p.rows * p.dy, 1, stream);
     }
-    if (p.grad_weight) bilinear_grad_weight(p, stream);
-    if (p.grad_bias) add<T, T>(global<const T>(p.grad), {}, p.grad_bias, p.rows, p.grad_stride, p.out, 1, stream);
   });
+  if (p.grad_weight) bilinear_grad_weight(p, stream);
+  if (p.grad_bias) sum_rows(p.grad, p.grad_bias, p.dtype, p.rows, p.grad_stride, p.out, stream);
 }
 
 }  // namespace velm::cuda

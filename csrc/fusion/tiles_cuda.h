@@ -2,9 +2,13 @@
 #pragma once
 
 #include "attention/cuda_products.h"
-#include "fusion/bilinear_cuda.h"
+#include "device/span.h"
 
 namespace velm::cuda {
+
+using device::Dtype;
+using device::Span;
+using device::Stream;
 
 // Rows and columns of the results of a block.
 constexpr int kTile = 64;

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from velm_kernels.backends.triton import Config, architecture, launch, precision
-from velm_kernels.fusion.triton_bilinear_kernels import bilinear_inputs_kernel, bilinear_kernel, bilinear_weight_kernel
+from velm_kernels.fusion.bilinear.triton_kernels import bilinear_inputs_kernel, bilinear_kernel, bilinear_weight_kernel
 from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
-GRAD_X, GRAD_Y, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4, 8
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync, and where they are fewest.
 NARROW = Config(32, 32, 4, 2)
@@ -20,7 +20,7 @@ STEP = {2: 64, 4: 32}
 PARTS = 32
 
 
-def _config(x: torch.Tensor, backward: bool = False) -> tuple[Config, dict[str, object]]:
+def _config(x: Tensor, backward: bool = False) -> tuple[Config, dict[str, object]]:
     arch = architecture(x.device)
     interpreted = arch == 0
     config = SMALL if interpreted else TILE
@@ -40,8 +40,8 @@ def _parts(programs: int, dx: int) -> tuple[int, int]:
     return cdiv(dx, steps), steps
 
 
-def bilinear_forward(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`velm::bilinear_forward` by a Triton kernel; its parts are added by another."""
+def bilinear_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, result: Tensor) -> None:
+    """By a Triton kernel; its parts are added by another."""
     (rows, dx), dy, out = x.shape, y.shape[1], weight.shape[0]
     config, constants = _config(x)
     row_blocks, out_blocks = cdiv(rows, config.block_m), cdiv(out, config.block_n)
@@ -66,23 +66,30 @@ def bilinear_forward(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, bia
     )
     launch("bilinear", bilinear_kernel, row_blocks * out_blocks * parts, arguments, constants, config)
     if bias is None:
-        return sum_partials(partial, x.new_empty((rows, out)))
-    return (sum_partials(partial, partial.new_empty((rows, out))) + bias).to(x.dtype)
+        sum_partials(partial, result)
+    else:
+        result.copy_(sum_partials(partial, partial.new_empty((rows, out))) + bias)
 
 
 def bilinear_backward(
-    grad: torch.Tensor, x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor, grad_mask: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`velm::bilinear_backward`: one kernel for the gradients of the inputs and one for that of the weight."""
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """One kernel for the gradients of the inputs and one for that of the weight."""
     (rows, dx), dy, out = x.shape, y.shape[1], weight.shape[0]
     config, constants = _config(x, backward=True)
-    grads = [x.new_empty((0,)) for _ in range(4)]
     column_blocks = cdiv(dy, config.block_n)
-    if grad_mask & (GRAD_X | GRAD_Y):
+    if grad_x is not None or grad_y is not None:
         row_blocks = cdiv(rows, config.block_m)
         parts, steps = _parts(row_blocks * column_blocks, dx)
-        partial_x = x.new_empty((column_blocks, rows, dx), dtype=torch.float32) if grad_mask & GRAD_X else None
-        partial_y = x.new_empty((parts, rows, dy), dtype=torch.float32) if grad_mask & GRAD_Y else None
+        partial_x = None if grad_x is None else x.new_empty((column_blocks, rows, dx), dtype=torch.float32)
+        partial_y = None if grad_y is None else x.new_empty((parts, rows, dy), dtype=torch.float32)
         arguments = (
             grad,
             x,
@@ -105,18 +112,16 @@ def bilinear_backward(
         )
         grid = row_blocks * column_blocks * parts
         launch("bilinear_inputs", bilinear_inputs_kernel, grid, arguments, constants, config)
-        if partial_x is not None:
-            grads[0] = sum_partials(partial_x, x.new_empty((rows, dx)))
-        if partial_y is not None:
-            grads[1] = sum_partials(partial_y, y.new_empty((rows, dy)))
-    if grad_mask & GRAD_WEIGHT:
-        grads[2] = weight.new_empty((out, dx, dy))
+        for partial, to in ((partial_x, grad_x), (partial_y, grad_y)):
+            if partial is not None and to is not None:
+                sum_partials(partial, to)
+    if grad_weight is not None:
         out_blocks = cdiv(out, config.block_m)
         of_weight = (
             grad,
             x,
             y,
-            grads[2],
+            grad_weight,
             grad.stride(0),
             x.stride(0),
             y.stride(0),
@@ -129,6 +134,5 @@ def bilinear_backward(
         )
         grid = out_blocks * column_blocks * dx
         launch("bilinear_weight", bilinear_weight_kernel, grid, of_weight, constants, config)
-    if grad_mask & GRAD_BIAS:
-        grads[3] = grad.sum(0, dtype=torch.float32).to(grad.dtype)
-    return grads[0], grads[1], grads[2], grads[3]
+    if grad_bias is not None:
+        grad_bias.copy_(grad.sum(0, dtype=torch.float32))

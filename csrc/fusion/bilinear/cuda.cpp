@@ -1,9 +1,8 @@
 // bilinear as torch operators on CUDA kernels.
 
-#include "fusion/bilinear_cuda.h"
+#include "fusion/bilinear/cuda.h"
 
 #include <limits>
-#include <tuple>
 
 #include "device/tensor.h"
 
@@ -11,8 +10,6 @@ namespace velm::cuda {
 namespace {
 
 using namespace device;
-
-constexpr int64_t kGradX = 1, kGradY = 2, kGradWeight = 4, kGradBias = 8;
 
 Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
   Bilinear p{};
@@ -33,37 +30,31 @@ Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
   return p;
 }
 
-Tensor bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias) {
+void bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias, Tensor out) {
   const Current current(x);
   Bilinear p = problem_of(x, y, weight);
   p.bias = span_of(bias);
-  Tensor z = torch::stable::new_empty(x, {p.rows, p.out});
   Tensor partials = torch::stable::new_empty(x, {bilinear_forward_partials(p)}, ScalarType::Float);
-  p.z = span_of(z);
+  p.z = span_of(out);
   p.partials = span_of(partials);
   cuda::bilinear_forward(p, current.stream());
-  return z;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight,
-                                                             int64_t grad_mask) {
+void bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, std::optional<Tensor> grad_x,
+                       std::optional<Tensor> grad_y, std::optional<Tensor> grad_weight,
+                       std::optional<Tensor> grad_bias) {
   const Current current(x);
   Bilinear p = problem_of(x, y, weight);
   p.grad = span_of(grad);
   p.grad_stride = grad.stride(0);
-  const bool wants_x = grad_mask & kGradX, wants_y = grad_mask & kGradY;
-  Tensor grad_x = wants_x ? torch::stable::new_empty(x, {p.rows, p.dx}) : nothing(x);
-  Tensor grad_y = wants_y ? torch::stable::new_empty(x, {p.rows, p.dy}) : nothing(x);
-  Tensor grad_weight = grad_mask & kGradWeight ? torch::stable::new_empty(x, {p.out, p.dx, p.dy}) : nothing(x);
-  Tensor grad_bias = grad_mask & kGradBias ? torch::stable::new_empty(x, {p.out}) : nothing(x);
-  Tensor partials = torch::stable::new_empty(x, {bilinear_backward_partials(p, wants_x, wants_y)}, ScalarType::Float);
+  const int64_t sums = bilinear_backward_partials(p, grad_x.has_value(), grad_y.has_value());
+  Tensor partials = torch::stable::new_empty(x, {sums}, ScalarType::Float);
   p.grad_x = span_of(grad_x);
   p.grad_y = span_of(grad_y);
   p.grad_weight = span_of(grad_weight);
   p.grad_bias = span_of(grad_bias);
   p.partials = span_of(partials);
   cuda::bilinear_backward(p, current.stream());
-  return {grad_x, grad_y, grad_weight, grad_bias};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

@@ -31,9 +31,4 @@ void bilinear_backward(const Bilinear& problem, Stream stream);
 // A part of backward.
 void bilinear_grad_weight(const Bilinear& problem, Stream stream);
 
-// to = bias + the sum over `parts` of partials (parts, elements) in float32, in their order; bias repeats with
-// `period`.
-void sum_parts(const Span& partials, const Span& bias, const Span& to, Dtype dtype, int64_t parts, int64_t elements,
-               int64_t period, Stream stream);
-
 }  // namespace velm::cuda

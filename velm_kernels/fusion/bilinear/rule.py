@@ -38,7 +38,7 @@ def torchs_forward(rows: int, weight: Tensor) -> bool:
     return out <= FEW_OUTPUTS or (dx * dy >= LARGE and rows <= LARGE_ROWS)
 
 
-def small(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+def plain(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """The bilinear form by way of the outer products, where those are small; else None. Arguments that do not fit
     together are left to the checks."""
     if not takes_torch(NEVER, x, y, weight, dtype=ANY) or weight.dim() != 3:

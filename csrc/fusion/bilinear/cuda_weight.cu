@@ -8,7 +8,8 @@
 #include <algorithm>
 
 #include "device/launch.h"
-#include "fusion/bilinear_tiles.h"
+#include "fusion/bilinear/cuda.h"
+#include "fusion/tiles_cuda.h"
 
 namespace velm::cuda {
 namespace {
