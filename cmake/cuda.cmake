@@ -23,7 +23,6 @@ set(VELM_KERNEL_SOURCES
   fusion/count_sketch.cu
   fusion/sums.cu
   pooling/attention_pool.cu
-  pooling/pool.cu
 )
 set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
@@ -31,7 +30,6 @@ set(VELM_KERNEL_OPERATORS
   csrc/attention/bidirectional_cuda.cpp
   csrc/fusion/count_sketch_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
-  csrc/pooling/pool_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

@@ -91,6 +91,7 @@ class Operator:
         may_lack: results whose gradient backward takes as None; those of others are zeros where there is none.
         saves: for each differentiable argument, the arguments and results that its gradient is computed from; a tuple
             where that is the same for all.
+        saves_only_if: arguments that are saved only where this says so of the arguments of forward by name.
         remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
         gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
             whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
@@ -99,6 +100,8 @@ class Operator:
             it (a bias); the rest that the reference reads has to be saved.
         backward: ``(values, wanted, backend)`` -> the same, made by operators that there are already, called with
             ``backend``; then there is no ``velm::<name>_backward``, and the values are those that it would have.
+        gradients_again: ``gradients`` that are differentiated again, by plain torch at what is saved, or NotImplemented
+            for those of ``reference``, as without it. Where backward reads a result in place of an argument.
         gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
             contiguous, from the values of backward by name; for a list from these and the place in it.
         incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
@@ -128,9 +131,11 @@ class Operator:
         without_gradient: tuple[str, ...] = (),
         may_lack: tuple[str, ...] = (),
         saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
+        saves_only_if: Mapping[str, Callable[[Any], bool]] | None = None,
         remembers: Mapping[str, Callable[[Any], Any]] | None = None,
         gradients: Callable[[Any, Sequence[Any]], Sequence[Any]] | None = None,
         backward: Callable[[Any, Sequence[Any], str], Sequence[Any]] | None = None,
+        gradients_again: Callable[[Any, Sequence[Any]], Any] | None = None,
         gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
         incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
         triton: str = "",
@@ -154,7 +159,8 @@ class Operator:
         self._without_gradient, self._may_lack = without_gradient, may_lack
         self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
-        self._incoming = incoming
+        self._gradients_again, self._incoming = gradients_again, incoming
+        self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
         given = {"triton": triton, "cpu": cpu and not torch_alone, "cuda": False if torch_alone else cuda}
         given |= {"torch": torch, "torch_alone": torch_alone}
@@ -172,6 +178,7 @@ class Operator:
                 setup_context=self._setup_context,
                 meaning=self.meaning,
                 leaves=(*differentiable, *passed_on),
+                differentiable_backward=None if gradients_again is None else self._differentiate_again,
             )
 
     def __repr__(self) -> str:
@@ -298,7 +305,9 @@ class Operator:
         self._kept = [(self.names.index(name), needed[name]) for name in tensors if name in needed]
         self._kept_results = [(i, needed[name]) for i, name in enumerate(self.results) if name in needed]
         saved = [
-            parameter if len(needed[name]) == len(self.differentiable) else parameter.optional()
+            parameter
+            if len(needed[name]) == len(self.differentiable) and name not in self._saves_only_if
+            else parameter.optional()
             for name, parameter in tensors.items()
             if name in needed
         ]
@@ -431,8 +440,14 @@ class Operator:
         ctx.wanted = [by_name[name] for name in self.differentiable]
         needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}
         ctx.needed = needed
+        a = self._by_name(inputs[:-1]) if self._remembers or self._saves_only_if else None
+        unsaved = {name for name, condition in self._saves_only_if.items() if not condition(a)}
         saved = [
-            inputs[i] if any(map(needed.__getitem__, of)) else [] if self.parameters[i].is_list else None
+            inputs[i]
+            if any(map(needed.__getitem__, of)) and self.names[i] not in unsaved
+            else []
+            if self.parameters[i].is_list
+            else None
             for i, of in self._kept
         ]
         made = output if isinstance(output, tuple) else (output,)
@@ -441,7 +456,6 @@ class Operator:
         ctx.save_for_backward(*(flat(saved) if self._lists else saved))
         ctx.settings = [inputs[i] for i in self._settings]
         if self._remembers:
-            a = self._by_name(inputs[:-1])
             ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
         if len(made) > 1:
             ctx.set_materialize_grads(False)
@@ -451,7 +465,17 @@ class Operator:
             ctx.made = [(value.shape, value.dtype) for value in made]
         ctx.backend = inputs[-1]
 
-    def _differentiate(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def _differentiate_again(self, ctx: Any, *grads: Tensor | None) -> Any:
+        assert self._gradients_again is not None
+        again = self._gradients_again
+
+        def run(*args: Any) -> Any:
+            values, wanted = self._values_and_wanted(args[:-1])
+            return again(self._backward_by_name(values), wanted)
+
+        return self._differentiate(ctx, *grads, run=run)
+
+    def _differentiate(self, ctx: Any, *grads: Tensor | None, run: Callable[..., Any] | None = None) -> Any:
         gradients: list[Any] = [None] * (len(self.names) + 1)
         for place, length in enumerate(ctx.lengths or ()):
             if length is not None:
@@ -476,7 +500,9 @@ class Operator:
             chosen[place] = grad if grad is None else self._incoming(grad, a)
         bits = [wanted] if len(self.differentiable) > 1 else []
         lists = [want for want in ctx.wanted if isinstance(want, list)]
-        found = self._run_backward(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
+        found = (run or self._run_backward)(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
+        if found is NotImplemented:
+            return found
         found = found if isinstance(found, tuple) else (found,)
         for name, want, gradient in zip(self.differentiable, ctx.wanted, found, strict=True):
             if isinstance(want, list):

@@ -10,7 +10,7 @@
 #include "device/memory.h"
 #include "device/numbers.h"
 #include "device/reduce.h"
-#include "pooling/cuda_tokens.h"
+#include "pooling/tokens_cuda.h"
 
 namespace velm::cuda {
 namespace {

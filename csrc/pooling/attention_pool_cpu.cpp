@@ -5,8 +5,9 @@
 #include <cstring>
 #include <limits>
 
-#include "pooling/pool_cpu.h"
+#include "pooling/tokens_cpu.h"
 #include "simd/layout.h"
+#include "simd/math.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 

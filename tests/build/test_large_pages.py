@@ -37,9 +37,10 @@ def flags_at(address: int) -> set[str]:
 
 
 def pooled_tokens() -> Tensor:
-    return cpu.op("pool_backward")(
-        torch.ones(1, 1024), None, torch.empty(0), None, None, None, MEBIBYTES * 256, False, 0, 3.0
-    )
+    grad_x = torch.empty(1, MEBIBYTES * 256, 1024)
+    settings = (MEBIBYTES * 256, False, 0, 3.0)
+    cpu.op("pool_backward")(torch.ones(1, 1024), None, None, None, None, torch.empty(0), *settings, grad_x)
+    return grad_x
 
 
 def factors() -> Tensor:

@@ -5,7 +5,7 @@
 #include "pooling/attention_pool_cuda.h"
 #include "pooling/gather_rows/cuda.h"
 #include "pooling/match_rows/cuda.h"
-#include "pooling/pool_cuda.h"
+#include "pooling/pool/cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

@@ -47,9 +47,10 @@ from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear import triton_linear
-from velm_kernels.pooling import triton_attention_pool, triton_pool
+from velm_kernels.pooling import triton_attention_pool
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
+from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
 from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
@@ -267,9 +268,11 @@ def _bilinear_attention(dtype: torch.dtype) -> None:
 
 def _pooling(dtype: torch.dtype) -> None:
     x, lengths, mask = _empty(BATCH, TOKENS, 768, dtype=dtype), _empty(BATCH), _empty(BATCH, TOKENS, dtype=torch.bool)
+    out = _empty(BATCH, 768, dtype=dtype)
     for mode in range(len(MODES)):
-        out, stats = triton_pool.pool_forward(x, lengths, mask, None, False, mode, 2.5)
-        triton_pool.pool_backward(out, x, stats, lengths, mask, None, TOKENS, False, mode, 2.5)
+        stats = _empty(BATCH, 768, dtype=torch.int32 if MODES[mode] == "max" else torch.float32)
+        pool_forward(x, lengths, mask, None, False, mode, 2.5, out, stats)
+        pool_backward(out, x, lengths, mask, None, stats, TOKENS, False, mode, 2.5, x)
     index, weight = _empty(BATCH, TOKENS), _empty(BATCH, TOKENS, dtype=torch.float32)
     gather_rows_forward(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight, x[:, : TOKENS // 2])
     match_rows_forward(x, x, weight, index)

@@ -8,6 +8,8 @@ import torch
 
 from velm_kernels.backends.triton import Config, launch, precision
 from velm_kernels.pooling.attention_pool import GRAD_ROWS, GRAD_X
+from velm_kernels.pooling.pool.triton import _strides, _tokens
+from velm_kernels.pooling.pool.triton_kernels import Tokens
 from velm_kernels.pooling.triton_attention_pool_kernels import (
     pooled_kernel,
     products_kernel,
@@ -15,8 +17,6 @@ from velm_kernels.pooling.triton_attention_pool_kernels import (
     softmax_kernel,
     tokens_kernel,
 )
-from velm_kernels.pooling.triton_pool import _strides, _tokens
-from velm_kernels.pooling.triton_pool_kernels import Tokens
 from velm_kernels.triton.launches import cdiv, sum_partials
 
 # Rows and tokens of a tile; and columns, by element size.

@@ -1,14 +1,15 @@
-"""Pooling over tokens by Triton kernels: the launches, for tensors in canonical form."""
+"""pool by Triton kernels: the launches."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from velm_kernels.backends.triton import Config, launch
-from velm_kernels.pooling.pool import GEM, MEAN, MODES, _stats, empty_gradient
-from velm_kernels.pooling.triton_pool_kernels import (
+from velm_kernels.pooling.pool.op import GEM, MEAN, MODES
+from velm_kernels.pooling.pool.triton_kernels import (
     Strides,
     Tokens,
     pool_backward_kernel,
@@ -24,32 +25,31 @@ COUNTED = 1024
 
 
 def _tokens(
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     tokens: int,
     segments: int,
 ) -> Tokens:
     return Tokens(lengths, None if mask is None else mask.view(torch.uint8), cu_seqlens, tokens, segments)
 
 
-def _strides(x: torch.Tensor) -> Strides:
+def _strides(x: Tensor) -> Strides:
     return Strides(*x.stride()) if x.dim() == 3 else Strides(0, *x.stride())
 
 
 def pool_forward(
-    x: torch.Tensor,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    x: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     tokens_contiguous: bool,
     mode: int,
     p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`velm::pool_forward` by a Triton kernel."""
-    tokens, dim = x.shape[-2:]
-    segments = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out, stats = x.new_empty((segments, dim)), _stats(x, (segments, dim), mode)
+    out: Tensor,
+    stats: Tensor | None,
+) -> None:
+    tokens, (segments, dim) = x.shape[-2], out.shape
     tile = TILE_OF_COLUMNS if tokens_contiguous else TILE
     if mode == GEM:
         # Two powers of every element take registers.
@@ -59,27 +59,25 @@ def pool_forward(
     arguments = (x, out, stats, of_segment, _strides(x), p, dim, dim_blocks)
     constants = {"MODE": mode, "CUBE": p == 3.0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     launch(f"pool_{MODES[mode]}", pool_kernel, segments * dim_blocks, arguments, constants, tile)
-    return out, stats
 
 
 def pool_backward(
-    grad: torch.Tensor,
-    x: torch.Tensor | None,
-    stats: torch.Tensor,
-    lengths: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    grad: Tensor,
+    x: Tensor | None,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    stats: Tensor,
     tokens: int,
     tokens_contiguous: bool,
     mode: int,
     p: float,
-) -> torch.Tensor:
-    """`velm::pool_backward` by Triton kernels."""
+    grad_x: Tensor,
+) -> None:
     segments, dim = grad.shape
-    grad_x = empty_gradient(grad, tokens, cu_seqlens is not None, tokens_contiguous)
     of_segment = _tokens(lengths, mask, cu_seqlens, tokens, segments)
     if segments == 0:
-        return grad_x
+        return
     counts = None
     if mode in (MEAN, GEM):
         counts = torch.empty(segments, dtype=torch.int32, device=grad.device)
@@ -105,4 +103,3 @@ def pool_backward(
     constants = {"MODE": mode, "CUBE": p == 3.0, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     grid = (1 if cu_seqlens is not None else segments) * token_blocks * dim_blocks
     launch(f"pool_{MODES[mode]}_backward", pool_backward_kernel, grid, arguments, constants, tile)
-    return grad_x

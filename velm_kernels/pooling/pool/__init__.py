@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, cpu, cuda, register, register_public, triton
-from velm_kernels.backends.direct import call, ops
-from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, takes_torch, values_of, wide
 from velm_kernels.layout import product, unit_last_stride
-from velm_kernels.pooling import reference
-from velm_kernels.pooling.reference import GEM_EPS, MODES
-from velm_kernels.pooling.tokens import (
-    check_values,
-    checked_cu_seqlens,
-    checked_integers,
-    checked_mask,
-    live_tokens,
-    padded,
-)
+from velm_kernels.pooling.pool.op import OPERATOR
+from velm_kernels.pooling.pool.reference import MODES
+from velm_kernels.pooling.tokens import checked_cu_seqlens, checked_integers, checked_mask
 
-MEAN, SUM, MAX, LOGSUMEXP, GEM = range(len(MODES))
 # Elements of x up to which torch's form is the faster one, without a gradient and with one, see
 # velm_kernels.backends.small; rows shorter than others.
 SMALL = {
@@ -80,16 +69,16 @@ def masked_pool(
 
     Backward keeps ``x`` for ``"logsumexp"`` and ``"gem"`` alone; for ``"max"`` an index for each element of the result.
     """
-    small = _small(x, lengths, mask, mode, p, channels_first=channels_first)
+    small = plain_masked(x, lengths, mask, mode, p, channels_first=channels_first)
     if small is not None:
         return small
     arguments = canonical_masked(x, lengths, mask, mode, p, channels_first=channels_first)
-    out, _ = call("pool_forward", arguments)
+    out, _ = OPERATOR(arguments)
     leading, dim = (x.shape[:1], x.shape[1]) if channels_first else (x.shape[:-2], x.shape[-1])
     return out.view(*leading, dim)
 
 
-def _small(
+def plain_masked(
     x: Tensor,
     lengths: Tensor | None = None,
     mask: Tensor | None = None,
@@ -157,15 +146,15 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
     Raises:
         TypeError, ValueError: as :func:`masked_pool`; also for ``cu_seqlens`` that do not fit ``x``.
     """
-    small = _small_segments(x, cu_seqlens, mode, p)
+    small = plain_segments(x, cu_seqlens, mode, p)
     if small is not None:
         return small
     arguments = canonical_segments(x, cu_seqlens, mode, p)
-    out, _ = call("pool_forward", arguments)
+    out: Tensor = OPERATOR(arguments)[0]
     return out
 
 
-def _small_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor | None:
+def plain_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor | None:
     if (
         mode not in ("mean", "sum")
         or p.__class__ is not float
@@ -255,199 +244,5 @@ def canonical_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: flo
     }
 
 
-def _stats(like: Tensor, shape: tuple[int, ...], mode: int) -> Tensor:
-    """Uninitialised; what backward needs of the result."""
-    dtype = torch.int32 if mode == MAX else torch.promote_types(like.dtype, torch.float32)
-    return like.new_empty(shape if mode in (MAX, LOGSUMEXP, GEM) else (0,), dtype=dtype)
-
-
-def _fake_forward(
-    x: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens_contiguous: bool,
-    mode: int,
-    p: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1, x.shape[-1])
-    return x.new_empty(shape), _stats(x, shape, mode)
-
-
-def empty_gradient(grad: Tensor, tokens: int, packed: bool, tokens_contiguous: bool) -> Tensor:
-    rows, dim = grad.shape
-    if packed:
-        return grad.new_empty((tokens, dim))
-    if tokens_contiguous:
-        return grad.new_empty((rows, dim, tokens)).transpose(1, 2)
-    return grad.new_empty((rows, tokens, dim))
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    stats: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    tokens_contiguous: bool,
-    mode: int,
-    p: float,
-    backend: str,
-) -> Tensor:
-    return empty_gradient(grad, tokens, cu_seqlens is not None, tokens_contiguous)
-
-
-# x: (segments, tokens, dim), last stride 1, or, with tokens_contiguous, the one before it, other strides arbitrary;
-# with cu_seqlens (tokens, dim), last stride 1. lengths: (segments,) int32, mask: (segments, tokens) bool, cu_seqlens:
-# (segments + 1,) int32, all contiguous; kernels clamp their values. mode: index into MODES.
-# out: (segments, dim) contiguous in x's dtype. stats, contiguous: for max the index of the token inside its segment,
-# int32, -1 for none; for logsumexp and gem the result in float32; else (0,).
-declare(
-    "pool_forward",
-    "Tensor x, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, bool tokens_contiguous, int mode, float p",
-    "(Tensor, Tensor)",
-    fake=_fake_forward,
-    check=lambda arguments: check_values(arguments, arguments["x"].shape[0 if arguments["x"].dim() == 2 else 1]),
-)
-# grad: (segments, dim) contiguous; x as above for logsumexp and gem, else None. The result has the shape of x and is
-# contiguous, with tokens_contiguous in the order (segments, dim, tokens).
-declare(
-    "pool_backward",
-    "Tensor grad, Tensor? x, Tensor stats, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, SymInt tokens, "
-    "bool tokens_contiguous, int mode, float p",
-    "Tensor",
-    fake=_fake_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, lengths, mask, cu_seqlens, *ctx.settings = inputs
-    ctx.tokens = x.shape[0 if cu_seqlens is not None else 1]
-    ctx.mark_non_differentiable(output[1])
-    keeps_x = ctx.settings[1] in (LOGSUMEXP, GEM)
-    ctx.save_for_backward(x if keeps_x else None, output[1], lengths, mask, cu_seqlens)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x = ops.pool_backward(grad.contiguous(), *ctx.saved_tensors, ctx.tokens, *ctx.settings)
-    return grad_x, None, None, None, None, None, None, None
-
-
-def _differentiable_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Any:
-    tokens_contiguous, mode, p, _ = ctx.settings
-    # Of a maximum the index is kept and not x.
-    if mode != MAX:
-        return NotImplemented
-    arguments: list[Any] = [*ctx.saved_tensors, ctx.tokens, tokens_contiguous, mode, p]
-    return _gradient(grad, *arguments), None, None, None, None, None, None, None
-
-
-def _meaning(
-    x: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens_contiguous: bool,
-    mode: int,
-    p: float,
-) -> tuple[Tensor, Tensor]:
-    dtype = x.dtype
-    if cu_seqlens is not None:
-        x, source = padded(x, cu_seqlens)
-        mask = source >= 0
-    wide = x.to(torch.promote_types(dtype, torch.float32))
-    if mode == MAX and x.shape[1]:
-        live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
-        values = wide.detach()
-        largest = torch.where(live, values, -torch.inf).amax(1, keepdim=True)
-        # The first of equal ones: torch's own index is that of any of them.
-        equal = live & ((values == largest) | (values.isnan() & largest.isnan()))
-        first = equal.to(torch.uint8).argmax(1)
-        some = live.any(1)
-        out = torch.where(some, wide.gather(1, first[:, None])[:, 0], 0.0)
-        return out.to(dtype), torch.where(some, first, -1).int()
-    out = reference.masked_pool(wide, lengths, mask, MODES[mode], p)
-    stats = out.detach() if mode in (LOGSUMEXP, GEM) else x.new_empty((0,), dtype=wide.dtype)
-    if mode == MAX:
-        stats = x.new_full(tuple(out.shape), -1, dtype=torch.int32)
-    return out.to(dtype).contiguous(), stats
-
-
-def _reference_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, stats = _meaning(*arguments)
-    # The result and what is kept of it are two tensors.
-    return out, stats.clone()
-
-
-def _reference_backward(*arguments: Any) -> Tensor:
-    *_, tokens_contiguous, _, _ = arguments
-    grad_x = _gradient(*arguments)
-    return grad_x.transpose(1, 2).contiguous().transpose(1, 2) if tokens_contiguous else grad_x.contiguous()
-
-
-def _gradient(
-    grad: Tensor,
-    x: Tensor | None,
-    stats: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    tokens: int,
-    tokens_contiguous: bool,
-    mode: int,
-    p: float,
-) -> Tensor:
-    """The gradient of x, in plain torch that can be differentiated."""
-    source = None
-    if cu_seqlens is not None:
-        x, source = padded(grad.new_zeros(tokens, grad.shape[1]) if x is None else x, cu_seqlens)
-        mask = source >= 0
-    elif x is None:
-        x = grad.new_zeros(grad.shape[0], tokens, grad.shape[1])
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
-    g, x = grad.to(wide)[:, None], torch.where(live, x.to(wide), 0.0)
-    if mode == MAX:
-        position = torch.arange(x.shape[1], device=x.device)[None, :, None]
-        parts = torch.where(stats[:, None] == position, g, 0.0)
-    elif mode == LOGSUMEXP:
-        parts = torch.where(stats[:, None] == -torch.inf, 0.0, g * (x - stats[:, None]).exp())
-    elif mode == GEM:
-        ratio = x / stats[:, None].clamp(min=GEM_EPS)
-        parts = torch.where(x >= GEM_EPS, g * ratio ** (p - 1), 0.0)
-    else:
-        parts = g.expand(x.shape)
-    if mode in (MEAN, GEM):
-        parts = parts / live.sum(1, keepdim=True).clamp(min=1)
-    parts = torch.where(live, parts, 0.0).to(grad.dtype)
-    if source is None:
-        return parts
-    # One row more, for what comes from nowhere.
-    places = torch.where(source >= 0, source, tokens).reshape(-1)
-    rows = parts.reshape(len(places), parts.shape[2])
-    return parts.new_zeros(tokens + 1, parts.shape[2]).index_add(0, places, rows)[:tokens]
-
-
-def _too_long(arguments: Arguments) -> list[str]:
-    tokens = arguments["tokens"] if "tokens" in arguments else arguments["x"].shape[-2]
-    return [] if tokens < 2**31 else [f"x has {tokens} tokens, and kernels count them in 32 bits"]
-
-
-register_autograd(
-    "pool_forward",
-    _backward,
-    setup_context=_setup_context,
-    meaning=_meaning,
-    differentiable_backward=_differentiable_backward,
-)
-register("pool_forward", "reference", _reference_forward)
-register("pool_backward", "reference", _reference_backward)
-for _name in ("pool_forward", "pool_backward"):
-    cpu.register_cpu(_name, more_reasons=_too_long)
-    cuda.register_cuda(_name, _too_long)
-    triton.register_triton(_name, "pooling.triton_pool", _too_long)
-register_public("masked_pool", "pool_forward", canonical_masked, _small)
-register_public("segment_pool", "pool_forward", canonical_segments, _small_segments)
+OPERATOR.serves("masked_pool", canonical_masked, plain_masked)
+OPERATOR.serves("segment_pool", canonical_segments, plain_segments)

@@ -4,7 +4,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "pooling/pool_cpu.h"
+#include "pooling/pool/cpu.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 
@@ -196,21 +196,19 @@ void columns_backward(const Rule& rule, const Tensor& grad, const std::optional<
       });
 }
 
-Tensor pool_backward(Tensor grad, std::optional<Tensor> x, Tensor stats, std::optional<Tensor> lengths,
-                     std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, int64_t token_count,
-                     bool tokens_contiguous, int64_t mode_number, double p) {
+void pool_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                   std::optional<Tensor> cu_seqlens, Tensor stats, int64_t token_count, bool tokens_contiguous,
+                   int64_t mode_number, double p, Tensor grad_x) {
+  in_large_pages(grad_x);
   const auto mode = static_cast<Mode>(mode_number);
   const int64_t segments = grad.size(0), dim = grad.size(1);
-  Tensor out = in_large_pages(cu_seqlens          ? torch::stable::new_empty(grad, {token_count, dim})
-                              : tokens_contiguous ? torch::stable::new_empty(grad, {segments, dim, token_count})
-                                                  : torch::stable::new_empty(grad, {segments, token_count, dim}));
   const Tokens tokens(segments, token_count, lengths, mask, cu_seqlens);
   const auto run = [&](const auto& rule) {
     if (segments == 0 || dim == 0 || token_count == 0) return;
     if (tokens_contiguous)
-      columns_backward(rule, grad, x, stats, tokens, out);
+      columns_backward(rule, grad, x, stats, tokens, grad_x);
     else
-      rows_backward(rule, grad, x, stats, tokens, out);
+      rows_backward(rule, grad, x, stats, tokens, grad_x);
   };
   if (mode == kMax)
     run(ToLargest{});
@@ -220,7 +218,6 @@ Tensor pool_backward(Tensor grad, std::optional<Tensor> x, Tensor stats, std::op
     run(Share{mode == kMean});
   else
     run(PowerShare{static_cast<float>(p)});
-  return tokens_contiguous ? torch::stable::transpose(out, 1, 2) : out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

@@ -1,8 +1,6 @@
 // Pooling over tokens as torch operators on CUDA kernels.
 
-#include "pooling/pool_cuda.h"
-
-#include <tuple>
+#include "pooling/pool/cuda.h"
 
 #include "device/tensor.h"
 
@@ -35,33 +33,24 @@ void set_x(Pool& p, const Tensor& x) {
   p.dim_stride = x.stride(last);
 }
 
-std::tuple<Tensor, Tensor> pool_forward_op(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
-                                           std::optional<Tensor> cu_seqlens, bool tokens_contiguous, int64_t mode,
-                                           double power) {
+void pool_forward_op(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                     std::optional<Tensor> cu_seqlens, bool tokens_contiguous, int64_t mode, double power, Tensor out,
+                     std::optional<Tensor> stats) {
   const Current current(x);
-  const int64_t segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0), dim = x.size(x.dim() - 1);
-  Pool p = problem_of(segments, x.size(x.dim() - 2), dim, lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
+  Pool p = problem_of(out.size(0), x.size(x.dim() - 2), out.size(1), lengths, mask, cu_seqlens, tokens_contiguous, mode,
+                      power);
   p.dtype = dtype_of(x);
   set_x(p, x);
-  Tensor out = torch::stable::new_empty(x, {segments, dim});
-  Tensor stats =
-      p.mode == kPoolMean || p.mode == kPoolSum
-          ? torch::stable::new_empty(x, {0}, ScalarType::Float)
-          : torch::stable::new_empty(x, {segments, dim}, p.mode == kPoolMax ? ScalarType::Int : ScalarType::Float);
   p.out = span_of(out);
   p.stats = span_of(stats);
   pool_forward(p, current.stream());
-  return {out, stats};
 }
 
-Tensor pool_backward_op(Tensor grad, std::optional<Tensor> x, Tensor stats, std::optional<Tensor> lengths,
-                        std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, int64_t tokens,
-                        bool tokens_contiguous, int64_t mode, double power) {
+void pool_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                      std::optional<Tensor> cu_seqlens, Tensor stats, int64_t tokens, bool tokens_contiguous,
+                      int64_t mode, double power, Tensor grad_x) {
   const Current current(grad);
   const int64_t segments = grad.size(0), dim = grad.size(1);
-  Tensor grad_x = cu_seqlens          ? torch::stable::new_empty(grad, {tokens, dim})
-                  : tokens_contiguous ? torch::stable::new_empty(grad, {segments, dim, tokens})
-                                      : torch::stable::new_empty(grad, {segments, tokens, dim});
   Tensor counts = torch::stable::new_empty(grad, {segments}, ScalarType::Int);
   Pool p = problem_of(segments, tokens, dim, lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
   p.dtype = dtype_of(grad);
@@ -71,7 +60,6 @@ Tensor pool_backward_op(Tensor grad, std::optional<Tensor> x, Tensor stats, std:
   p.grad_x = span_of(grad_x);
   p.counts = span_of(counts);
   pool_backward(p, current.stream());
-  return tokens_contiguous ? torch::stable::transpose(grad_x, 1, 2) : grad_x;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

@@ -1,6 +1,6 @@
 // Pooling over tokens, forward and backward, one pass over the tokens that count.
 
-#include "pooling/pool_cuda.h"
+#include "pooling/pool/cuda.h"
 
 #include <cmath>
 #include <type_traits>
@@ -8,7 +8,7 @@
 #include "device/launch.h"
 #include "device/memory.h"
 #include "device/numbers.h"
-#include "pooling/cuda_tokens.h"
+#include "pooling/tokens_cuda.h"
 
 namespace velm::cuda {
 namespace {

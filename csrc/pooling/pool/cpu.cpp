@@ -1,6 +1,6 @@
 // Pooling over tokens, forward: one pass over the tokens that count.
 
-#include "pooling/pool_cpu.h"
+#include "pooling/pool/cpu.h"
 
 #include <cstring>
 #include <limits>
@@ -282,7 +282,7 @@ struct Finish {
 // x whose columns are neighbours in memory.
 template <class Reduce>
 void pool_rows(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor& x, const Tokens& tokens, Tensor& out,
-               Tensor& stats) {
+               float* stats) {
   const bool packed = tokens.bounds;
   const int64_t dim = x.size(x.dim() - 1), padded = (dim + kLanes - 1) / kLanes * kLanes;
   const Lines from(x, packed ? 0 : x.stride(0), x.stride(x.dim() - 2)), to(out, dim, 0);
@@ -305,9 +305,7 @@ void pool_rows(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor&
     }
     from_floats(to.type, to.at(segment, 0), state.a, dim);
     // Four bytes each, whether index or number.
-    if (stats.numel())
-      std::memcpy(static_cast<float*>(stats.mutable_data_ptr()) + segment * dim, state.b,
-                  sizeof(float) * static_cast<size_t>(dim));
+    if (stats) std::memcpy(stats + segment * dim, state.b, sizeof(float) * static_cast<size_t>(dim));
   };
   struct Worker {
     Scratch scratch;
@@ -410,7 +408,7 @@ int64_t find(const float* x, const float* live, int64_t n, float value) {
 // x whose tokens are neighbours in memory: a column is a run of them.
 template <class Reduce>
 void pool_columns(const Reduce& reduce, const Finish<Reduce>& finish, const Tensor& x, const Tokens& tokens,
-                  Tensor& out, Tensor& stats) {
+                  Tensor& out, float* stats) {
   constexpr int64_t kColumns = 16;
   // Tokens whose terms are added in float32 before they join the sum of the earlier ones.
   constexpr int64_t kRun = 4096;
@@ -464,15 +462,13 @@ void pool_columns(const Reduce& reduce, const Finish<Reduce>& finish, const Tens
           kept[c] = finish.stat(result, b, count)[0];
         }
         from_floats(to.type, to.at(segment, column), results, columns);
-        if (stats.numel())
-          std::memcpy(static_cast<float*>(stats.mutable_data_ptr()) + segment * dim + column, kept,
-                      sizeof(float) * static_cast<size_t>(columns));
+        if (stats) std::memcpy(stats + segment * dim + column, kept, sizeof(float) * static_cast<size_t>(columns));
       });
 }
 
 template <class Reduce>
 void pool(const Reduce& reduce, Mode mode, const Tensor& x, bool tokens_contiguous, const Tokens& tokens, Tensor& out,
-          Tensor& stats) {
+          float* stats) {
   const Finish<Reduce> finish{reduce, mode};
   if (tokens_contiguous)
     pool_columns(reduce, finish, x, tokens, out, stats);
@@ -480,16 +476,14 @@ void pool(const Reduce& reduce, Mode mode, const Tensor& x, bool tokens_contiguo
     pool_rows(reduce, finish, x, tokens, out, stats);
 }
 
-std::tuple<Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask,
-                                        std::optional<Tensor> cu_seqlens, bool tokens_contiguous, int64_t mode_number,
-                                        double p) {
+void pool_forward(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
+                  bool tokens_contiguous, int64_t mode_number, double p, Tensor out,
+                  std::optional<Tensor> stats_of_mode) {
   const auto mode = static_cast<Mode>(mode_number);
-  const int64_t segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0), dim = x.size(x.dim() - 1);
-  Tensor out = torch::stable::new_empty(x, {segments, dim});
-  Tensor stats = mode == kMax || mode == kLogSumExp || mode == kGem
-                     ? torch::stable::new_empty(x, {segments, dim}, mode == kMax ? ScalarType::Int : ScalarType::Float)
-                     : torch::stable::new_empty(x, {0}, ScalarType::Float);
-  if (segments == 0 || dim == 0) return {out, stats};
+  const int64_t segments = out.size(0), dim = out.size(1);
+  if (segments == 0 || dim == 0) return;
+  // Of a maximum they are indices, in the bits of floats.
+  float* stats = stats_of_mode ? static_cast<float*>(stats_of_mode->mutable_data_ptr()) : nullptr;
   const Tokens tokens(segments, x.size(x.dim() - 2), lengths, mask, cu_seqlens);
   const auto run = [&](const auto& reduce) { pool(reduce, mode, x, tokens_contiguous, tokens, out, stats); };
   if (mode == kMax)
@@ -500,7 +494,6 @@ std::tuple<Tensor, Tensor> pool_forward(Tensor x, std::optional<Tensor> lengths,
     run(Add{});
   else
     run(AddPower{static_cast<float>(p)});
-  return {out, stats};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
