@@ -24,7 +24,7 @@ from velm_kernels import backends
 from velm_kernels.backends import NoBackendError, small
 from velm_kernels.linear import reference as linear_reference
 from velm_kernels.linear.reference import ACTIVATIONS
-from velm_kernels.linear.rule import use_product
+from velm_kernels.products import use_product
 
 pytestmark = pytest.mark.filterwarnings("ignore:velm_kernels. .* runs on plain torch:UserWarning")
 

@@ -278,7 +278,7 @@ def test_products_in_bfloat16_by_the_processor(by_torch: bool, monkeypatch: pyte
     )
     monkeypatch.setattr(processors, "rules", lambda: line)
     # The function of the package's name hides it.
-    monkeypatch.setattr(sys.modules["velm_kernels.linear.rule"], "first_row", lambda *args: processors.NEVER)
+    monkeypatch.setattr(sys.modules["velm_kernels.products"], "first_row", lambda *args: processors.NEVER)
     x, y, factors = randn(40, 255), randn(40, 255), [0.05 * randn(4, 256, 256) for _ in range(2)]
     calls: dict[str, dict[str, Any]] = {
         "low_rank_fusion": {"inputs": [x, y], "factors": factors, "weight": randn(4), "bias": randn(256)},

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 NEVER = 1 << 62
+# Keys of a row that are a vector of torch's attention for CPUs: in shorter ones it loses NaN.
+TORCH_ATTENTION_KEYS = 16
 
 
 @dataclass(frozen=True)

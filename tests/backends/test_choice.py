@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import velm_kernels
-from velm_kernels import backends
+from velm_kernels import backends, products
 from velm_kernels.backends import cpu
-from velm_kernels.linear import rule
 
 
 def seen_by_another_thread(ask) -> object:
@@ -28,7 +27,7 @@ def seen_by_another_thread(ask) -> object:
     [
         (lambda: velm_kernels.use_backend("reference"), backends.forced, "reference"),
         (lambda: cpu.use_isa(str(cpu.in_use())), cpu._asked_for.get, cpu.in_use()),
-        (lambda: rule.use_product("torch"), rule.forced_product, "torch"),
+        (lambda: products.use_product("torch"), products.forced_product, "torch"),
     ],
     ids=["use_backend", "use_isa", "use_product"],
 )

@@ -17,8 +17,8 @@ from torch import Tensor
 
 import velm_kernels
 from velm_kernels.backends import cpu
-from velm_kernels.linear.rule import use_product
 from velm_kernels.pooling.reference import MODES
+from velm_kernels.products import use_product
 
 _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -14,7 +14,7 @@ from velm_kernels.backends import cpu, small
 from velm_kernels.fusion import Bilinear, bilinear, reference
 from velm_kernels.fusion.bilinear import rule
 from velm_kernels.fusion.bilinear import torch as by_torch
-from velm_kernels.linear.rule import use_product
+from velm_kernels.products import use_product
 
 NAMES = ("x", "y", "weight", "bias")
 

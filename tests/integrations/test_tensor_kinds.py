@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import velm_kernels
 from velm_kernels.integrations import plain, projections
-from velm_kernels.linear.rule import use_product
+from velm_kernels.products import use_product
 
 from . import image_text_models, models
 from .running import assert_equal, assert_near, run

@@ -16,7 +16,7 @@ import velm_kernels
 from tests.conftest import BACKENDS, ONCE, TRITON, Backend, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.linear import reference
-from velm_kernels.linear.rule import PRODUCTS, use_product
+from velm_kernels.products import PRODUCTS, use_product
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda z: z,

@@ -9,8 +9,8 @@ import velm_kernels
 from velm_kernels import processors
 from velm_kernels.backends import cpu
 from velm_kernels.linear import faster_than_torch
-from velm_kernels.linear.rule import always_torch, own_product, use_product
 from velm_kernels.processors import Processor
+from velm_kernels.products import always_torch, own_product, use_product
 
 AVX512 = frozenset({"avx2", "avx512f", "avx512vnni"})
 BF16 = AVX512 | {"avx512bf16"}

@@ -21,8 +21,7 @@ _aten = torch.ops.aten
 _EXTRAS = tuple(name for name in TENSOR_NAMES if name not in ("query", "key", "value"))
 # cuDNN's backward has no wider heads on every GPU.
 CUDNN_WIDEST = 128
-# Keys of a row that are a vector of the kernel for CPUs.
-CPU_SHORTEST = 16
+CPU_SHORTEST = processors.TORCH_ATTENTION_KEYS
 
 
 def _reasons(arguments: Arguments) -> list[str]:

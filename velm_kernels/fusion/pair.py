@@ -11,8 +11,7 @@ from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout_residual import dropout_residual
 from velm_kernels.fusion.factorized_pool import factorized_pool
-from velm_kernels.linear import linear
-from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.linear import ACTIVATIONS, linear
 
 
 class PairFusion(nn.Module):

@@ -8,13 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from velm_kernels import checks
+from velm_kernels import checks, products
 from velm_kernels.backends import register_composed
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.bilinear import by_operator
 from velm_kernels.fusion.bilinear.rule import most_of_outer
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
-from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
 
 
@@ -62,7 +61,7 @@ def plain(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) 
     if (
         weight.shape[1] != features
         or not 0 < math.prod(leading) * features <= most
-        or rule.forced_product() is not None
+        or products.forced_product() is not None
     ):
         return None
     if bias is not None and not (takes_torch(NEVER, bias, dtype=weight.dtype) and bias.shape == weight.shape[:1]):

@@ -20,7 +20,7 @@ from velm_kernels import checks
 from velm_kernels.backends import cpu
 from velm_kernels.fusion import dropout_residual
 from velm_kernels.linear import faster_than_torch, linear
-from velm_kernels.linear.rule import always_torch
+from velm_kernels.products import always_torch
 
 from .patching import LINEAR, Replacement, record_fallback, replaces
 from .plain import are_plain, is_bare, under_autocast

@@ -2,6 +2,7 @@
 
 from velm_kernels.linear.modules import MLP, Linear
 from velm_kernels.linear.ops import linear
-from velm_kernels.linear.rule import faster_than_torch
+from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.products import faster_than_torch
 
-__all__ = ["MLP", "Linear", "faster_than_torch", "linear"]
+__all__ = ["ACTIVATIONS", "MLP", "Linear", "faster_than_torch", "linear"]

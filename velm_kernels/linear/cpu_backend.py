@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.backends import cpu
-from velm_kernels.linear.rule import own_product
+from velm_kernels.products import own_product
 
 GRAD_BIAS = 4
 

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from velm_kernels import checks, processors
+from velm_kernels import checks, processors, products
 from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.layout import as_matrix, unit_last_stride
-from velm_kernels.linear import cpu_backend, reference, rule, torch_backend  # noqa: F401, which registers itself
+from velm_kernels.linear import cpu_backend, reference, torch_backend  # noqa: F401, which registers itself
 from velm_kernels.linear.reference import ACTIVATIONS
-from velm_kernels.linear.rule import own_product
 from velm_kernels.processors import NEVER
+from velm_kernels.products import own_product
 
 GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 SMALL_QUICK_GELU = 1 << 15
@@ -106,7 +106,7 @@ def _small(
     if x.shape[-1] != in_features or in_features == 0 or (bias is not None and bias.shape != (out_features,)):
         return None
     rows = x.numel() // in_features
-    if rule.own_product_of(rows, x.dtype):
+    if products.own_product_of(rows, x.dtype):
         return None
     if activation is None is residual:
         return torch.nn.functional.linear(x, weight, bias)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
-from velm_kernels.attention.torch_attention import CPU_SHORTEST
 from velm_kernels.backends import Arguments, cpu, cuda, derivatives, flops, forced, register, register_public, triton
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
@@ -25,7 +24,7 @@ from velm_kernels.pooling.tokens import (
     live_tokens,
     padded,
 )
-from velm_kernels.processors import NEVER
+from velm_kernels.processors import NEVER, TORCH_ATTENTION_KEYS
 
 GRAD_X, GRAD_ROWS = 1, 2
 # Heads of so many columns are the widest that cross_attention takes.
@@ -153,7 +152,7 @@ def _small_ordinary(
     query, key, value = (
         tensor.unflatten(-1, (heads, tensor.shape[-1] // heads)).transpose(-3, -2) for tensor in (query, key, value)
     )
-    if key.shape[-2] >= CPU_SHORTEST and not derivatives.wanted(x, query, key, value):
+    if key.shape[-2] >= TORCH_ATTENTION_KEYS and not derivatives.wanted(x, query, key, value):
         # The public function knows where torch's kernel is the faster one.
         pooled = cross_attention(query.expand(len(x), *query.shape[-3:]), key, value, scale=1.0)
     else:

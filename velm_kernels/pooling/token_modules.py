@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention
 from velm_kernels.constructors import checked
-from velm_kernels.linear import linear
-from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.linear import ACTIVATIONS, linear
 from velm_kernels.pooling.merge_tokens import MergedTokens, merge_tokens
 
 

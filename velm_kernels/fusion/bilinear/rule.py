@@ -1,7 +1,7 @@
 """Where plain forms of torch are faster for the bilinear form on the CPU: small ones, of few outputs, of few rows.
 
-Like the rule of :mod:`velm_kernels.linear.rule` a fixed function of the sizes, and switched by the same
-:func:`velm_kernels.linear.rule.use_product`.
+Like the rule of :mod:`velm_kernels.products` a fixed function of the sizes, and switched by the same
+:func:`velm_kernels.products.use_product`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from velm_kernels import processors
+from velm_kernels import processors, products
 from velm_kernels.backends.small import ANY, takes_torch
-from velm_kernels.linear import rule
 from velm_kernels.processors import NEVER
 
 # Numbers of the outer products of all rows up to which forming them and one product with the weight is faster: 0.4 to
@@ -29,7 +28,7 @@ LARGE, LARGE_ROWS = 1 << 16, 8
 
 def torchs_forward(rows: int, weight: Tensor) -> bool:
     """Whether torch's forward is the faster one for float32 rows of x and y with this weight."""
-    product = rule.forced_product()
+    product = products.forced_product()
     if product is not None:
         return product == "torch"
     out, dx, dy = weight.shape
@@ -54,7 +53,7 @@ def plain(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
             return None
         x = x.unsqueeze(1)
     most = most_of_outer(weight.shape[0], x, y, weight)
-    if not 0 < y.numel() * shape[-1] <= most or weight.shape[0] == 0 or rule.forced_product() is not None:
+    if not 0 < y.numel() * shape[-1] <= most or weight.shape[0] == 0 or products.forced_product() is not None:
         return None
     return F.linear((x.unsqueeze(-1) * y.unsqueeze(-2)).flatten(-2), weight.flatten(1), bias)
 
