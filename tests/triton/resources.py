@@ -9,7 +9,7 @@
 pipeline stages, registers a thread, bytes of spilled registers, bytes of shared memory a block, the fraction of a
 multiprocessor's threads that can be resident, the matrix instructions in the PTX, and the version of Triton that
 compiled it. Other versions are asked only whether every instance compiles, fits and spills nothing
-(`python -m tests.triton.versions`).
+(`python -m tests.triton.versions`, which keeps the answers in versions.csv).
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
 do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import triton
 
+from tests.triton import versions
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
 from velm_kernels.attention import triton_attention, triton_bidirectional
 from velm_kernels.attention.gated_residual import triton as triton_gated_residual
@@ -62,6 +63,7 @@ DTYPES = ("float16", "float32")
 SHARED_ENTRY = {
     "forward_guarded": "forward",
     "decode": "forward",
+    "decode_guarded": "forward",
     "grad_query_guarded": "grad_query",
     "grad_key": "grad_key_value",
     "grad_value": "grad_key_value",
@@ -73,6 +75,7 @@ ATTENTION = (
     ("forward", "loaded"),
     ("forward_guarded", "loaded"),
     ("decode", "loaded"),
+    ("decode_guarded", "loaded"),
     ("grad_query", "plain"),
     ("grad_query", "loaded"),
     ("grad_query_guarded", "loaded"),
@@ -331,6 +334,22 @@ def measure_or_say_why(key: Key) -> tuple[str, Resources | None, str]:
         return "", None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
+def blocks_and_warps(key: Key) -> str:
+    """The blocks of an instance in versions.csv."""
+    c = launch_of(key).config
+    return f"{c.block_m}x{c.block_n}x{c.num_stages}x{c.num_warps}"
+
+
+def record(key: Key, now: Resources, found: list[str]) -> None:
+    """Keeps in versions.csv what this version, if it is an older one, made of an instance."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version in versions.OLDER:
+        table = versions.read()
+        cells = table.setdefault(key, {})
+        cells[version] = "" if found else f"{blocks_and_warps(key)}:{now.registers}"
+        versions.write(table, list(instances(ARCHITECTURES, DTYPES, DIMENSIONS)))
+
+
 def version_of_table() -> str:
     """The version of Triton that compiled all rows."""
     with FILE.open() as file:
@@ -408,6 +427,7 @@ def main() -> int:
             found = complaints(key, now, before)
             failed += found
             print(*key, blocks, *astuple(now), *found, flush=True)
+            record(key, now, found)
             table[key] = blocks, now
             if chosen.write:
                 write(table)

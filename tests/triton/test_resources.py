@@ -65,6 +65,21 @@ def test_the_table_knows_the_block_sizes() -> None:
         assert blocks == f"{config.block_m}x{config.block_n}x{config.num_stages}", key
 
 
+def test_older_versions_compiled_these_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.triton import resources, versions
+
+    table = versions.read()
+    assert set(table) == set(resources.instances(resources.ARCHITECTURES, resources.DTYPES, resources.DIMENSIONS))
+    for version in versions.OLDER:
+        numbers = tuple(int(number) for number in version.split("."))
+        monkeypatch.setattr(backend, "version", lambda numbers=numbers: numbers)
+        resources._launches.cache_clear()
+        for key, cells in table.items():
+            compiled = cells[version].split(":")[0]
+            assert compiled == resources.blocks_and_warps(key), f"Triton {version}, {key}: make triton-versions"
+    resources._launches.cache_clear()
+
+
 def test_worse_resources_are_noticed() -> None:
     from tests.triton import resources
 

@@ -4,12 +4,17 @@
     python -m tests.triton.versions --versions 3.6 3.8 --arch 90     some; the rest as tests.triton.resources has it
 
 Versions are installed by pip beside the environment's own, each into a folder of its own under `build/triton`, where
-compiled kernels are kept too: a second run compiles only what has changed.
+compiled kernels are kept too: a second run compiles only what has changed, and one that was interrupted goes on.
+
+`versions.csv` says by which blocks (block_m x block_n x stages x warps) each older version compiled an instance without
+complaints, and the registers a thread; a run writes it as it goes. A field is empty where the version complained. Of
+the newest version resources.csv says more.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
@@ -18,6 +23,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 # What comes with torch 2.10 to 2.14, and the newest one. pyproject.toml names the same.
 SUPPORTED = ("3.6", "3.7", "3.8", "3.9")
+OLDER = SUPPORTED[:-1]
+FILE = Path(__file__).with_name("versions.csv")
+KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
+Key = tuple[str, str, str, int, int]
+
+
+def read() -> dict[Key, dict[str, str]]:
+    """instance -> {version: "64x32x2x8:168", or "" where it has not been compiled}"""
+    table = {}
+    if FILE.exists():
+        with FILE.open() as file:
+            for row in csv.DictReader(file):
+                key = (row["kernel"], row["level"], row["dtype"], int(row["head_dim"]), int(row["arch"]))
+                table[key] = {version: row[version] for version in OLDER}
+    return table
+
+
+def write(table: dict[Key, dict[str, str]], order: list[Key]) -> None:
+    with FILE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow((*KEYS, *OLDER))
+        for key in order:
+            cells = table.get(key, {})
+            writer.writerow((*key, *(cells.get(version, "") for version in OLDER)))
 
 
 def installed(version: str) -> Path:

@@ -91,12 +91,16 @@ def rms_norm_backward(
     return grad_x, None if partials is None else sum_partials(partials, torch.empty_like(weight))
 
 
-def few_rows(config: Config, rows: int) -> Config:
+def few_rows(config: Config, rows: int, dtype: torch.dtype) -> Config:
     """`config` with no more rows a block than there are."""
     block_m = min(config.block_m, dimension_class(rows))
     if block_m == config.block_m:
         return config
-    return replace(config, block_m=block_m, num_warps=4 if block_m <= 64 else config.num_warps)
+    config = replace(config, block_m=block_m, num_warps=4 if block_m <= 64 else config.num_warps)
+    if dtype == torch.float32 and block_m < 64:
+        # What is prefetched in pieces is not held in registers.
+        return replace(config, block_n=16, num_stages=2)
+    return config
 
 
 def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
@@ -171,7 +175,7 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
                 merge,
             )
 
-    run(p.choose("forward", run, partial(few_rows, rows=rows)))
+    run(p.choose("forward", run, partial(few_rows, rows=rows, dtype=p.dtype)))
     return out, logsumexp
 
 

@@ -171,11 +171,16 @@ class Problem:
         config: Config,
     ) -> None:
         """Launch `kernel`, and what has reported NaN in `flags` again. That is rarely anything: smaller tiles that are
-        not prefetched, which make room for reading keys twice, cost nothing."""
+        not prefetched, and more warps in float32, which make room for reading keys twice, cost nothing. (Triton 3.6
+        cannot prefetch for wgmma what is read behind it.)"""
         constants = constants | {"GUARDED": False, "FIRST_PART": self.first_part}
         launch(kind, kernel, grid, arguments, constants, config)
         if flags is not None:
-            config = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
+            num_warps = 8 if self.dtype == torch.float32 else config.num_warps
+            # Of the few rows of decoding, what is prefetched is not held in registers.
+            num_stages = config.num_stages if config.block_m < 32 else 1
+            block_n = max(16, config.block_n // 2)
+            config = replace(config, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
             constants = constants | {"GUARDED": True, "FIRST_PART": 2, "BLOCK_N": config.block_n}
             launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
 

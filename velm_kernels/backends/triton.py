@@ -243,22 +243,27 @@ TABLE: dict[tuple[str, str], _Rows] = {
     | _rows(
         4,
         (64, 16, 4, 1),
-        {ANY: (64, 16, 4, 1), 100: (64, 32, 4, 2)},
-        {ANY: (64, 16, 4, 1), 100: (64, 32, 4, 2)},
+        {ANY: (64, 16, 4, 1), 100: (64, 32, 8, 2)},
+        {ANY: (64, 16, 4, 1), 100: (64, 32, 8, 2)},
     ),
     ("grad_query", "plain"): _rows(
         2,
-        {ANY: (128, 64, 8, 2), 100: (64, 64, 4, 2)},
+        {ANY: (128, 64, 8, 2), 100: (64, 64, 8, 2)},
         {ANY: (128, 32, 8, 2), 100: (64, 64, 8, 2), 120: (64, 32, 8, 2)},
         {ANY: (64, 32, 8, 1), 90: (32, 32, 8, 2)},
     ),
-    ("grad_query", "loaded"): _rows(2, (128, 32, 8, 2), {ANY: (32, 32, 8, 2), 100: (64, 64, 8, 2)}, (32, 32, 8, 1))
-    | _rows(4, (64, 16, 4, 1), {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1)}, (64, 16, 4, 1)),
+    ("grad_query", "loaded"): _rows(
+        2,
+        (128, 32, 8, 2),
+        {ANY: (32, 32, 8, 2), 90: (128, 16, 8, 2), 100: (64, 64, 8, 2)},
+        {ANY: (32, 32, 8, 1), 120: (32, 64, 8, 1)},
+    )
+    | _rows(4, {ANY: (64, 16, 4, 1), 120: (64, 16, 8, 1)}, {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1)}, (64, 16, 4, 1)),
     ("grad_key_value", "plain"): _rows(2, (32, 128, 8, 2), {ANY: (16, 128, 8, 2), 100: (32, 64, 8, 2)}, (32, 32, 8, 1)),
     ("grad_key_value", "loaded"): _rows(
         2,
         {ANY: (16, 64, 4, 2), 100: (32, 64, 8, 2)},
-        {ANY: (32, 32, 8, 2), 100: (32, 64, 8, 2)},
+        {ANY: (32, 32, 8, 2), 90: (16, 64, 4, 2), 100: (32, 64, 8, 2)},
         (32, 32, 8, 1),
     )
     | _rows(
@@ -267,8 +272,13 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (32, 64, 4, 1), 80: (16, 64, 4, 1), 120: (16, 64, 4, 1)},
         {ANY: (32, 64, 4, 1), 80: (16, 64, 4, 1), 120: (16, 64, 4, 1)},
     ),
-    ("grad_bias", "loaded"): _rows(2, (64, 32, 8, 2), {ANY: (64, 32, 8, 1), 80: (32, 32, 8, 1)}, (16, 32, 8, 1))
-    | _rows(4, {ANY: (64, 32, 4, 1), 80: (64, 16, 4, 1)}, (64, 32, 4, 2), (64, 32, 4, 2)),
+    ("grad_bias", "loaded"): _rows(
+        2,
+        (64, 32, 8, 2),
+        {ANY: (64, 32, 8, 1), 80: (32, 32, 8, 1)},
+        (16, 32, 8, 1),
+    )
+    | _rows(4, {ANY: (64, 32, 4, 1), 80: (64, 16, 4, 1), 120: (64, 32, 8, 1)}, (64, 32, 4, 2), (64, 32, 4, 2)),
     ("key_mass", "loaded"): _rows(2, (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2))
     | _rows(4, (32, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 2)),
     ("grad_side", "loaded"): _rows(
@@ -279,11 +289,33 @@ TABLE: dict[tuple[str, str], _Rows] = {
     )
     | _rows(
         4,
-        {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1), 100: (64, 16, 4, 2), 120: (64, 16, 4, 2)},
-        {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1, 64), 120: (64, 16, 4, 1, 64)},
-        {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1), 120: (64, 16, 4, 1, 64)},
+        {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1), 100: (64, 16, 4, 2), 120: (64, 16, 8, 1)},
+        {ANY: (64, 16, 4, 1), 80: (32, 16, 4, 1, 64), 120: (64, 16, 8, 1, 64)},
+        {ANY: (64, 16, 4, 1), 80: (64, 16, 8, 1), 120: (64, 16, 8, 1, 64)},
     ),
 }
+
+# Where only older versions of Triton spill: (kernel, level, element bytes, largest head dimension, architecture) -> the
+# version that takes the entry of `TABLE`, and the entry of those before.
+BEFORE: dict[tuple[str, str, int, int, int], tuple[tuple[int, int], _Blocks]] = {
+    ("forward", "loaded", 2, 64, 100): ((3, 8), (128, 32, 8, 2)),
+    ("grad_query", "loaded", 2, 256, 80): ((3, 8), (16, 32, 8, 1)),
+    ("grad_bias", "loaded", 2, 64, 100): ((3, 8), (64, 64, 8, 2)),
+    ("grad_key_value", "loaded", 2, 128, 90): ((3, 7), (32, 32, 8, 2)),
+    ("key_mass", "loaded", 4, 128, 120): ((3, 7), (32, 64, 4, 1)),
+    ("key_mass", "loaded", 4, 256, 120): ((3, 7), (32, 64, 4, 1)),
+    ("grad_side", "loaded", 2, 128, 80): ((3, 8), (32, 32, 8, 2)),
+    ("grad_side", "loaded", 4, 256, 100): ((3, 8), (64, 16, 8, 1)),
+}
+
+
+@functools.cache
+def version() -> tuple[int, int]:
+    """The version of Triton, as (3, 9)."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def entry(kind: str, level: str, size: int, dim: int) -> _Row:
@@ -296,7 +328,11 @@ def _lookup(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int)
     if arch == 0:
         # Small tiles, so that small tests cross many of their edges.
         return Config(16, 16, 4, 1)
-    row = entry(kind, level, dtype.itemsize, dimension_class(head_dim))
+    size, dim = dtype.itemsize, max(64, dimension_class(head_dim))
+    first, older = BEFORE.get((kind, level, size, dim, arch), ((0, 0), ()))
+    if version() < first:
+        return Config(*older)
+    row = entry(kind, level, size, dim)
     return Config(*row.get(arch, row[ANY]))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -111,7 +113,9 @@ def bilinear_backward(
             steps,
         )
         grid = row_blocks * column_blocks * parts
-        launch("bilinear_inputs", bilinear_inputs_kernel, grid, arguments, constants, config)
+        # Operands of float32 are there twice.
+        of_inputs = replace(config, num_stages=1) if x.dtype == torch.float32 and config is TILE else config
+        launch("bilinear_inputs", bilinear_inputs_kernel, grid, arguments, constants, of_inputs)
         for partial, to in ((partial_x, grad_x), (partial_y, grad_y)):
             if partial is not None and to is not None:
                 sum_partials(partial, to)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,8 @@ from velm_kernels.fusion.film.triton_kernels import (
 from velm_kernels.triton.launches import cdiv, sum_partials
 
 TILE = Config(8, 256, 4, 1)
+# Beside the tile, backward keeps the sums of gamma and of beta.
+BACKWARD = replace(TILE, num_warps=8)
 CONSTANTS = {"BLOCK_M": TILE.block_m, "BLOCK_N": TILE.block_n}
 
 
@@ -68,7 +72,7 @@ def film_backward(
         batch * row_blocks * column_blocks,
         (grad, x, gamma, grad_x, *parts, *strides, *sizes),
         {"STEPS": steps, **CONSTANTS},
-        TILE,
+        BACKWARD,
     )
     for part, to in zip(parts, (grad_gamma, grad_beta), strict=True):
         if part is not None and to is not None:

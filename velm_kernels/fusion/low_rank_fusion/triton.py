@@ -20,7 +20,7 @@ from velm_kernels.triton.launches import cdiv
 
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync.
-NARROW = Config(32, 32, 8, 2)
+NARROW = Config(32, 32, 8, 1)
 # Where the products are summed in tensor memory, and the compiler allows a block of eight warps half of the registers.
 FEWER_WARPS = Config(64, 32, 4, 2)
 # Small tiles for the interpreter, so that small tests cross many of their edges.

@@ -236,4 +236,5 @@ def low_rank_gradients_kernel(
             b_g *= scale * b_2 * b_3
     _store(gradient0, b_g * b_1, width, column, b_b, rows, b_o, out)
     _store(gradient1, b_g * b_0, width, column, b_b, rows, b_o, out)
-    tl.store(partial + tl.program_id(0), tl.sum(tl.sum(tl.where(b_ok, b_sum, 0.0), 1), 0))
+    # At once: a reduction of what was reduced in tensor memory does not compile by Triton 3.6 and 3.7.
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(b_ok, b_sum, 0.0)))

@@ -11,7 +11,7 @@ from velm_kernels.triton.launches import cdiv
 
 NORMS_TILE, NORMS_DEPTH = Config(32, 0, 4, 1), 64
 # Of half precision and of float32, with the depth of a step.
-TILES = {2: (Config(64, 64, 4, 2), 64), 4: (Config(64, 32, 4, 1), 32)}
+TILES = {2: (Config(64, 64, 4, 2), 64), 4: (Config(64, 32, 8, 1), 32)}
 
 
 def match_rows_forward(a: Tensor, b: Tensor, similarity: Tensor, best: Tensor) -> None:

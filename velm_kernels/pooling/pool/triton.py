@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.backends.triton import Config, launch
-from velm_kernels.pooling.pool.op import GEM, MEAN, MODES
+from velm_kernels.pooling.pool.op import GEM, LOGSUMEXP, MEAN, MODES
 from velm_kernels.pooling.pool.triton_kernels import (
     Strides,
     Tokens,
@@ -51,8 +51,8 @@ def pool_forward(
 ) -> None:
     tokens, (segments, dim) = x.shape[-2], out.shape
     tile = TILE_OF_COLUMNS if tokens_contiguous else TILE
-    if mode == GEM:
-        # Two powers of every element take registers.
+    if mode in (LOGSUMEXP, GEM):
+        # Two powers of every element, or a maximum beside the sum, take registers.
         tile = replace(tile, block_m=tile.block_m // 2)
     dim_blocks = cdiv(dim, tile.block_n)
     of_segment = _tokens(lengths, mask, cu_seqlens, tokens, segments)
