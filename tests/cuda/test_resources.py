@@ -52,7 +52,7 @@ def test_a_changed_source_is_compiled_again(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_worse_resources_are_noticed() -> None:
-    key, good = ("merge", "forward_kernel<float, 4>", "80"), Resources(40, 0, 1024, 0.75, 0)
+    key, good = ("merge_attention", "forward_kernel<float, 4>", "80"), Resources(40, 0, 1024, 0.75, 0)
     assert resources.complaints(key, good, good) == []
     assert resources.complaints(key, good, None)
     for worse in (
