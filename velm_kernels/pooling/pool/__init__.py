@@ -156,7 +156,8 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
 
 def plain_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3.0) -> Tensor | None:
     if (
-        mode not in ("mean", "sum")
+        mode.__class__ is not str
+        or mode not in ("mean", "sum")
         or p.__class__ is not float
         or not takes_torch(SMALL_SEGMENT, x, dtype=ANY, recorded=SMALL_SEGMENT)
     ):
