@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import hashlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -21,6 +25,18 @@ from velm_kernels import backends
 from velm_kernels.backends import cpu, cuda, small
 
 TESTS = os.path.dirname(__file__) + os.sep
+
+
+def _inductor_cache() -> str:
+    """A folder for what torch.compile keeps on disk, another one for other sources: what it compiled of a backward does
+    not ask whether that operator's schema has changed since."""
+    sources = hashlib.sha256()
+    for path in sorted(Path(velm_kernels.__file__).parent.rglob("*.py")):
+        sources.update(path.read_bytes())
+    return str(Path(tempfile.gettempdir()) / f"velm_inductor_{getpass.getuser()}_{sources.hexdigest()[:16]}")
+
+
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
 
 # What a run finds does not depend on luck: draws are the same every time, unless new ones are asked for (make explore).
 EXPLORES = os.environ.get("VELM_TEST_EXPLORE") == "1"

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads)
   const int batch = static_cast<int>(at / queries / heads), head = static_cast<int>(at / queries % heads);
   const int query = static_cast<int>(at % queries);
   float sum = 0.0f;
-  const float of_row = logsumexp[at];
+  const float of_row = __shfl_sync(kAll, lane == 0 ? float{logsumexp[at]} : 0.0f, 0);
   const auto x = out.at(batch, head, query), y = grad_out.at(batch, head, query);
   // A row that sees nothing has no gradient, whatever stands in its grad_out. One that sees nothing but -inf is NaN.
   const bool is_live = of_row != -kInfinity || __any_sync(kAll, lane == 0 && !(to_float(x[0]) == 0.0f));

@@ -244,7 +244,7 @@ class TestGate:
         assert done.returncode == 0, done.stderr
         assert not note.exists()
         commands = (tmp_path / "build" / "compile_commands.json").read_text()
-        kernel = next(line for line in commands.splitlines() if "gated_residual.cu" in line and "command" in line)
+        kernel = next(line for line in commands.splitlines() if "gated_residual/cuda.cu" in line and "command" in line)
         # Machine code and PTX, all of them from the PTX of sm_80.
         (made,) = re.findall(r"arch=compute_80,code=\[([^\]]*)\]", kernel)
         assert made.split(",") == ["sm_80", "sm_90a", "sm_100", "sm_120", "compute_80"]
