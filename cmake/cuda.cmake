@@ -20,7 +20,6 @@ set(VELM_KERNEL_SOURCES
   attention/key_mass.cu
   attention/norm.cu
   attention/row_sums.cu
-  fusion/count_sketch.cu
   fusion/sums.cu
   pooling/attention_pool.cu
 )
@@ -28,7 +27,6 @@ set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
-  csrc/fusion/count_sketch_cuda.cpp
   csrc/pooling/attention_pool_cuda.cpp
 )
 

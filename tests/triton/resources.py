@@ -39,9 +39,9 @@ from velm_kernels.attention.merge_attention import triton as triton_merge_attent
 from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
-from velm_kernels.fusion import triton_count_sketch
 from velm_kernels.fusion.bilinear.triton import bilinear_backward, bilinear_forward
 from velm_kernels.fusion.bilinear_attention.triton import bilinear_attention_backward, bilinear_attention_forward
+from velm_kernels.fusion.count_sketches.triton import count_sketches_forward
 from velm_kernels.fusion.dropout_residual.triton import dropout_residual_forward
 from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward, factorized_pool_forward
 from velm_kernels.fusion.film.triton import film_backward, film_forward
@@ -253,7 +253,8 @@ def _modulation(dtype: torch.dtype) -> None:
         film_forward(x, row, row, along, 0.0, x)
         film_backward(x, x, row, along, 0.0, x, row, row)
     hashes = _empty(768), _empty(768, dtype=torch.float32)
-    triton_count_sketch.count_sketches(x[0], *hashes, x[0], *hashes, 16000)
+    sketches = _empty(2 * TOKENS, 16000, dtype=torch.float32)
+    count_sketches_forward(x[0], *hashes, x[0], *hashes, 16000, sketches)
     features = [x] * triton_weighted_sum.AT_ONCE
     triton_weighted_sum.weighted_sum_forward(features, weights, x)
     # The second of two launches would be that of the features with one region.

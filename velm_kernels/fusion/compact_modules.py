@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from velm_kernels.constructors import checked
-from velm_kernels.fusion.compact import Sketch, compact_bilinear, make_sketch
+from velm_kernels.fusion.compact_bilinear import Sketch, compact_bilinear, make_sketch
 from velm_kernels.fusion.pair import PairFusion, checked_pair
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 
 from velm_kernels.attention.gated_residual.triton_kernels import gated_residual_backward_kernel, gated_residual_kernel
-from velm_kernels.attention.triton_attention import FEW_PROGRAMS, sum_partials
-from velm_kernels.attention.triton_problem import cdiv
 from velm_kernels.backends.triton import Config, launch
+from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 TILE = Config(8, 256, 4, 1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.attention.triton_tiles import LOG2E, round_to, tanh, wide
+from velm_kernels.triton.kernels import LOG2E, round_to, tanh, wide
 
 
 @triton.jit

@@ -9,8 +9,9 @@ from velm_kernels.attention.merge_attention.triton_kernels import (
     merge_kernel,
     merge_logsumexp_backward_kernel,
 )
-from velm_kernels.attention.triton_problem import cdiv, row_strides
+from velm_kernels.attention.triton_problem import row_strides
 from velm_kernels.backends.triton import Config, dimension_class, launch
+from velm_kernels.triton.launches import cdiv
 
 # Shards that one launch merges; more are merged in groups, whose results are merged in turn.
 MERGED_AT_ONCE = 8

@@ -1,6 +1,6 @@
 // Count sketches as a torch operator on a CUDA kernel.
 
-#include "fusion/count_sketch_cuda.h"
+#include "fusion/count_sketches/cuda.h"
 
 #include "device/tensor.h"
 
@@ -10,10 +10,9 @@ namespace {
 using namespace device;
 
 // `order` is not the index of each feature, but what the operator makes of them for gathering.
-Tensor count_sketches_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y, Tensor order_y, Tensor sign_y,
-                         int64_t dim) {
+void count_sketches_forward_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y, Tensor order_y, Tensor sign_y,
+                               int64_t dim, Tensor out) {
   const Current current(x);
-  Tensor out = torch::stable::new_empty(sign_x, {x.size(0) + y.size(0), dim});
   const auto add = [&](const Tensor& rows, const Tensor& order, const Tensor& sign, const Tensor& to) {
     count_sketch({rows.size(0), rows.size(1), dim, rows.stride(0), dtype_of(rows), span_of(rows), span_of(order),
                   span_of(sign), span_of(to)},
@@ -21,11 +20,10 @@ Tensor count_sketches_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y, Tens
   };
   add(x, order_x, sign_x, torch::stable::narrow(out, 0, 0, x.size(0)));
   add(y, order_y, sign_y, torch::stable::narrow(out, 0, x.size(0), y.size(0)));
-  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("count_sketches", TORCH_BOX(&count_sketches_op));
+  m.impl("count_sketches_forward", TORCH_BOX(&count_sketches_forward_op));
 }
 
 }  // namespace

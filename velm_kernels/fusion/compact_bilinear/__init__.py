@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, reasons_against, register, register_public
+from velm_kernels.backends import ON_REQUEST, ORDER, Arguments, reasons_against, register, register_public
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
 from velm_kernels.backends.small import ANY, takes_torch, wide
-from velm_kernels.fusion import count_sketch, reference
+from velm_kernels.fusion.compact_bilinear import reference
+from velm_kernels.fusion.count_sketches.op import OPERATOR as COUNT_SKETCHES
+from velm_kernels.fusion.count_sketches.reference import count_sketch
 from velm_kernels.layout import unit_last_stride
 
 GRAD_X, GRAD_Y = 1, 2
@@ -94,7 +96,7 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     torch it takes longer than two of half its size. The gradients are correlations with the gradient of the result, by
     one call back for both. Backward keeps x and y alone and makes their spectra again.
     """
-    small = _small(x, y, sketch_x, sketch_y, dim)
+    small = plain(x, y, sketch_x, sketch_y, dim)
     if small is not None:
         return small
     if isinstance(x, Tensor):
@@ -105,8 +107,8 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     return out.view(*checks.broadcast_shapes(x.shape[:-1], y.shape[:-1]), dim)
 
 
-def _small(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int) -> Tensor | None:
-    """By torch's own steps, whose spectra backward keeps."""
+def plain(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, dim: int) -> Tensor | None:
+    """The result of a small call by torch's own steps, whose spectra backward keeps, or None."""
     if not takes_torch(SMALL, x, y, dtype=ANY, recorded=SMALL) or dim.__class__ is not int or dim < 1:
         return None
     if not 0 < x.dim() <= y.dim() or 0 in x.shape or 0 in y.shape:
@@ -260,7 +262,7 @@ def _meaning(
     sketches = (index_x.long(), sign_x), (index_y.long(), sign_y)
     if not x.shape[0] * _most_regions(x, y):
         # Transforms do not take nothing.
-        a, b = (reference.count_sketch(value.to(wide), *s, dim) for value, s in zip((x, y), sketches, strict=True))
+        a, b = (count_sketch(value.to(wide), *s, dim) for value, s in zip((x, y), sketches, strict=True))
         return (a * b).to(x.dtype)
     return reference.compact_bilinear(x.to(wide), y.to(wide), *sketches, dim).to(x.dtype).contiguous()
 
@@ -307,7 +309,7 @@ def _spectra(
 ) -> tuple[Tensor, Tensor]:
     """The transforms of the sketches of ``(entries, regions, features)``: ``(entries, regions, dim // 2 + 1)``."""
     rows_x, rows_y = x.flatten(0, 1), y.flatten(0, 1)
-    sketches = torch.ops.velm.count_sketches(rows_x, *hashes_x, rows_y, *hashes_y, dim, backend)
+    sketches = torch.ops.velm.count_sketches_forward(rows_x, *hashes_x, rows_y, *hashes_y, dim, backend)
     a, b = torch.fft.rfft(sketches).split([len(rows_x), len(rows_y)])
     return a.unflatten(0, x.shape[:2]), b.unflatten(0, y.shape[:2])
 
@@ -361,13 +363,13 @@ def _register(backend: str) -> None:
 
     def reasons(arguments: Arguments) -> list[str]:
         names = ("x", "index_x", "sign_x", "y", "index_y", "sign_y")
-        return reasons_against("count_sketches", {name: arguments[name] for name in names}, backend)[backend]
+        return reasons_against(COUNT_SKETCHES.forward, {name: arguments[name] for name in names}, backend)[backend]
 
     register("compact_bilinear_forward", backend, forward, reasons)
     register("compact_bilinear_backward", backend, backward, reasons)
 
 
 register_autograd("compact_bilinear_forward", _backward, setup_context=_setup_context, meaning=_meaning)
-for _backend in count_sketch.BACKENDS:
+for _backend in ORDER + ON_REQUEST:
     _register(_backend)
-register_public("compact_bilinear", "compact_bilinear_forward", canonical, _small)
+register_public("compact_bilinear", "compact_bilinear_forward", canonical, plain)

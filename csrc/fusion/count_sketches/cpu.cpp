@@ -33,16 +33,15 @@ void sketch(const Tensor& x, const Tensor& index, const Tensor& sign, int64_t di
   });
 }
 
-Tensor count_sketches(Tensor x, Tensor index_x, Tensor sign_x, Tensor y, Tensor index_y, Tensor sign_y, int64_t dim) {
-  Tensor out = torch::stable::new_empty(sign_x, {x.size(0) + y.size(0), dim});
+void count_sketches_forward(Tensor x, Tensor index_x, Tensor sign_x, Tensor y, Tensor index_y, Tensor sign_y,
+                            int64_t dim, Tensor out) {
   auto* to = mutable_data<float>(out);
   sketch(x, index_x, sign_x, dim, to);
   sketch(y, index_y, sign_y, dim, to + x.size(0) * dim);
-  return out;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("count_sketches", TORCH_BOX(&count_sketches));
+  m.impl("count_sketches_forward", TORCH_BOX(&count_sketches_forward));
 }
 
 }  // namespace

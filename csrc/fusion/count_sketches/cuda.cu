@@ -1,6 +1,6 @@
 // Count sketches, gathered: a thread takes a bucket of some rows and adds its features in their order, without atomics.
 
-#include "fusion/count_sketch_cuda.h"
+#include "fusion/count_sketches/cuda.h"
 
 #include "device/launch.h"
 #include "device/memory.h"
