@@ -55,7 +55,9 @@ def plain(
     x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False, gamma_offset: float = 0.0
 ) -> Tensor | None:
     """The result of a small call by torch's own operators, or None."""
-    recorded = SMALL if getattr(x, "ndim", 0) > 2 else NEVER
+    # Without regions nothing is summed, and torch's gradients are as good as the kernels'.
+    has_regions = isinstance(x, Tensor) and x.dim() > 2 and isinstance(gamma, Tensor) and x.numel() != gamma.numel()
+    recorded = SMALL if has_regions else NEVER
     if not takes_torch(SMALL, x, gamma, beta, dtype=ANY, recorded=recorded) or gamma_offset.__class__ is not float:
         return None
     dims = x.dim()
