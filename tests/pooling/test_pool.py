@@ -210,6 +210,26 @@ def test_infinities_and_nan(backend: Backend, layout: str) -> None:
 
 
 @every_backend_with_cuda
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layout", ["rows", "pixels"])
+def test_what_is_not_finite_changes_no_bit_beside_it(backend: Backend, mode: str, layout: str) -> None:
+    torch.manual_seed(0)
+    # Far apart, so that the running maximum of logsumexp moves at different tokens in different columns.
+    x = 6.0 * torch.randn(2, 37, 70)
+    planted = x.clone()
+    for place, number in enumerate((torch.nan, torch.inf, -torch.inf)):
+        planted[0, 3 + 5 * place, 5 + 9 * place] = number
+    untouched = torch.ones(2, 70, dtype=torch.bool)
+    untouched[0, 5 : 5 + 27 : 9] = False
+    with backend.use():
+        found = []
+        for values in (x, planted):
+            given = values.transpose(1, 2).contiguous() if layout == "pixels" else values
+            found.append(velm_kernels.masked_pool(given, mode=mode, channels_first=layout == "pixels"))
+    assert torch.equal(found[0][untouched], found[1][untouched])
+
+
+@every_backend_with_cuda
 def test_pixels_are_read_as_they_lie(backend: Backend) -> None:
     x, mask = torch.randn(2, 24, 5, 7), torch.rand(2, 5, 7) > 0.3
     expected = reference.masked_pool(x, None, mask, "gem", 3.0, channels_first=True)

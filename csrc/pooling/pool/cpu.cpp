@@ -154,27 +154,41 @@ struct LogSumExp {
   }
   // NaN and infinity, of which exp_of would make numbers: NaN goes into b and not into a, infinity into both.
   template <int R>
-  [[gnu::noinline]] static void step_special(const Vec (&x)[R], Vec& a, Vec& b) {
+  static void step_special(const Vec (&x)[R], Vec& a, Vec& b) {
     for (int r = 0; r < R; ++r) {
       const Vec largest = maximum(x[r], a), base = least_keep_nan(largest, kLargest);
       b = b * simd::exp(a - base) + simd::exp(x[r] - base);
       a = largest;
     }
   }
+  // Every column for itself: what stands beside it changes no bit of it.
   template <int R>
-  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
-    const Vec most = largest_of(x);
-    if (stdx::any_of(has_nan(x) || most == Vec(kInfinity))) [[unlikely]]
-      return step_special(x, a, b);
-    if (stdx::any_of(most > a + kSlack)) [[unlikely]] {
-      const Vec largest = maximum(most, a);
-      // Other columns may have been infinite before.
-      b *= exp_of(least_keep_nan(a, kLargest) - least_keep_nan(largest, kLargest));
-      a = largest;
+  static VELM_INLINE void step_finite(const Vec (&x)[R], Vec most, Vec& a, Vec& b) {
+    const VecMask exceeds = most > a + kSlack;
+    if (stdx::any_of(exceeds)) [[unlikely]] {
+      // It may have been infinite before.
+      b = select(exceeds, b * exp_of(least_keep_nan(a, kLargest) - least_keep_nan(most, kLargest)), b);
+      a = select(exceeds, most, a);
     }
     Vec terms[R];
     unroll<R>([&](auto r) VELM_INLINE_LAMBDA { terms[r] = exp_of(x[r] - a); });
     Add::add<R>([&](int r) VELM_INLINE_LAMBDA { return terms[r]; }, b);
+  }
+  template <int R>
+  [[gnu::noinline]] static void step_both(const Vec (&x)[R], Vec most, VecMask special, Vec& a, Vec& b) {
+    Vec special_a = a, special_b = b;
+    step_special(x, special_a, special_b);
+    step_finite(x, most, a, b);
+    a = select(special, special_a, a);
+    b = select(special, special_b, b);
+  }
+  template <int R>
+  VELM_INLINE void step(const Vec (&x)[R], const int32_t*, Vec& a, Vec& b) const {
+    const Vec most = largest_of(x);
+    const VecMask special = has_nan(x) || most == Vec(kInfinity);
+    if (stdx::any_of(special)) [[unlikely]]
+      return step_both(x, most, special, a, b);
+    step_finite(x, most, a, b);
   }
   VELM_INLINE void join(Vec& a, Vec& b, Vec later, Vec later_b) const {
     const Vec largest = maximum(a, later), base = least_keep_nan(largest, kLargest);
