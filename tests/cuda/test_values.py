@@ -266,6 +266,23 @@ def test_rows_whose_weight_is_on_one_key(dtype: torch.dtype, queries: int, group
         assert_accurate(name, one, other, true)
 
 
+# On both sides of where delta comes from the result, `attention_sums_rows` in csrc/attention/backward_cuda.h.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("queries", "keys"), [(64, 257), (65, 256), (65, 257)])
+def test_gradients_of_many_rows_and_keys(dtype: torch.dtype, queries: int, keys: int) -> None:
+    torch.manual_seed(0)
+    query, upstream = torch.randn(2, 1, 1, queries, 40).to(dtype)
+    key, value = torch.randn(2, 1, 1, keys, 40).to(dtype)
+    exact = with_gradients(
+        attention_reference.cross_attention, *(t.double() for t in (query, key, value)), upstream=upstream
+    )
+    plain = with_gradients(attention_reference.cross_attention, query, key, value, upstream=upstream)
+    with BACKEND.use():
+        got = with_gradients(velm_kernels.cross_attention, query, key, value, upstream=upstream)
+    for name, one, other, true in zip(("out", "query", "key", "value"), got, plain, exact, strict=True):
+        assert_accurate(name, one, other, true)
+
+
 @pytest.mark.parametrize("value", [INF, -INF])
 def test_infinity_in_float32_products(value: float) -> None:
     """A float is the sum of two of tf32, and what the small one makes of an infinity is not what the whole makes."""
