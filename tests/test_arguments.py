@@ -15,7 +15,8 @@ from torch import Tensor
 
 import velm_kernels
 
-from .operators import CALLS, MODULES, Arguments, Call, ModuleCall
+from .modules import MODULES, ModuleCall
+from .operators import CALLS, Arguments, Call
 
 LONGEST = 300
 

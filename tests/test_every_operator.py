@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from velm_kernels.backends import NoBackendError
 
 from .conftest import Backend, every_backend_once
-from .operators import CALLS, MODULES, Arguments, Call, ModuleCall, call_module, differentiable_results, results
+from .modules import MODULES, ModuleCall, call_module
+from .operators import CALLS, Arguments, Call, differentiable_results, results
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 

@@ -31,7 +31,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,38 +39,12 @@ from torch import Tensor
 from velm_kernels import backends
 from velm_kernels.backends import Arguments, cpu, cuda, direct, flops, library, triton
 from velm_kernels.backends.derivatives import flat, in_lists
+from velm_kernels.backends.schemas import Parameter, filled_by_kernel, parameters
 
 # What kernels and meanings are called with, by name.
 Values = SimpleNamespace
 Empty = Callable[[Any], Any]
 Reasons = Callable[[Arguments], list[str]]
-
-
-class Parameter(NamedTuple):
-    """One argument of a schema."""
-
-    kind: str
-    name: str
-
-    @property
-    def is_tensor(self) -> bool:
-        return self.kind.startswith("Tensor")
-
-    @property
-    def is_list(self) -> bool:
-        return self.kind.endswith("[]")
-
-    def optional(self) -> Parameter:
-        return Parameter(self.kind if self.kind.endswith(("?", "[]")) else f"{self.kind}?", self.name)
-
-    def __str__(self) -> str:
-        return f"{self.kind} {self.name}"
-
-
-def parameters(schema: str) -> list[Parameter]:
-    """``"Tensor x, int n"`` in parts."""
-    found = (argument.rpartition(" ") for argument in schema.split(", ") if argument)
-    return [Parameter(kind, name) for kind, _, name in found]
 
 
 class Operator:
@@ -236,7 +210,7 @@ class Operator:
         formula: Callable[[Any], int] | None,
     ) -> None:
         returned = "Tensor" if len(self.results) == 1 else f"({', '.join(['Tensor'] * len(self.results))})"
-        filled = _filled(self.results, optional=self._may_be_absent)
+        filled = filled_by_kernel(self.results, optional=self._may_be_absent)
         library.declare(
             self.forward,
             ", ".join(map(str, self.parameters)),
@@ -324,7 +298,7 @@ class Operator:
         # A kernel with one gradient is not called for none.
         names = [f"grad_{name}" for name in self.differentiable]
         lists = [name for name in self.differentiable if name in self._lists]
-        filled = _filled(names, names if len(names) > 1 else (), [f"grad_{name}" for name in lists])
+        filled = filled_by_kernel(names, names if len(names) > 1 else (), [f"grad_{name}" for name in lists])
         kinds = ["Tensor[]" if name in lists else "Tensor" for name in self.differentiable]
         returned = kinds[0] if len(kinds) == 1 else f"({', '.join(kinds)})"
         # Bit i: whether gradient i is, of a list whether any; then which of each list.
@@ -565,15 +539,6 @@ def _unusual_dtypes(arguments: Arguments) -> list[str]:
         f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
         for name, tensor in backends.tensors_of(arguments)
         if tensor.is_floating_point() and tensor.dtype not in cpu.DTYPES
-    ]
-
-
-def _filled(names: Sequence[str], optional: Sequence[str], lists: Sequence[str] = ()) -> list[Parameter]:
-    """Arguments of a kernel that it writes."""
-    letters = (chr(ord("a") + i) for i in range(len(names)))
-    return [
-        Parameter(f"Tensor({letter}!){'?[]' if name in lists else '?' * (name in optional)}", name)
-        for letter, name in zip(letters, names)
     ]
 
 

@@ -66,7 +66,7 @@ def ptx_of(kind: str, level: str, arch: int) -> str:
 
 def most_terms() -> int:
     """Instructions that sum the three products of the longest chain, 8 terms each."""
-    from velm_kernels.attention.triton_tiles import LONGEST_CHAIN
+    from velm_kernels.triton.kernels import LONGEST_CHAIN
 
     return 3 * LONGEST_CHAIN.value // 8
 

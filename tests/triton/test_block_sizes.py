@@ -69,7 +69,7 @@ def test_the_fastest_is_kept_on_disk(tuning: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_products_of_float32_stay_short() -> None:
-    from velm_kernels.attention.triton_tiles import LONGEST_CHAIN
+    from velm_kernels.triton.kernels import LONGEST_CHAIN
 
     for config in backend.candidates(Config(64, 64, 4, 1), torch.float32):
         assert max(config.block_m, config.block_n) <= LONGEST_CHAIN.value

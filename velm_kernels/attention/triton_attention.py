@@ -24,9 +24,7 @@ from velm_kernels.attention.triton_problem import (
 from velm_kernels.attention.triton_tiles import Strides
 from velm_kernels.backends.triton import Config, dimension_class, launch, parts_of, sums_both
 from velm_kernels.layout import unit_last_stride
-from velm_kernels.triton.launches import FEW_PROGRAMS as FEW_PROGRAMS
-from velm_kernels.triton.launches import cdiv
-from velm_kernels.triton.launches import sum_partials as sum_partials
+from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 # Splitting over keys, where there are fewer than FEW_PROGRAMS, gives each split at least this many tiles.
 LEAST_TILES = 4

@@ -5,8 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from velm_kernels.triton.kernels import round_to, wide
+
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
-from .triton_tiles import LOWEST, grad_scores, kept_weights, open_rows, probabilities, round_to, unless_infinite, wide
+from .triton_tiles import LOWEST, grad_scores, kept_weights, open_rows, probabilities, unless_infinite
 
 
 @triton.jit

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from velm_kernels.triton.kernels import LN2, LOG2E, round_to, wide
+
 from .triton_products import (
     add_weighted,
     has_nan,
@@ -17,8 +19,6 @@ from .triton_products import (
     zero_pieces,
 )
 from .triton_tiles import (
-    LN2,
-    LOG2E,
     LOWEST,
     extents,
     kept,
@@ -26,11 +26,9 @@ from .triton_tiles import (
     key_tiles,
     probabilities,
     query_block,
-    round_to,
     scores,
     seen_keys,
     unless_infinite,
-    wide,
 )
 
 

@@ -5,16 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from velm_kernels.triton.kernels import wide
+
 from .triton_products import product_of_rows, row_of, rows
-from .triton_tiles import (
-    grad_scores,
-    key_rows_ok,
-    probabilities,
-    query_block,
-    scores,
-    unless_infinite,
-    wide,
-)
+from .triton_tiles import grad_scores, key_rows_ok, probabilities, query_block, scores, unless_infinite
 
 
 @triton.jit

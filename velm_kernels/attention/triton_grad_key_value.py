@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from velm_kernels.triton.kernels import round_to, wide
+
 from .triton_products import add_weighted, product_of_rows, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
     PAST_END,
@@ -15,10 +17,8 @@ from .triton_tiles import (
     key_rows_ok,
     probabilities,
     query_block,
-    round_to,
     scores,
     unless_infinite,
-    wide,
 )
 
 

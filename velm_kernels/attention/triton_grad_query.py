@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from velm_kernels.triton.kernels import round_to, wide
+
 from .triton_products import add_weighted, has_nan, product_of_rows, report_nan, row_of, rows, store_rows, zero_pieces
 from .triton_tiles import (
     PAST_END,
@@ -16,11 +18,9 @@ from .triton_tiles import (
     matrix_rows,
     probabilities,
     query_block,
-    round_to,
     scores,
     seen_keys,
     unless_infinite,
-    wide,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tiles import round_to, wide
+from velm_kernels.triton.kernels import round_to, wide
 
 
 @triton.jit

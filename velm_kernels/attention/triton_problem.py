@@ -10,7 +10,7 @@ import torch
 from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
-from velm_kernels.triton.launches import cdiv as cdiv
+from velm_kernels.triton.launches import cdiv
 
 # Offsets inside one tile are 32-bit up to this row stride.
 NARROW_STRIDE = 1 << 23

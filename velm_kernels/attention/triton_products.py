@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_tiles import product, product_add, round_to, wide
+from velm_kernels.triton.kernels import product, product_add, round_to, wide
 
 
 class Loaded(NamedTuple):

@@ -17,17 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR as FAR
-from velm_kernels.triton.kernels import INTERPRETED as INTERPRETED
-from velm_kernels.triton.kernels import LN2 as LN2
-from velm_kernels.triton.kernels import LOG2E as LOG2E
-from velm_kernels.triton.kernels import LONGEST_CHAIN as LONGEST_CHAIN
-from velm_kernels.triton.kernels import product as product
-from velm_kernels.triton.kernels import product_add as product_add
-from velm_kernels.triton.kernels import round_to as round_to
-from velm_kernels.triton.kernels import sequence as sequence
-from velm_kernels.triton.kernels import tanh as tanh
-from velm_kernels.triton.kernels import wide as wide
+from velm_kernels.triton.kernels import FAR, LOG2E, sequence, tanh, wide
 
 # The sign of a float32 among its bits.
 SIGN = tl.constexpr(-(1 << 31))
