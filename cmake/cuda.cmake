@@ -21,13 +21,11 @@ set(VELM_KERNEL_SOURCES
   attention/norm.cu
   attention/row_sums.cu
   fusion/sums.cu
-  pooling/attention_pool.cu
 )
 set(VELM_KERNEL_OPERATORS
   ${VELM_OWN_OPERATORS}
   csrc/attention/attention_cuda.cpp
   csrc/attention/bidirectional_cuda.cpp
-  csrc/pooling/attention_pool_cuda.cpp
 )
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "pooling/attention_pool_cuda.h"
+#include "pooling/attention_pool/cuda.h"
 #include "pooling/gather_rows/cuda.h"
 #include "pooling/match_rows/cuda.h"
 #include "pooling/pool/cuda.h"

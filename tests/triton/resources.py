@@ -48,7 +48,7 @@ from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear import triton_linear
-from velm_kernels.pooling import triton_attention_pool
+from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
 from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
@@ -281,8 +281,9 @@ def _pooling(dtype: torch.dtype) -> None:
     gather_rows_forward(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight, x[:, : TOKENS // 2])
     match_rows_forward(x, x, weight, index)
     rows = _empty(BATCH, HEADS, 768, dtype=dtype)
-    pooled, logsumexp = triton_attention_pool.attention_pool_forward(x, rows, lengths, mask, None)
-    triton_attention_pool.attention_pool_backward(pooled, x, rows, lengths, mask, None, pooled, logsumexp, 3)
+    given, kept = (x, rows, lengths, mask, None), (rows, _empty(BATCH, HEADS, dtype=torch.float32))
+    attention_pool_forward(*given, *kept)
+    attention_pool_backward(rows, *given, *kept, x, rows)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

@@ -1,7 +1,7 @@
 // A few rows attend over the tokens of a segment, which are keys and values at once. The scores are few beside the
 // tokens, and are kept between the two products.
 
-#include "pooling/attention_pool_cuda.h"
+#include "pooling/attention_pool/cuda.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,6 @@
 // attention_pool's middle as torch operators on CUDA kernels.
 
-#include "pooling/attention_pool_cuda.h"
-
-#include <tuple>
+#include "pooling/attention_pool/cuda.h"
 
 #include "device/tensor.h"
 
@@ -10,8 +8,6 @@ namespace velm::cuda {
 namespace {
 
 using namespace device;
-
-constexpr int64_t kGradX = 1, kGradRows = 2;
 
 struct Call {
   AttentionPool p{};
@@ -43,33 +39,25 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> attention_pool_forward_op(Tensor x, Tensor rows, std::optional<Tensor> lengths,
-                                                     std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens) {
+void attention_pool_forward_op(Tensor x, Tensor rows, std::optional<Tensor> lengths, std::optional<Tensor> mask,
+                               std::optional<Tensor> cu_seqlens, Tensor out, Tensor logsumexp) {
   const Current current(x);
   Call call(x, rows, lengths, mask, cu_seqlens);
   AttentionPool& p = call.p;
-  Tensor out = torch::stable::new_empty(x, {p.segments, p.rows, p.dim});
-  Tensor logsumexp = torch::stable::new_empty(x, {p.segments, p.rows}, ScalarType::Float);
   p.out = span_of(out);
   p.logsumexp = span_of(logsumexp);
   attention_pool_forward(p, current.stream());
-  return {out, logsumexp};
 }
 
-std::tuple<Tensor, Tensor> attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optional<Tensor> lengths,
-                                                      std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens,
-                                                      Tensor out, Tensor logsumexp, int64_t grad_mask) {
+void attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optional<Tensor> lengths,
+                                std::optional<Tensor> mask, std::optional<Tensor> cu_seqlens, Tensor out,
+                                Tensor logsumexp, std::optional<Tensor> grad_x, std::optional<Tensor> grad_rows) {
   const Current current(x);
   Call call(x, rows, lengths, mask, cu_seqlens);
   AttentionPool& p = call.p;
   Tensor grad_weights = call.new_weights(x);
-  Tensor grad_x = !(grad_mask & kGradX) ? nothing(x)
-                  : cu_seqlens          ? torch::stable::new_empty(x, {p.tokens, p.dim})
-                                        : torch::stable::new_empty(x, {p.segments, p.tokens, p.dim});
-  Tensor grad_rows =
-      grad_mask & kGradRows ? torch::stable::new_empty(rows, {rows.size(0), p.rows, p.dim}) : nothing(rows);
-  Tensor partials = torch::stable::new_empty(
-      x, {p.is_shared && grad_mask & kGradRows ? p.segments * p.rows * p.dim : 0}, ScalarType::Float);
+  Tensor partials =
+      torch::stable::new_empty(x, {p.is_shared && grad_rows ? p.segments * p.rows * p.dim : 0}, ScalarType::Float);
   p.grad = span_of(grad);
   p.out = span_of(out);
   p.logsumexp = span_of(logsumexp);
@@ -78,7 +66,6 @@ std::tuple<Tensor, Tensor> attention_pool_backward_op(Tensor grad, Tensor x, Ten
   p.grad_queries = span_of(grad_rows);
   p.partials = span_of(partials);
   attention_pool_backward(p, current.stream());
-  return {grad_x, grad_rows};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

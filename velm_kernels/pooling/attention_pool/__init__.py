@@ -10,23 +10,14 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention import cross_attention, cross_attention_varlen
-from velm_kernels.backends import Arguments, cpu, cuda, derivatives, flops, forced, register, register_public, triton
-from velm_kernels.backends.direct import call, ops
-from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends import Arguments, cuda, derivatives, forced, register_composed
 from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear import linear
-from velm_kernels.pooling.tokens import (
-    check_values,
-    checked_cu_seqlens,
-    checked_integers,
-    checked_mask,
-    live_tokens,
-    padded,
-)
+from velm_kernels.pooling.attention_pool.op import OPERATOR
+from velm_kernels.pooling.tokens import checked_cu_seqlens, checked_integers, checked_mask, live_tokens
 from velm_kernels.processors import NEVER, TORCH_ATTENTION_KEYS
 
-GRAD_X, GRAD_ROWS = 1, 2
 # Heads of so many columns are the widest that cross_attention takes.
 WIDEST_HEAD = 256
 # Elements of tokens, queries and scores up to which torch's form is the faster one, without a gradient and with one
@@ -80,7 +71,7 @@ def attention_pool(
         ValueError: a shape, a device, ``heads`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
     """
     if lengths is mask is cu_seqlens is None:
-        small = _small(x, query, key_weight, value_weight, key_bias, value_bias, heads=heads, scale=scale)
+        small = plain(x, query, key_weight, value_weight, key_bias, value_bias, heads=heads, scale=scale)
         if small is not None:
             return small
     x, query, key_weight, value_weight, key_bias, value_bias = checks.autocast(
@@ -98,7 +89,7 @@ def attention_pool(
     return out
 
 
-def _small(
+def plain(
     x: Tensor,
     query: Tensor,
     key_weight: Tensor,
@@ -255,7 +246,7 @@ def _folded(
     if tokens is None:
         pooled = torch.softmax(rows @ x.transpose(1, 2), -1) @ x
     else:
-        pooled, logsumexp = call("attention_pool_forward", _canonical_rows(x, rows, **tokens))
+        pooled, logsumexp = OPERATOR(_canonical_rows(x, rows, **tokens))
     batch = pooled.shape[0]
     pooled = pooled.view(batch, heads, queries, dim).transpose(0, 1).reshape(heads, batch * queries, dim)
     values = torch.bmm(pooled, _heads_of(value_weight, heads).transpose(1, 2))
@@ -319,173 +310,4 @@ def _canonical_rows(
     }
 
 
-def canonical(
-    x: Tensor,
-    query: Tensor,
-    key_weight: Tensor,
-    value_weight: Tensor,
-    key_bias: Tensor | None = None,
-    value_bias: Tensor | None = None,
-    *,
-    heads: int,
-    lengths: Tensor | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    scale: float | None = None,
-) -> Arguments:
-    """The arguments of the operator in the middle of the folded way, for :func:`velm_kernels.explain`."""
-    given = (lengths, mask, cu_seqlens)
-    tokens, _ = _checked(x, query, key_weight, value_weight, key_bias, value_bias, heads, given, scale)
-    return _canonical_rows(x, x.new_empty(product(query.shape[:-2]), heads * query.shape[-2], x.shape[-1]), **tokens)
-
-
-def _fake_forward(
-    x: Tensor,
-    rows: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    segments = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty(segments, *rows.shape[1:]), x.new_empty(segments, rows.shape[1], dtype=wide)
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    grad_mask: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if grad_mask & GRAD_X else (0,)),
-        rows.new_empty(rows.shape if grad_mask & GRAD_ROWS else (0,)),
-    )
-
-
-# x: (segments, tokens, d), or (tokens, d) with cu_seqlens, last stride 1. rows: (segments or 1, M, d) contiguous, x's
-# dtype. lengths, mask, cu_seqlens: as of pool_forward. With p = softmax over the tokens of rows . x:
-# out = p x, (segments, M, d) contiguous; logsumexp of the scores, (segments, M), float32. Without tokens 0 and -inf.
-declare(
-    "attention_pool_forward",
-    "Tensor x, Tensor rows, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens",
-    "(Tensor, Tensor)",
-    fake=_fake_forward,
-    check=lambda arguments: check_values(arguments, arguments["x"].shape[-2]),
-)
-# grad: (segments, M, d) contiguous. grad_x and grad_rows: contiguous, the shapes of x and rows; what grad_mask does not
-# ask for has shape (0,).
-declare(
-    "attention_pool_backward",
-    "Tensor grad, Tensor x, Tensor rows, Tensor? lengths, Tensor? mask, Tensor? cu_seqlens, Tensor out, "
-    "Tensor logsumexp, int grad_mask",
-    "(Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    wants_x, wants_rows = ctx.needs[:2]
-    grad_mask = GRAD_X * wants_x + GRAD_ROWS * wants_rows
-    grad_x, grad_rows = ops.attention_pool_backward(grad.contiguous(), *ctx.saved_tensors, grad_mask, ctx.backend)
-    return grad_x if wants_x else None, grad_rows if wants_rows else None, None, None, None, None
-
-
-def _reference_forward(
-    x: Tensor, rows: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
-    x, live, _ = _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
-    scores = _scores(rows.to(wide), x, live)
-    some = live.any(-1)[:, None, None]
-    logsumexp = torch.where(some, scores.detach().logsumexp(-1, keepdim=True), -torch.inf)[..., 0]
-    weights = torch.where(live[:, None], scores.softmax(-1), 0.0)
-    return (weights @ x).to(dtype).contiguous(), logsumexp.contiguous()
-
-
-def _scores(rows: Tensor, x: Tensor, live: Tensor) -> Tensor:
-    """-inf where a token is not live; of no token at all those of others, whose softmax has a gradient."""
-    return torch.where(live[:, None] | ~live.any(-1)[:, None, None], rows @ x.transpose(1, 2), -torch.inf)
-
-
-def _rows_of_tokens(
-    x: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None, wide: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    source = None
-    if cu_seqlens is not None:
-        x, source = padded(x, cu_seqlens)
-        mask = source >= 0
-    live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)
-    return torch.where(live[..., None], x.to(wide), 0.0), live, source
-
-
-def _reference_backward(
-    grad: Tensor,
-    x: Tensor,
-    rows: Tensor,
-    lengths: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    out: Tensor,
-    logsumexp: Tensor,
-    grad_mask: int,
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    given, (x, live, source) = x, _rows_of_tokens(x, lengths, mask, cu_seqlens, wide)
-    g, u = grad.to(wide), rows.to(wide)
-    weights = torch.where(live[:, None], _scores(u, x, live).softmax(-1), 0.0)
-    products = g @ x.transpose(1, 2)
-    delta = (weights * products).sum(-1, keepdim=True)
-    grad_scores = torch.where(live[:, None], weights * (products - delta), 0.0)
-    grad_x, grad_rows = given.new_empty(0), rows.new_empty(0)
-    if grad_mask & GRAD_X:
-        parts = weights.transpose(1, 2) @ g + grad_scores.transpose(1, 2) @ u
-        parts = torch.where(live[..., None], parts, 0.0).to(given.dtype)
-        if source is None:
-            grad_x = parts.contiguous()
-        else:
-            grad_x = given.new_empty(given.shape).index_copy_(0, source[source >= 0], parts[source >= 0])
-    if grad_mask & GRAD_ROWS:
-        grad_rows = grad_scores @ x
-        if rows.shape[0] == 1:
-            grad_rows = grad_rows.sum(0, keepdim=True)
-        grad_rows = grad_rows.to(rows.dtype).contiguous()
-    return grad_x, grad_rows
-
-
-def _flops_forward(x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
-    """Two products; packed tokens belong to one segment each."""
-    return int(4 * rows[1] * product(x))
-
-
-def _flops_backward(grad: Any, x: Any, rows: Any, *args: Any, **kwargs: Any) -> int:
-    """Scores and gradients of weights, then two products for x and one for the rows where they are wanted."""
-    grad_mask = kwargs.get("grad_mask", args[5] if len(args) > 5 else 3)
-    products = 2 + 2 * bool(grad_mask & GRAD_X) + bool(grad_mask & GRAD_ROWS)
-    return int(2 * products * rows[1] * product(x))
-
-
-flops.register("attention_pool_forward", _flops_forward)
-flops.register("attention_pool_backward", _flops_backward)
-
-register_autograd("attention_pool_forward", _backward, setup_context=_setup_context, meaning=_reference_forward)
-register("attention_pool_forward", "reference", _reference_forward)
-register("attention_pool_backward", "reference", _reference_backward)
-for _name in ("attention_pool_forward", "attention_pool_backward"):
-    cpu.register_cpu(_name)
-    cuda.register_cuda(_name)
-    triton.register_triton(_name, "pooling.triton_attention_pool")
-register_public("attention_pool", "attention_pool_forward", canonical, _small)
+register_composed(attention_pool, plain)

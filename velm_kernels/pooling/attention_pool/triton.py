@@ -1,4 +1,4 @@
-"""attention_pool's middle by Triton kernels: the launches, for tensors in canonical form."""
+"""The operator in the middle of attention_pool by Triton kernels: the launches."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Any
 import torch
 
 from velm_kernels.backends.triton import Config, architecture, launch, precision
-from velm_kernels.pooling.attention_pool import GRAD_ROWS, GRAD_X
-from velm_kernels.pooling.pool.triton import _strides, _tokens
-from velm_kernels.pooling.pool.triton_kernels import Tokens
-from velm_kernels.pooling.triton_attention_pool_kernels import (
+from velm_kernels.pooling.attention_pool.triton_kernels import (
     pooled_kernel,
     products_kernel,
     softmax_backward_kernel,
     softmax_kernel,
     tokens_kernel,
 )
+from velm_kernels.pooling.pool.triton import _strides, _tokens
+from velm_kernels.pooling.pool.triton_kernels import Tokens
 from velm_kernels.triton.launches import cdiv, sum_partials
 
 # Rows and tokens of a tile; and columns, by element size.
@@ -99,17 +98,15 @@ def attention_pool_forward(
     lengths: torch.Tensor | None,
     mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`velm::attention_pool_forward` by Triton kernels."""
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+) -> None:
     m = _Middle(x, rows, lengths, mask, cu_seqlens)
-    out = x.new_empty((m.segments, m.count, m.dim))
-    logsumexp = x.new_empty((m.segments, m.count), dtype=torch.float32)
     m.products(rows, m.weights)
     arguments = (m.weights, logsumexp, m.tokens, m.count)
     constants = {"BLOCK": SOFTMAX.block_m}
     launch("attention_pool_softmax", softmax_kernel, m.segments * m.count, arguments, constants, SOFTMAX)
     m.pooled(m.weights, out)
-    return out, logsumexp
 
 
 def attention_pool_backward(
@@ -121,9 +118,9 @@ def attention_pool_backward(
     cu_seqlens: torch.Tensor | None,
     out: torch.Tensor,
     logsumexp: torch.Tensor,
-    grad_mask: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`velm::attention_pool_backward` by Triton kernels."""
+    grad_x: torch.Tensor | None,
+    grad_rows: torch.Tensor | None,
+) -> None:
     m = _Middle(x, rows, lengths, mask, cu_seqlens)
     grad_weights = torch.empty_like(m.weights)
     m.products(rows, m.weights)
@@ -133,9 +130,7 @@ def attention_pool_backward(
     constants = {"BLOCK": SOFTMAX.block_m}
     grid = m.segments * m.count
     launch("attention_pool_softmax_backward", softmax_backward_kernel, grid, softmax, constants, SOFTMAX)
-    grad_x, grad_rows = x.new_empty((0,)), rows.new_empty((0,))
-    if grad_mask & GRAD_X:
-        grad_x = x.new_empty(x.shape)
+    if grad_x is not None:
         dim_blocks = cdiv(m.dim, m.constants["BLOCK_D"])
         arguments = (
             m.weights,
@@ -153,8 +148,7 @@ def attention_pool_backward(
         )
         grid = m.segments * m.splits * dim_blocks
         launch("attention_pool_tokens", tokens_kernel, grid, arguments, m.constants, TILE)
-    if grad_mask & GRAD_ROWS:
-        grad_rows = torch.empty_like(rows)
+    if grad_rows is not None:
         if rows.shape[0] == m.segments:
             m.pooled(grad_weights, grad_rows)
         elif m.segments == 0:
@@ -163,4 +157,3 @@ def attention_pool_backward(
             partials = rows.new_empty((m.segments, m.count, m.dim), dtype=torch.float32)
             m.pooled(grad_weights, partials)
             sum_partials(partials.view(m.segments, m.count * m.dim), grad_rows)
-    return grad_x, grad_rows
