@@ -1,12 +1,5 @@
 """The written meaning of the fusion operators, in plain torch."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
 from velm_kernels.fusion.bilinear.reference import bilinear as bilinear
 from velm_kernels.fusion.bilinear_attention.reference import bilinear_attention as bilinear_attention
 from velm_kernels.fusion.bilinear_attention.reference import bilinear_attention_pool as bilinear_attention_pool
@@ -18,14 +11,6 @@ from velm_kernels.fusion.factorized_pool.reference import factorized_pool as fac
 from velm_kernels.fusion.factorized_pool.reference import factorized_pool_gradient as factorized_pool_gradient
 from velm_kernels.fusion.film.reference import film as film
 from velm_kernels.fusion.low_rank_fusion.reference import low_rank_fusion as low_rank_fusion
-from velm_kernels.fusion.low_rank_fusion.reference import with_one as with_one
 from velm_kernels.fusion.outer_product_fusion.reference import outer_product_fusion as outer_product_fusion
+from velm_kernels.fusion.tensor_fusion.reference import tensor_fusion as tensor_fusion
 from velm_kernels.fusion.weighted_sum.reference import weighted_sum as weighted_sum
-
-
-def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``weight ([1; x_1] (x) [1; x_2] (x) ...) + bias``, the outer product formed."""
-    outer = with_one(inputs[0])
-    for x in inputs[1:]:
-        outer = (outer[..., :, None] * with_one(x)[..., None, :]).flatten(-2)
-    return torch.nn.functional.linear(outer, weight, bias)

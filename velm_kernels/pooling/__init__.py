@@ -7,13 +7,14 @@ from velm_kernels.pooling.modules import (
     AttentionPool,
     AttentionPool2d,
     MaskedPool,
+    PerceiverResampler,
     ProbePool,
     SegmentPool,
+    TokenMerge,
 )
 from velm_kernels.pooling.pixel_shuffle_tokens import pixel_shuffle_tokens
 from velm_kernels.pooling.pool import masked_pool, segment_pool
 from velm_kernels.pooling.select_tokens import SelectedTokens, select_tokens
-from velm_kernels.pooling.token_modules import PerceiverResampler, TokenMerge
 
 __all__ = [
     "AttentionPool",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout_residual import dropout_residual
-from velm_kernels.fusion.pair import (
+from velm_kernels.fusion.modules.pair import (
     PairFusion,
     checked_activation,
     checked_dims,

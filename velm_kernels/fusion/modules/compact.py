@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.compact_bilinear import Sketch, compact_bilinear, make_sketch
-from velm_kernels.fusion.pair import PairFusion, checked_pair
+from velm_kernels.fusion.modules.pair import PairFusion, checked_pair
 
 
 class _CountSketch(nn.Module):

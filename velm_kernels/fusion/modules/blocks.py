@@ -12,7 +12,7 @@ from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.factorized_pool import factorized_pool
-from velm_kernels.fusion.pair import PairFusion, project, root_and_norm
+from velm_kernels.fusion.modules.pair import PairFusion, project, root_and_norm
 
 
 class Tucker(PairFusion):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.factorized_pool import factorized_pool
-from velm_kernels.fusion.pair import PairFusion, checked_pair, project
+from velm_kernels.fusion.modules.pair import PairFusion, checked_pair, project
 
 
 class MFB(PairFusion):
