@@ -5,6 +5,7 @@
 # make explore the tests that draw their inputs, with new draws and many examples (VELM_TEST_EXAMPLES)
 # make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
 # make results trains the models of python_models with these kernels and in plain PyTorch
+# make docs    the documentation as pages, in build/docs; warnings are errors
 # make bench   the benchmarks
 # make gpu     the first minutes on a GPU, without pip or network: build, check, benchmark (DEVICE=cpu rehearses it)
 # make lib     the operator libraries alone, for the interpreter named by PYTHON
@@ -37,10 +38,11 @@ CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) -DVELM_BUILD_CUDA=
 VENV := .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DOCS = $(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test quick explore triton-versions lint format demo results bench gpu lib clean
+.PHONY: setup test quick explore triton-versions lint docs format demo results bench gpu lib clean
 
 $(STAMP): requirements-dev.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
@@ -60,6 +62,11 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(DOCS)
+
+# Pages from docs/ and the docstrings: a few seconds, without a network.
+docs: setup
+	$(DOCS)
 
 format: setup
 	$(RUN) -m ruff check --fix .

@@ -111,6 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from benchmarks import host
 
         return host.main(given[1:])
+    if given[:1] == ["figures"]:
+        from benchmarks import figures
+
+        return figures.main(given[1:])
     return run(parse(given))
 
 

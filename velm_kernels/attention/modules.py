@@ -185,9 +185,9 @@ class GatedCrossAttention(nn.Module):
         kv_dim: size of the media features, by default ``embed_dim``.
         hidden_dim: width of the feed-forward block, by default ``4 * embed_dim``.
         activation: activation of the feed-forward block, as in :func:`velm_kernels.linear`.
-        per_channel_gates: one gate a channel of a branch instead of one a branch.
-        layer_norm_eps: of both layer norms.
-        Others as in :class:`CrossAttention`.
+        per_channel_gates: one gate per channel of a branch instead of one per branch.
+        layer_norm_eps: added to the variance in both layer norms.
+        others: as in :class:`CrossAttention`.
     """
 
     @checked(num_heads=1, num_kv_heads=1, head_dim=1)

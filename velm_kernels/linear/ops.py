@@ -55,7 +55,7 @@ def linear(
     Backward keeps x, weight and, only for an activation, one tensor of the output's size: the pre-activation, or for
     relu, and for tanh except in 16 bits, the activation's value, which is the output itself if there is no residual.
     What needs no gradient is neither kept nor computed. On the CPU the product runs in this library or in torch, by
-    the fixed rule of :func:`velm_kernels.linear.faster_than_torch`; on GPUs it is torch's (cuBLASLt, with the epilogues
+    the fixed rule of ``velm_kernels.linear.faster_than_torch``; on GPUs it is torch's (cuBLASLt, with the epilogues
     that it has), and where several steps follow it, Triton makes one pass of them.
     """
     small = _small(x, weight, bias, activation, residual)
