@@ -32,6 +32,44 @@ def as_matrix(x: Tensor) -> Tensor:
     return unit_last_stride(x.reshape(product(x.shape[:-1]), x.shape[-1]))
 
 
+def with_regions(inputs: Sequence[Tensor], most_dims: int | None = None) -> list[Tensor]:
+    """The inputs, ``(batch, dim)`` with as many dimensions of 1 in between as the others have for regions, unless these
+    have more than ``most_dims`` dimensions."""
+    dims = max(x.dim() for x in inputs)
+    if dims < 3 or (most_dims is not None and dims > most_dims):
+        return list(inputs)
+    return [x.reshape(x.shape[0], *[1] * (dims - 2), x.shape[1]) if x.dim() == 2 else x for x in inputs]
+
+
+def beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """The leading dimensions of inputs as they are broadcast with one another: those of ``(batch, d)``, where another
+    input is ``(batch, regions, d')`` of the same batch, get a 1 for its regions."""
+    batches = [x.shape[0] for x in inputs if x.dim() == 3]
+    # Not ``in``: a compiler that knows sizes by name only takes that for a question of identity.
+    return [
+        (*x.shape[:-1], 1) if x.dim() == 2 and any(x.shape[0] == batch for batch in batches) else tuple(x.shape[:-1])
+        for x in inputs
+    ]
+
+
+def as_regions(
+    x: Tensor, batch: Sequence[int], regions: Sequence[int], own: Sequence[int] | None = None, repeated: bool = False
+) -> Tensor:
+    """``(batch, regions, dim)`` of a tensor that is broadcast to ``(*batch, *regions, dim)``, neighbours in a row next
+    to each other.
+
+    ``(batch, 1, dim)`` where it is the same for all regions, unless ``repeated``: then it is expanded. ``own`` are its
+    leading dimensions where they are not those of its shape, see :func:`beside`.
+    """
+    dim, own = x.shape[-1], tuple(x.shape[:-1] if own is None else own)
+    own = (1,) * (len(batch) + len(regions) - len(own)) + own
+    count = product(regions)
+    if not repeated and count > 1 and all(size == 1 for size in own[len(batch) :]):
+        regions, count = own[len(batch) :], 1
+    x = x.reshape(*own, dim).expand(*batch, *regions, dim)
+    return unit_last_stride(x.reshape(product(batch), count, dim))
+
+
 def empty_heads_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised ``(batch, heads, rows, dim)`` whose memory is ``(batch, rows, heads, dim)``: what a module turns
     into ``(batch, rows, heads * dim)`` without a copy."""

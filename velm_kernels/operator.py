@@ -28,8 +28,7 @@ arguments they would copy around or refuse.
 from __future__ import annotations
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,14 +36,14 @@ import torch
 from torch import Tensor
 
 from velm_kernels import backends
-from velm_kernels.backends import Arguments, cpu, cuda, direct, flops, library, triton
+from velm_kernels.backends import Arguments, direct, flops, library
 from velm_kernels.backends.derivatives import flat, in_lists
+from velm_kernels.backends.kernels import Reasons, compositions, kernels, register
 from velm_kernels.backends.schemas import Parameter, filled_by_kernel, parameters
 
 # What kernels and meanings are called with, by name.
 Values = SimpleNamespace
 Empty = Callable[[Any], Any]
-Reasons = Callable[[Arguments], list[str]]
 
 
 class Operator:
@@ -85,6 +84,9 @@ class Operator:
             a name.
         torch: the module with the functions ``<name>_forward`` and ``<name>_backward`` by torch's own operators, which
             fill what they are given too. Where it comes first, :mod:`velm_kernels.backends.order` says.
+        composed: the module with the functions ``<name>_forward`` and ``<name>_backward`` made of other operators: they
+            are given the backend to call these with, then the values, backward at last what is wanted, and give
+            results and gradients as ``reference`` and ``gradients`` do. ``reasons`` say for which backends.
         torch_alone: there is nothing else, and whoever asks for another backend is served by torch all the same.
         reasons: by backend, why it cannot serve given arguments, beside what holds for all of its kernels.
         check: sees the arguments of forward before every call and may read values.
@@ -116,6 +118,7 @@ class Operator:
         cpu: bool = True,
         cuda: bool | str = True,
         torch: str = "",
+        composed: str = "",
         torch_alone: bool = False,
         reasons: Mapping[str, Reasons] | None = None,
         check: Callable[[Arguments], None] | None = None,
@@ -136,8 +139,9 @@ class Operator:
         self._gradients_again, self._incoming = gradients_again, incoming
         self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
-        given = {"triton": triton, "cpu": cpu and not torch_alone, "cuda": False if torch_alone else cuda}
-        given |= {"torch": torch, "torch_alone": torch_alone}
+        alone = torch_alone or bool(composed)
+        given = {"triton": triton, "cpu": cpu and not alone, "cuda": False if alone else cuda}
+        given |= {"torch": torch, "torch_alone": torch_alone, "composed": composed}
         self._declare_forward(given, reasons or {}, check, flops)
         if differentiable:
             self._know_backward()
@@ -219,8 +223,11 @@ class Operator:
             check=check,
             kernel=[*self.parameters, *filled],
         )
-        for backend, kernel in _kernels(self.forward, given):
-            _register(self.forward, backend, self._filling(kernel), reasons.get(backend), given)
+        for backend, kernel in kernels(self.forward, given):
+            register(self.forward, backend, self._filling(kernel), reasons.get(backend), given)
+        for backend, composed in compositions(self.forward, given):
+            run = functools.partial(self._by_composition, composed)
+            backends.register(self.forward, backend, run, reasons.get(backend))
         backends.register(self.forward, "reference", self._filling(lambda: self._fill_by_reference))
         if formula is not None:
             flops.register(self.forward, _of_shapes(formula, self.names))
@@ -242,6 +249,9 @@ class Operator:
             return self._returned(made, values)
 
         return call
+
+    def _by_composition(self, composed: Callable[[], Callable[..., Any]], *values: Any) -> Any:
+        return self._returned(_tuple(composed()(*values)), values)
 
     def _fill_by_reference(self, *values: Any) -> None:
         given, made = values[: len(self.names)], values[len(self.names) :]
@@ -311,8 +321,11 @@ class Operator:
             fake=lambda *args: self._returned_gradients(args[:-1]),
             kernel=[*arguments, *filled],
         )
-        for backend, kernel in _kernels(self.backward, given):
-            _register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend), given)
+        for backend, kernel in kernels(self.backward, given):
+            register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend), given)
+        for backend, composed in compositions(self.backward, given):
+            run = functools.partial(self._gradients_by_composition, composed)
+            backends.register(self.backward, backend, run, reasons.get(backend))
         by_reference = self._filling_gradients(lambda: self._fill_gradients_by_reference)
         backends.register(self.backward, "reference", by_reference)
         if formula is not None:
@@ -356,6 +369,10 @@ class Operator:
             return self._returned(made, values)
 
         return call
+
+    def _gradients_by_composition(self, composed: Callable[[], Callable[..., Any]], *args: Any) -> Any:
+        values, wanted = self._values_and_wanted(args)
+        return self._returned(_tuple(composed()(*values, wanted)), values)
 
     def _fill_gradients_by_reference(self, *values: Any) -> None:
         count = len(self._backward_names)
@@ -484,62 +501,6 @@ class Operator:
             if ctx.needed[name]:
                 gradients[self.names.index(name)] = gradient
         return tuple(gradients)
-
-
-def _kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Callable[..., None]]]]:
-    """(backend, what gives its kernel), for every backend with one."""
-    if given["triton"]:
-        yield "triton", lambda: triton.imported(f"velm_kernels.{given['triton']}", name)
-    if given["cpu"]:
-        yield "cpu", lambda: cpu.op(name)
-    if given["cuda"]:
-        for backend in cuda.NAMESPACES:
-            if given["cuda"] is True:
-                yield backend, lambda backend=backend: cuda.op(backend, name)  # type: ignore[misc]
-            else:
-                yield backend, functools.partial(_before_cuda, backend, f"velm_kernels.{given['cuda']}", name)
-    if given["torch"]:
-        by_torch = functools.partial(_imported, f"velm_kernels.{given['torch']}", name)
-        for backend in ("torch", "triton", "cpu", *cuda.NAMESPACES) if given["torch_alone"] else ("torch",):
-            yield backend, by_torch
-
-
-def _imported(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    return found
-
-
-def _before_cuda(backend: str, module: str, name: str) -> Callable[..., None]:
-    """The function ``name`` of ``module``, which calls kernels of ``backend``."""
-    return functools.partial(_imported(module, name), functools.partial(cuda.op, backend))
-
-
-def _register(
-    name: str, backend: str, call: Callable[..., Any], more: Reasons | None, given: Mapping[str, Any]
-) -> None:
-    of_all: Reasons
-    if backend == "torch":
-        of_all = _unusual_dtypes
-    elif backend == "triton":
-        of_all = triton.common_reasons
-    elif backend == "cpu" and given["torch_alone"]:
-        of_all = cpu.common_reasons
-    elif backend == "cpu":
-        of_all = lambda a: cpu.reasons(name, a)  # noqa: E731
-    elif given["cuda"] is not True:
-        of_all = functools.partial(cuda.common_reasons, backend)
-    else:
-        of_all = lambda a: cuda.reasons(backend, name, a)  # noqa: E731
-    backends.register(name, backend, call, more, of_all)
-
-
-def _unusual_dtypes(arguments: Arguments) -> list[str]:
-    """Why torch's operators do not serve: what is computed in float64 is the reference's."""
-    return [
-        f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
-        for name, tensor in backends.tensors_of(arguments)
-        if tensor.is_floating_point() and tensor.dtype not in cpu.DTYPES
-    ]
 
 
 def _lengths(values: Sequence[Any]) -> list[int | None]:

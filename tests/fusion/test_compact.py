@@ -72,7 +72,7 @@ def test_any_shape(backend, data):
 @every_backend_once
 def test_rows_in_pieces(backend, elements, shapes, monkeypatch):
     """Pieces of one region, of several regions of an entry, and of several entries, the last ones smaller."""
-    monkeypatch.setattr(importlib.import_module("velm_kernels.fusion.compact_bilinear"), "ELEMENTS_ON_CPU", elements)
+    monkeypatch.setattr(importlib.import_module("velm_kernels.fusion.compact_bilinear.composed"), "ELEMENTS_ON_CPU", elements)
     hashes = make_sketch(20, 33, seed=3), make_sketch(30, 33, seed=4)
     _check(backend, _randn(0, 5, *shapes[0], 20), _randn(1, 5, *shapes[1], 30), hashes, 33)
 
@@ -146,7 +146,7 @@ def test_operator_checks_and_compile():
     x, y = _randn(0, 2, 3, 6).requires_grad_(), _randn(1, 2, 5).requires_grad_()
     arguments = [*canonical(x, y, *hashes, 10).values(), ""]
     torch.library.opcheck(torch.ops.velm.compact_bilinear_forward.default, arguments)
-    backward = [torch.randn(2, 3, 10), *(t.detach() for t in arguments[:6]), 2, ""]
+    backward = [torch.randn(2, 3, 10), *(t.detach() for t in arguments[:6]), 10, 2, ""]
     only = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.velm.compact_bilinear_backward.default, backward, test_utils=only)
     rows = [v.detach().flatten(0, -2) for v in (x, y)]

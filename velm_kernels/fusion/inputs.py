@@ -7,15 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from velm_kernels import checks
+from velm_kernels.layout import beside
 
 MOST_INPUTS = 4
-
-
-def leading_beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    """The leading dimensions of the inputs as they stand beside one another: with a 1 for the regions in a matrix that
-    has a row for each entry of a tensor of three dimensions."""
-    batches = [x.shape[0] for x in inputs if x.dim() == 3]
-    return [(*x.shape[:-1], 1) if x.dim() == 2 and x.shape[0] in batches else tuple(x.shape[:-1]) for x in inputs]
 
 
 def checked_inputs(
@@ -38,7 +32,7 @@ def checked_inputs(
             checks.dtype_in(name, value, (inputs[0].dtype,))
             checks.same_device(name, value, "inputs[0]", inputs[0])
     try:
-        leading = checks.broadcast_shapes(*leading_beside(inputs))
+        leading = checks.broadcast_shapes(*beside(inputs))
     except RuntimeError:
         raise ValueError(f"inputs: expected leading dimensions that broadcast, given {checks.shapes(inputs)}") from None
     return list(inputs), weight, bias, leading

@@ -8,7 +8,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments
 from velm_kernels.fusion.bilinear.op import BILINEAR, operator_for
 from velm_kernels.fusion.bilinear.rule import plain
-from velm_kernels.layout import as_matrix, product, unit_last_stride
+from velm_kernels.layout import as_matrix, as_regions, beside
 
 
 def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,15 +55,7 @@ def by_operator(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
 
 def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
     """The leading dimensions of the result; those of a row of x for every region of y count as broadcast."""
-    return checks.broadcast_shapes(beside(x, y), y.shape[:-1])
-
-
-def beside(x: Tensor, y: Tensor) -> tuple[int, ...]:
-    """The leading dimensions of x as they stand beside those of y."""
-    leading = tuple(x.shape[:-1])
-    if len(leading) == 1 and y.dim() == 3 and leading[0] == y.shape[0]:
-        return (*leading, 1)
-    return leading
+    return checks.broadcast_shapes(beside((x, y))[0], y.shape[:-1])
 
 
 def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
@@ -92,16 +84,15 @@ def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
         ) from None
     if weight.stride(2) != 1 and dy > 1:
         weight = weight.contiguous()
-    of_x = beside(x, y)
-    # One row of x for all regions: the last leading dimension.
-    if len(leading) >= 1 and leading[-1] > 1 and (len(of_x) == 0 or of_x[-1] == 1):
-        batch, regions = leading[:-1], leading[-1]
-        x = x.reshape(*(of_x[:-1] if of_x else ()), dx).expand(*batch, dx)
-        y = y.expand(*leading, dy).reshape(product(batch), regions, dy)
-        return {"x": as_matrix(x), "y": unit_last_stride(y), "weight": weight, "bias": _contiguous(bias)}
-    x = x.reshape(*of_x, dx).expand(*leading, dx)
-    y = y.expand(*leading, dy)
-    return {"x": as_matrix(x), "y": as_matrix(y), "weight": weight, "bias": _contiguous(bias)}
+    of_x = beside((x, y))[0]
+    batch, regions = leading[:-1], leading[-1:]
+    if regions and regions[0] > 1 and (not of_x or of_x[-1] == 1):
+        # One row of x for all regions.
+        x, y = as_regions(x, batch, regions, of_x)[:, 0], as_regions(y, batch, regions, repeated=True)
+    else:
+        x = as_matrix(as_regions(x, batch, regions, of_x, repeated=True))
+        y = as_matrix(as_regions(y, batch, regions, repeated=True))
+    return {"x": x, "y": y, "weight": weight, "bias": _contiguous(bias)}
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.factorized_pool.op import LAYOUTS, OPERATOR
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.layout import as_regions
 
 # Elements of a up to which torch's form is the faster one, see velm_kernels.backends.small: with root or norm, and
 # without.
@@ -142,8 +142,8 @@ def canonical(
     checks.flag("power_norm", power_norm)
     checks.flag("l2_norm", l2_norm)
     return {
-        "a": _regions(a, leading),
-        "b": _regions(b, leading),
+        "a": as_regions(a, leading[:-1], leading[-1:], repeated=True),
+        "b": as_regions(b, leading[:-1], leading[-1:], repeated=True),
         "seed": checks.seed_tensor(dropout_p, seed, a.device),
         "factor": factor,
         "inner": layout == "inner",
@@ -151,15 +151,6 @@ def canonical(
         "l2_norm": l2_norm,
         "dropout_p": dropout_p,
     }
-
-
-def _regions(x: Tensor, leading: tuple[int, ...]) -> Tensor:
-    """``(batch, regions, features)``; what is broadcast over regions is not repeated."""
-    batch = 1
-    for size in leading[:-1]:
-        batch = batch * size
-    x = x.expand(*leading, x.shape[-1]).reshape(batch, leading[-1] if leading else 1, x.shape[-1])
-    return unit_last_stride(x)
 
 
 OPERATOR.serves("factorized_pool", canonical, plain)

@@ -11,10 +11,10 @@ from torch import Tensor
 from velm_kernels import checks, processors
 from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import takes_torch
-from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs, leading_beside
+from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs
 from velm_kernels.fusion.low_rank_fusion import op
 from velm_kernels.fusion.low_rank_fusion.op import OPERATOR
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.layout import as_matrix, as_regions, beside
 from velm_kernels.processors import NEVER
 
 # Elements of each input and factor, and of a projection, up to which torch's form is the faster one in float32, without
@@ -129,7 +129,10 @@ def _prepared(
     if bias is not None:
         checks.shape("bias", bias, "(out,)", (cast[0].shape[2],))
         bias = bias.contiguous()
-    rows = [_rows(x, own, leading) for x, own in zip(inputs, leading_beside(inputs), strict=True)]
+    # A row for each of the result, or one for all regions.
+    rows = [
+        as_matrix(as_regions(x, leading[:-1], leading[-1:], own)) for x, own in zip(inputs, beside(inputs), strict=True)
+    ]
     missing = [None] * (MOST_INPUTS - len(rows))
     needs_grad = torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (*inputs, *cast, weight, bias)
@@ -143,18 +146,6 @@ def _prepared(
         "save": needs_grad and op.numbers(rows, cast[0]) <= op.MOST_KEPT,
     }
     return arguments, leading
-
-
-def _rows(x: Tensor, own: tuple[int, ...], leading: tuple[int, ...]) -> Tensor:
-    """``(rows, d)``: a row for each of the result, or one for all regions where the last leading dimension is 1."""
-    if x.dim() == 2 and own == leading:
-        return unit_last_stride(x)
-    own = (1,) * (len(leading) - len(own)) + own
-    if leading and leading[-1] > 1 and own[-1] == 1:
-        own, leading = own[:-1], leading[:-1]
-    dim = x.shape[-1]
-    x = x.reshape(*own, dim).expand(*leading, dim).reshape(math.prod(leading), dim)
-    return unit_last_stride(x)
 
 
 OPERATOR.serves("low_rank_fusion", canonical, plain)

@@ -11,6 +11,7 @@ from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout_residual import dropout_residual
 from velm_kernels.fusion.factorized_pool import factorized_pool
+from velm_kernels.layout import with_regions
 from velm_kernels.linear import ACTIVATIONS, linear
 
 
@@ -87,8 +88,7 @@ def checked_pair(x: Sequence[Tensor], dims: Sequence[int]) -> tuple[Tensor, Tens
     checks.same_device("x[1]", b, "x[0]", a)
     if a.dtype != b.dtype and not checks.autocast_enabled(a.device):
         raise TypeError(f"x[1]: expected dtype {a.dtype} as x[0], given {b.dtype}")
-    if {a.dim(), b.dim()} == {2, 3}:
-        a, b = a if a.dim() == 3 else a[:, None], b if b.dim() == 3 else b[:, None]
+    a, b = with_regions((a, b), most_dims=3)
     checks.leading("x[1]", x[1], "x[0]", x[0], a.shape[:-1], b.shape[:-1])
     return a, b
 

@@ -11,7 +11,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.weighted_sum.op import OPERATOR
-from velm_kernels.layout import product, unit_last_stride
+from velm_kernels.layout import as_regions, with_regions
 
 # Elements of a feature up to which torch's form is the faster one, without a gradient and with one, see
 # velm_kernels.backends.small.
@@ -49,9 +49,7 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     features = checks.autocast(*checks.tensors("features", features, 1, MOST_FEATURES))
     arguments = canonical(features, weights)
     out: Tensor = OPERATOR(arguments)
-    dims = max(value.dim() for value in features)
-    leading = checks.broadcast_shapes(*(_with_regions(value, dims).shape for value in features))
-    return out.view(leading)
+    return out.view(checks.broadcast_shapes(*(value.shape for value in with_regions(features))))
 
 
 def plain(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
@@ -90,11 +88,6 @@ def plain(features: Sequence[Tensor], weights: Tensor) -> Tensor | None:
     return out
 
 
-def _with_regions(x: Tensor, dims: int) -> Tensor:
-    """``(batch, dim)`` with as many dimensions of 1 in between as the others have."""
-    return x.view(x.shape[0], *[1] * (dims - 2), x.shape[1]) if x.dim() == 2 else x
-
-
 def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
     """Checks the arguments of :func:`weighted_sum` and returns those of the operator."""
     features = checks.tensors("features", features, 1, MOST_FEATURES)
@@ -107,7 +100,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
     try:
         if any(value.dim() not in (2, dims) for value in features):
             raise RuntimeError
-        features = [_with_regions(value, dims) for value in features]
+        features = with_regions(features)
         shape = checks.broadcast_shapes(*(value.shape for value in features))
         if any(value.shape[-1] != shape[-1] for value in features):
             raise RuntimeError
@@ -124,20 +117,10 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
         raise ValueError(
             f"weights: expected (n,) = {(count,)} or (batch, n) = {(batch, count)}, given {tuple(weights.shape)}"
         )
-    regions = product(shape[1:-1])
     return {
-        "features": [_rows(value, shape, regions) for value in features],
+        "features": [as_regions(value, shape[:1], shape[1:-1]) for value in features],
         "weights": weights.to(wide).expand(batch, count).contiguous(),
     }
-
-
-def _rows(x: Tensor, shape: tuple[int, ...], regions: int) -> Tensor:
-    """``(batch, regions, dim)``, or ``(batch, 1, dim)`` where all regions are the same."""
-    if regions and all(size == 1 for size in x.shape[1:-1]):
-        x = x.expand(shape[0], *x.shape[1:]).reshape(shape[0], 1, shape[-1])
-    else:
-        x = x.expand(shape).reshape(shape[0], regions, shape[-1])
-    return unit_last_stride(x)
 
 
 OPERATOR.serves("weighted_sum", canonical, plain)
