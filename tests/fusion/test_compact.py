@@ -72,7 +72,9 @@ def test_any_shape(backend, data):
 @every_backend_once
 def test_rows_in_pieces(backend, elements, shapes, monkeypatch):
     """Pieces of one region, of several regions of an entry, and of several entries, the last ones smaller."""
-    monkeypatch.setattr(importlib.import_module("velm_kernels.fusion.compact_bilinear.composed"), "ELEMENTS_ON_CPU", elements)
+    monkeypatch.setattr(
+        importlib.import_module("velm_kernels.fusion.compact_bilinear.composed"), "ELEMENTS_ON_CPU", elements
+    )
     hashes = make_sketch(20, 33, seed=3), make_sketch(30, 33, seed=4)
     _check(backend, _randn(0, 5, *shapes[0], 20), _randn(1, 5, *shapes[1], 30), hashes, 33)
 
