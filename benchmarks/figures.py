@@ -2,8 +2,8 @@
 
 A stored run is a folder of ``benchmarks/results``: ``run.json`` says when, on which machine and by which commands it
 was measured; ``bench.csv`` has rows of the harness (benchmarks/README.md says what the columns mean; columns that a run
-did not record are left out), ``results.csv`` those of ``make results``. ``--keep out/bench/bench.csv --name NAME`` makes
-such a folder of a run.
+did not record are left out), ``results.csv`` those of ``make results``. ``--keep out/bench/bench.csv --name NAME``
+makes such a folder of a run.
 """
 
 from __future__ import annotations

@@ -115,6 +115,18 @@ def features(name: str, value: Any, layout: str, size: int, like: Any = None, di
     return value
 
 
+def norm_dtype(name: str, value: torch.Tensor, norm: torch.nn.Module) -> None:
+    """What a layer norm is given: torch refuses another dtype than that of its weight, but for 16 bits with float32, in
+    words that name neither argument."""
+    weight = getattr(norm, "weight", None)
+    if not isinstance(weight, torch.Tensor) or value.dtype == weight.dtype:
+        return
+    if not (
+        (weight.dtype == torch.float32 and value.dtype.itemsize == 2) or torch.is_autocast_enabled(value.device.type)
+    ):
+        raise TypeError(f"{name}: expected dtype {weight.dtype} like the parameters, given {value.dtype}")
+
+
 def same_device(name: str, value: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}: expected device {other.device} like {other_name}, given {value.device}")

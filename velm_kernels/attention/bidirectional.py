@@ -63,6 +63,15 @@ def bidirectional_attention(
 
     Under autocast, queries and values are cast to the autocast dtype. Gradients flow to queries and values, also from
     the logsumexps. Backward keeps the inputs, the outputs and one float a row in each direction.
+
+    Example:
+        >>> query_a, value_a = torch.randn(2, 4, 36, 16), torch.randn(2, 4, 36, 16)
+        >>> query_b, value_b = torch.randn(2, 4, 10, 16), torch.randn(2, 4, 10, 16)
+        >>> out_a, out_b = velm_kernels.bidirectional_attention(query_a, query_b, value_a, value_b)
+        >>> out_a.shape, out_b.shape
+        (torch.Size([2, 4, 36, 16]), torch.Size([2, 4, 10, 16]))
+        >>> torch.allclose(out_a, velm_kernels.cross_attention(query_a, query_b, value_b), atol=1e-5)
+        True
     """
     arguments = canonical(
         query_a,

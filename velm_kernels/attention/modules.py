@@ -45,7 +45,7 @@ def _join(x: Tensor) -> Tensor:
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of one sequence over another, with projections.
+    """Multi-head attention of one sequence over another, with projections (Vaswani et al., 2017, section 3.2.2).
 
     Args:
         embed_dim: size of the attending features, and of the output.
@@ -57,11 +57,28 @@ class CrossAttention(nn.Module):
         qk_norm: RMS norm of every query and key head before the product, with weights, as in Llama 3.2 Vision.
         dropout: probability with which an attention weight is dropped in training.
         norm_eps: added to the mean square in the RMS norms.
-
-    Raises:
-        ValueError: the sizes do not divide.
+        device, dtype: of the parameters.
 
     Projections start as Xavier uniform with zero biases, norm weights as ones.
+
+    Shape:
+        hidden_states ``(batch, queries, embed_dim)`` and encoder_hidden_states ``(batch, keys, kv_dim)`` to
+        ``(batch, queries, embed_dim)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), or another argument is not as in
+            :func:`velm_kernels.cross_attention`.
+        ValueError: an argument is out of range, or sizes do not divide; from forward: features, a shape, a device or
+            (on the CPU, or with VELM_CHECK=1) a length or a range does not fit.
+
+    Example:
+        >>> attention = velm_kernels.CrossAttention(64, num_heads=4, kv_dim=96)
+        >>> attention(torch.randn(2, 10, 64), torch.randn(2, 50, 96), key_lengths=torch.tensor([50, 20])).shape
+        torch.Size([2, 10, 64])
     """
 
     @checked(num_heads=1, num_kv_heads=1, head_dim=1)
@@ -188,6 +205,25 @@ class GatedCrossAttention(nn.Module):
         per_channel_gates: one gate per channel of a branch instead of one per branch.
         layer_norm_eps: added to the variance in both layer norms.
         others: as in :class:`CrossAttention`.
+
+    Shape:
+        hidden_states ``(batch, queries, embed_dim)`` and encoder_hidden_states ``(batch, keys, kv_dim)`` to
+        ``(batch, queries, embed_dim)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), or a mask is not bool.
+        ValueError: an argument is out of range, sizes do not divide, or ``activation`` is unknown; from forward:
+            features, a shape or a device do not fit.
+
+    Example:
+        >>> layer = velm_kernels.GatedCrossAttention(64, num_heads=4, kv_dim=96)
+        >>> text = torch.randn(2, 10, 64)
+        >>> torch.equal(layer(text, torch.randn(2, 50, 96)), text)  # both gates start at 0
+        True
     """
 
     @checked(num_heads=1, num_kv_heads=1, head_dim=1)
@@ -247,6 +283,7 @@ class GatedCrossAttention(nn.Module):
         """
         embed_dim, like = self.attention.embed_dim, self.attention_gate
         checks.features("hidden_states", hidden_states, "(batch, queries, embed_dim)", embed_dim, like, 3)
+        checks.norm_dtype("hidden_states", hidden_states, self.attention_norm)
         if key_ranges is not None:
             checks.ranges("key_ranges", key_ranges)
             rows = tuple(hidden_states.shape[:2])
@@ -277,7 +314,26 @@ class CoAttention(nn.Module):
         num_heads: attention heads of both directions.
         inner_dim: total size of the heads, by default the smaller of the two feature sizes.
         bias, dropout: as in :class:`CrossAttention`.
-        layer_norm_eps: of both layer norms.
+        layer_norm_eps: added to the variance in both layer norms.
+        device, dtype: of the parameters.
+
+    Shape:
+        states_a ``(batch, a, dim_a)`` and states_b ``(batch, b, dim_b)`` to a pair of the same shapes.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), or a mask is not bool.
+        ValueError: an argument is out of range, or ``num_heads`` does not divide the heads' size; from forward:
+            features, a shape or a device do not fit.
+
+    Example:
+        >>> layer = velm_kernels.CoAttention(64, 48, num_heads=4)
+        >>> picture, text = layer(torch.randn(2, 36, 64), torch.randn(2, 10, 48))
+        >>> picture.shape, text.shape
+        (torch.Size([2, 36, 64]), torch.Size([2, 10, 48]))
     """
 
     @checked(num_heads=1)
@@ -334,9 +390,29 @@ class BidirectionalAttention(nn.Module):
         dim_a, dim_b: feature sizes of the two streams.
         inner_dim: total size of the heads.
         num_heads: attention heads.
+        bias: whether the projections have biases.
         dropout: probability with which an attention weight is dropped in training.
         layer_scale: initial value of the learned factors ``scale_a (dim_a,)`` and ``scale_b (dim_b,)``.
-        layer_norm_eps: of both layer norms.
+        layer_norm_eps: added to the variance in both layer norms.
+        device, dtype: of the parameters.
+
+    Shape:
+        states_a ``(batch, a, dim_a)`` and states_b ``(batch, b, dim_b)`` to a pair of the same shapes.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), or a mask is not bool.
+        ValueError: an argument is out of range, or ``num_heads`` does not divide ``inner_dim``; from forward: features,
+            a shape or a device do not fit.
+
+    Example:
+        >>> layer = velm_kernels.BidirectionalAttention(64, 48, inner_dim=32, num_heads=4)
+        >>> picture, text = layer(torch.randn(2, 36, 64), torch.randn(2, 10, 48))
+        >>> picture.shape, text.shape
+        (torch.Size([2, 36, 64]), torch.Size([2, 10, 48]))
     """
 
     @checked(num_heads=1)
@@ -385,6 +461,8 @@ class BidirectionalAttention(nn.Module):
             ``(batch, a, dim_a)`` and ``(batch, b, dim_b)``.
         """
         _check_streams(states_a, states_b, self.scale_a.shape[0], self.scale_b.shape[0], mask_a, mask_b, self.scale_a)
+        checks.norm_dtype("states_a", states_a, self.norm_a)
+        checks.norm_dtype("states_b", states_b, self.norm_b)
         normed_a, normed_b = self.norm_a(states_a), self.norm_b(states_b)
         out_a, out_b = bidirectional_attention(
             _split(self.query_a(normed_a), self.num_heads),

@@ -106,6 +106,18 @@ def cross_attention(
         ValueError, TypeError: an argument has the wrong shape, dtype, device or range. Values of key_lengths and
             key_ranges are checked for CPU tensors, for others only under ``VELM_CHECK=1``; unchecked values outside
             of the keys are clamped.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 8, 10, 64), torch.randn(2, 2, 50, 64), torch.randn(2, 2, 50, 64)
+        >>> out = velm_kernels.cross_attention(query, key, value, key_lengths=torch.tensor([50, 20]))
+        >>> out.shape
+        torch.Size([2, 8, 10, 64])
+        >>> start = torch.zeros(2, 10, dtype=torch.long)  # each query sees the first 25 keys
+        >>> out, mass = velm_kernels.cross_attention(
+        ...     query, key, value, key_ranges=(start, start + 25), return_key_mass=True
+        ... )
+        >>> mass.shape, float(mass[..., 25:].sum())
+        (torch.Size([2, 8, 50]), 0.0)
     """
     if (
         not torch.compiler.is_compiling()
@@ -249,6 +261,13 @@ def cross_attention_varlen(
 
     Raises:
         ValueError, TypeError: as :func:`cross_attention`; also for lengths that do not fit the packed tokens.
+
+    Example:
+        >>> query = torch.randn(12, 8, 64)  # sequences of 5 and 7 queries
+        >>> key = value = torch.randn(50, 8, 64)  # with 30 and 20 keys
+        >>> bounds_q, bounds_k = torch.tensor([0, 5, 12]), torch.tensor([0, 30, 50])
+        >>> velm_kernels.cross_attention_varlen(query, key, value, bounds_q, bounds_k).shape
+        torch.Size([12, 8, 64])
     """
     arguments = _canonical_varlen(
         query,

@@ -171,6 +171,25 @@ def use_backend(name: str) -> Iterator[None]:
 
     Backward runs on the backend that its forward was asked to use, also outside of the context. Other threads and
     asyncio tasks choose for themselves.
+
+    Args:
+        name: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: ``name`` is not one of them.
+        velm_kernels.backends.NoBackendError: from the operators called inside, where the backend cannot serve a call;
+            the message has the reasons.
+
+    Example:
+        >>> query, key = torch.randn(1, 2, 10, 16), torch.randn(1, 2, 50, 16)
+        >>> with velm_kernels.use_backend("reference"):
+        ...     out = velm_kernels.cross_attention(query, key, key)
+        >>> torch.allclose(out, velm_kernels.cross_attention(query, key, key), atol=1e-5)
+        True
     """
     with _asked_for.use(_checked_name(name, "use_backend")):
         yield
@@ -359,9 +378,26 @@ def _caller() -> tuple[int, str]:
 def explain(name: str, *args: Any, **kwargs: Any) -> str:
     """Which backend ``velm_kernels.<name>(*args, **kwargs)`` would run on, and why not on the others.
 
-    Nothing is computed.
+    The call itself asks the same functions. Nothing is computed.
 
-    >>> print(velm_kernels.explain("cross_attention", query, key, value))
+    Args:
+        name: of a public operator.
+        args, kwargs: its arguments, whose shapes, dtypes and devices decide.
+
+    Returns:
+        A line with the name of the backend, and one for each backend with its reasons.
+
+    Raises:
+        TypeError: ``name`` is not a string; or as the operator.
+        ValueError: ``name`` is not that of an operator with backends; or as the operator.
+
+    Example:
+        >>> query, key = torch.randn(1, 8, 100, 64).double(), torch.randn(1, 8, 300, 64).double()
+        >>> print(velm_kernels.explain("cross_attention", query, key, key))
+        cross_attention -> reference
+          ...
+          reference yes
+          ...
     """
     from velm_kernels.backends import follow
 

@@ -193,6 +193,15 @@ def patch(model: nn.Module, only: str | Iterable[str] | None = None, strict: boo
         TypeError: `model` is not a module, or `only` is not made of strings.
         ValueError: a pattern of `only` selects nothing.
         RuntimeError: `strict` and something known was left.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.ViltConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+        >>> report = velm_kernels.patch(transformers.ViltModel(config), only="*.attention.attention")
+        >>> print(report)
+        ViltModel: 1 modules replaced, 0 left
+          module                               class              replaced by
+          encoder.layer.0.attention.attention  ViltSelfAttention  cross_attention
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, given {checks.describe(model)}")
@@ -235,6 +244,19 @@ def unpatch(model: nn.Module) -> int:
     A class that was put on top of a replaced one stays on top. Where that class cannot be made again on the original
     (it was written as a subclass of the replaced module's class), the module keeps both, computes as the original does,
     and a warning says so.
+
+    Args:
+        model: any module; its submodules are searched.
+
+    Returns:
+        The number of modules that `patch` had replaced.
+
+    Raises:
+        TypeError: `model` is not a module.
+
+    Example:
+        >>> velm_kernels.unpatch(torch.nn.Linear(4, 4))  # nothing here was patched
+        0
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, given {checks.describe(model)}")

@@ -25,6 +25,21 @@ class Linear(nn.Linear):
 
     Shape:
         ``(..., in_features)`` and, if given, residual ``(..., out_features)`` to ``(..., out_features)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16; ``residual`` may have another floating
+            dtype).
+        ValueError: an argument is out of range, or ``activation`` unknown; from forward: features or the shape of
+            ``residual`` do not fit.
+
+    Example:
+        >>> up = velm_kernels.Linear(64, 256, activation="gelu")
+        >>> up(torch.randn(2, 10, 64)).shape
+        torch.Size([2, 10, 256])
     """
 
     @checked()
@@ -60,6 +75,24 @@ class MLP(nn.Module):
 
     Shape:
         ``(..., dim)`` and, if given, residual ``(..., dim)`` to ``(..., dim)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    The block is the position-wise feed-forward network of Vaswani et al. (2017, section 3.3).
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16; ``residual`` may have another floating
+            dtype).
+        ValueError: an argument is out of range, or ``activation`` unknown; from forward: features or the shape of
+            ``residual`` do not fit.
+
+    Example:
+        >>> block = velm_kernels.MLP(64, activation="gelu_tanh")
+        >>> x = torch.randn(2, 10, 64)
+        >>> block(x, residual=x).shape
+        torch.Size([2, 10, 64])
     """
 
     @checked()

@@ -57,6 +57,11 @@ def linear(
     What needs no gradient is neither kept nor computed. On the CPU the product runs in this library or in torch, by
     the fixed rule of ``velm_kernels.linear.faster_than_torch``; on GPUs it is torch's (cuBLASLt, with the epilogues
     that it has), and where several steps follow it, Triton makes one pass of them.
+
+    Example:
+        >>> x, weight, bias = torch.tensor([[1.0, -1.0]]), torch.eye(2), torch.zeros(2)
+        >>> velm_kernels.linear(x, weight, bias, "relu", residual=torch.ones(1, 2))
+        tensor([[2., 1.]])
     """
     small = _small(x, weight, bias, activation, residual)
     if small is not None:

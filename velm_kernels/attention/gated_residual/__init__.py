@@ -39,6 +39,13 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
 
     Gradients flow to ``residual``, ``x`` and ``gate``; what needs no gradient is not computed. Backward keeps ``gate``,
     ``row_mask`` and, only if ``gate`` needs a gradient, ``x``.
+
+    Example:
+        >>> residual, x = torch.ones(2, 3), torch.full((2, 3), 2.0)
+        >>> gate, row_mask = torch.tensor(100.0), torch.tensor([True, False])  # tanh(100) is 1
+        >>> velm_kernels.gated_residual(residual, x, gate, row_mask)
+        tensor([[3., 3., 3.],
+                [1., 1., 1.]])
     """
     small = plain(residual, x, gate, row_mask)
     if small is not None:

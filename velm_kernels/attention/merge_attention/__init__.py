@@ -17,12 +17,13 @@ def merge_attention(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequen
     """Merges attention over shards of the keys into attention over all of them.
 
     With ``logsumexp = log(sum_s exp(logsumexps[s]))``, the result is
-    ``out = sum_s exp(logsumexps[s] - logsumexp) * outs[s]``: what one call over all keys gives, as in the split of
-    FlashDecoding and ring attention. A shard whose logsumexp is -inf for a row (it had no key for it) adds nothing
+    ``out = sum_s exp(logsumexps[s] - logsumexp) * outs[s]``: what one call over all keys gives. Flash-Decoding (Dao et
+    al., 2023) merges so, and ring attention (Liu et al., 2023); the formula is that of the online softmax (Milakov and
+    Gimelshein, 2018). A shard whose logsumexp is -inf for a row (it had no key for it) adds nothing
     to the row, whatever its ``outs`` holds; a row that no shard has keys for gives 0 and -inf.
 
     Args:
-        outs: one tensor a shard, all of one shape, dtype and device, floating point, with what
+        outs: one tensor per shard, all of one shape, dtype and device, floating point, with what
             ``cross_attention`` returns: ``(batch, heads, queries, head_dim)``, or packed ``(tokens, heads, head_dim)``
             as ``cross_attention_varlen`` returns it. Or all stacked in one tensor: ``(shards, batch, heads, queries,
             head_dim)`` or ``(shards, tokens, heads, head_dim)``.
@@ -38,6 +39,17 @@ def merge_attention(outs: Tensor | Sequence[Tensor], logsumexps: Tensor | Sequen
         ValueError: there is no shard, or shapes, devices or numbers of shards do not agree.
 
     Gradients flow to ``outs`` and ``logsumexps``, from ``out`` and ``logsumexp``.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 4, 10, 16), torch.randn(2, 4, 50, 16), torch.randn(2, 4, 50, 16)
+        >>> shards = [slice(0, 30), slice(30, 50)]
+        >>> parts = [
+        ...     velm_kernels.cross_attention(query, key[:, :, one], value[:, :, one], return_logsumexp=True)
+        ...     for one in shards
+        ... ]
+        >>> out, logsumexp = velm_kernels.merge_attention([out for out, _ in parts], [total for _, total in parts])
+        >>> torch.allclose(out, velm_kernels.cross_attention(query, key, value), atol=1e-5)
+        True
     """
     arguments = canonical(outs, logsumexps)
     out, logsumexp = OPERATOR(arguments)

@@ -39,6 +39,14 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     one row for several regions it is multiplied into the weight first, whatever the sizes: that is a product for every
     row of x instead of one for every region (``1 / dx + 1 / regions`` of the multiplications). On the CPU, small
     calls are left to torch by a fixed rule: :mod:`velm_kernels.fusion.bilinear.rule`.
+
+    Example:
+        >>> x, y, weight = torch.randn(4, 32), torch.randn(4, 48), torch.randn(16, 32, 48)
+        >>> z = velm_kernels.bilinear(x, y, weight)
+        >>> torch.allclose(z, torch.nn.functional.bilinear(x, y, weight), atol=1e-2)
+        True
+        >>> velm_kernels.bilinear(x, torch.randn(4, 36, 48), weight).shape  # one row of x with 36 regions of y
+        torch.Size([4, 36, 16])
     """
     small = plain(x, y, weight, bias)
     return by_operator(x, y, weight, bias) if small is None else small

@@ -54,6 +54,14 @@ def bilinear_attention(
 
     Backward keeps v, q, h and the maps, computes only what needs a gradient, and takes two products of the size of
     forward's.
+
+    Example:
+        >>> v, q, h = torch.randn(4, 36, 64), torch.randn(4, 14, 64), torch.randn(2, 64)
+        >>> maps = velm_kernels.bilinear_attention(v, q, h, q_lengths=torch.tensor([14, 9, 3, 0]))
+        >>> maps.shape
+        torch.Size([4, 2, 36, 14])
+        >>> [round(total) for total in maps[:, 0].sum((1, 2)).tolist()]  # the last entry has no words
+        [1, 1, 1, 0]
     """
     if isinstance(v, Tensor):
         v, q, h, bias = checks.autocast(v, q, h, bias)
@@ -110,6 +118,11 @@ def bilinear_attention_pool(
         for g in range(glimpses):
             pooled = bilinear_attention_pool(project_v[g](v), project_q[g](q), maps[:, g])
             q = q + project_pooled[g](pooled)[:, None]
+
+    Example:
+        >>> v, q, maps = torch.randn(4, 36, 64), torch.randn(4, 14, 64), torch.rand(4, 2, 36, 14)
+        >>> velm_kernels.bilinear_attention_pool(v, q, maps).shape
+        torch.Size([4, 2, 64])
     """
     if isinstance(v, Tensor):
         v, q, attention = checks.autocast(v, q, attention)

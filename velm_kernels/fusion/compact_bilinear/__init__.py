@@ -20,8 +20,9 @@ SMALL = 1 << 18
 class Sketch(NamedTuple):
     """The hashes of a count sketch (Charikar et al., 2002): feature i goes to ``bucket[i]`` with ``sign[i]``.
 
-    ``bucket (features,)`` int32 or int64 from 0 to the size of the sketch, ``sign (features,)`` 1 or -1, integer
-    or floating point.
+    Attributes:
+        bucket: ``(features,)``, int32 or int64, from 0 to the size of the sketch less 1.
+        sign: ``(features,)``, 1 or -1, integer or floating point.
     """
 
     bucket: Tensor
@@ -39,9 +40,27 @@ def make_sketch(
     """Random hashes of ``features`` features into ``dim``: int64 indices and float32 signs.
 
     Args:
+        features: how many features there are.
+        dim: size of the sketch.
         generator: where the random numbers come from, by default torch's own for the CPU.
         seed: instead of a generator: the same hashes whenever it is given.
         device: where they are put; they are drawn on the CPU.
+
+    Returns:
+        a :class:`Sketch` of ``bucket (features,)`` int64 from 0 to ``dim - 1`` and ``sign (features,)`` float32.
+
+    Raises:
+        TypeError: a number is no integer, ``generator`` is no generator of the CPU, or ``device`` no device.
+        ValueError: a number is out of range, or both ``generator`` and ``seed`` are given.
+
+    The hashes are those of Charikar et al. (2002): bucket and sign of a feature are drawn independently and uniformly.
+
+    Example:
+        >>> sketch = velm_kernels.make_sketch(4, 10, seed=0)
+        >>> sketch.bucket.shape, sketch.bucket.dtype, sketch.sign.dtype
+        (torch.Size([4]), torch.int64, torch.float32)
+        >>> torch.equal(sketch.bucket, velm_kernels.make_sketch(4, 10, seed=0).bucket)
+        True
     """
     checks.integer("features", features, 0, 2**31 - 1)
     checks.integer("dim", dim, 1, 2**31 - 1)
@@ -86,6 +105,12 @@ def compact_bilinear(x: Tensor, y: Tensor, sketch_x: Sketch, sketch_y: Sketch, d
     of bounded size. They are real ones: one complex transform of ``sketch_x + i sketch_y`` gives the same, but in
     torch it takes longer than two of half its size. The gradients are correlations with the gradient of the result, by
     one call back for both. Backward keeps x and y alone and makes their spectra again.
+
+    Example:
+        >>> sketch_x, sketch_y = (velm_kernels.make_sketch(64, 1000, seed=seed) for seed in (0, 1))
+        >>> x, y = torch.randn(4, 64), torch.randn(4, 36, 64)
+        >>> velm_kernels.compact_bilinear(x, y, sketch_x, sketch_y, 1000).shape
+        torch.Size([4, 36, 1000])
     """
     small = plain(x, y, sketch_x, sketch_y, dim)
     if small is not None:

@@ -33,6 +33,14 @@ def dropout_residual(
         ValueError: a shape, a device or ``dropout_p`` is not as above.
 
     Backward keeps the seed alone.
+
+    Example:
+        >>> x, residual = torch.ones(2, 4), torch.zeros(2, 4)
+        >>> out = velm_kernels.dropout_residual(x, residual, dropout_p=0.5, seed=1)
+        >>> sorted(set(out.flatten().tolist()))  # dropped, or divided by 1 - 0.5
+        [0.0, 2.0]
+        >>> torch.equal(out, velm_kernels.dropout_residual(x, residual, dropout_p=0.5, seed=1))
+        True
     """
     arguments = canonical(x, residual, dropout_p, seed)
     if arguments["seed"] is None:

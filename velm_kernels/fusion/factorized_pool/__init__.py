@@ -57,6 +57,13 @@ def factorized_pool(
     The gradient of the signed root is ``1 / (2 sqrt|z|)``, infinite at 0: there it counts as 0. Of root and norm
     together it is ``dz = (g - u (u . g)) / (2 n^2 |u|)`` with u the output and ``n^2 = sum |z|``, computed in that
     form. A row of zeros gives 0 and passes back 0. Backward keeps a and b alone.
+
+    Example:
+        >>> a, b = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4)
+        >>> velm_kernels.factorized_pool(a, b, factor=2)  # neighbours are summed
+        tensor([[3., 7.]])
+        >>> velm_kernels.factorized_pool(a, b, factor=2, layout="outer")
+        tensor([[4., 6.]])
     """
     small = plain(a, b, factor, layout, power_norm, l2_norm, dropout_p, seed)
     if small is not None:

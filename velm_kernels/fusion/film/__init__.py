@@ -40,6 +40,12 @@ def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False
 
     The gradient of gamma is the sum of ``grad * x`` over the regions of an entry, that of beta the sum of ``grad``,
     both in float32. Backward keeps x and gamma, each only where a gradient needs it.
+
+    Example:
+        >>> x, gamma, beta = torch.ones(1, 2, 3), torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+        >>> velm_kernels.film(x, gamma, beta)
+        tensor([[[1., 2., 4.],
+                 [1., 2., 4.]]])
     """
     small = plain(x, gamma, beta, channels_first=channels_first, gamma_offset=gamma_offset)
     if small is not None:

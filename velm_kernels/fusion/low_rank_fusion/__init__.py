@@ -54,6 +54,12 @@ def low_rank_fusion(
     An input that has one row for all regions is projected once and not for each of them. Backward keeps the float32
     projections, ``rank * out`` numbers for every row of an input, where they are no more than ``MOST_KEPT`` numbers
     together; else it computes them again, and they never exist all at once.
+
+    Example:
+        >>> inputs = [torch.randn(4, 8), torch.randn(4, 16)]
+        >>> factors = [torch.randn(3, 1 + 8, 32), torch.randn(3, 1 + 16, 32)]  # rank 3
+        >>> velm_kernels.low_rank_fusion(inputs, factors, torch.ones(3)).shape
+        torch.Size([4, 32])
     """
     small = plain(inputs, factors, weight, bias)
     if small is not None:

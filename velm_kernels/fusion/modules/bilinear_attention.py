@@ -111,6 +111,24 @@ class BilinearAttention(nn.Module):
         ``(batch, glimpse, regions, words)``, the maps with sum 1 over the pairs that count. ``v_mask``, ``q_mask``,
         ``v_lengths`` and ``q_lengths`` say which do, as in the function; ``v_mask=True``, the default, leaves out
         regions that are all zeros, and ``v_mask=None`` none. What does not count may hold NaN.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or a mask is
+            not bool.
+        ValueError: an argument is out of range; from forward: features, a shape, a device or (on the CPU, or with
+            VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> attention = velm_kernels.BilinearAttention(x_dim=64, y_dim=48, z_dim=32, glimpse=2).eval()
+        >>> maps, logits = attention(torch.randn(4, 36, 64), torch.randn(4, 14, 48))
+        >>> maps.shape
+        torch.Size([4, 2, 36, 14])
+        >>> torch.allclose(maps.sum((2, 3)), torch.ones(4, 2), atol=1e-5)
+        True
     """
 
     @checked(factor=1)
@@ -170,6 +188,22 @@ class BilinearAttentionPool(nn.Module):
         v ``(batch, regions, v_dim)``, q ``(batch, words, q_dim)`` and attention ``(batch, regions, words)`` or
         ``(batch, glimpses, regions, words)`` to ``(batch, h_dim)`` or ``(batch, glimpses, h_dim)``. ``v_mask``,
         ``q_mask``, ``v_lengths`` and ``q_lengths`` as in the function.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or a mask is
+            not bool.
+        ValueError: an argument is out of range; from forward: features, a shape, a device or (on the CPU, or with
+            VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> pool = velm_kernels.BilinearAttentionPool(v_dim=64, q_dim=48, h_dim=32)
+        >>> maps = torch.rand(4, 2, 36, 14)  # one map for each of two glimpses
+        >>> pool(torch.randn(4, 36, 64), torch.randn(4, 14, 48), maps).shape
+        torch.Size([4, 2, 32])
     """
 
     @checked(factor=1)

@@ -35,6 +35,20 @@ class Tucker(PairFusion):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.Tucker([300, 512], output_dim=64, mm_dim=20)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     @checked()
@@ -129,6 +143,20 @@ class BlockTucker(_Chunked):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown, or ``shared`` with two sizes; from forward: other
+            features than ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.BlockTucker([300, 512], output_dim=64, mm_dim=100, chunks=10)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     @checked(chunks=1)
@@ -176,7 +204,21 @@ class Block(_Chunked):
         others: as in :class:`BlockTucker`.
 
     Shape:
-        as in :class:`BlockTucker`.
+        a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``, as in :class:`BlockTucker`.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown, or ``shared`` with two sizes; from forward: other
+            features than ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.Block([300, 512], output_dim=64, mm_dim=100, chunks=10, rank=5)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 36, 512)]).shape
+        torch.Size([16, 36, 64])
     """
 
     @checked(chunks=1, rank=1)

@@ -54,6 +54,20 @@ class MCB(PairFusion):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.MCB([300, 512], output_dim=64, mm_dim=1000)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 36, 512)]).shape
+        torch.Size([16, 36, 64])
     """
 
     @checked(mm_dim=1)

@@ -35,6 +35,20 @@ class MFB(PairFusion):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.MFB([300, 512], output_dim=64, mm_dim=100, factor=5, normalize=True)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     @checked(factor=1)
@@ -74,7 +88,21 @@ class MLB(MFB):
         others: as in :class:`MFB`.
 
     Shape:
-        as in :class:`MFB`.
+        a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``, as in :class:`MFB`.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.MLB([300, 512], output_dim=64, mm_dim=128)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 36, 512)]).shape  # a question with 36 regions
+        torch.Size([16, 36, 64])
     """
 
     @checked()
@@ -108,7 +136,21 @@ class MFH(PairFusion):
         others: as in :class:`MFB`.
 
     Shape:
-        as in :class:`MFB`.
+        a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``, as in :class:`MFB`.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.MFH([300, 512], output_dim=64, mm_dim=100, factor=5)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     linear0_0: nn.Linear
@@ -186,6 +228,20 @@ class Mutan(PairFusion):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown, or ``shared`` with two sizes; from forward: other
+            features than ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.Mutan([300, 512], output_dim=64, mm_dim=100, rank=5)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     @checked(rank=1)

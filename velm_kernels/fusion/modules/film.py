@@ -28,6 +28,19 @@ class FiLM(nn.Module):
     Shape:
         x ``(batch, ..., features)``, or ``(batch, features, *spatial)``, and condition ``(batch, condition_dim)`` to
         the shape of x.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range; from forward: the batches, features or channels do not fit.
+
+    Example:
+        >>> film = velm_kernels.FiLM(condition_dim=300, features=64, channels_first=True)
+        >>> film(torch.randn(2, 64, 14, 14), torch.randn(2, 300)).shape
+        torch.Size([2, 64, 14, 14])
     """
 
     @checked()

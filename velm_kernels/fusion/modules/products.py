@@ -21,9 +21,25 @@ class Bilinear(nn.Bilinear):
     """``torch.nn.Bilinear`` on :func:`velm_kernels.bilinear`: constructor, state_dict, initialisation and result are
     the same.
 
+    Args:
+        in1_features, in2_features, out_features, bias, device, dtype: as in ``torch.nn.Bilinear``.
+
     Shape:
         ``(..., in1_features)`` and ``(..., in2_features)`` to ``(..., out_features)``. Leading dimensions broadcast,
         and ``(batch, in1_features)`` goes with ``(batch, regions, in2_features)`` too.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range; from forward: features or leading dimensions do not fit.
+
+    Example:
+        >>> layer = velm_kernels.Bilinear(32, 48, 16)
+        >>> layer(torch.randn(4, 32), torch.randn(4, 48)).shape
+        torch.Size([4, 16])
     """
 
     @checked()
@@ -73,6 +89,20 @@ class TensorFusion(nn.Module):
 
     Shape:
         one ``(..., d)`` a modality to ``(..., out_features)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or there are not 2 to 4 modalities; from forward: the number of inputs,
+            features or leading dimensions do not fit.
+
+    Example:
+        >>> fusion = velm_kernels.TensorFusion([8, 8, 16], out_features=32)
+        >>> fusion(torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 16)).shape
+        torch.Size([4, 32])
     """
 
     @checked()
@@ -119,6 +149,20 @@ class LowRankFusion(nn.Module):
 
     Shape:
         one ``(..., d)`` a modality to ``(..., out_features)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: an input is not a floating-point tensor of the
+            parameters' dtype (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or there are not 2 to 4 modalities; from forward: the number of inputs,
+            features or leading dimensions do not fit.
+
+    Example:
+        >>> fusion = velm_kernels.LowRankFusion([8, 8, 16], out_features=32, rank=4)
+        >>> fusion(torch.randn(4, 8), torch.randn(4, 8), torch.randn(4, 16)).shape
+        torch.Size([4, 32])
     """
 
     @checked(rank=1)

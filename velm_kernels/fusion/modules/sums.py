@@ -25,7 +25,8 @@ from velm_kernels.linear import linear
 
 
 class LinearSum(PairFusion):
-    """The sum of the projections of two modalities, normalised where asked for, and projected.
+    """The sum of the projections of two modalities, normalised where asked for, and projected: a baseline of
+    Ben-younes et al. (2019).
 
     Constructor and state_dict (``linear0``, ``linear1``, ``linear_out``) are those of ``LinearSum`` in
     block-bootstrap-pytorch 0.1.6, and so is the result; unlike there, inputs may have more than two dimensions.
@@ -43,6 +44,20 @@ class LinearSum(PairFusion):
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast, and
         ``(batch, d)`` goes with ``(batch, regions, d)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.LinearSum([300, 512], output_dim=64, mm_dim=100)
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 512)]).shape
+        torch.Size([16, 64])
     """
 
     @checked()
@@ -76,7 +91,7 @@ class LinearSum(PairFusion):
 
 
 class ConcatMLP(nn.Module):
-    """A multi-layer perceptron on two modalities side by side.
+    """A multi-layer perceptron on two modalities side by side: a baseline of Ben-younes et al. (2019).
 
     Constructor and state_dict (``mlp.linears.<layer>``) are those of ``ConcatMLP`` in block-bootstrap-pytorch 0.1.6,
     and so is the result; unlike there, ``(batch, d)`` goes with ``(batch, regions, d)``. Its part of the first layer
@@ -91,6 +106,20 @@ class ConcatMLP(nn.Module):
 
     Shape:
         a pair ``(..., d_0)`` and ``(..., d_1)`` to ``(..., output_dim)``. Leading dimensions broadcast.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: not two floating-point tensors of the parameters' dtype
+            (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or a name unknown; from forward: other features than
+            ``input_dims``, or leading dimensions that do not broadcast.
+
+    Example:
+        >>> fusion = velm_kernels.ConcatMLP([300, 512], output_dim=64, dimensions=[100])
+        >>> fusion([torch.randn(16, 300), torch.randn(16, 36, 512)]).shape
+        torch.Size([16, 36, 64])
     """
 
     @checked()

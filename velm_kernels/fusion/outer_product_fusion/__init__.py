@@ -41,6 +41,12 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
     without regions the time is that of writing the result. On the CPU bfloat16 and float16 are summed, gradients
     too, in float32 and rounded once; on a GPU torch accumulates them in float32, as
     ``torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction`` and its like allow. Backward keeps x and y.
+
+    Example:
+        >>> x, y = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0]])
+        >>> velm_kernels.outer_product_fusion(x, y)
+        tensor([[[1., 0., 3.],
+                 [2., 0., 6.]]])
     """
     if isinstance(x, Tensor):
         x, y = checks.autocast(x, y)

@@ -40,6 +40,11 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     The outer product is cut in two, after the modality that makes the two sides smallest together, and the product of
     the sides is left to :func:`velm_kernels.bilinear`, which does not form it. Of two modalities nothing else is there
     to be formed; of three, with 32, 32 and 128 features, the 33 x 33 products of the first two, one in 129 of all.
+
+    Example:
+        >>> inputs, weight = [torch.randn(4, 8), torch.randn(4, 16)], torch.randn(32, 9 * 17)
+        >>> velm_kernels.tensor_fusion(inputs, weight).shape
+        torch.Size([4, 32])
     """
     small = plain(inputs, weight, bias)
     return by_operator(*_sides(inputs, weight, bias)) if small is None else small

@@ -42,6 +42,11 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
         ValueError: shapes or devices do not fit together, or there are no features or too many.
 
     Backward keeps the features only where the gradient of the weights is wanted.
+
+    Example:
+        >>> tensors, weights = [torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 20.0]])], torch.tensor([[1.0, 0.5]])
+        >>> velm_kernels.weighted_sum(tensors, weights)
+        tensor([[ 6., 12.]])
     """
     small = plain(features, weights)
     if small is not None:

@@ -53,8 +53,10 @@ def attention_pool(
     Args:
         x: ``(batch, tokens, d)``, or ``(tokens, d)`` with ``cu_seqlens``.
         query: ``(queries, e)`` for all rows, or ``(batch, queries, e)``; already projected, not yet scaled.
-        key_weight: ``(e, d)``. value_weight: ``(v, d)``. As of ``torch.nn.Linear``; heads lie one behind the other.
-        key_bias: ``(e,)``. value_bias: ``(v,)``.
+        key_weight: ``(e, d)``, as the weight of ``torch.nn.Linear``; heads lie one behind the other.
+        value_weight: ``(v, d)``, likewise.
+        key_bias: ``(e,)``.
+        value_bias: ``(v,)``.
         heads: number of heads; divides e and v.
         lengths: ``(batch,)`` integers from 0 to tokens: only the first so many tokens count.
         mask: bool, broadcastable to ``(batch, tokens)``; tokens where it is False do not count and may hold NaN.
@@ -69,6 +71,13 @@ def attention_pool(
     Raises:
         TypeError: a dtype is not as above.
         ValueError: a shape, a device, ``heads`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
+
+    Example:
+        >>> x, query = torch.randn(3, 50, 64), torch.randn(1, 64)
+        >>> key_weight, value_weight = torch.randn(64, 64), torch.randn(32, 64)
+        >>> lengths = torch.tensor([50, 20, 0])
+        >>> velm_kernels.attention_pool(x, query, key_weight, value_weight, heads=4, lengths=lengths).shape
+        torch.Size([3, 1, 32])
     """
     if lengths is mask is cu_seqlens is None:
         small = plain(x, query, key_weight, value_weight, key_bias, value_bias, heads=heads, scale=scale)

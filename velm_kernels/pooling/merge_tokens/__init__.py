@@ -15,7 +15,13 @@ from velm_kernels.pooling.match_rows import match_rows
 
 
 class MergedTokens(NamedTuple):
-    """What :func:`merge_tokens` returns."""
+    """What :func:`merge_tokens` returns.
+
+    Attributes:
+        tokens: ``(..., tokens - r, dim)``, in the dtype of x: what was merged, and what was not.
+        size: ``(..., tokens - r)``, float32 (float64 where x is): how many tokens each one stands for.
+        indices: ``(..., tokens)`` int64, where each token of x went.
+    """
 
     tokens: Tensor
     size: Tensor
@@ -56,6 +62,14 @@ def merge_tokens(x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, 
 
     The matrix of similarities is never written. Each row of the result is summed in one order, without atomics. The
     gradient of ``x`` is one pass over that of the result; that of ``size``, which is rarely wanted, keeps ``x``.
+
+    Example:
+        >>> x = torch.randn(2, 50, 64)
+        >>> merged = velm_kernels.merge_tokens(x, metric=x, r=8, protected=1)
+        >>> merged.tokens.shape, merged.size.shape, merged.indices.shape
+        (torch.Size([2, 42, 64]), torch.Size([2, 42]), torch.Size([2, 50]))
+        >>> merged.size.sum(1)  # every token is in one of the result's
+        tensor([50., 50.])
     """
     size, protected, r = _checked(x, metric, r, size, protected)
     leading, (count, dim) = tuple(x.shape[:-2]), x.shape[-2:]
@@ -88,6 +102,15 @@ def unmerge_tokens(merged: Tensor, indices: Tensor) -> Tensor:
         TypeError: a dtype is not as above.
         ValueError: a shape or a device is not as above. On the CPU, or with VELM_CHECK=1, also for
             indices out of range; unchecked they give zeros.
+
+    This is the unmerging of Bolya and Hoffman (2023, "Token Merging for Fast Stable Diffusion", section 3).
+
+    Example:
+        >>> merged, indices = torch.tensor([[[10.0], [20.0]]]), torch.tensor([[0, 1, 1]])
+        >>> velm_kernels.unmerge_tokens(merged, indices)
+        tensor([[[10.],
+                 [20.],
+                 [20.]]])
     """
     _check_unmerge(merged, indices)
     batch, (rows, dim) = product(tuple(merged.shape[:-2])), merged.shape[-2:]

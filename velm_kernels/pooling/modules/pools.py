@@ -23,6 +23,15 @@ class MaskedPool(nn.Module):
     Shape:
         ``(..., tokens, dim)`` to ``(..., dim)``, or, with ``channels_first``, ``(batch, dim, *spatial)`` to
         ``(batch, dim)``.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: as :func:`velm_kernels.masked_pool`.
+        ValueError: ``mode`` is unknown or ``p`` out of range; from forward: as :func:`velm_kernels.masked_pool`.
+
+    Example:
+        >>> pool = velm_kernels.MaskedPool("max")
+        >>> pool(torch.randn(3, 50, 64), lengths=torch.tensor([50, 20, 0])).shape
+        torch.Size([3, 64])
     """
 
     @checked()
@@ -41,8 +50,20 @@ class MaskedPool(nn.Module):
 class SegmentPool(nn.Module):
     """:func:`velm_kernels.segment_pool` as a module without parameters.
 
+    Args:
+        mode, p: as there.
+
     Shape:
         ``(tokens, dim)`` and ``(segments + 1,)`` to ``(segments, dim)``.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: as :func:`velm_kernels.segment_pool`.
+        ValueError: ``mode`` is unknown or ``p`` out of range; from forward: as :func:`velm_kernels.segment_pool`.
+
+    Example:
+        >>> pool = velm_kernels.SegmentPool("mean")
+        >>> pool(torch.randn(70, 64), torch.tensor([0, 50, 70])).shape
+        torch.Size([2, 64])
     """
 
     @checked()
@@ -106,10 +127,25 @@ class AttentionPool(nn.Module):
         heads: number of heads.
         queries: number of learned queries.
         bias: whether the projections have biases.
+        device, dtype: of the parameters.
 
     Shape:
         ``(batch, tokens, dim)``, or ``(tokens, dim)`` with ``cu_seqlens``, to ``(batch, queries, dim)``. A row without
         tokens gives the bias of the output projection.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: ``x`` is not a floating-point tensor of the parameters'
+            dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or ``mask`` is not bool.
+        ValueError: an argument is out of range, or ``heads`` does not divide ``dim``; from forward: a shape, a device
+            or (on the CPU, or with VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> pool = velm_kernels.AttentionPool(64, heads=4, queries=2)
+        >>> pool(torch.randn(3, 50, 64), lengths=torch.tensor([50, 20, 0])).shape
+        torch.Size([3, 2, 64])
     """
 
     @checked(heads=1)
@@ -144,14 +180,26 @@ class AttentionPool2d(nn.Module):
 
     Args:
         spacial_dim: height and width of the map.
-        embed_dim: channels of the map. num_heads: number of heads. output_dim: features of the result, by default
-            ``embed_dim``.
+        embed_dim: channels of the map.
+        num_heads: number of heads.
+        output_dim: features of the result, by default ``embed_dim``.
 
     Shape:
         ``(batch, embed_dim, spacial_dim, spacial_dim)`` to ``(batch, output_dim)``.
 
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
     Raises:
-        ValueError: the map has other channels or another number of pixels, from forward.
+        TypeError: an argument has a wrong type; from forward: ``x`` is not a floating-point tensor of the parameters'
+            dtype (under autocast, of float32, bfloat16 or float16).
+        ValueError: an argument is out of range, or ``num_heads`` does not divide ``embed_dim``; from forward: the map
+            has other channels or another number of pixels.
+
+    Example:
+        >>> pool = velm_kernels.AttentionPool2d(7, embed_dim=64, num_heads=4, output_dim=32)
+        >>> pool(torch.randn(2, 64, 7, 7)).shape
+        torch.Size([2, 32])
     """
 
     @checked(spacial_dim=1, num_heads=1, embed_dim=1)
@@ -195,6 +243,20 @@ class ProbePool(nn.Module):
 
     Shape:
         ``(batch, tokens, dim)``, or ``(tokens, dim)`` with ``cu_seqlens``, to ``(batch, dim)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: ``x`` is not a floating-point tensor of the parameters'
+            dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or ``mask`` is not bool.
+        ValueError: an argument is out of range, ``heads`` does not divide ``dim``, or ``activation`` is unknown; from
+            forward: a shape, a device or (on the CPU, or with VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> pool = velm_kernels.ProbePool(64, heads=4, hidden_dim=128)
+        >>> pool(torch.randn(2, 49, 64)).shape
+        torch.Size([2, 64])
     """
 
     @checked(heads=1)
@@ -231,13 +293,29 @@ class AttentionalPooler(nn.Module):
     Arguments and state_dict are the same.
 
     Args:
-        d_model: features of the result. context_dim: features of the tokens. n_head: number of heads.
+        d_model: features of the result.
+        context_dim: features of the tokens.
+        n_head: number of heads.
         n_queries: number of learned queries.
         norm_layer: makes the layer norms, of ``d_model`` and of ``context_dim``.
 
     Shape:
         ``(batch, tokens, context_dim)``, or ``(tokens, context_dim)`` with ``cu_seqlens``, to
         ``(batch, n_queries, d_model)``.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: ``x`` is not a floating-point tensor of the parameters'
+            dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or ``mask`` is not bool.
+        ValueError: an argument is out of range, or ``n_head`` does not divide ``d_model``; from forward: a shape, a
+            device or (on the CPU, or with VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> pool = velm_kernels.AttentionalPooler(64, context_dim=96, n_head=4, n_queries=16)
+        >>> pool(torch.randn(2, 50, 96)).shape
+        torch.Size([2, 16, 64])
     """
 
     @checked(n_head=1)
@@ -261,5 +339,6 @@ class AttentionalPooler(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         check_tokens(x, cu_seqlens, self.attn.kdim, self.query)
+        checks.norm_dtype("x", x, self.ln_k)
         query = self.ln_q(self.query)
         return attend(self.attn, query, self.ln_k(x), lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)

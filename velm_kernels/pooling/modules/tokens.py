@@ -39,6 +39,14 @@ class TokenMerge(nn.Module):
 
     Shape:
         ``(..., tokens, dim)`` to a :class:`velm_kernels.MergedTokens` of ``(..., tokens - r, dim)``.
+
+    Example:
+        >>> merge = velm_kernels.TokenMerge(r=8, protected=1)
+        >>> merged = merge(torch.randn(2, 50, 64), metric=torch.randn(2, 50, 16))
+        >>> merged.tokens.shape
+        torch.Size([2, 42, 64])
+        >>> merge(merged.tokens, torch.randn(2, 42, 16), merged).tokens.shape  # the next layer
+        torch.Size([2, 34, 64])
     """
 
     @checked()
@@ -148,12 +156,25 @@ class PerceiverResampler(nn.Module):
         hidden_dim: features inside the feed-forward blocks, by default ``4 * dim``.
         qk_norm: whether queries and keys are normalised (LayerNorm over head_dim).
         activation: of the feed-forward blocks, as in :class:`velm_kernels.Linear`.
-
-    Raises:
-        ValueError: ``activation`` is unknown.
+        device, dtype: of the parameters.
 
     Shape:
         ``(batch, tokens, dim)`` to ``(batch, n_latents, dim)``. A row without tokens has its latents to attend to.
+
+    Inputs have the dtype of the parameters: float32, bfloat16, float16, or float64 (computed by the reference backend);
+    under autocast float32, bfloat16 or float16, whatever the parameters have. Tokens in 16 bits also go with
+    float32 parameters.
+
+    Raises:
+        TypeError: an argument has a wrong type; from forward: ``x`` is not a floating-point tensor of the parameters'
+            dtype (under autocast, of float32, bfloat16 or float16), lengths are not integers, or ``mask`` is not bool.
+        ValueError: an argument is out of range, or ``activation`` is unknown; from forward: a shape, a device or (on
+            the CPU, or with VELM_CHECK=1) a length does not fit.
+
+    Example:
+        >>> resampler = velm_kernels.PerceiverResampler(64, depth=2, heads=4, head_dim=16, n_latents=8)
+        >>> resampler(torch.randn(2, 50, 64), lengths=torch.tensor([50, 20])).shape
+        torch.Size([2, 8, 64])
     """
 
     @checked(heads=1, head_dim=1)
@@ -194,6 +215,7 @@ class PerceiverResampler(nn.Module):
             mask: ``(batch, tokens)`` bool; tokens where it is False do not count. What does not count may be NaN.
         """
         checks.features("x", x, "(batch, tokens, dim)", self.latents.shape[1], self.latents, 3)
+        checks.norm_dtype("x", x, self.layer_norm)
         if lengths is not None:
             lengths = checks.integers("lengths", lengths, "(batch,)", x.shape[:1], "x", x)
         if mask is not None:

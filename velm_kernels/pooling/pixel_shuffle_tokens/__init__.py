@@ -18,8 +18,9 @@ def pixel_shuffle_tokens(
     image tokens fewer; both order them as here (InternVL from its second version on).
 
     Args:
-        x: ``(..., height * width, dim)``, tokens row by row.
-        height, width: of the map, in tokens. factor: divides both.
+        x: ``(..., height * width, dim)``, floating point, tokens row by row.
+        height, width: of the map, in tokens.
+        factor: of the reduction in height and in width; divides both.
         weight: ``(out, factor^2 * dim)``, of the projection that follows in Idefics3 and SmolVLM. In InternVL a layer
             norm stands between the two.
         bias: ``(out,)``, only with ``weight``.
@@ -29,11 +30,16 @@ def pixel_shuffle_tokens(
         ones row by row. With ``weight`` :func:`velm_kernels.linear` of that, ``(..., height * width / factor^2, out)``.
 
     Raises:
-        TypeError: ``x`` is no tensor, or a size no integer.
+        TypeError: ``x`` is no floating-point tensor, or a size no integer.
         ValueError: sizes do not fit.
 
     The copy stays beside the projection: it takes a hundredth of its time on a CPU at the sizes of these models, and
     one product for each row of the squares, which needs no copy, takes twice to four times as long.
+
+    Example:
+        >>> x = torch.arange(4.0).view(1, 4, 1)  # a map of 2 x 2 tokens of one feature
+        >>> velm_kernels.pixel_shuffle_tokens(x, height=2, width=2, factor=2)
+        tensor([[[0., 1., 2., 3.]]])
     """
     checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     for name, size in (("height", height), ("width", width), ("factor", factor)):

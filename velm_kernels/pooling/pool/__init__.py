@@ -68,6 +68,13 @@ def masked_pool(
         ValueError: a shape, a device, ``mode``, ``p`` or (on the CPU, or with VELM_CHECK=1) a length is not as above.
 
     Backward keeps ``x`` for ``"logsumexp"`` and ``"gem"`` alone; for ``"max"`` an index for each element of the result.
+
+    Example:
+        >>> x = torch.tensor([[[1.0], [3.0], [float("nan")]]])  # (batch, tokens, dim)
+        >>> velm_kernels.masked_pool(x, torch.tensor([2]))
+        tensor([[2.]])
+        >>> velm_kernels.masked_pool(x, mask=torch.tensor([[False, True, False]]), mode="max")
+        tensor([[3.]])
     """
     small = plain_masked(x, lengths, mask, mode, p, channels_first=channels_first)
     if small is not None:
@@ -145,6 +152,13 @@ def segment_pool(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float = 3
 
     Raises:
         TypeError, ValueError: as :func:`masked_pool`; also for ``cu_seqlens`` that do not fit ``x``.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0], [5.0]])  # (tokens, dim)
+        >>> velm_kernels.segment_pool(x, torch.tensor([0, 2, 2, 3]))  # the second segment is empty
+        tensor([[2.],
+                [0.],
+                [5.]])
     """
     small = plain_segments(x, cu_seqlens, mode, p)
     if small is not None:

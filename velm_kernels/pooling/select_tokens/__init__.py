@@ -21,7 +21,13 @@ SMALL, SMALL_RECORDED = 1 << 23, 1 << 20
 
 
 class SelectedTokens(NamedTuple):
-    """What :func:`select_tokens` returns."""
+    """What :func:`select_tokens` returns.
+
+    Attributes:
+        tokens: ``(..., kept, dim)``, in the dtype of x: the tokens kept, in their order, then zeros.
+        indices: ``(..., kept)`` int64, where in x each one comes from, rising; -1 behind the last.
+        lengths: ``(...)`` int32, how many tokens each row has.
+    """
 
     tokens: Tensor
     indices: Tensor
@@ -67,6 +73,13 @@ def select_tokens(
 
     The gradient of ``x`` is that of the result where a token was taken and 0 elsewhere, written in one pass. Tokens
     that are not taken are not read.
+
+    Example:
+        >>> x, scores = torch.tensor([[[10.0], [20.0], [30.0]]]), torch.tensor([[0.3, 0.1, 0.2]])
+        >>> kept = velm_kernels.select_tokens(x, scores, 2)
+        >>> kept.tokens, kept.indices
+        (tensor([[[10.],
+                 [30.]]]), tensor([[0, 2]]))
     """
     small = plain(x, scores, k, lengths=lengths, mask=mask, max_k=max_k)
     if small is not None:
