@@ -7,26 +7,10 @@ set(VELM_BUILD_CUDA "$ENV{VELM_BUILD_CUDA}" CACHE STRING "1: the CUDA library mu
 set(VELM_CUDA_ARCHS "$ENV{VELM_CUDA_ARCHS}" CACHE STRING "Compute capabilities, e.g. 80;90a (empty: all)")
 string(REPLACE "," ";" VELM_CUDA_ARCHS "${VELM_CUDA_ARCHS}")
 
-# An operator's own sources are found by their place, csrc/<family>/<operator>/cuda*.cu and cuda*.cpp.
-file(GLOB VELM_OWN_KERNELS CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}/csrc" "csrc/*/*/cuda*.cu")
-file(GLOB VELM_OWN_OPERATORS CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}" "csrc/*/*/cuda*.cpp")
-set(VELM_KERNEL_SOURCES
-  ${VELM_OWN_KERNELS}
-  attention/bidirectional_backward.cu
-  attention/forward.cu
-  attention/grad_bias.cu
-  attention/grad_key_value.cu
-  attention/grad_query.cu
-  attention/key_mass.cu
-  attention/norm.cu
-  attention/row_sums.cu
-  fusion/sums.cu
-)
-set(VELM_KERNEL_OPERATORS
-  ${VELM_OWN_OPERATORS}
-  csrc/attention/attention_cuda.cpp
-  csrc/attention/bidirectional_cuda.cpp
-)
+# Sources are found by their place: csrc/<family>/<operator>/cuda*.cu and cuda*.cpp, and csrc/<family>/cuda*.cu, which
+# operators of a family share.
+file(GLOB VELM_KERNEL_SOURCES CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}/csrc" "csrc/*/cuda*.cu" "csrc/*/*/cuda*.cu")
+file(GLOB VELM_KERNEL_OPERATORS CONFIGURE_DEPENDS RELATIVE "${CMAKE_SOURCE_DIR}" "csrc/*/*/cuda*.cpp")
 
 # On the path and nowhere else but in CUDA_HOME: who takes nvcc off the path does not want it.
 find_program(VELM_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin

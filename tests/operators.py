@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import velm_kernels
-from velm_kernels.attention import reference as attention_reference
-from velm_kernels.attention import reference_small
+from velm_kernels.attention.bidirectional_attention import reference as bidirectional_reference
+from velm_kernels.attention.cross_attention import reference as attention_reference
+from velm_kernels.attention.gated_residual import reference as gated_reference
+from velm_kernels.attention.merge_attention import reference as merge_reference
 from velm_kernels.fusion import reference as fusion_reference
-from velm_kernels.linear import reference as linear_reference
+from velm_kernels.linear.linear import reference as linear_reference
 from velm_kernels.pooling import reference as pooling_reference
 
 Arguments = dict[str, Any]
@@ -189,7 +191,7 @@ def _shards(normal: Any, batch: int, heads: int, queries: int, head_dim: int) ->
 
 
 def _merge_meaning(outs: list[Tensor], logsumexps: list[Tensor]) -> Any:
-    return reference_small.merge_attention(torch.stack(outs), torch.stack(logsumexps))
+    return merge_reference.merge_attention(torch.stack(outs), torch.stack(logsumexps))
 
 
 def _linear(normal: Any, batch: int, rows: int, features: int, out: int) -> Arguments:
@@ -440,12 +442,13 @@ CALLS = [
         {"sequences": 3, "queries": 5, "keys": 9, **_HEADS}, ("heads", "head_dim"),
     ),
     Call(
-        "bidirectional_attention", "", _two_ways, _without(reference_small.bidirectional_attention, "return_logsumexp"),
+        "bidirectional_attention", "", _two_ways,
+        _without(bidirectional_reference.bidirectional_attention, "return_logsumexp"),
         ("query_a", "query_b", "value_a", "value_b"),
         {"batch": 2, "a": 5, "b": 9, **_HEADS}, ("head_dim",),
     ),
     Call(
-        "gated_residual", "", _gated, reference_small.gated_residual, ("residual", "x", "gate"),
+        "gated_residual", "", _gated, gated_reference.gated_residual, ("residual", "x", "gate"),
         {"batch": 2, "rows": 5, "dim": 12},
     ),
     Call(

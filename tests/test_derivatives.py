@@ -22,8 +22,8 @@ from tests.conftest import Backend, every_backend_once
 from tests.operators import CALLS, Arguments, Call
 from velm_kernels import backends
 from velm_kernels.backends import NoBackendError, small
-from velm_kernels.linear import reference as linear_reference
-from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.linear.linear import reference as linear_reference
+from velm_kernels.linear.linear.reference import ACTIVATIONS
 from velm_kernels.products import use_product
 
 pytestmark = pytest.mark.filterwarnings("ignore:velm_kernels. .* runs on plain torch:UserWarning")

@@ -16,7 +16,7 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda
 from tests.operators import CALLS, Call, results
-from velm_kernels.attention import reference as attention_reference
+from velm_kernels.attention.cross_attention import reference as attention_reference
 
 pytestmark = pytest.mark.quick
 

@@ -1,5 +1,5 @@
-"""Builds ``libvelm_cuda.so`` with nvcc alone, for machines without CMake. What is compiled is found and read from
-``cmake/cuda.cmake`` as there; a test compares sources and flags with those that CMake gives."""
+"""Builds ``libvelm_cuda.so`` with nvcc alone, for machines without CMake. What is compiled is found as by
+``cmake/cuda.cmake``; a test compares sources and flags with those that CMake gives."""
 
 from __future__ import annotations
 
@@ -12,22 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("VELM_KERNEL_SOURCES", "VELM_KERNEL_OPERATORS")
-
-
-def listed(name: str) -> list[str]:
-    """The files of a list in ``cmake/cuda.cmake``, those aside that are found by their place."""
-    text = (ROOT / "cmake" / "cuda.cmake").read_text()
-    found = re.search(rf"^set\({name}\n(.*?)^\)", text, re.M | re.S)
-    assert found is not None, name
-    return [value for value in found.group(1).split() if not value.startswith("${")]
+# As ``cmake/cuda.cmake`` finds them.
+SOURCES = ("*/cuda*.cu", "*/*/cuda*.cu", "*/*/cuda*.cpp")
 
 
 def sources() -> list[str]:
-    kernels, operators = map(listed, SOURCES)
-    of_operators = [path for ending in ("cu", "cpp") for path in sorted((ROOT / "csrc").glob(f"*/*/cuda*.{ending}"))]
-    placed = [str(path.relative_to(ROOT)) for path in of_operators]
-    return ["csrc/build_info.cpp", *placed, *(f"csrc/{kernel}" for kernel in kernels), *operators]
+    found = [path for pattern in SOURCES for path in sorted((ROOT / "csrc").glob(pattern))]
+    return ["csrc/build_info.cpp", *(str(path.relative_to(ROOT)) for path in found)]
 
 
 def commands(nvcc: str, archs: list[str], torch: tuple[Path, str], cuda: str) -> dict[str, list[str]]:

@@ -4,18 +4,15 @@
 #include <algorithm>
 
 #include "attention/cuda_problem.h"
+#include "device/block.h"
 #include "device/memory.h"
 #include "device/numbers.h"
+#include "device/tiles.h"
 
 namespace velm::cuda {
 
 using namespace device;
 
-constexpr int kThreads = 128, kWarps = kThreads / 32;
-// A warp has 16 rows of a tile, as many as a matrix instruction.
-constexpr int kRows = 16 * kWarps;
-constexpr unsigned kAll = 0xffffffffu;
-constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 template <class T>
@@ -105,14 +102,8 @@ inline Matrix<T> matrix_of(const MatrixSpan& matrix, bool given) {
   return m;
 }
 
-// The widest of 16, 4 and the size of an element that divides where all rows begin.
 inline int copy_width(const RowSpan& rows, Dtype dtype) {
-  const auto bytes = static_cast<int64_t>(bytes_of(dtype));
-  for (const int width : {16, 4})
-    if (reinterpret_cast<uintptr_t>(rows.data.data) % static_cast<unsigned>(width) == 0 &&
-        rows.batch * bytes % width == 0 && rows.head * bytes % width == 0 && rows.row * bytes % width == 0)
-      return width;
-  return static_cast<int>(bytes);
+  return copy_width(rows.data, {rows.batch, rows.head, rows.row}, dtype);
 }
 
 template <class T>

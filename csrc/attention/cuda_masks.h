@@ -1,8 +1,8 @@
 // Which keys the rows of a block see, and what that makes of their scores.
 #pragma once
 
-#include "attention/backward_cuda.h"
 #include "attention/cuda_arguments.h"
+#include "attention/cuda_backward.h"
 #include "device/philox.h"
 #include "device/predicated.h"
 
@@ -105,7 +105,7 @@ DEVICE_INLINE int next_tile(const HorizonOf<kCount>& horizon, const Inputs<T>& a
   return tile;
 }
 
-// What backward knows of rows: the logsumexp, its `shift` (backward_cuda.h) and delta. All weights of a row with an
+// What backward knows of rows: the logsumexp, its `shift` (cuda_backward.h) and delta. All weights of a row with an
 // infinite score, or with nothing but -inf, are NaN: its shift is. A row that sees nothing has a logsumexp of -inf and
 // a shift and a delta of 0.
 struct RowStatistics {

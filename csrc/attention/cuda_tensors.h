@@ -1,7 +1,7 @@
 // From the tensors of attention operators to what their kernels take.
 #pragma once
 
-#include "attention/forward_cuda.h"
+#include "attention/cuda_forward.h"
 #include "device/tensor.h"
 
 namespace velm::cuda {

@@ -1,14 +1,12 @@
 // What the kernels of bilinear, bilinear_attention and low_rank_fusion share.
 #pragma once
 
-#include "attention/cuda_products.h"
+#include "device/products.h"
 #include "device/span.h"
 
 namespace velm::cuda {
 
-using device::Dtype;
-using device::Span;
-using device::Stream;
+using namespace device;
 
 // Rows and columns of the results of a block.
 constexpr int kTile = 64;
@@ -67,7 +65,7 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 
 // The widest copies, in bytes, of rows with these strides.
 inline int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other = 0) {
-  return copy_width(RowSpan{span, other, 0, stride}, dtype);
+  return copy_width(span, {other, stride}, dtype);
 }
 
 // What a lane has of one side of a matrix instruction: words of two 16-bit elements, or floats.

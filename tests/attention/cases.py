@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from velm_kernels.attention import reference
+from velm_kernels.attention.cross_attention import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MASKS = ("key_lengths", "key_ranges", "key_mask", "mask")

@@ -21,8 +21,7 @@ from tests.conftest import (
     every_cpu_backend,
 )
 from tests.numbers import assert_accurate
-from velm_kernels.attention import reference_small as reference
-from velm_kernels.attention.bidirectional import canonical
+from velm_kernels.attention.bidirectional_attention import canonical, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("query_a", "query_b", "value_a", "value_b")

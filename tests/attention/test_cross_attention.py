@@ -15,7 +15,7 @@ import velm_kernels
 from tests.attention.cases import Case, cases
 from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.attention import reference
+from velm_kernels.attention.cross_attention import reference
 
 LARGEST = 40 if INTERPRETED else 150
 SEED = 2**40 + 12345

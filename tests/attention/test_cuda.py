@@ -15,7 +15,7 @@ from tests.attention.cases import Case, cases
 from tests.attention.test_cross_attention import check
 from tests.conftest import DEVICE_ON_HOST, Backend
 from tests.numbers import assert_accurate
-from velm_kernels.attention import reference
+from velm_kernels.attention.cross_attention import reference
 from velm_kernels.backends import cuda
 
 pytestmark = list(DEVICE_ON_HOST.marks)
@@ -149,7 +149,7 @@ def test_varlen_is_each_sequence_alone(lengths: list[tuple[int, int]]) -> None:
 
 
 def test_keys_are_split_by_shapes_alone() -> None:
-    """Among as many blocks as forward_cuda.h says, with equal shares of the keys that lengths leave."""
+    """Among as many blocks as cuda_forward.h says, with equal shares of the keys that lengths leave."""
 
     def launched(batch: int, heads: int, queries: int, keys: int, **masks: Any) -> list[dict[str, Any]]:
         query, key = torch.randn(batch, heads, queries, 16).bfloat16(), torch.randn(batch, 2, keys, 16).bfloat16()

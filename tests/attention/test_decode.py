@@ -11,7 +11,7 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import Backend, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.attention import reference
+from velm_kernels.attention.cross_attention import reference
 
 # In each layout keys are cut into several chunks.
 KEYS = 1100

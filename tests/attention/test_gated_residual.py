@@ -13,8 +13,7 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.attention import reference_small as reference
-from velm_kernels.attention.gated_residual import canonical
+from velm_kernels.attention.gated_residual import canonical, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

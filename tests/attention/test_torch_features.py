@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import velm_kernels
 from tests.attention.cases import Case
 from tests.conftest import Backend, every_backend_once, every_backend_with_cuda
-from velm_kernels.attention.ops import _canonical, _canonical_varlen
+from velm_kernels.attention.cross_attention import _canonical, _canonical_varlen
 
 FULL = Case(
     group=2, bias_shape=(False, True, True, True), masks=frozenset({"key_lengths", "key_ranges"}), norms=(True, True),

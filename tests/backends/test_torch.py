@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import velm_kernels
 from tests.numbers import assert_accurate
 from velm_kernels.backends import NoBackendError
-from velm_kernels.linear import reference, torch_backend
+from velm_kernels.linear.linear import reference, torch_products
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -164,10 +164,10 @@ def test_linear_uses_the_epilogue_that_torch_has(monkeypatch) -> None:
     original = torch._addmm_activation
     monkeypatch.setattr(torch, "_addmm_activation", lambda *a, **k: seen.append(k["use_gelu"]) or original(*a, **k))
     for activation in reference.ACTIVATIONS:
-        torch_backend.forward(x, weight, bias, None, activation, False)
+        torch_products.forward(x, weight, bias, None, activation, False)
     assert seen == [False]
-    assert torch_backend._has_epilogue("gelu_tanh", torch.device("cuda"))
-    assert not torch_backend._has_epilogue("gelu", torch.device("cuda"))
+    assert torch_products._has_epilogue("gelu_tanh", torch.device("cuda"))
+    assert not torch_products._has_epilogue("gelu", torch.device("cuda"))
 
 
 def test_float64_stays_with_the_reference() -> None:

@@ -2,7 +2,7 @@
 
 python -m tests.cuda.resources            # compiles all of them and compares with the table
 python -m tests.cuda.resources --write    # writes the table
-python -m tests.cuda.resources --write forward grad_bias    # of these sources alone
+python -m tests.cuda.resources --write film gated_residual    # of these sources alone
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(attention_pool|count_sketches|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge_attention|norm|pool|"
+    r"(attention_pool|count_sketches|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge_attention|cross_attention_norm|pool|"
     r"weighted_sum) .*|"
     r".* (add_splits|delta|gradients|inverse_norms|merge_splits|pair_maps|pair_slopes|sum_partials)_kernel<.*"
 )
@@ -55,17 +55,18 @@ Key = tuple[str, str, str]
 
 
 def sources() -> list[Path]:
-    """The files with kernels, as the build finds and lists them."""
-    listed = re.search(r"set\(VELM_KERNEL_SOURCES(.*?)\)", (ROOT / "cmake" / "cuda.cmake").read_text(), re.S)
-    assert listed is not None
-    found = sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*/cuda*.cu"))
-    return found + [Path(name) for name in listed.group(1).split() if name.endswith(".cu")]
+    """The files with kernels, as the build finds them."""
+    return sorted(
+        path.relative_to(ROOT / "csrc")
+        for pattern in ("*/cuda*.cu", "*/*/cuda*.cu")
+        for path in (ROOT / "csrc").glob(pattern)
+    )
 
 
 def name_of(source: Path) -> str:
-    """The operator whose kernels these are and what its file is called beside, or the name of the file."""
+    """The operator whose kernels these are and what its file is called beside, or what that of a family is called."""
     is_own = len(source.parts) == 3
-    return source.parent.name + source.stem.removeprefix("cuda") if is_own else source.stem
+    return source.parent.name + source.stem.removeprefix("cuda") if is_own else source.stem.removeprefix("cuda_")
 
 
 def digest(source: Path) -> str:

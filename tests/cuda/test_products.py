@@ -11,7 +11,7 @@ import pytest
 from tests.cuda import resources
 
 KERNEL = """
-#include "attention/cuda_products.h"
+#include "device/products.h"
 
 // As many products as a tile of keys has, in one accumulator.
 __global__ void products(const float4* a, const float2* b, float4* to, int steps) {

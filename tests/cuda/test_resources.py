@@ -64,15 +64,15 @@ def test_worse_resources_are_noticed() -> None:
         assert resources.complaints(key, worse, good)
 
 
-@pytest.mark.parametrize("source", ["forward", "grad_query", "a_new_source"])
+@pytest.mark.parametrize("source", ["cross_attention_forward", "cross_attention_grad_query", "a_new_source"])
 def test_missing_matrix_instructions_are_noticed(source: str) -> None:
     with_products, without = Resources(40, 0, 1024, 0.75, 128), Resources(40, 0, 1024, 0.75, 0)
     key = (source, "some_kernel<__half, 64>", "80")
     assert resources.complaints(key, with_products, with_products) == []
     # Also where the table says that there were none.
     assert resources.complaints(key, without, with_products) == resources.complaints(key, without, without) != []
-    assert resources.complaints(("norm", *key[1:]), without, with_products)
-    assert resources.complaints(("row_sums", "delta_kernel<float>", "80"), without, without) == []
+    assert resources.complaints(("cross_attention_norm", *key[1:]), without, with_products)
+    assert resources.complaints(("cross_attention_row_sums", "delta_kernel<float>", "80"), without, without) == []
 
 
 def test_the_compilers_are_understood() -> None:

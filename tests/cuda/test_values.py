@@ -13,8 +13,8 @@ import velm_kernels
 from tests.attention.cases import Case
 from tests.conftest import DEVICE_ON_HOST, Backend
 from tests.numbers import assert_accurate, relative_rms
-from velm_kernels.attention import reference as attention_reference
-from velm_kernels.attention import reference_small
+from velm_kernels.attention.cross_attention import reference as attention_reference
+from velm_kernels.attention.merge_attention import reference as merge_reference
 from velm_kernels.fusion import reference as fusion_reference
 from velm_kernels.pooling import reference as pooling_reference
 
@@ -120,7 +120,7 @@ def test_merge(value: float) -> None:
     lses[2, 0, 1, 4] = lses[0, 0, 1, 4] = 90.0
     with BACKEND.use():
         got = velm_kernels.merge_attention(outs.unbind(), lses.unbind())
-    for one, plain in zip(got, reference_small.merge_attention(outs, lses), strict=True):
+    for one, plain in zip(got, merge_reference.merge_attention(outs, lses), strict=True):
         same(one, plain)
 
 
@@ -266,7 +266,7 @@ def test_rows_whose_weight_is_on_one_key(dtype: torch.dtype, queries: int, group
         assert_accurate(name, one, other, true)
 
 
-# On both sides of where delta comes from the result, `attention_sums_rows` in csrc/attention/backward_cuda.h.
+# On both sides of where delta comes from the result, `attention_sums_rows` in csrc/attention/cuda_backward.h.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(64, 257), (65, 256), (65, 257)])
 def test_gradients_of_many_rows_and_keys(dtype: torch.dtype, queries: int, keys: int) -> None:

@@ -4,8 +4,8 @@
 
 #include "fusion/bilinear/cuda.h"
 #include "fusion/bilinear_attention/cuda.h"
+#include "fusion/cuda_sums.h"
 #include "fusion/low_rank_fusion/cuda.h"
-#include "fusion/sums_cuda.h"
 #include "tests/device_on_host/values.h"
 
 using namespace velm::cuda;

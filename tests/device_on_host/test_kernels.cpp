@@ -2,11 +2,11 @@
 
 #include <cmath>
 
-#include "attention/bidirectional_cuda.h"
-#include "attention/forward_cuda.h"
+#include "attention/bidirectional_attention/cuda.h"
+#include "attention/cross_attention/cuda_norm.h"
+#include "attention/cuda_forward.h"
 #include "attention/gated_residual/cuda.h"
 #include "attention/merge_attention/cuda.h"
-#include "attention/norm_cuda.h"
 #include "fusion/dropout_residual/cuda.h"
 #include "tests/device_on_host/values.h"
 

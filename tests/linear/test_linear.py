@@ -15,7 +15,7 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import BACKENDS, ONCE, TRITON, Backend, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.linear import reference
+from velm_kernels.linear.linear import reference
 from velm_kernels.products import PRODUCTS, use_product
 
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {

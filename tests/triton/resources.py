@@ -33,10 +33,11 @@ import triton
 
 from tests.triton import versions
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
-from velm_kernels.attention import triton_attention, triton_bidirectional
+from velm_kernels.attention.bidirectional_attention import triton as triton_bidirectional
+from velm_kernels.attention.cross_attention import triton as triton_attention
+from velm_kernels.attention.cross_attention.op import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.attention.gated_residual import triton as triton_gated_residual
 from velm_kernels.attention.merge_attention import triton as triton_merge_attention
-from velm_kernels.attention.schema import SCALAR_NAMES, TENSOR_NAMES
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion.bilinear.triton import bilinear_backward, bilinear_forward
@@ -47,7 +48,7 @@ from velm_kernels.fusion.factorized_pool.triton import factorized_pool_backward,
 from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
-from velm_kernels.linear import triton_linear
+from velm_kernels.linear.linear import triton as triton_linear
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward

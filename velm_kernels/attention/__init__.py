@@ -1,10 +1,10 @@
 """Cross-modal attention: operators and modules."""
 
-from velm_kernels.attention.bidirectional import bidirectional_attention
+from velm_kernels.attention.bidirectional_attention import bidirectional_attention
+from velm_kernels.attention.cross_attention import cross_attention, cross_attention_varlen
 from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.merge_attention import merge_attention
 from velm_kernels.attention.modules import BidirectionalAttention, CoAttention, CrossAttention, GatedCrossAttention
-from velm_kernels.attention.ops import cross_attention, cross_attention_varlen
 
 __all__ = [
     "BidirectionalAttention",

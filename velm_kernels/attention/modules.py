@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from velm_kernels import checks
-from velm_kernels.attention.bidirectional import bidirectional_attention
+from velm_kernels.attention.bidirectional_attention import bidirectional_attention
+from velm_kernels.attention.cross_attention import cross_attention
 from velm_kernels.attention.gated_residual import gated_residual
-from velm_kernels.attention.ops import cross_attention
 from velm_kernels.constructors import checked
 from velm_kernels.linear import MLP, Linear
 

@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.triton_tiles import Dropout, Masks, MatrixStrides, Scaling, Sizes, Strides, pack_bits_kernel
+from velm_kernels.attention.triton_kernels.tiles import (
+    Dropout,
+    Masks,
+    MatrixStrides,
+    Scaling,
+    Sizes,
+    Strides,
+    pack_bits_kernel,
+)
 from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
 from velm_kernels.triton.launches import cdiv

@@ -343,7 +343,7 @@ def default_config(kind: str, level: str, dtype: torch.dtype, head_dim: int, dev
 
 def candidates(config: Config, dtype: torch.dtype) -> list[Config]:
     """What autotuning tries: the table's entry first, then its neighbours."""
-    # A float32 product sums no more than 64 terms in tensor cores (`triton_tiles.LONGEST_CHAIN`).
+    # A float32 product sums no more than 64 terms in tensor cores (`LONGEST_CHAIN` in velm_kernels/triton).
     largest = 64 if dtype == torch.float32 else 128
     found = [config]
     for block_m in (config.block_m // 2, config.block_m, config.block_m * 2):

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-from velm_kernels.attention import reference, reference_small
+from velm_kernels.attention.bidirectional_attention import reference as bidirectional_reference
+from velm_kernels.attention.cross_attention import reference
+from velm_kernels.attention.gated_residual import reference as gated_reference
+from velm_kernels.attention.merge_attention import reference as merge_reference
 from velm_kernels.fusion import reference as fusion_reference
-from velm_kernels.linear import reference as linear_reference
+from velm_kernels.linear.linear import reference as linear_reference
 from velm_kernels.pooling import reference as pooling_reference
 
 Inputs = dict[str, Any]
@@ -179,7 +182,7 @@ def _two_ways_make(generator: torch.Generator, masked: bool, dropout: bool) -> I
 
 
 def _two_ways_reference(seed: int | None = None, **inputs: Any) -> Any:
-    return reference_small.bidirectional_attention(seed=_seed(seed), **inputs)
+    return bidirectional_reference.bidirectional_attention(seed=_seed(seed), **inputs)
 
 
 def _two_ways(**inputs: Any) -> Any:
@@ -562,7 +565,7 @@ def checks() -> list[Check]:
             "missing shards",
             _merge_make,
             _merge,
-            reference_small.merge_attention,
+            merge_reference.merge_attention,
             ("outs", "logsumexps"),
             _poison_merge,
         ),
@@ -574,7 +577,7 @@ def checks() -> list[Check]:
                 f"gate of {gate}",
                 functools.partial(_gated_make, gate=gate),
                 velm_kernels.gated_residual,
-                reference_small.gated_residual,
+                gated_reference.gated_residual,
                 ("residual", "x", "gate"),
                 _poison_gated,
             )

@@ -1,8 +1,8 @@
 """Projections with a fused epilogue: ``activation(x weight^T + bias) + residual``."""
 
+from velm_kernels.linear.linear import linear
+from velm_kernels.linear.linear.reference import ACTIVATIONS
 from velm_kernels.linear.modules import MLP, Linear
-from velm_kernels.linear.ops import linear
-from velm_kernels.linear.reference import ACTIVATIONS
 from velm_kernels.products import faster_than_torch
 
 __all__ = ["ACTIVATIONS", "MLP", "Linear", "faster_than_torch", "linear"]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from velm_kernels import checks
 from velm_kernels.constructors import checked
-from velm_kernels.linear.ops import linear
-from velm_kernels.linear.reference import ACTIVATIONS
+from velm_kernels.linear.linear import linear
+from velm_kernels.linear.linear.reference import ACTIVATIONS
 
 
 class Linear(nn.Linear):

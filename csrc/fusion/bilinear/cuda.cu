@@ -23,7 +23,7 @@
 
 #include "device/launch.h"
 #include "fusion/bilinear/cuda.h"
-#include "fusion/sums_cuda.h"
+#include "fusion/cuda_sums.h"
 #include "fusion/tiles_cuda.h"
 
 namespace velm::cuda {

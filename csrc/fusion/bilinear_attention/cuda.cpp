@@ -6,7 +6,7 @@
 #include <limits>
 
 #include "device/tensor.h"
-#include "fusion/sums_cuda.h"
+#include "fusion/cuda_sums.h"
 
 namespace velm::cuda {
 namespace {

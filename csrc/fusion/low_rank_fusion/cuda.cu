@@ -26,8 +26,8 @@
 
 #include "device/launch.h"
 #include "device/reduce.h"
+#include "fusion/cuda_sums.h"
 #include "fusion/low_rank_fusion/cuda.h"
-#include "fusion/sums_cuda.h"
 #include "fusion/tiles_cuda.h"
 
 namespace velm::cuda {

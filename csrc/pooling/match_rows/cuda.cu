@@ -3,12 +3,15 @@
 
 #include <cmath>
 
-#include "attention/cuda_products.h"
 #include "device/launch.h"
+#include "device/products.h"
 #include "device/reduce.h"
 #include "pooling/match_rows/cuda.h"
 
 namespace velm::cuda {
+
+using namespace device;
+
 namespace {
 
 constexpr int kPart = 64, kSlots = 2, kColumns = 32, kTiles = kColumns / 8;
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class T>
 Vectors<T> vectors_of(const MatchedRows& rows, Dtype dtype) {
-  const int width = copy_width({rows.data, rows.batch_stride, 0, rows.row_stride}, dtype);
+  const int width = copy_width(rows.data, {rows.batch_stride, rows.row_stride}, dtype);
   return {global<const T>(rows.data),  global<const float>(rows.inverse_norms),
           rows.batch_stride,           rows.row_stride,
           static_cast<int>(rows.rows), width};

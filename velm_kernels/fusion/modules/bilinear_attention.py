@@ -13,7 +13,7 @@ from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear_attention import bilinear_attention, bilinear_attention_pool
 from velm_kernels.fusion.bilinear_attention.reference import live_rows
 from velm_kernels.fusion.dropout_residual import dropout_residual
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 
 
 class _WeightNormLinear(nn.Module):

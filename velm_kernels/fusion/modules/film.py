@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.film import film
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 
 
 class FiLM(nn.Module):

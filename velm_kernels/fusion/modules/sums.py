@@ -21,7 +21,7 @@ from velm_kernels.fusion.modules.pair import (
     project,
     root_and_norm,
 )
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 
 
 class LinearSum(PairFusion):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 
 from .. import multihead
 from ..calls import dropout_p, split_heads

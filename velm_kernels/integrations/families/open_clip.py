@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 from velm_kernels.pooling import AttentionPool2d as OurAttentionPool2d
 from velm_kernels.pooling import masked_pool
 from velm_kernels.pooling.modules import attend as pool

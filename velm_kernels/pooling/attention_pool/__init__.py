@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.attention import cross_attention, cross_attention_varlen
+from velm_kernels.attention.cross_attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cuda, derivatives, forced, register_composed
 from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import product, unit_last_stride
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 from velm_kernels.pooling.attention_pool.op import OPERATOR
 from velm_kernels.pooling.tokens import checked_cu_seqlens, checked_integers, checked_mask, live_tokens
 from velm_kernels.processors import NEVER, TORCH_ATTENTION_KEYS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from velm_kernels import checks
-from velm_kernels.attention import cross_attention
+from velm_kernels.attention.cross_attention import cross_attention
 from velm_kernels.constructors import checked
 from velm_kernels.linear import ACTIVATIONS, linear
 from velm_kernels.pooling.merge_tokens import MergedTokens, merge_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.linear import linear
+from velm_kernels.linear.linear import linear
 
 
 def pixel_shuffle_tokens(

@@ -1,0 +1,228 @@
+// The attention operators on CUDA kernels.
+
+#include <algorithm>
+#include <tuple>
+
+#include "attention/cross_attention/cuda_norm.h"
+#include "attention/cuda_backward.h"
+#include "attention/cuda_tensors.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+using MaybeTensor = std::optional<Tensor>;
+using torch::stable::new_empty;
+
+// The tensors and scalars that all operators take, in the order of their schemas.
+struct Arguments {
+  Tensor query, key, value;
+  MaybeTensor key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight, key_norm_weight, seed,
+      cu_seqlens_q, cu_seqlens_k;
+  int64_t max_seqlen_q, max_seqlen_k;
+  bool is_causal;
+  double scale, softcap, norm_eps, dropout_p;
+
+  bool packed() const { return cu_seqlens_q.has_value(); }
+};
+
+MatrixSpan matrix_of(const MaybeTensor& t) {
+  MatrixSpan m;
+  if (!t) return m;
+  m.data = span_of(*t);
+  if (t->scalar_type() != ScalarType::Bool) m.dtype = dtype_of(*t);
+  for (int d = 0; d < 4; ++d) m.stride[d] = t->size(d) == 1 ? 0 : t->stride(d);
+  return m;
+}
+
+// x itself where there is no weight.
+Tensor normed(const Tensor& x, const MaybeTensor& weight, double eps, Stream stream) {
+  if (!weight) return x;
+  const bool packed = x.dim() == 3;
+  Tensor y = empty_heads_last(x, x.size(x.dim() - 1));
+  RmsNorm p{};
+  p.dtype = dtype_of(x);
+  p.batch = packed ? 1 : x.size(0);
+  p.heads = x.size(1);
+  p.rows = x.size(packed ? 0 : 2);
+  p.dim = x.size(x.dim() - 1);
+  p.eps = eps;
+  p.x = rows_of(x);
+  p.y = rows_of(y);
+  p.weight = span_of(*weight);
+  rms_norm(p, stream);
+  return y;
+}
+
+// With query and key as the norms leave them.
+void set_problem(Attention& p, const Arguments& a, const Tensor& query, const Tensor& key) {
+  const bool packed = a.packed();
+  const int rows = packed ? 0 : 2, last = packed ? 2 : 3;
+  p.dtype = dtype_of(query);
+  p.batch = packed ? a.cu_seqlens_q->numel() - 1 : query.size(0);
+  p.heads = query.size(1);
+  p.kv_heads = key.size(1);
+  p.queries = query.size(rows);
+  p.keys = key.size(rows);
+  p.head_dim = query.size(last);
+  p.value_dim = a.value.size(last);
+  p.longest_queries = packed ? a.max_seqlen_q : p.queries;
+  p.longest_keys = packed ? a.max_seqlen_k : p.keys;
+  if (p.queries > INT32_MAX || p.keys > INT32_MAX)
+    throw std::runtime_error("velm: attention: more than 2^31 - 1 tokens");
+  p.query = rows_of(query);
+  p.key = rows_of(key);
+  p.value = rows_of(a.value);
+  p.key_lengths = span_of(a.key_lengths);
+  p.range_start = span_of(a.range_start);
+  p.range_stop = span_of(a.range_stop);
+  p.cu_seqlens_q = span_of(a.cu_seqlens_q);
+  p.cu_seqlens_k = span_of(a.cu_seqlens_k);
+  p.key_mask = span_of(a.key_mask);
+  p.mask = matrix_of(a.mask);
+  p.bias = matrix_of(a.bias);
+  if (a.dropout_p > 0) p.seed = span_of(a.seed);
+  p.scale = a.scale;
+  p.softcap = a.softcap;
+  p.dropout_p = a.dropout_p;
+  p.is_causal = a.is_causal;
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
+    Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop,
+    MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_norm_weight,
+    MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
+    int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
+    double dropout_p, bool return_key_mass) {
+  const Current current(query);
+  const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
+                    key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
+                    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,      is_causal,       scale,
+                    softcap,      norm_eps,     dropout_p};
+  const Tensor query_normed = normed(query, query_norm_weight, norm_eps, current.stream());
+  const Tensor key_normed = normed(key, key_norm_weight, norm_eps, current.stream());
+  Tensor out = empty_heads_last(query, value.size(value.dim() - 1));
+  Tensor logsumexp = empty_of_rows(query, query.size(1));
+  AttentionForward p{};
+  set_problem(p, a, query_normed, key_normed);
+  p.out = rows_of(out);
+  p.logsumexp = span_of(logsumexp);
+  MaybeTensor shift;
+  if (return_key_mass) shift = empty_of_rows(query, query.size(1));
+  p.shift = span_of(shift);
+  run_forward(p, query, current.stream());
+  if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
+  Tensor key_mass = empty_of_rows(key, query.size(1));
+  attention_key_mass(p, p.logsumexp, p.shift, span_of(key_mass), current.stream());
+  return {out, logsumexp, key_mass};
+}
+
+// Bits of grad_mask.
+enum Wanted : int64_t { kQuery = 1, kKey = 2, kValue = 4, kBias = 8, kQueryNorm = 16, kKeyNorm = 32 };
+
+// Floats shaped and laid out like the gradient of x.
+Tensor wide_heads_last(const Tensor& x) {
+  const int64_t dim = x.size(x.dim() - 1);
+  if (x.dim() == 3) return new_empty(x, {x.size(0), x.size(1), dim}, ScalarType::Float);
+  return torch::stable::transpose(new_empty(x, {x.size(0), x.size(2), x.size(1), dim}, ScalarType::Float), 1, 2);
+}
+
+// From the gradient of a norm's result to those of its argument and weight, of which either may be empty.
+void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, const Tensor& grad_x,
+                   const Tensor& grad_weight, double eps, Stream stream) {
+  const bool packed = x.dim() == 3;
+  RmsNormBackward p{};
+  p.dtype = dtype_of(x);
+  p.batch = packed ? 1 : x.size(0);
+  p.heads = x.size(1);
+  p.rows = x.size(packed ? 0 : 2);
+  p.dim = x.size(x.dim() - 1);
+  p.eps = eps;
+  p.x = rows_of(x);
+  p.weight = span_of(weight);
+  p.grad_y = rows_of(grad_y);
+  if (grad_x.dim() == x.dim()) p.grad_x = rows_of(grad_x);
+  p.grad_weight = span_of(grad_weight);
+  std::optional<Tensor> partials;
+  if (p.grad_weight) {
+    partials = new_empty(x, {rms_norm_partials(p)}, ScalarType::Float);
+    p.partials = span_of(*partials);
+  }
+  rms_norm_backward(p, stream);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
+    Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths,
+    MaybeTensor range_start, MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
+    MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
+    MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal,
+    double scale, double softcap, double norm_eps, double dropout_p, int64_t grad_mask) {
+  const Current current(query);
+  const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
+                    key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
+                    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,      is_causal,       scale,
+                    softcap,      norm_eps,     dropout_p};
+  const Tensor query_normed = normed(query, query_norm_weight, norm_eps, current.stream());
+  const Tensor key_normed = normed(key, key_norm_weight, norm_eps, current.stream());
+  const auto wants = [&](int64_t bits) { return (grad_mask & bits) != 0; };
+  const auto gradient = [&](int64_t bit, const Tensor& x) {
+    return wants(bit) ? empty_heads_last(x, x.size(x.dim() - 1)) : nothing(x);
+  };
+  Tensor grad_query = gradient(kQuery, query), grad_key = gradient(kKey, key), grad_value = gradient(kValue, value);
+  Tensor grad_bias = wants(kBias) ? torch::stable::new_zeros(*bias, bias->sizes()) : nothing(query);
+  const auto of_weight = [&](int64_t bit, const MaybeTensor& weight) {
+    return wants(bit) ? new_empty(*weight, {weight->size(0)}) : nothing(query);
+  };
+  Tensor grad_query_norm = of_weight(kQueryNorm, query_norm_weight);
+  Tensor grad_key_norm = of_weight(kKeyNorm, key_norm_weight);
+
+  AttentionBackward p{};
+  set_problem(p, a, query_normed, key_normed);
+  Tensor delta = empty_of_rows(query, query.size(1)), shift = empty_of_rows(query, query.size(1));
+  p.out = rows_of(out);
+  p.grad_out = rows_of(grad_out);
+  p.logsumexp = span_of(logsumexp);
+  p.delta = span_of(delta);
+  p.shift = span_of(shift);
+  if (grad_logsumexp) {
+    const Tensor& g = *grad_logsumexp;
+    p.grad_logsumexp = g.dim() == 2 ? RowSpan{span_of(g), 0, g.stride(0), g.stride(1)}
+                                    : RowSpan{span_of(g), g.stride(0), g.stride(1), g.stride(2)};
+  }
+  // Through a norm, gradients stay in float32 until they are past it.
+  MaybeTensor wide_query, wide_key;
+  if (query_norm_weight && wants(kQuery | kQueryNorm)) wide_query = wide_heads_last(query);
+  if (key_norm_weight && wants(kKey | kKeyNorm)) wide_key = wide_heads_last(key);
+  if (wide_query || wants(kQuery)) p.grad_query = rows_of(wide_query ? *wide_query : grad_query);
+  if (wide_key || wants(kKey)) p.grad_key = rows_of(wide_key ? *wide_key : grad_key);
+  p.wide_grad_query = wide_query.has_value();
+  p.wide_grad_key = wide_key.has_value();
+  if (wants(kValue)) p.grad_value = rows_of(grad_value);
+  attention_delta(p, current.stream());
+  if (wants(kBias)) {
+    p.grad_bias = matrix_of(grad_bias);
+    for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);
+    const bool is_whole =
+        bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.queries && bias->size(3) == p.keys;
+    if (!is_whole) {
+      const Tensor partials = new_empty(query, {attention_bias_partials(p)}, ScalarType::Float);
+      attention_grad_bias(p, span_of(partials), current.stream());
+      p.grad_bias = {};
+    }
+  }
+  if (p.grad_query.data || p.grad_bias.data) attention_grad_query(p, current.stream());
+  if (p.grad_key.data) attention_grad_key(p, current.stream());
+  if (p.grad_value.data) attention_grad_value(p, current.stream());
+  if (wide_query)
+    norm_backward(query, *query_norm_weight, *wide_query, grad_query, grad_query_norm, norm_eps, current.stream());
+  if (wide_key) norm_backward(key, *key_norm_weight, *wide_key, grad_key, grad_key_norm, norm_eps, current.stream());
+  return {grad_query, grad_key, grad_value, grad_bias, grad_query_norm, grad_key_norm};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
+  m.impl("attention_forward", TORCH_BOX(&attention_forward_op));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward_op));
+}
+
+}  // namespace
+}  // namespace velm::cuda

@@ -1,0 +1,67 @@
+// Sums of a few rows, in float32 and in their order.
+
+#include "fusion/cuda_sums.h"
+
+#include "device/launch.h"
+#include "device/memory.h"
+#include "device/numbers.h"
+
+namespace velm::cuda {
+namespace {
+
+using namespace device;
+
+constexpr int kThreads = 128;
+constexpr int kAcross = 32, kDown = kThreads / kAcross;
+struct SumStorage {
+  SharedArray<float, kDown, kAcross> sums;
+};
+
+// The sum of `count` rows, and of the bias that every `period` elements have.
+template <class From, class T>
+__global__ void __launch_bounds__(kThreads)
+    sum_partials_kernel(ReadOnly<From> partials, ReadOnly<T> bias, Global<T> to, int64_t count, int64_t stride,
+                        int64_t elements, int period) {
+  auto& shared = static_shared<SumStorage>();
+  const int64_t at = int64_t{blockIdx.x} * kAcross + threadIdx.x;
+  float sum = 0.0f;
+  if (at < elements)
+    for (int64_t part = threadIdx.y; part < count; part += kDown) sum += to_float(partials[part * stride + at]);
+  shared.sums[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y != 0 || at >= elements) return;
+  for (int i = 1; i < kDown; ++i) {
+    const float more = shared.sums[i][threadIdx.x];
+    sum += more;
+  }
+  if (bias) sum += to_float(bias[at % period]);
+  to[at] = from_float<T>(sum);
+}
+
+template <class From, class T>
+void add(const Global<const From>& partials, const Span& bias, const Span& to, int64_t count, int64_t stride,
+         int64_t elements, int64_t period, Stream stream) {
+  if (elements == 0) return;
+  launch<sum_partials_kernel<From, T>>(static_cast<unsigned>((elements + kAcross - 1) / kAcross), dim3(kAcross, kDown),
+                                       0, stream, partials, global<const T>(bias), global<T>(to), count, stride,
+                                       elements, static_cast<int>(period));
+}
+
+}  // namespace
+
+void sum_parts(const Span& partials, const Span& bias, const Span& to, Dtype dtype, int64_t parts, int64_t elements,
+               int64_t period, Stream stream) {
+  with_type(dtype, [&](auto t) {
+    add<float, decltype(t)>(global<const float>(partials), bias, to, parts, elements, elements, period, stream);
+  });
+}
+
+void sum_rows(const Span& rows, const Span& to, Dtype dtype, int64_t count, int64_t stride, int64_t elements,
+              Stream stream) {
+  with_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    add<T, T>(global<const T>(rows), {}, to, count, stride, elements, 1, stream);
+  });
+}
+
+}  // namespace velm::cuda

@@ -1,0 +1,582 @@
+"""Cross-attention: the public functions, and which backends serve their operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from velm_kernels import backends, checks, processors
+from velm_kernels.attention.cross_attention import reference_backend, torch_attention
+from velm_kernels.attention.cross_attention.op import (
+    DIFFERENTIABLE,
+    SCALAR_NAMES,
+    TENSOR_NAMES,
+    backward,
+    save_for_backward,
+    saved_arguments,
+)
+from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
+from velm_kernels.backends.direct import call
+from velm_kernels.backends.library import register_autograd
+from velm_kernels.backends.small import ANY, takes_torch, wide
+from velm_kernels.layout import unit_last_stride
+
+MAX_HEAD_DIM = 256
+# Scores up to which forming them is the fastest way, and elements of 16 bits that become float32 for it.
+SMALL_SCORES, SMALL_WIDENED = 1 << 15, 1 << 16
+
+
+def cross_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Any:
+    """Scaled dot-product attention of queries to the keys and values of another modality.
+
+    Computes, without ever forming the scores in memory (Vaswani et al., 2017; tiled as in Dao et al., 2022)::
+
+        s = scale * query @ key^T            # after RMS norms of query and key over head_dim, where weights are given
+        s = softcap * tanh(s / softcap)      # where softcap is given
+        s = s + bias, masked keys -> -inf
+        out = dropout(softmax(s)) @ value
+
+    Args:
+        query: ``(batch, heads, queries, head_dim)``, float32, bfloat16, float16, or float64 (computed by the reference
+            backend). head_dim from 1 to 256. Accumulation is in float32.
+        key: ``(batch, kv_heads, keys, head_dim)``; kv_heads divides heads (grouped heads: query head h reads key
+            head ``h // (heads // kv_heads)``).
+        value: ``(batch, kv_heads, keys, value_dim)``, value_dim from 1 to 256.
+        key_lengths: ``(batch,)`` integers: only the first key_lengths[b] keys are attended to.
+        key_ranges: ``(start, stop)``, each ``(batch, queries)`` integers from 0 to keys: query i sees the keys from
+            start (included) to stop (excluded), none if stop <= start. Tiles outside of every range are skipped.
+        key_mask: ``(batch, keys)`` bool, True = may be attended.
+        mask: bool, broadcastable to ``(batch, heads, queries, keys)``, True = may be attended.
+        bias: float of query's dtype or float32, broadcastable to ``(batch, heads, queries, keys)``, added to the
+            scores; differentiable, its gradient summed over broadcast dimensions. -inf masks.
+        is_causal: query i sees keys 0..i, aligned at the top left like ``scaled_dot_product_attention``.
+        scale: factor of the scores, default ``head_dim ** -0.5``.
+        softcap: bound of the scores' magnitude before the bias (Gemma 2), default none.
+        query_norm_weight, key_norm_weight: ``(head_dim,)``: RMS norm with this weight before the product;
+            differentiable.
+        norm_eps: added to the mean square in both norms.
+        dropout_p: probability in [0, 1) with which an attention weight is dropped; those kept are divided by
+            1 - dropout_p.
+        seed: integer (or integer tensor with one element) that fixes which weights are dropped, the same ones on
+            every backend; drawn from torch's generator where not given.
+        return_logsumexp: also return the log of the sum of exp(s) of each query, ``(batch, heads, queries)`` float32,
+            -inf where a query sees no key; differentiable.
+        return_key_mass: also return the attention each key received, summed over queries before dropout,
+            ``(batch, heads, keys)`` float32; not differentiable.
+
+    Masks of all kinds combine with "and". A query that sees no key gives 0 and passes back 0. Keys and values that no
+    query sees, and queries that see no key, are not read: what stands there changes nothing, NaN included.
+
+    NaN and infinity come out, forward and backward, where plain PyTorch has them, and do not reach queries that do not
+    see them. Not yet by Triton's kernels: there a query becomes NaN too where another one of its tile, of up to 128,
+    sees NaN or infinity that causality, a range, a mask or a bias of -inf hides from it, as 0 times NaN is NaN; in
+    backward so does a key beside one that sees such a query. Rows that a bias such as the smallest number of a type
+    hides altogether are the mean of all values, and their logsumexp is known to a factor of 2; gradients of such rows
+    are exact on the CPU, and on CUDA with up to 64 queries or 256 keys.
+
+    Returns:
+        ``(batch, heads, queries, value_dim)`` in query's dtype; with extras a tuple ``(out, logsumexp, key_mass)`` of
+        what was asked for, in this order.
+
+    Raises:
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or range. Values of key_lengths and
+            key_ranges are checked for CPU tensors, for others only under ``VELM_CHECK=1``; unchecked values outside
+            of the keys are clamped.
+
+    Example:
+        >>> query, key, value = torch.randn(2, 8, 10, 64), torch.randn(2, 2, 50, 64), torch.randn(2, 2, 50, 64)
+        >>> out = velm_kernels.cross_attention(query, key, value, key_lengths=torch.tensor([50, 20]))
+        >>> out.shape
+        torch.Size([2, 8, 10, 64])
+        >>> start = torch.zeros(2, 10, dtype=torch.long)  # each query sees the first 25 keys
+        >>> out, mass = velm_kernels.cross_attention(
+        ...     query, key, value, key_ranges=(start, start + 25), return_key_mass=True
+        ... )
+        >>> mass.shape, float(mass[..., 25:].sum())
+        (torch.Size([2, 8, 50]), 0.0)
+    """
+    if (
+        not torch.compiler.is_compiling()
+        and key_lengths
+        is key_ranges
+        is key_mask
+        is mask
+        is bias
+        is softcap
+        is query_norm_weight
+        is key_norm_weight
+        is None
+        and norm_eps.__class__ is dropout_p.__class__ is float
+        and dropout_p == 0.0
+        and norm_eps == 1e-6
+        and seed is None
+        and return_logsumexp is return_key_mass is False
+    ):
+        small = _small(query, key, value, is_causal, scale)
+        if small is not None:
+            return small
+        plain = _plain_arguments(query, key, value, is_causal, scale)
+        if plain is not None:
+            return _call(plain, return_logsumexp, return_key_mass)
+    arguments = _canonical(
+        query,
+        key,
+        value,
+        key_lengths=key_lengths,
+        key_ranges=key_ranges,
+        key_mask=key_mask,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        query_norm_weight=query_norm_weight,
+        key_norm_weight=key_norm_weight,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_logsumexp=return_logsumexp,
+        return_key_mass=return_key_mass,
+    )
+    return _call(arguments, return_logsumexp, return_key_mass)
+
+
+def _small(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> torch.Tensor | None:
+    """Plain or causal attention by torch's own kernel, where there is little to do or torch has the better instruction
+    (:mod:`velm_kernels.processors`); else None."""
+    if torch.compiler.is_compiling():
+        return None
+    if not takes_torch(processors.NEVER, query, key, value, dtype=ANY):
+        return None
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return None
+    (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
+    if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
+        return None
+    if is_causal.__class__ is not bool or 0 in (batch, heads, queries, keys) or not 0 < dim <= MAX_HEAD_DIM:
+        return None
+    if not (scale is None or (scale.__class__ is float and abs(scale) <= 1e30)):
+        return None
+    dtype, rules, scores = query.dtype, processors.rules(), batch * heads * queries * keys
+    is_float32 = dtype is torch.float32
+    # Torch's kernel loses NaN in rows shorter than a vector, and has no other derivatives than the first; nobody knows
+    # here which will be asked for.
+    by_kernel = keys >= torch_attention.CPU_SHORTEST and not derivatives.wanted(query, key, value)
+    # Causal, it lets the values of later keys into earlier rows where they are not finite.
+    if by_kernel and (
+        scores <= rules.attention_scores and not is_causal
+        if is_float32
+        else dtype is torch.bfloat16 and not rules.bfloat16_attention
+    ):
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads
+        )
+    if scores > SMALL_SCORES or heads != kv_heads or is_causal:
+        return None
+    if not is_float32 and max(query.numel(), key.numel()) > SMALL_WIDENED:
+        return None
+    out = torch.softmax((wide(query) * (dim**-0.5 if scale is None else scale)) @ wide(key).transpose(-1, -2), -1)
+    return out @ value if is_float32 else (out @ wide(value)).to(dtype)
+
+
+def _small_plain(query: Any, key: Any, value: Any, **settings: Any) -> torch.Tensor | None:
+    """:func:`_small` for calls of :func:`cross_attention` with any arguments."""
+    plain = {name: settings.pop(name) for name in ("is_causal", "scale") if name in settings}
+    # It says nothing without the norms.
+    settings.pop("norm_eps", None)
+    unused = all(
+        setting is None or (isinstance(setting, (bool, float)) and not setting) for setting in settings.values()
+    )
+    return _small(query, key, value, **plain) if unused else None
+
+
+def cross_attention_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Any:
+    """:func:`cross_attention` on sequences of different lengths packed one behind the other, without padding.
+
+    Args:
+        query: ``(query_tokens, heads, head_dim)``, all sequences behind each other.
+        key, value: ``(key_tokens, kv_heads, head_dim)`` and ``(key_tokens, kv_heads, value_dim)``.
+        cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` integers: sequence s has the query tokens
+            cu_seqlens_q[s] to cu_seqlens_q[s + 1] and attends to the key tokens cu_seqlens_k[s] to
+            cu_seqlens_k[s + 1]. They start with 0, do not decrease and end with the number of tokens.
+        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, by default the numbers of tokens (which is
+            right, but on a GPU launches more blocks than needed).
+        key_ranges: ``(start, stop)``, each ``(query_tokens,)``, counted within the sequence.
+
+    The other arguments are those of :func:`cross_attention`; queries and keys are counted within their sequence.
+
+    Returns:
+        ``(query_tokens, heads, value_dim)``; with extras a tuple with logsumexp ``(heads, query_tokens)`` and key_mass
+        ``(heads, key_tokens)``.
+
+    Raises:
+        ValueError, TypeError: as :func:`cross_attention`; also for lengths that do not fit the packed tokens.
+
+    Example:
+        >>> query = torch.randn(12, 8, 64)  # sequences of 5 and 7 queries
+        >>> key = value = torch.randn(50, 8, 64)  # with 30 and 20 keys
+        >>> bounds_q, bounds_k = torch.tensor([0, 5, 12]), torch.tensor([0, 30, 50])
+        >>> velm_kernels.cross_attention_varlen(query, key, value, bounds_q, bounds_k).shape
+        torch.Size([12, 8, 64])
+    """
+    arguments = _canonical_varlen(
+        query,
+        key,
+        value,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        key_ranges=key_ranges,
+        is_causal=is_causal,
+        scale=scale,
+        softcap=softcap,
+        query_norm_weight=query_norm_weight,
+        key_norm_weight=key_norm_weight,
+        norm_eps=norm_eps,
+        dropout_p=dropout_p,
+        seed=seed,
+        return_logsumexp=return_logsumexp,
+        return_key_mass=return_key_mass,
+    )
+    return _call(arguments, return_logsumexp, return_key_mass)
+
+
+def _call(arguments: Arguments, return_logsumexp: bool, return_key_mass: bool) -> Any:
+    out, logsumexp, key_mass = call("attention_forward", arguments)
+    results = [out]
+    if return_logsumexp:
+        results.append(logsumexp)
+    if return_key_mass:
+        results.append(key_mass.detach())
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _canonical(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    key_lengths: torch.Tensor | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    key_mask: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **settings: Any,
+) -> Arguments:
+    """Checks the arguments of :func:`cross_attention` and gives those of its operator, in order."""
+    checks.tensor("query", query, dims=4, layout="(batch, heads, queries, head_dim)")
+    checks.tensor("key", key, dims=4, layout="(batch, kv_heads, keys, head_dim)")
+    checks.tensor("value", value, dims=4, layout="(batch, kv_heads, keys, value_dim)")
+    batch, heads, queries, head_dim = query.shape
+    kv_heads, keys = key.shape[1:3]
+    checks.shape("key", key, "(batch, kv_heads, keys, head_dim)", (batch, kv_heads, keys, head_dim))
+    checks.shape("value", value, "(batch, kv_heads, keys, value_dim)", (batch, kv_heads, keys, value.shape[3]))
+    query, key, value = _check_heads(query, key, value, heads, kv_heads)
+
+    if key_lengths is not None:
+        key_lengths = _integers("key_lengths", key_lengths, query, "(batch,)", (batch,))
+    range_start, range_stop = _ranges(key_ranges, query, "(batch, queries)", (batch, queries))
+    if key_mask is not None:
+        checks.tensor("key_mask", key_mask)
+        checks.dtype_in("key_mask", key_mask, (torch.bool,))
+        checks.shape("key_mask", key_mask, "(batch, keys)", (batch, keys))
+        checks.same_device("key_mask", key_mask, "query", query)
+        key_mask = key_mask.contiguous()
+    layout, target = "(batch, heads, queries, keys)", (batch, heads, queries, keys)
+    if mask is not None:
+        checks.tensor("mask", mask)
+        checks.dtype_in("mask", mask, (torch.bool,))
+        checks.same_device("mask", mask, "query", query)
+        mask = checks.broadcastable("mask", mask, layout, target)
+    if bias is not None:
+        checks.dtype_in("bias", checks.tensor("bias", bias), checks.FLOAT_DTYPES)
+        if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
+            bias = bias.float()
+        checks.dtype_in("bias", bias, (query.dtype, torch.float32))
+        checks.same_device("bias", bias, "query", query)
+        bias = checks.broadcastable("bias", bias, layout, target)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_lengths": key_lengths,
+        "range_start": range_start,
+        "range_stop": range_stop,
+        "key_mask": key_mask,
+        "mask": mask,
+        "bias": bias,
+        **_settings(query, None, None, 0, 0, **settings),
+    }
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What `_canonical` makes of query, key and value alone.
+_PLAIN_ARGUMENTS: Arguments = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass")) | {
+    "max_seqlen_q": 0,
+    "max_seqlen_k": 0,
+    "softcap": 0.0,
+    "norm_eps": 1e-6,
+    "dropout_p": 0.0,
+    "return_key_mass": False,
+}
+
+
+def _plain_arguments(query: Any, key: Any, value: Any, is_causal: Any, scale: Any) -> Arguments | None:
+    """What :func:`_canonical` gives for these alone, in a fifth of its time, where nothing is wrong with them and
+    nothing is to be done about them; else None."""
+    if not (query.__class__ in _PLAIN and key.__class__ in _PLAIN and value.__class__ in _PLAIN):
+        return None
+    dtype, device = query.dtype, query.device
+    if not (dtype is key.dtype is value.dtype and dtype in checks.FLOAT_DTYPES):
+        return None
+    if not (device == key.device and device == value.device) or checks.autocast_enabled(device):
+        return None
+    of_query, of_key, of_value = query.shape, key.shape, value.shape
+    if not len(of_query) == len(of_key) == len(of_value) == 4 or of_key[:3] != of_value[:3]:
+        return None
+    (batch, heads, _, head_dim), (key_batch, kv_heads, _, key_dim), value_dim = of_query, of_key, of_value[3]
+    if batch != key_batch or head_dim != key_dim or kv_heads == 0 or heads % kv_heads:
+        return None
+    if not (0 < head_dim <= MAX_HEAD_DIM and 0 < value_dim <= MAX_HEAD_DIM) or is_causal.__class__ is not bool:
+        return None
+    if scale is None:
+        scale = head_dim**-0.5
+    elif scale.__class__ is not float or not -1e30 <= scale < 1e30:
+        return None
+    arguments = _PLAIN_ARGUMENTS.copy()
+    arguments["query"], arguments["key"], arguments["value"] = query, key, value
+    arguments["is_causal"], arguments["scale"] = is_causal, scale
+    return arguments
+
+
+def _canonical_varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+    **settings: Any,
+) -> Arguments:
+    """Checks the arguments of :func:`cross_attention_varlen` and gives those of its operator, in order."""
+    checks.tensor("query", query, dims=3, layout="(query_tokens, heads, head_dim)")
+    checks.tensor("key", key, dims=3, layout="(key_tokens, kv_heads, head_dim)")
+    checks.tensor("value", value, dims=3, layout="(key_tokens, kv_heads, value_dim)")
+    tokens, heads, head_dim = query.shape
+    key_tokens, kv_heads = key.shape[:2]
+    checks.shape("key", key, "(key_tokens, kv_heads, head_dim)", (key_tokens, kv_heads, head_dim))
+    checks.shape("value", value, "(key_tokens, kv_heads, value_dim)", (key_tokens, kv_heads, value.shape[2]))
+    query, key, value = _check_heads(query, key, value, heads, kv_heads)
+
+    checks.tensor("cu_seqlens_q", cu_seqlens_q, dims=1, layout="(sequences + 1,)")
+    if cu_seqlens_q.shape[0] < 1:
+        raise ValueError("cu_seqlens_q: expected (sequences + 1,) with at least the leading 0, given (0,)")
+    entries = (cu_seqlens_q.shape[0],)
+    cu_seqlens_q = _integers("cu_seqlens_q", cu_seqlens_q, query, "(sequences + 1,)", entries)
+    cu_seqlens_k = _integers("cu_seqlens_k", cu_seqlens_k, query, "(sequences + 1,)", entries)
+    range_start, range_stop = _ranges(key_ranges, query, "(query_tokens,)", (tokens,))
+    for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if given is not None:
+            checks.integer(name, given, 0, 2**31 - 1)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_lengths": None,
+        "range_start": range_start,
+        "range_stop": range_stop,
+        "key_mask": None,
+        "mask": None,
+        "bias": None,
+        **_settings(
+            query,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            tokens if max_seqlen_q is None else max_seqlen_q,
+            key_tokens if max_seqlen_k is None else max_seqlen_k,
+            **settings,
+        ),
+    }
+
+
+def _check_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    query, key, value = checks.autocast(query, key, value)
+    checks.dtype_in("query", query, checks.FLOAT_DTYPES)
+    for name, other in (("key", key), ("value", value)):
+        checks.dtype_in(name, other, (query.dtype,))
+        checks.same_device(name, other, "query", query)
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"key: expected a number of kv_heads that divides the {heads} heads of query, given {kv_heads}"
+        )
+    for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
+        if not 1 <= size <= MAX_HEAD_DIM:
+            raise ValueError(f"{name}: expected a last dimension from 1 to {MAX_HEAD_DIM}, given {size}")
+    return query, key, value
+
+
+def _integers(
+    name: str, given: torch.Tensor, query: torch.Tensor, layout: str, expected: tuple[int, ...]
+) -> torch.Tensor:
+    checks.tensor(name, given)
+    checks.dtype_in(name, given, checks.INTEGER_DTYPES)
+    checks.shape(name, given, layout, expected)
+    checks.same_device(name, given, "query", query)
+    return checks.as_int32(given)
+
+
+def _ranges(
+    key_ranges: tuple[torch.Tensor, torch.Tensor] | None, query: torch.Tensor, layout: str, expected: tuple[int, ...]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if key_ranges is None:
+        return None, None
+    checks.ranges("key_ranges", key_ranges)
+    start = _integers("key_ranges[0]", key_ranges[0], query, layout, expected)
+    return start, _integers("key_ranges[1]", key_ranges[1], query, layout, expected)
+
+
+def _settings(
+    query: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    softcap: float | None = None,
+    query_norm_weight: torch.Tensor | None = None,
+    key_norm_weight: torch.Tensor | None = None,
+    norm_eps: float = 1e-6,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    return_logsumexp: bool = False,
+    return_key_mass: bool = False,
+) -> Arguments:
+    """Checks the arguments that both layouts share; ``return_logsumexp`` costs the operator nothing and is not one."""
+    head_dim = query.shape[-1]
+    checks.flag("is_causal", is_causal)
+    checks.flag("return_logsumexp", return_logsumexp)
+    checks.flag("return_key_mass", return_key_mass)
+    scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
+    if softcap is not None:
+        softcap = checks.number("softcap", softcap, 1e-30, 1e30, described="a number greater than 0")
+    norm_eps = checks.number("norm_eps", norm_eps, 1e-30, 1e30, described="a number greater than 0")
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    weights = []
+    for name, weight in (("query_norm_weight", query_norm_weight), ("key_norm_weight", key_norm_weight)):
+        if weight is not None:
+            checks.tensor(name, weight)
+            checks.shape(name, weight, "(head_dim,)", (head_dim,))
+            checks.same_device(name, weight, "query", query)
+            if checks.autocast_enabled(query.device):
+                weight = weight.to(query.dtype)
+            checks.dtype_in(name, weight, (query.dtype,))
+            weight = weight.contiguous()
+        weights.append(weight)
+    return {
+        "query_norm_weight": weights[0],
+        "key_norm_weight": weights[1],
+        "seed": checks.seed_tensor(dropout_p, seed, query.device),
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "is_causal": is_causal,
+        "scale": scale,
+        "softcap": 0.0 if softcap is None else softcap,
+        "norm_eps": norm_eps,
+        "dropout_p": dropout_p,
+        "return_key_mass": return_key_mass,
+    }
+
+
+def unit_last_strides(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
+    """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
+    found = list(args)
+    for index in large:
+        found[index] = unit_last_stride(found[index])
+    return found
+
+
+# What the kernels stream.
+_LARGE = {"attention_forward": (0, 1, 2), "attention_backward": (0, 2, 3, 4, 2 + len(TENSOR_NAMES))}
+
+
+def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
+    """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
+    return lambda *args: op(operator)(*unit_last_strides(args, _LARGE[operator]))
+
+
+register_autograd(
+    "attention_forward",
+    backward,
+    setup_context=save_for_backward,
+    meaning=reference_backend.attention_forward,
+    leaves=DIFFERENTIABLE,
+    given=saved_arguments,
+)
+backends.register("attention_forward", "reference", reference_backend.attention_forward)
+backends.register("attention_backward", "reference", reference_backend.attention_backward)
+for _operator in ("attention_forward", "attention_backward"):
+    cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
+    triton.register_triton(_operator, "attention.cross_attention.triton")
+    cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
+backends.register_public("cross_attention", "attention_forward", _canonical, _small_plain)
+backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

@@ -1,0 +1,183 @@
+"""Plain and causal attention by torch's own kernels: FlashAttention, on Hopper and Blackwell cuDNN's, and one for CPUs.
+
+These are the operators below ``torch.nn.functional.scaled_dot_product_attention``, called directly because they also
+give the logsumexp that backward and callers want. Which of them a GPU takes is torch's own choice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from velm_kernels import processors
+from velm_kernels.attention.cross_attention.op import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_NAMES, empty_like_heads
+from velm_kernels.backends import Arguments, failures, order, register
+from velm_kernels.backends.cpu import DTYPES
+
+_aten = torch.ops.aten
+_EXTRAS = tuple(name for name in TENSOR_NAMES if name not in ("query", "key", "value"))
+# cuDNN's backward has no wider heads on every GPU.
+CUDNN_WIDEST = 128
+CPU_SHORTEST = processors.TORCH_ATTENTION_KEYS
+
+
+def _reasons(arguments: Arguments) -> list[str]:
+    """Why torch's attention cannot serve both passes."""
+    given = [name for name in _EXTRAS if arguments[name] is not None]
+    given += ["softcap"] if arguments["softcap"] else []
+    if given:
+        return [f"torch's attention has no {', '.join(given)}"]
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    found = []
+    if query.dtype not in (DTYPES if query.is_cpu else DTYPES[1:]):
+        found.append(f"query is {query.dtype}, not " + ("float32, " if query.is_cpu else "") + "bfloat16 or float16")
+    if query.shape[3] != value.shape[3]:
+        found.append(f"head_dim {query.shape[3]} is not value_dim {value.shape[3]}")
+    if 0 in query.shape or 0 in key.shape:
+        found.append("a dimension is 0")
+    if arguments["scale"] <= 0:
+        # The greatest score is looked for before they are scaled.
+        found.append(f"scale {arguments['scale']} is not greater than 0")
+    if query.is_cpu or found:
+        return found
+    if query.device.type != "cuda" or torch.version.hip is not None:
+        return [f"not tested on {'ROCm' if query.is_cuda else query.device.type}"]
+    if query.shape[3] % 8:
+        found.append(f"head_dim {query.shape[3]} is not a multiple of 8")
+    if arguments["is_causal"] and query.shape[2] != key.shape[2]:
+        found.append(f"causal with {query.shape[2]} queries of {key.shape[2]} keys")
+    if not found and _kernel(query, key, value, arguments["is_causal"], arguments["scale"]) is None:
+        found.append("torch would take neither cuDNN nor FlashAttention")
+    return found
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> SDPBackend | None:
+    """Which kernel torch takes on a GPU, where it is one of the two."""
+    grouped = query.shape[1] != key.shape[1]
+    chosen = torch._fused_sdp_choice(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=grouped)
+    if chosen == SDPBackend.CUDNN_ATTENTION.value and query.shape[3] <= CUDNN_WIDEST:
+        return SDPBackend.CUDNN_ATTENTION
+    if chosen in (SDPBackend.CUDNN_ATTENTION.value, SDPBackend.FLASH_ATTENTION.value):
+        return SDPBackend.FLASH_ATTENTION
+    return None
+
+
+def forward_reasons(arguments: Arguments) -> list[str]:
+    if arguments["return_key_mass"]:
+        return ["torch's attention has no key_mass"]
+    return _reasons(arguments)
+
+
+def backward_reasons(arguments: Arguments) -> list[str]:
+    if arguments["grad_logsumexp"] is not None:
+        return ["torch's attention takes no gradient of logsumexp"]
+    return _reasons(arguments)
+
+
+def _of_heads(tensor: Tensor) -> Tensor:
+    """``tensor`` in the memory that the operators promise: batch, queries, heads."""
+    if tensor.transpose(1, 2).is_contiguous():
+        return tensor
+    return empty_like_heads(tensor, tensor.shape[3]).copy_(tensor)
+
+
+def _repeated(tensor: Tensor, heads: int) -> Tensor:
+    """Keys or values once for every head: the kernel for CPUs knows no groups."""
+    groups = heads // tensor.shape[1]
+    return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
+
+
+def _summed(grad: Tensor, kv_heads: int) -> Tensor:
+    batch, heads, keys, dim = grad.shape
+    return grad if heads == kv_heads else grad.view(batch, kv_heads, heads // kv_heads, keys, dim).sum(2)
+
+
+def attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
+    query, key, value = given["query"], given["key"], given["value"]
+    is_causal, scale = given["is_causal"], given["scale"]
+    try:
+        if query.is_cpu:
+            key, value = (_repeated(tensor, query.shape[1]) for tensor in (key, value))
+            out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, 0.0, is_causal, scale=scale
+            )
+        elif _kernel(query, key, value, is_causal, scale) == SDPBackend.CUDNN_ATTENTION:
+            out, logsumexp, *_ = _aten._scaled_dot_product_cudnn_attention(
+                query, key, value, None, True, 0.0, is_causal, False, scale=scale
+            )
+        else:
+            out, logsumexp, *_ = _aten._scaled_dot_product_flash_attention(
+                query, key, value, 0.0, is_causal, False, scale=scale
+            )
+    except Exception as error:
+        failure = failures.of_launch(error, "torch's attention")
+        if failure is None:
+            raise
+        raise failure from error
+    return _of_heads(out), logsumexp.reshape(query.shape[:3]).contiguous(), logsumexp.new_empty((0,))
+
+
+def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), args, strict=True))
+    query, key, value = given["query"], given["key"], given["value"]
+    out, logsumexp = given["out"], given["logsumexp"]
+    is_causal, scale = given["is_causal"], given["scale"]
+    kv_heads, lengths = key.shape[1], (query.shape[2], key.shape[2])
+    if grad_out.stride() != out.stride():
+        grad_out = torch.empty_like(out).copy_(grad_out)
+    try:
+        if query.is_cpu:
+            key, value = (_repeated(tensor, query.shape[1]) for tensor in (key, value))
+            grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale
+            )
+        else:
+            # Of dropout, which there is none of.
+            seed, offset = query.new_empty((2,), dtype=torch.int64), query.new_empty((), dtype=torch.int64)
+            if _kernel(query, key, value, is_causal, scale) == SDPBackend.CUDNN_ATTENTION:
+                grads = _aten._scaled_dot_product_cudnn_attention_backward(
+                    *(grad_out, query, key, value, out, logsumexp.unsqueeze(-1), offset, offset, None, None, None),
+                    *(*lengths, 0.0, is_causal),
+                    scale=scale,
+                )
+            else:
+                grads = _aten._scaled_dot_product_flash_attention_backward(
+                    *(grad_out, query, key, value, out, logsumexp, None, None, *lengths, 0.0, is_causal, seed, offset),
+                    scale=scale,
+                )
+    except Exception as error:
+        failure = failures.of_launch(error, "torch's attention")
+        if failure is None:
+            raise
+        raise failure from error
+    grad_query, *others = grads
+    found = [grad_query, *(_summed(grad, kv_heads) for grad in others)]
+    wanted = [bool(given["grad_mask"] & (1 << bit)) for bit in range(len(DIFFERENTIABLE))]
+    return tuple(
+        _of_heads(found[bit]) if want and bit < len(found) else grad_out.new_empty((0,))
+        for bit, want in enumerate(wanted)
+    )
+
+
+def _is_best_on_cpu(arguments: Arguments) -> bool:
+    # In shorter rows torch's kernel loses NaN.
+    if arguments["query"].dtype != torch.bfloat16 or arguments["key"].shape[-2] < CPU_SHORTEST:
+        return False
+    return not processors.rules().bfloat16_attention
+
+
+def _is_best_backward_on_cpu(arguments: Arguments) -> bool:
+    query, rules = arguments["query"], processors.rules()
+    if query.dtype != torch.bfloat16 or rules.bfloat16_attention:
+        return False
+    return query.shape[-2] * arguments["key"].shape[-2] * query.shape[-1] > rules.bfloat16_attention_backward
+
+
+register("attention_forward", "torch", attention_forward, forward_reasons)
+register("attention_backward", "torch", attention_backward, backward_reasons)
+order.prefer_torch("attention_forward", on_cpu=_is_best_on_cpu)
+order.prefer_torch("attention_backward", on_cpu=_is_best_backward_on_cpu)

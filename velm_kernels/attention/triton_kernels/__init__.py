@@ -1,0 +1,1 @@
+"""Triton code of tiles of scores, which the operators of attention share."""
