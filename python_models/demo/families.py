@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,29 +14,40 @@ import velm_kernels
 from velm_kernels import measure
 from velm_kernels.integrations import zoo
 
-FAMILIES = {"vilt": 2, "visual_bert": 2, "lxmert": 4, "blip_2_qformer": 4}
+# Model and batch size, in the order in which they are measured.
+FAMILIES = {"siglip": 2, "vilt": 2, "lxmert": 4, "blip_2_qformer": 4, "visual_bert": 2}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# What rounding may add to twice the unpatched model's own error.
+TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model, the same weights and inputs, unpatched and patched. Milliseconds are medians of alternating runs."""
+    """One model, the same weights and inputs, unpatched and patched; every pair is (before, after).
+
+    Attributes:
+        family, size, dtype: what was measured.
+        replaced: number of modules that ``patch`` replaced.
+        errors: relative RMS difference of the outputs from those of the unpatched model in float32.
+        inference_ms, step_ms: medians of alternating runs; a step is forward and backward. None where no run was timed.
+        saved_bytes: that forward keeps for backward.
+        peak_bytes: that a step allocates at once beyond weights and inputs.
+    """
 
     family: str
     size: str
+    dtype: str
     replaced: int
-    error: float
-    inference_ms: tuple[float, float]
-    step_ms: tuple[float, float]
+    errors: tuple[float, float]
+    inference_ms: tuple[float, float] | None
+    step_ms: tuple[float, float] | None
     saved_bytes: tuple[int, int]
     peak_bytes: tuple[int, int]
 
     @property
-    def inference_speedup(self) -> float:
-        return self.inference_ms[0] / self.inference_ms[1]
-
-    @property
-    def step_speedup(self) -> float:
-        return self.step_ms[0] / self.step_ms[1]
+    def is_right(self) -> bool:
+        before, after = self.errors
+        return after <= 2 * before + TOLERANCE
 
 
 def training_step(model: torch.nn.Module, inputs: zoo.Inputs) -> None:
@@ -48,44 +61,57 @@ def training_step(model: torch.nn.Module, inputs: zoo.Inputs) -> None:
 def inference(model: torch.nn.Module, inputs: zoo.Inputs) -> list[torch.Tensor]:
     torch.manual_seed(0)
     with torch.inference_mode():
-        return zoo.outputs(model(**inputs))
+        return [out.float() for out in zoo.outputs(model(**inputs))]
 
 
-def compare(family: str, batch: int, layers: int | None, rounds: int) -> Comparison:
-    original, inputs = zoo.build(family, batch=batch, layers=layers)
-    patched = copy.deepcopy(original)
-    report = velm_kernels.patch(patched)
-    models = {"before": original, "after": patched}
-    error = measure.relative_rms(inference(patched, inputs), inference(original, inputs))
-    times = measure.alternate(
-        {name: lambda model=model: inference(model, inputs) for name, model in models.items()}, rounds=rounds
-    )
-    for model in models.values():
-        model.train()
-    steps = measure.alternate(
-        {name: lambda model=model: training_step(model, inputs) for name, model in models.items()},
-        rounds=rounds,
-        warm_up=1,
-    )
-    saved, peak = [], []
-    for model in models.values():
-        torch.manual_seed(0)
-        known = [*model.parameters(), *model.buffers(), *inputs.values()]
-        saved.append(measure.saved_for_backward(lambda model=model: model(**inputs), known))
-        peak.append(measure.peak_memory(lambda model=model: training_step(model, inputs)))
-    depth = "" if layers is None else f", {layers} layers"
-    return Comparison(
-        family,
-        f"batch {batch}, {zoo.MODELS[family].description}{depth}",
-        len(report.replaced),
-        error,
-        (times["before"].median * 1e3, times["after"].median * 1e3),
-        (steps["before"].median * 1e3, steps["after"].median * 1e3),
-        (saved[0], saved[1]),
-        (peak[0], peak[1]),
-    )
+def compare(family: str, batch: int, layers: int | None, rounds: int) -> Iterator[Comparison]:
+    """Measure one model in each of ``DTYPES``, in ``rounds`` timed runs each; 0 times nothing."""
+    original, given = zoo.build(family, batch=batch, layers=layers)
+    exact = inference(original, given)
+    size = f"batch {batch}, {zoo.MODELS[family].description}" + ("" if layers is None else f", layers cut to {layers}")
+    for name, dtype in DTYPES.items():
+        original = original.eval().to(dtype)
+        inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
+        patched = copy.deepcopy(original)
+        report = velm_kernels.patch(patched)
+        models = {"before": original, "after": patched}
+        errors = [measure.relative_rms(inference(model, inputs), exact) for model in models.values()]
+        inferences = _times({way: partial(inference, model, inputs) for way, model in models.items()}, rounds)
+        for model in models.values():
+            model.train()
+        steps = {way: partial(training_step, model, inputs) for way, model in models.items()}
+        saved, peak = [], []
+        for way, model in models.items():
+            torch.manual_seed(0)
+            known = [*model.parameters(), *model.buffers(), *inputs.values()]
+            saved.append(measure.saved_for_backward(partial(model, **inputs), known))
+            peak.append(measure.peak_memory(steps[way]))
+        yield Comparison(
+            family,
+            size,
+            name,
+            len(report.replaced),
+            (errors[0], errors[1]),
+            inferences,
+            _times(steps, rounds),
+            (saved[0], saved[1]),
+            (peak[0], peak[1]),
+        )
 
 
-def comparisons(names: Sequence[str], layers: int | None, rounds: int) -> Iterator[Comparison]:
-    for name in names:
-        yield compare(name, FAMILIES[name], layers, rounds)
+def _times(runs: Mapping[str, measure.Run], rounds: int) -> tuple[float, float] | None:
+    """Milliseconds, before and after."""
+    if not rounds:
+        return None
+    timings = measure.alternate(runs, rounds=rounds, warm_up=1)
+    return timings["before"].median * 1e3, timings["after"].median * 1e3
+
+
+def comparisons(layers: int | None, rounds: int, seconds: float) -> Iterator[Comparison]:
+    """Measure ``FAMILIES`` one after the other; none is begun once ``seconds`` have passed."""
+    begin = time.perf_counter()
+    for family, batch in FAMILIES.items():
+        for one in compare(family, batch, layers, rounds):
+            yield one
+            if time.perf_counter() - begin > seconds:
+                return

@@ -29,10 +29,10 @@ def bars(console: Console) -> Progress:
     return Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[state]}"), console=console)
 
 
-def load(console: Console, cache: Path) -> data.Dataset:
+def load(console: Console, cache: Path, every: int = 1) -> data.Dataset:
     with bars(console) as progress:
         task = progress.add_task("encoding pictures", total=None, state="", visible=not cache.exists())
-        return data.load(cache, lambda done, total: progress.update(task, completed=done, total=total))
+        return data.load(cache, lambda done, total: progress.update(task, completed=done, total=total), every=every)
 
 
 def load_model(folder: Path, answers: int) -> tuple[Config, torch.nn.Module]:

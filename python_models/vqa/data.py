@@ -90,20 +90,27 @@ def _parts(texts: tuple[str, ...], answers: tuple[str, ...], train_pictures: int
     }
 
 
-def load(cache: Path, report: Callable[[int, int], None] = lambda done, total: None, batch: int = 50) -> Dataset:
+def load(
+    cache: Path, report: Callable[[int, int], None] = lambda done, total: None, batch: int = 50, every: int = 1
+) -> Dataset:
     """Encode every picture and question once, or read what an earlier call left in the file ``cache``.
 
     Args:
-        cache: a file of about 80 MB, written if it is missing or of another version.
+        cache: a file of about 80 MB, written if it is missing, of another version or of other pictures.
         report: called with the number of pictures encoded and their total.
         batch: pictures encoded at a time.
+        every: of so many pictures one is kept, with the questions about it: a part of the data to try code with.
     """
     train, test = easy_vqa.get_train_image_paths(), easy_vqa.get_test_image_paths()
-    paths = tuple(Path(group[number]) for group in (train, test) for number in range(len(group)))
+    everything = [Path(group[number]) for group in (train, test) for number in range(len(group))]
+    # Of every tenth training picture, which validates, as many as of the others.
+    kept_pictures = torch.tensor([n for n in range(len(everything)) if n // VALIDATION_EVERY % every == 0])
+    paths = tuple(everything[number] for number in kept_pictures)
     texts = tuple(sorted({*easy_vqa.get_train_questions()[0], *easy_vqa.get_test_questions()[0]}))
 
     kept = torch.load(cache, weights_only=True) if cache.exists() else {}
-    if kept.get("version") != VERSION or kept.get("texts") != list(texts) or len(kept["regions"]) != len(paths):
+    made_from = {"version": VERSION, "every": every, "texts": list(texts)}
+    if {"every": 1} | {name: kept.get(name) for name in made_from if name in kept} != made_from:
         encode = encoders.PictureEncoder()
         regions = []
         for first in range(0, len(paths), batch):
@@ -111,12 +118,21 @@ def load(cache: Path, report: Callable[[int, int], None] = lambda done, total: N
             regions.append(encode(torch.stack(pictures)))
             report(first + len(pictures), len(paths))
         sentences = encoders.QuestionEncoder()(texts)
-        kept = {"version": VERSION, "texts": list(texts), "regions": torch.cat(regions), "sentences": sentences}
+        kept = made_from | {"regions": torch.cat(regions), "sentences": sentences}
         cache.parent.mkdir(parents=True, exist_ok=True)
         unfinished = cache.with_suffix(".part")
         torch.save(kept, unfinished)
         unfinished.replace(cache)
-    return Dataset(kept["regions"], texts, kept["sentences"], answers(), _parts(texts, answers(), len(train)), paths)
+    parts = _parts(texts, answers(), len(train))
+    if every > 1:
+        parts = {name: _about(part, kept_pictures) for name, part in parts.items()}
+    return Dataset(kept["regions"], texts, kept["sentences"], answers(), parts, paths)
+
+
+def _about(part: Part, pictures: Tensor) -> Part:
+    """The questions about the sorted ``pictures`` alone, and the pictures numbered by their place among them."""
+    rows = torch.isin(part.picture, pictures)
+    return Part(torch.searchsorted(pictures, part.picture[rows]), part.question[rows], part.answer[rows])
 
 
 def baselines(dataset: Dataset, part: str = "test") -> dict[str, float]:

@@ -51,9 +51,22 @@ def predict(
     model: nn.Module, answers: tuple[str, ...], picture: Image.Image, question: str, count: int = 3
 ) -> Prediction:
     """Answer a question about any picture, both encoded here."""
-    model.eval()
     regions = encoders.PictureEncoder()(encoders.pixels(picture)[None])
-    logits, weights = model(regions, encoders.QuestionEncoder()([question]))
+    return _prediction(model, answers, regions, encoders.QuestionEncoder()([question]), count)
+
+
+@torch.inference_mode()
+def answered(model: nn.Module, dataset: Dataset, part: str, row: int, count: int = 3) -> Prediction:
+    """The answer to a question of the data, whose picture and sentence are encoded already."""
+    features = training.features(dataset, dataset.parts[part], torch.tensor([row]))
+    return _prediction(model, dataset.answers, *features, count)
+
+
+def _prediction(
+    model: nn.Module, answers: tuple[str, ...], regions: Tensor, sentence: Tensor, count: int
+) -> Prediction:
+    model.eval()
+    logits, weights = model(regions, sentence)
     likely = logits[0].softmax(0).topk(min(count, len(answers)))
     named = [(answers[int(at)], float(p)) for p, at in zip(likely.values, likely.indices, strict=True)]
     grid = (encoders.GRID, encoders.GRID)

@@ -48,8 +48,14 @@ class Comparison:
         return cls(
             tuple(statistics.median(step.seconds for step in form[timed]) for form in (ours, plain)),
             tuple(_peak(trainer) for trainer in trainers),
-            max(abs(a.loss - b.loss) / b.loss for a, b in taken),
+            loss_difference([step.loss for step in plain], [step.loss for step in ours]),
         )
+
+
+def loss_difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    """The largest relative difference of the losses of a step; NaN if one of them is."""
+    expected, found = torch.tensor(losses, dtype=torch.float64), torch.tensor(others, dtype=torch.float64)
+    return float(((found - expected).abs() / expected.abs()).max())
 
 
 def _peak(trainer: Trainer) -> int:

@@ -159,7 +159,7 @@ def test_accuracy_by_kind(puzzle: data.Dataset) -> None:
 
 def test_command_line(puzzle: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     several = replace(puzzle, answers=data.answers())
-    monkeypatch.setattr(data, "load", lambda cache, report: several)
+    monkeypatch.setattr(data, "load", lambda cache, report, every: several)
     folder = str(tmp_path / "run")
     small = ["--dim", "16", "--fused", "12", "--heads", "2", "--batch", "32", "--epochs", "2", "--folder", folder]
     assert main(["vqa", "train", *small]) == 0
