@@ -214,6 +214,11 @@ def _reasons(operator: str, backend: str, arguments: Arguments) -> list[str]:
     return reasons if reasons or not failures.some() else failures.against(operator, backend, arguments)
 
 
+def implementation(operator: str, backend: str) -> Implementation:
+    """That of ``backend``, whatever the arguments."""
+    return _implementations[operator][backend]
+
+
 def select(operator: str, arguments: Arguments, wanted: str = "") -> Implementation:
     """The implementation that runs ``operator`` on ``arguments``."""
     if wanted:

@@ -23,7 +23,7 @@ from velm_kernels.backends import triton
 # Tests of operators at small sizes switch the rule off.
 enabled = True
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 _INTEGERS = frozenset(checks.INTEGER_DTYPES)
 # A node of autograd's graph, and gradients one by one, cost an operator's call several times as much.
 WITH_GRADIENT = 4
@@ -52,7 +52,7 @@ def takes_torch(
         recorded = WITH_GRADIENT * limit
     most, records = 0, False
     for tensor in tensors:
-        if tensor.__class__ not in _PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
+        if tensor.__class__ not in PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
             return False
         if (elements := tensor.numel()) > most:
             if elements > recorded and elements > limit:
@@ -73,7 +73,7 @@ def takes_torch(
 def values_of(tensor: Any, limit: int = 64) -> list[int] | None:
     """The values of a tensor of at most ``limit`` integers on the CPU, where nobody traces or transforms what is
     computed now; else None."""
-    if tensor.__class__ not in _PLAIN or tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.numel() > limit:
+    if tensor.__class__ not in PLAIN or tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.numel() > limit:
         return None
     return tensor.reshape(-1).tolist() if _may_read() else None
 

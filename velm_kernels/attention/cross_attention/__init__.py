@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from velm_kernels import backends, checks, processors
-from velm_kernels.attention.cross_attention import reference_backend, torch_attention
+from velm_kernels import backends, checks
+from velm_kernels.attention.cross_attention import reference_backend, small, torch_attention  # noqa: F401, registers itself
 from velm_kernels.attention.cross_attention.op import (
     DIFFERENTIABLE,
     SCALAR_NAMES,
@@ -19,15 +18,11 @@ from velm_kernels.attention.cross_attention.op import (
     save_for_backward,
     saved_arguments,
 )
-from velm_kernels.backends import Arguments, cpu, cuda, derivatives, triton
+from velm_kernels.attention.cross_attention.small import MAX_HEAD_DIM
+from velm_kernels.backends import Arguments, cpu, cuda, triton
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
-from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import unit_last_stride
-
-MAX_HEAD_DIM = 256
-# Scores up to which forming them is the fastest way, and elements of 16 bits that become float32 for it.
-SMALL_SCORES, SMALL_WIDENED = 1 << 15, 1 << 16
 
 
 def cross_attention(
@@ -121,27 +116,37 @@ def cross_attention(
     """
     if (
         not torch.compiler.is_compiling()
-        and key_lengths
-        is key_ranges
-        is key_mask
-        is mask
-        is bias
-        is softcap
-        is query_norm_weight
-        is key_norm_weight
-        is None
+        and softcap is query_norm_weight is key_norm_weight is seed is None
         and norm_eps.__class__ is dropout_p.__class__ is float
         and dropout_p == 0.0
         and norm_eps == 1e-6
-        and seed is None
-        and return_logsumexp is return_key_mass is False
     ):
-        small = _small(query, key, value, is_causal, scale)
-        if small is not None:
-            return small
-        plain = _plain_arguments(query, key, value, is_causal, scale)
-        if plain is not None:
-            return _call(plain, return_logsumexp, return_key_mass)
+        hides = not (key_lengths is key_ranges is key_mask is mask is None)
+        found: Any = None
+        if not return_logsumexp is return_key_mass is False:
+            if bias is None and is_causal is False and not hides:
+                found = small.attend_with_extras(query, key, value, scale, return_logsumexp, return_key_mass)
+        elif not hides:
+            found = small.attend(query, key, value, is_causal, scale, bias)
+        else:
+            found = small.attend_where_visible(
+                query,
+                key,
+                value,
+                is_causal,
+                scale,
+                bias,
+                key_lengths=key_lengths,
+                key_ranges=key_ranges,
+                key_mask=key_mask,
+                mask=mask,
+            )
+        if found is not None:
+            return found
+        if return_logsumexp is return_key_mass is hides is False and bias is None:
+            plain = _plain_arguments(query, key, value, is_causal, scale)
+            if plain is not None:
+                return _call(plain, return_logsumexp, return_key_mass)
     arguments = _canonical(
         query,
         key,
@@ -165,59 +170,22 @@ def cross_attention(
     return _call(arguments, return_logsumexp, return_key_mass)
 
 
-def _small(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> torch.Tensor | None:
-    """Plain or causal attention by torch's own kernel, where there is little to do or torch has the better instruction
-    (:mod:`velm_kernels.processors`); else None."""
-    if torch.compiler.is_compiling():
-        return None
-    if not takes_torch(processors.NEVER, query, key, value, dtype=ANY):
-        return None
-    if not query.dim() == key.dim() == value.dim() == 4:
-        return None
-    (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
-    if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
-        return None
-    if is_causal.__class__ is not bool or 0 in (batch, heads, queries, keys) or not 0 < dim <= MAX_HEAD_DIM:
-        return None
-    if not (scale is None or (scale.__class__ is float and abs(scale) <= 1e30)):
-        return None
-    dtype, rules, scores = query.dtype, processors.rules(), batch * heads * queries * keys
-    is_float32 = dtype is torch.float32
-    # Torch's kernel loses NaN in rows shorter than a vector, and has no other derivatives than the first; nobody knows
-    # here which will be asked for.
-    by_kernel = keys >= torch_attention.CPU_SHORTEST and not derivatives.wanted(query, key, value)
-    # Causal, it lets the values of later keys into earlier rows where they are not finite.
-    if by_kernel and (
-        scores <= rules.attention_scores and not is_causal
-        if is_float32
-        else dtype is torch.bfloat16 and not rules.bfloat16_attention
-    ):
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=is_causal, scale=scale, enable_gqa=heads != kv_heads
-        )
-    if scores > SMALL_SCORES or heads != kv_heads or is_causal:
-        return None
-    if not is_float32 and max(query.numel(), key.numel()) > SMALL_WIDENED:
-        return None
-    out = torch.softmax((wide(query) * (dim**-0.5 if scale is None else scale)) @ wide(key).transpose(-1, -2), -1)
-    return out @ value if is_float32 else (out @ wide(value)).to(dtype)
-
-
-def _small_plain(query: Any, key: Any, value: Any, **settings: Any) -> torch.Tensor | None:
-    """:func:`_small` for calls of :func:`cross_attention` with any arguments."""
-    plain = {name: settings.pop(name) for name in ("is_causal", "scale") if name in settings}
+def _by_torch(query: Any, key: Any, value: Any, **settings: Any) -> Any:
+    """What :func:`cross_attention` asks of :mod:`velm_kernels.attention.cross_attention.small` for its arguments, for explain."""
+    settings = dict.fromkeys(("key_lengths", "key_ranges", "key_mask", "mask", "bias", "scale")) | settings
     # It says nothing without the norms.
     settings.pop("norm_eps", None)
-    unused = all(
-        setting is None or (isinstance(setting, (bool, float)) and not setting) for setting in settings.values()
-    )
-    return _small(query, key, value, **plain) if unused else None
+    asked = {name: bool(settings.pop(name, False)) for name in ("return_logsumexp", "return_key_mass")}
+    is_causal = settings.pop("is_causal", False)
+    hiding = {name: settings.pop(name) for name in ("key_lengths", "key_ranges", "key_mask", "mask", "bias")}
+    scale = settings.pop("scale")
+    if any(setting is not None and not (isinstance(setting, float) and not setting) for setting in settings.values()):
+        return None
+    if not any(asked.values()):
+        return small.attend_where_visible(query, key, value, is_causal, scale, **hiding)
+    if is_causal or any(hidden is not None for hidden in hiding.values()):
+        return None
+    return small.attend_with_extras(query, key, value, scale, **asked)
 
 
 def cross_attention_varlen(
@@ -578,5 +546,5 @@ for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
     triton.register_triton(_operator, "attention.cross_attention.triton")
     cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
-backends.register_public("cross_attention", "attention_forward", _canonical, _small_plain)
+backends.register_public("cross_attention", "attention_forward", _canonical, _by_torch)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

@@ -6,6 +6,8 @@ give the logsumexp that backward and callers want. Which of them a GPU takes is 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.nn.attention import SDPBackend
 
 from velm_kernels import processors
 from velm_kernels.attention.cross_attention.op import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_NAMES, empty_like_heads
-from velm_kernels.backends import Arguments, failures, order, register
+from velm_kernels.backends import Arguments, cpu, failures, implementation, order, register
 from velm_kernels.backends.cpu import DTYPES
 
 _aten = torch.ops.aten
@@ -95,7 +97,19 @@ def _summed(grad: Tensor, kv_heads: int) -> Tensor:
     return grad if heads == kv_heads else grad.view(batch, kv_heads, heads // kv_heads, keys, dim).sum(2)
 
 
-def attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite, and so is their sum."""
+    return math.isfinite(tensor.sum().item())
+
+
+def _by_kernels(operator: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """By this library's kernels for CPUs. Torch's multiply the values of later keys by 0, which leaves NaN and infinity
+    as they are."""
+    found: tuple[Tensor, ...] = implementation(operator, "cpu" if cpu.in_use() else "reference").call(*args)
+    return found
+
+
+def attention_forward(*args: Any) -> tuple[Tensor, ...]:
     given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
     query, key, value = given["query"], given["key"], given["value"]
     is_causal, scale = given["is_causal"], given["scale"]
@@ -105,6 +119,8 @@ def attention_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
             out, logsumexp = _aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, 0.0, is_causal, scale=scale
             )
+            if is_causal and not _all_finite(out):
+                return _by_kernels("attention_forward", args)
         elif _kernel(query, key, value, is_causal, scale) == SDPBackend.CUDNN_ATTENTION:
             out, logsumexp, *_ = _aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, True, 0.0, is_causal, False, scale=scale
@@ -127,6 +143,7 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
     out, logsumexp = given["out"], given["logsumexp"]
     is_causal, scale = given["is_causal"], given["scale"]
     kv_heads, lengths = key.shape[1], (query.shape[2], key.shape[2])
+    given_grad = grad_out
     if grad_out.stride() != out.stride():
         grad_out = torch.empty_like(out).copy_(grad_out)
     try:
@@ -135,6 +152,8 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
             grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale
             )
+            if is_causal and not all(map(_all_finite, grads)):
+                return _by_kernels("attention_backward", (given_grad, grad_logsumexp, *args))
         else:
             # Of dropout, which there is none of.
             seed, offset = query.new_empty((2,), dtype=torch.int64), query.new_empty((), dtype=torch.int64)
