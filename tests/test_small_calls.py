@@ -270,6 +270,22 @@ def test_what_is_not_finite_comes_out_of_small_calls(name: str, value: float) ->
         assert torch.equal(out.isfinite(), expected.isfinite()), (name, place)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [(0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan), (1.0,), (torch.nan,)])
+def test_many_equal_scores_are_taken_in_order(values: tuple[float, ...], dtype: torch.dtype) -> None:
+    from velm_kernels.pooling.select_tokens import MANY_SCORES
+
+    drawn = torch.randint(0, len(values), (4, MANY_SCORES // 4), generator=torch.Generator().manual_seed(0))
+    scores = torch.tensor(values, dtype=dtype)[drawn]
+    scores[1] = randn(MANY_SCORES // 4)
+    x = randn(4, MANY_SCORES // 4, 2)
+    for k in (1, 300, MANY_SCORES // 4):
+        got = velm_kernels.select_tokens(x, scores, k)
+        with velm_kernels.use_backend("reference"):
+            expected = velm_kernels.select_tokens(x, scores, k)
+        assert all(map(torch.equal, got, expected))
+
+
 @needs_a_library
 @pytest.mark.parametrize("by_torch", [True, False])
 def test_products_in_bfloat16_by_the_processor(by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,8 @@ NEVER = 1 << 62
 TORCH_ATTENTION_KEYS = 16
 
 
-@dataclass(frozen=True)
+# Hashed by identity: every call of an operator asks caches for what is known of the one processor.
+@dataclass(frozen=True, eq=False)
 class Processor:
     """What cpuid says: the vendor's name, family and model number, and the instruction sets by the compilers' names."""
 

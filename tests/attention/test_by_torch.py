@@ -120,6 +120,18 @@ def test_second_derivatives_past_torchs_kernel(wanted: tuple[str, ...]) -> None:
     close(computed(arguments, wanted, again=True), exact(arguments, wanted, again=True))
 
 
+def test_second_derivatives_of_one_gradient_of_three() -> None:
+    leaves = [value.requires_grad_() for value in drawn(1, 2, 3, 20, 16).values()]
+    for i, leaf in enumerate(leaves):
+        (grad,) = torch.autograd.grad(velm_kernels.cross_attention(*leaves).square().sum(), leaf, create_graph=True)
+        found = torch.autograd.grad(grad.square().sum(), leaves)
+        with velm_kernels.use_backend("reference"):
+            double = [other.detach().double().requires_grad_() for other in leaves]
+            out = velm_kernels.cross_attention(*double)
+            (grad,) = torch.autograd.grad(out.square().sum(), double[i], create_graph=True)
+            close(list(found), list(torch.autograd.grad(grad.square().sum(), double)))
+
+
 def test_the_same_tensor_as_query_key_and_value_counts_once_each() -> None:
     def penalty(x: Tensor) -> Tensor:
         y = 2 * x

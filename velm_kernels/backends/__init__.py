@@ -154,6 +154,11 @@ def forced() -> str:
     return _environment_choice if asked is None else asked
 
 
+def nobody_asked() -> bool:
+    """Whether :func:`forced` is ``""``, at once, where torch.compile is known not to trace."""
+    return not (_environment_choice if (asked := _asked_for.get_untraced()) is None else asked)
+
+
 def _checked_name(name: str, source: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"{source}: expected one of {', '.join(ORDER)}, given {type(name).__name__}")

@@ -21,6 +21,8 @@ class Choice:
 
     def __init__(self, name: str) -> None:
         self._variable: contextvars.ContextVar[str | None] = contextvars.ContextVar(name, default=None)
+        # The same as :meth:`get` where torch.compile is known not to trace.
+        self.get_untraced = self._variable.get
         # torch.compile can neither trace a context variable nor notice that it changed. What is kept for each thread it
         # reads and guards, so that a function compiled for one choice is compiled anew for another.
         self._traced = _OfThread()

@@ -13,11 +13,12 @@ What is left over a user's own code is the looking at arguments, two to four mic
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from velm_kernels import backends, checks
+from velm_kernels import backends, checks, processors
 from velm_kernels.backends import triton
 
 # Tests of operators at small sizes switch the rule off.
@@ -50,6 +51,11 @@ def takes_torch(
         dtype = given
     if recorded is None:
         recorded = WITH_GRADIENT * limit
+    if limit >= processors.NEVER:
+        for tensor in tensors:
+            if tensor.__class__ not in PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
+                return False
+        return _nobody_notices()
     most, records = 0, False
     for tensor in tensors:
         if tensor.__class__ not in PLAIN or tensor.dtype is not dtype or not tensor.is_cpu:
@@ -59,15 +65,17 @@ def takes_torch(
                 return False
             most = elements
         records = records or tensor.requires_grad
-    if most > (recorded if records and torch.is_grad_enabled() else limit):
-        return False
-    return not (
-        backends.forced()
-        # Whoever switched it on wants to see kernels run.
-        or triton.is_interpreted()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.is_autocast_enabled("cpu")
-    )
+    return most <= (recorded if records and torch.is_grad_enabled() else limit) and _nobody_notices()
+
+
+def _nobody_notices(
+    # Looking names up in modules takes half of its time.
+    nobody_asked: Callable[[], bool] = backends.nobody_asked,
+    modes: Callable[[], int] = torch._C._len_torch_dispatch_stack,
+    autocast: Callable[[str], bool] = torch.is_autocast_enabled,
+) -> bool:
+    # Whoever switched Triton's interpreter on wants to see kernels run.
+    return nobody_asked() and not (modes() or autocast("cpu") or triton.is_interpreted())
 
 
 def values_of(tensor: Any, limit: int = 64) -> list[int] | None:

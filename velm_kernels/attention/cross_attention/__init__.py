@@ -55,6 +55,9 @@ def cross_attention(
         s = s + bias, masked keys -> -inf
         out = dropout(softmax(s)) @ value
 
+    On CPUs, sizes at which torch's own operators are known to be faster (:mod:`velm_kernels.processors`) are left to
+    them: to its kernel, or where a gradient is recorded, to a softmax of scores that are then kept.
+
     Args:
         query: ``(batch, heads, queries, head_dim)``, float32, bfloat16, float16, or float64 (computed by the reference
             backend). head_dim from 1 to 256. Accumulation is in float32.
@@ -171,7 +174,7 @@ def cross_attention(
 
 
 def _by_torch(query: Any, key: Any, value: Any, **settings: Any) -> Any:
-    """What :func:`cross_attention` asks of :mod:`velm_kernels.attention.cross_attention.small` for its arguments, for explain."""
+    """What :func:`cross_attention` asks of :mod:`~velm_kernels.attention.cross_attention.small`, for explain."""
     settings = dict.fromkeys(("key_lengths", "key_ranges", "key_mask", "mask", "bias", "scale")) | settings
     # It says nothing without the norms.
     settings.pop("norm_eps", None)

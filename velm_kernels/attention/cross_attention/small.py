@@ -274,11 +274,11 @@ class _Again:
             return None
         # Views, since the same tensor may stand in several places.
         query, key, value = inputs = [tensor.view_as(tensor) for tensor in self.inputs]
-        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        wanted = [tensor for tensor, grad in zip(inputs, found, strict=True) if grad is not None]
         with checks.without_autocast(query.device):
             out = formed(query, key, value, self.scale)
             again = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
-        return tuple(next(again) if tensor.requires_grad else None for tensor in inputs)
+        return tuple(None if grad is None else next(again) for grad in found)
 
 
 def _is_small(query: Tensor, key: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import register_composed
-from velm_kernels.backends.small import ANY, takes_torch
+from velm_kernels.backends.small import ANY, takes_torch, wide
 from velm_kernels.layout import product
 from velm_kernels.pooling.gather_rows import gather_rows
 from velm_kernels.pooling.select_tokens.op import select_rows
@@ -18,6 +18,8 @@ from velm_kernels.pooling.tokens import checked_integers, checked_mask
 # Elements of x up to which torch's steps are the faster ones, without a gradient and with one, see
 # velm_kernels.backends.small.
 SMALL, SMALL_RECORDED = 1 << 23, 1 << 20
+# Scores from which on sorting all of them in a stable way is not the fastest way to the highest.
+MANY_SCORES = 1 << 12
 
 
 class SelectedTokens(NamedTuple):
@@ -131,9 +133,7 @@ def plain(
         return None
     if 0 in shape or not 0 < k <= shape[-2] or not x.is_contiguous():
         return None
-    # Sorting says so of NaN, and of equal ones the first comes first.
-    ranks = scores.detach().nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    indices = ranks.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort().values
+    indices = _highest(scores.detach(), k)
     rows = x.numel() // (shape[-2] * shape[-1])
     if rows == 1:
         tokens = x.index_select(-2, indices.view(-1)) if len(shape) < 4 else x.view(*shape[-2:])[indices.view(-1)]
@@ -142,6 +142,18 @@ def plain(
         tokens = x.view(-1, shape[-1]).index_select(0, taken.view(-1))
     lengths = torch.full(shape[:-2], k, dtype=torch.int32)
     return SelectedTokens(tokens.view(*shape[:-2], k, shape[-1]), indices, lengths)
+
+
+def _highest(scores: Tensor, k: int) -> Tensor:
+    """Where the ``k`` highest of each row are, rising; of equal ones the first, NaN as -inf."""
+    ranks = scores.nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    if scores.numel() < MANY_SCORES:
+        return ranks.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort().values
+    # Integers in the order of the scores: no two are equal, and the first of equal scores has the greatest.
+    bits = (wide(ranks) + 0.0).view(torch.int32)
+    last = scores.shape[-1] - 1
+    keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().mul_(1 << 32).add_(torch.arange(last, -1, -1))
+    return (last - (keys.topk(k, sorted=False).values & 0xFFFFFFFF)).sort().values
 
 
 def _size(name: str, value: Any, high: int, described: str) -> int:
