@@ -9,7 +9,7 @@ from hypothesis import given
 from torch import Tensor
 
 from velm_kernels.integrations import masks
-from velm_kernels.integrations.interface import attend
+from velm_kernels.integrations.interface import masked_attention
 
 SMALLEST = torch.finfo(torch.float32).min
 
@@ -92,11 +92,11 @@ def test_additive_masks_that_only_hide_become_boolean_ones(
 @given(_masks())
 def test_unread_masks_keep_their_meaning(case: tuple[Tensor, tuple[int, int, int, int]]) -> None:
     seen, shape = case
-    visible = masks._translate(seen, shape[0], shape[2], binary=False, look=False)
+    visible = masks._translate(seen, shape[0], shape[2], binary=False, may_read_values=False)
     assert torch.equal(_seen(visible, shape), seen.expand(shape))
     added = torch.where(seen, 0.0, SMALLEST)
-    assert masks._translate(added, shape[0], shape[2], binary=False, look=False).arguments is None
-    known = masks._translate(added, shape[0], shape[2], binary=True, look=False)
+    assert masks._translate(added, shape[0], shape[2], binary=False, may_read_values=False).arguments is None
+    known = masks._translate(added, shape[0], shape[2], binary=True, may_read_values=False)
     assert torch.equal(_seen(known, shape), seen.expand(shape))
 
 
@@ -166,7 +166,7 @@ def test_rows_in_which_every_key_is_hidden_are_eager_forward_and_backward(added:
     query, key, value = inputs
     key, value = (x.repeat_interleave(4 // kv_heads, 1) for x in (key, value))
     expected = ((query @ key.transpose(2, 3) * 0.3 + mask).softmax(-1) @ value).transpose(1, 2).flatten(2)
-    out = attend(*inputs, mask, scale=0.3)
+    out = masked_attention(*inputs, mask, scale=0.3)
     torch.testing.assert_close(out, expected)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     for got, want in zip(

@@ -32,7 +32,7 @@ def added_mask(mask: Tensor, dtype: torch.dtype) -> AddedMask:
 
     The models mark hidden keys with the smallest finite number of their dtype. Values up to half of that number hide a
     key, everything else is added as it is. A row in which every key is hidden attends to all of them evenly in the
-    models, because the scores vanish beside that number; `attend` gets this from a zero query and a zero bias.
+    models, because the scores vanish beside that number; a zero query and a zero bias make `merged_attention` do so.
 
     The layers of one forward share the result where that is safe, see `plain.remembered`.
 
@@ -59,7 +59,7 @@ def _translate(mask: Tensor, dtype: torch.dtype) -> AddedMask:
     return AddedMask(bias.masked_fill(rows, 0.0), rows)
 
 
-def attend(
+def merged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -148,17 +148,17 @@ def interface_attend(
 
     "eager" adds whatever mask there is and knows no causality of its own. "sdpa" reads a boolean mask as "may be
     attended", and without a mask it is causal when `is_causal` says so, which for None means `module.is_causal`.
-    Shapes as in `attend`.
+    Shapes as in `merged_attention`.
     """
     if (getattr(module.config, "_attn_implementation", None) or "eager") == "eager":
-        return attend(query, key, value, added=attention_mask, dropout_p=dropout_p, scale=scale)
+        return merged_attention(query, key, value, added=attention_mask, dropout_p=dropout_p, scale=scale)
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         causal = causal and query.shape[2] > 1
-        return attend(query, key, value, dropout_p=dropout_p, scale=scale, is_causal=causal)
+        return merged_attention(query, key, value, dropout_p=dropout_p, scale=scale, is_causal=causal)
     if attention_mask.dtype is torch.bool:
-        return attend(query, key, value, mask=attention_mask, dropout_p=dropout_p, scale=scale)
-    return attend(query, key, value, added=attention_mask, dropout_p=dropout_p, scale=scale)
+        return merged_attention(query, key, value, mask=attention_mask, dropout_p=dropout_p, scale=scale)
+    return merged_attention(query, key, value, added=attention_mask, dropout_p=dropout_p, scale=scale)
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:

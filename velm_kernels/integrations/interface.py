@@ -12,7 +12,7 @@ import velm_kernels
 from . import masks
 from .calls import added_mask, weights_wanted
 from .patching import is_replaced
-from .plain import are_plain, heard, may_read, under_autocast
+from .plain import are_plain, has_listeners, may_read, under_autocast
 
 # Implementations whose meaning the replacements reproduce. Others bring their own masks (lengths, block masks).
 SERVED = ("eager", "sdpa", "velm")
@@ -59,7 +59,7 @@ def why_original(
     reason = masks.why_not(mask)
     if reason is not None or mask is None or not norms or not torch.is_grad_enabled() or not may_read(mask):
         return reason
-    # `_nudge` would need the normed queries and keys.
+    # `_gradient_of_hidden_rows` would need the normed queries and keys.
     hidden_rows = masks.translate(mask, batch, queries, binary).hidden_rows
     return None if hidden_rows is None else "gradient through a row in which every key is masked"
 
@@ -70,7 +70,7 @@ def implied_causal(module: nn.Module, mask: Tensor | None, queries: int) -> bool
     return mask is None and queries > 1 and implementation == "sdpa" and bool(module.is_causal)
 
 
-def attend(
+def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -99,20 +99,20 @@ def attend(
         assert mask is not None
         bias, hidden_rows = added_mask(masks.four_dims(mask, query.shape[1]), query.dtype)
         arguments = {"bias": bias}
-    nudge = None
+    first_order = None
     if hidden_rows is not None:
         if torch.is_grad_enabled() and mask is not None and may_read(mask):
-            nudge = _nudge(query, key, value, scale).masked_fill(~hidden_rows, 0.0)
+            first_order = _gradient_of_hidden_rows(query, key, value, scale).masked_fill(~hidden_rows, 0.0)
         query = query.masked_fill(hidden_rows, 0.0)
     out = velm_kernels.cross_attention(
         query, key, value, scale=scale, dropout_p=dropout_p, is_causal=is_causal, **arguments, **norms
     )
-    if nudge is not None:
-        out = out + (nudge - nudge.detach())
+    if first_order is not None:
+        out = out + (first_order - first_order.detach())
     return out.transpose(1, 2).flatten(2)
 
 
-def _nudge(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def _gradient_of_hidden_rows(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """First-order change of evenly spread attention with its scores, to be differentiated only.
 
     Where a mask hides every key, the scores vanish beside it in a model's forward, but its backward still passes a
@@ -137,7 +137,7 @@ def rms_norm(
     Returns:
         (x, weight, eps) with the norm still to be done, or (norm(x), None, eps of the other norm).
     """
-    bare = (type(norm).__module__, type(norm).__qualname__) in _RMS_NORMS and not heard(norm)
+    bare = (type(norm).__module__, type(norm).__qualname__) in _RMS_NORMS and not has_listeners(norm)
     # Under autocast the original multiplies by the weight in float32, the operator would round it first.
     if bare and are_plain(norm.weight, x) and norm.weight.dtype == x.dtype and not under_autocast(x):
         eps = float(norm.variance_epsilon)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def rms_norm(
 
 def tells(module: nn.Module, replacement: type[nn.Module], **known: Any) -> dict[str, Any]:
     """Return the keyword arguments `known` where `module` is one of `replacement`, and nobody else would see them."""
-    return known if isinstance(module, replacement) and is_replaced(module) and not heard(module) else {}
+    return known if isinstance(module, replacement) and is_replaced(module) and not has_listeners(module) else {}
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

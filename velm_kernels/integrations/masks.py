@@ -75,7 +75,7 @@ def _translate_dense(mask: Tensor, batch: int, queries: int, binary: bool, heads
     return _translate(four_dims(mask, heads), batch, queries, binary, may_read(mask))
 
 
-def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool) -> Visible:
+def _translate(mask: Tensor, batch: int, queries: int, binary: bool, may_read_values: bool) -> Visible:
     # What was expanded is read once. A trace would keep the strides of its example.
     for dim in (1, 2) if not torch.jit.is_tracing() else ():
         if mask.stride(dim) == 0:
@@ -84,7 +84,7 @@ def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool)
     if mask.dtype is not torch.bool:
         seen = mask > max(_HIDES, torch.finfo(mask.dtype).min)
         if not binary or mask.requires_grad:
-            if not look or mask.requires_grad or not torch.equal(mask == 0, seen):
+            if not may_read_values or mask.requires_grad or not torch.equal(mask == 0, seen):
                 return Visible(None)
             empty = ~seen.any(-1, keepdim=True)
             if bool(empty.any()):
@@ -92,10 +92,12 @@ def _translate(mask: Tensor, batch: int, queries: int, binary: bool, look: bool)
         mask = seen
     if mask.shape[3] == 0:
         return Visible({}, rows)
-    return Visible(_looked(mask, batch, queries) if look else _unlooked(mask, batch, queries), rows)
+    return Visible(
+        _from_values(mask, batch, queries) if may_read_values else _without_values(mask, batch, queries), rows
+    )
 
 
-def _looked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
+def _from_values(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
     """`seen`: (batch | 1, heads | 1, queries | 1, keys) bool on the CPU."""
     if seen.shape[1] > 1:
         if not torch.equal(seen, seen[:, :1].expand_as(seen)):
@@ -123,7 +125,7 @@ def _looked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
     return ranges if whole else {**ranges, "mask": seen}
 
 
-def _unlooked(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
+def _without_values(seen: Tensor, batch: int, queries: int) -> dict[str, Any]:
     """The same without reading values: ranges around what is seen let tiles be skipped, the mask does the rest."""
     if seen.shape[1] > 1:
         return {"mask": seen}

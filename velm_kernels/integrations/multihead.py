@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .plain import are_plain, heard, under_autocast
+from .plain import are_plain, has_listeners, under_autocast
 
 
 def unsuitable(attention: nn.Module) -> str | None:
@@ -30,7 +30,7 @@ def why_original(attention: nn.Module, query: Tensor, x: Tensor, *, drops: bool 
     if reason is not None:
         return reason
     assert isinstance(attention, nn.MultiheadAttention)
-    if heard(attention):
+    if has_listeners(attention):
         return "hooks on the attention"
     # Its output projection is not called by the original either, but its weight is read.
     if type(attention.out_proj) is not nn.modules.linear.NonDynamicallyQuantizableLinear:

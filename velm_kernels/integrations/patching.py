@@ -35,7 +35,7 @@ them. Every module in that package is imported on the first `patch`; none of the
   layer, a quantised layer or carry hooks. Where a weight has to be read, `plain.is_bare` and `plain.are_plain` are
   asked first.
 - Values of tensors decide nothing unless `plain.may_read` allows it, and nothing is kept on a user's tensor.
-- `velm_kernels.integrations.calls` has what most replacements share: `attend`, `weights_wanted`, `project`.
+- `velm_kernels.integrations.calls` has what most replacements share: `merged_attention`, `weights_wanted`, `project`.
 """
 
 from __future__ import annotations

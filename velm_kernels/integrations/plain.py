@@ -35,7 +35,7 @@ def are_plain(*values: Any) -> bool:
     return all(x is None or is_plain(x) for x in values)
 
 
-def heard(module: nn.Module) -> bool:
+def has_listeners(module: nn.Module) -> bool:
     """Say whether calling `module` does more than its class's forward: hooks, and a forward of the instance's own."""
     own = vars(module).get("forward")
     if own is not None and own is not vars(module).get("velm_forward"):
@@ -52,7 +52,7 @@ def heard(module: nn.Module) -> bool:
 def is_bare(module: nn.Module, *classes: type[nn.Module]) -> bool:
     """Say whether `module` is exactly of one of `classes`, and nobody would notice that it is not called."""
     cls = type(module)
-    if cls not in classes or heard(module):
+    if cls not in classes or has_listeners(module):
         return False
     return torch.compiler.is_compiling() or _FORWARDS.get(cls, cls.forward) is cls.forward
 
@@ -81,7 +81,7 @@ def _transformed() -> bool:
 
 def why_called(name: str, module: nn.Module) -> str:
     """Say why the submodule `module`, named `name`, has to be called as what it is."""
-    if heard(module):
+    if has_listeners(module):
         return f"somebody listens to {name} (a hook, or a forward of its own)"
     return f"{name} is a {type(module).__name__}"
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calls import attend
+from .calls import merged_attention
 
 NAME = "velm"
 
@@ -87,7 +87,7 @@ def attention(
         added = attention_mask
     # Only when the call itself says so: modules without the attribute would count as causal, cross-attention too.
     causal = attention_mask is None and is_causal is True and query.shape[2] > 1
-    out = attend(
+    out = merged_attention(
         query,
         key,
         value,

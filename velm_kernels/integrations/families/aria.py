@@ -11,7 +11,7 @@ from velm_kernels.linear.linear import linear
 
 from .. import multihead
 from ..calls import dropout_p, split_heads
-from ..interface import attend
+from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..projections import is_plain, project
 
@@ -64,7 +64,7 @@ class CrossAttention(Replacement):
             repeated = attn_mask.stride(1) == 0 and not torch.jit.is_tracing()
             rows = attn_mask[:, :1] if repeated else attn_mask
             mask = ~rows.unflatten(0, (-1, inner.num_heads))
-        out = attend(
+        out = masked_attention(
             query, key, value, mask, scale=inner.head_dim**-0.5, dropout_p=dropout_p(inner, inner.dropout), binary=True
         )
         out = linear(out, inner.out_proj.weight, inner.out_proj.bias)

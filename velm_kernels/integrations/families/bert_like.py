@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import attend, dropout_p, split_heads, unsupported
+from ..calls import dropout_p, merged_attention, split_heads, unsupported
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import DROPOUTS
 
@@ -37,7 +37,7 @@ class SelfAttention(Replacement):
         query = split_heads(self.query(hidden_states), self.attention_head_size)
         key = split_heads(self.key(hidden_states), self.attention_head_size)
         value = split_heads(self.value(hidden_states), self.attention_head_size)
-        return (attend(query, key, value, added=attention_mask, dropout_p=dropout_p(self, self.dropout)),)
+        return (merged_attention(query, key, value, added=attention_mask, dropout_p=dropout_p(self, self.dropout)),)
 
 
 for _family, (_module, _prefix) in _MODELS.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import attend, dropout_p, split_heads, unsupported, weights_wanted
+from ..calls import dropout_p, merged_attention, split_heads, unsupported, weights_wanted
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import DROPOUTS
 
@@ -30,7 +30,7 @@ class VisionAttention(Replacement):
             return self.velm_original(reason, hidden_states, **kwargs)
         # unbind and not three indexings: its backward writes one gradient for the whole projection, once.
         query, key, value = self.qkv(hidden_states).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
-        out = attend(
+        out = merged_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
@@ -80,7 +80,7 @@ class TextAttention(Replacement):
         key, value = self._keys_and_values(encoder_hidden_states if cross else hidden_states, cross, past_key_values)
         if mask is not None:
             mask = mask.to(query.device)
-        return attend(query, key, value, added=mask, dropout_p=dropout_p(self, self.dropout)), None
+        return merged_attention(query, key, value, added=mask, dropout_p=dropout_p(self, self.dropout)), None
 
     def _keys_and_values(self, states: Any, cross: bool, past_key_values: Any) -> tuple[Tensor, Tensor]:
         """Project `states`, or take from the cache what an earlier step projected; return (key, value) by heads."""

@@ -15,7 +15,7 @@ import velm_kernels
 
 from .. import masks
 from ..calls import dropout_p, split_heads, weights_wanted
-from ..interface import attend
+from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import DROPOUTS
 
@@ -60,7 +60,7 @@ class Attention(_WeightsMayBeUnread):
         key = split_heads(self.key(keys), self.attention_head_size)
         value = split_heads(self.value(values), self.attention_head_size)
         scale = self.attention_head_size**-0.5
-        out = attend(query, key, value, attention_mask, scale=scale, dropout_p=dropout_p(self, self.dropout))
+        out = masked_attention(query, key, value, attention_mask, scale=scale, dropout_p=dropout_p(self, self.dropout))
         out = self.out_proj(out)
         return (out, None) if output_attentions else (out,)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from ..calls import split_heads
-from ..interface import attend, implied_causal, rms_norm, rotate, tells, why_original
+from ..interface import implied_causal, masked_attention, rms_norm, rotate, tells, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _MODULE = "transformers.models.idefics.modeling_idefics"
@@ -78,7 +78,7 @@ class Attention(Replacement):
             query, query_weight, eps = rms_norm(self.q_layer_norm, query)
             key, key_weight, eps = rms_norm(self.k_layer_norm, key, beside=(query_weight, eps))
             norms = {"query_norm_weight": query_weight, "key_norm_weight": key_weight, "norm_eps": eps}
-        out = attend(
+        out = masked_attention(
             query,
             key,
             value,
@@ -184,7 +184,7 @@ class PerceiverAttention(Replacement):
         value = split_heads(self.v_proj(states), self.head_dim)
         if self.qk_layer_norms:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
-        return self.output_proj(attend(query, key, value, None, scale=self.qk_scale))
+        return self.output_proj(masked_attention(query, key, value, None, scale=self.qk_scale))
 
 
 plain_linears(_MODULE, "IdeficsDecoderLayer", family="idefics")

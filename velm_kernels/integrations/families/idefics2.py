@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import split_heads
-from ..interface import attend, why_original
+from ..interface import masked_attention, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _IDEFICS_VISION = "transformers.models.idefics.vision"
@@ -50,7 +50,9 @@ class PerceiverAttention(Replacement):
         key = split_heads(self.k_proj(states), self.head_dim)
         value = split_heads(self.v_proj(states), self.head_dim)
         dropout = self.attention_dropout if self.training else 0.0
-        return self.o_proj(attend(query, key, value, attention_mask, scale=self.scaling, dropout_p=dropout)), None
+        return self.o_proj(
+            masked_attention(query, key, value, attention_mask, scale=self.scaling, dropout_p=dropout)
+        ), None
 
 
 @replaces(_IDEFICS_VISION, "IdeficsVisionAttention", family="idefics", by="cross_attention")
@@ -77,7 +79,9 @@ class VisionAttention(Replacement):
         key = split_heads(self.k_proj(hidden_states), self.head_dim)
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
         dropout = self.dropout if self.training else 0.0
-        return self.out_proj(attend(query, key, value, attention_mask, scale=self.scale, dropout_p=dropout)), None
+        return self.out_proj(
+            masked_attention(query, key, value, attention_mask, scale=self.scale, dropout_p=dropout)
+        ), None
 
 
 plain_linears(_IDEFICS2, "Idefics2EncoderLayer", family="idefics2")

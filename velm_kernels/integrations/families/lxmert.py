@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..calls import attend, dropout_p, split_heads, unsupported
+from ..calls import dropout_p, merged_attention, split_heads, unsupported
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import DROPOUTS
 
@@ -40,7 +40,7 @@ class Attention(Replacement):
         query = split_heads(self.query(hidden_states), self.attention_head_size)
         key = split_heads(self.key(context), self.attention_head_size)
         value = split_heads(self.value(context), self.attention_head_size)
-        return (attend(query, key, value, added=attention_mask, dropout_p=dropout_p(self, self.dropout)),)
+        return (merged_attention(query, key, value, added=attention_mask, dropout_p=dropout_p(self, self.dropout)),)
 
 
 plain_linears(_MODULE, "LxmertLayer", family="lxmert")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from ..calls import split_heads
-from ..interface import attend, implied_causal, rms_norm, rotate, tells, why_original
+from ..interface import implied_causal, masked_attention, rms_norm, rotate, tells, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _MODULE = "transformers.models.mllama.modeling_mllama"
@@ -77,7 +77,7 @@ class CrossAttention(Replacement):
         else:
             cached = past_key_values.layers[self.layer_idx]
             key, value = cached.keys, cached.values
-        out = attend(
+        out = masked_attention(
             query,
             key,
             value,
@@ -122,7 +122,7 @@ class SelfAttention(Replacement):
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out = attend(
+        out = masked_attention(
             query,
             key,
             value,
@@ -151,7 +151,7 @@ class VisionAttention(Replacement):
         query = split_heads(self.q_proj(hidden_states), self.head_dim)
         key = split_heads(self.k_proj(hidden_states), self.head_dim)
         value = split_heads(self.v_proj(hidden_states), self.head_dim)
-        return self.o_proj(attend(query, key, value, attention_mask, scale=self.scaling)), None
+        return self.o_proj(masked_attention(query, key, value, attention_mask, scale=self.scaling)), None
 
 
 @replaces(_MODULE, "MllamaCrossAttentionDecoderLayer", family="mllama", by="gated_residual")

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from velm_kernels.linear.linear import linear
 from velm_kernels.pooling import AttentionPool2d as OurAttentionPool2d
 from velm_kernels.pooling import masked_pool
-from velm_kernels.pooling.modules import attend as pool
+from velm_kernels.pooling.modules import multihead_pool as pool
 
 from .. import multihead
 from ..calls import dropout_p, split_heads
-from ..interface import attend
+from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import are_plain, is_bare, under_autocast
 from ..projections import project
@@ -99,7 +99,7 @@ class ResidualAttentionBlock(Replacement):
         query, key, value = (split_heads(part, inner.head_dim) for part in (query, key, value))
         mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
         drops = dropout_p(inner, inner.dropout)
-        out = attend(query, key, value, mask, scale=inner.head_dim**-0.5, dropout_p=drops)
+        out = masked_attention(query, key, value, mask, scale=inner.head_dim**-0.5, dropout_p=drops)
         x = self._add(q_x, self.ls_1, inner.out_proj, out)
         return self._feed_forward(x)
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..calls import split_heads
-from ..interface import attend, why_original
+from ..interface import masked_attention, why_original
 from ..patching import Replacement, plain_linears, replaces
 
 _MODELS = {
@@ -48,7 +48,7 @@ class QFormerAttention(Replacement):
         key = split_heads(self.key(states), self.attention_head_size)
         value = split_heads(self.value(states), self.attention_head_size)
         dropout = self.attention_dropout if self.training else 0.0
-        return attend(query, key, value, mask, scale=self.scaling, dropout_p=dropout), None
+        return masked_attention(query, key, value, mask, scale=self.scaling, dropout_p=dropout), None
 
 
 class VisionAttention(Replacement):
@@ -65,7 +65,7 @@ class VisionAttention(Replacement):
             return self.velm_original(reason, hidden_states, **kwargs)
         query, key, value = (split_heads(x, self.head_dim) for x in self.qkv(hidden_states).chunk(3, dim=-1))
         dropout = self.attention_dropout if self.training else 0.0
-        return self.projection(attend(query, key, value, None, scale=self.scale, dropout_p=dropout)), None
+        return self.projection(masked_attention(query, key, value, None, scale=self.scale, dropout_p=dropout)), None
 
 
 for _family, (_module, _prefix) in _MODELS.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from velm_kernels.pooling.modules import attend
+from velm_kernels.pooling.modules import multihead_pool
 
 from .. import multihead
 from ..interface import SERVED
@@ -43,7 +43,7 @@ class PoolingHead(_Head):
         reason = multihead.why_original(self.attention, self.probe, hidden_state)
         if reason is not None:
             return self.velm_original(reason, hidden_state)
-        return self._finish(attend(self.attention, self.probe[0], hidden_state))
+        return self._finish(multihead_pool(self.attention, self.probe[0], hidden_state))
 
 
 @replaces(_SIGLIP2, "Siglip2MultiheadAttentionPoolingHead", family="siglip2", by="attention_pool")
@@ -65,7 +65,7 @@ class MaskedPoolingHead(_Head):
                     mask = mask | even[:, 0]
         if reason is not None:
             return self.velm_original(reason, hidden_state, attention_mask)
-        return self._finish(attend(self.attention, self.probe[0], hidden_state, mask=mask, even=even))
+        return self._finish(multihead_pool(self.attention, self.probe[0], hidden_state, mask=mask, even=even))
 
     def _why_not_mask(self, mask: Tensor) -> str | None:
         implementation = self.config._attn_implementation  # type: ignore[union-attr]

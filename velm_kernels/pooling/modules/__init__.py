@@ -7,7 +7,7 @@ from velm_kernels.pooling.modules.pools import (
     MaskedPool,
     ProbePool,
     SegmentPool,
-    attend,
+    multihead_pool,
 )
 from velm_kernels.pooling.modules.tokens import PerceiverResampler, TokenMerge
 
@@ -20,5 +20,5 @@ __all__ = [
     "ProbePool",
     "SegmentPool",
     "TokenMerge",
-    "attend",
+    "multihead_pool",
 ]

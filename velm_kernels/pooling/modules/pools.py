@@ -87,7 +87,7 @@ def check_tokens(x: Tensor, cu_seqlens: Tensor | None, dim: int, like: Tensor) -
         checks.features("x", x, "(tokens, dim)", dim, like, 2)
 
 
-def attend(
+def multihead_pool(
     attention: nn.MultiheadAttention, query: Tensor, x: Tensor, *, even: Tensor | None = None, **tokens: Any
 ) -> Tensor:
     """What ``attention(query, x, x)`` computes, by :func:`velm_kernels.attention_pool`.
@@ -171,7 +171,7 @@ class AttentionPool(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        return attend(self.attention, self.query, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+        return multihead_pool(self.attention, self.query, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
 
 
 class AttentionPool2d(nn.Module):
@@ -281,7 +281,7 @@ class ProbePool(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         probe = self.probe.flatten(0, 1)
-        out = attend(self.attention, probe, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)[:, 0]
+        out = multihead_pool(self.attention, probe, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)[:, 0]
         up: Any = self.mlp.fc1
         down: Any = self.mlp.fc2
         hidden = linear(self.layernorm(out), up.weight, up.bias, self.activation)
@@ -341,4 +341,4 @@ class AttentionalPooler(nn.Module):
         check_tokens(x, cu_seqlens, self.attn.kdim, self.query)
         checks.norm_dtype("x", x, self.ln_k)
         query = self.ln_q(self.query)
-        return attend(self.attn, query, self.ln_k(x), lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
+        return multihead_pool(self.attn, query, self.ln_k(x), lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)
