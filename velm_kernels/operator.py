@@ -61,10 +61,13 @@ class Operator:
         differentiable: the arguments whose gradient a kernel computes.
         passed_on: arguments whose gradient is that of the only result, as it comes.
         without_gradient: results without one.
+        only_again: results that backward reads in place of what they were computed from: nobody but gradients of
+            gradients asks for theirs. ``gradients_again`` finds it as ``grad_<result>``, and takes None for the others.
         may_lack: results whose gradient backward takes as None; those of others are zeros where there is none.
         saves: for each differentiable argument, the arguments and results that its gradient is computed from; a tuple
             where that is the same for all.
-        saves_only_if: arguments that are saved only where this says so of the arguments of forward by name.
+        saves_only_if: arguments and results that are saved only where this says so of the arguments of forward by name;
+            it is asked where a gradient needs them.
         remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
         gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
             whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
@@ -79,9 +82,9 @@ class Operator:
             contiguous, from the values of backward by name; for a list from these and the place in it.
         incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
         triton: the module with the functions ``<name>_forward`` and ``<name>_backward``.
-        cpu, cuda: whether there are such kernels. Where Python stands before those of CUDA, ``cuda`` is the module with
-            the functions ``<name>_forward`` and ``<name>_backward``, whose first argument gives the library's kernel of
-            a name.
+        cpu, cuda: whether there are such kernels. Where Python stands before them, this is the module with the
+            functions ``<name>_forward`` and ``<name>_backward``, whose first argument gives the library's kernel of a
+            name.
         torch: the module with the functions ``<name>_forward`` and ``<name>_backward`` by torch's own operators, which
             fill what they are given too. Where it comes first, :mod:`velm_kernels.backends.order` says.
         composed: the module with the functions ``<name>_forward`` and ``<name>_backward`` made of other operators: they
@@ -105,6 +108,7 @@ class Operator:
         differentiable: tuple[str, ...] = (),
         passed_on: tuple[str, ...] = (),
         without_gradient: tuple[str, ...] = (),
+        only_again: tuple[str, ...] = (),
         may_lack: tuple[str, ...] = (),
         saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
         saves_only_if: Mapping[str, Callable[[Any], bool]] | None = None,
@@ -115,7 +119,7 @@ class Operator:
         gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
         incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
         triton: str = "",
-        cpu: bool = True,
+        cpu: bool | str = True,
         cuda: bool | str = True,
         torch: str = "",
         composed: str = "",
@@ -133,7 +137,7 @@ class Operator:
         self.results, self._may_be_absent = results, may_be_absent
         self.differentiable, self._passed_on = differentiable, passed_on
         self._shapes, self._reference = shapes, reference
-        self._without_gradient, self._may_lack = without_gradient, may_lack
+        self._without_gradient, self._only_again, self._may_lack = without_gradient, only_again, may_lack
         self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
         self._gradients_again, self._incoming = gradients_again, incoming
@@ -276,7 +280,9 @@ class Operator:
 
     def _know_backward(self) -> None:
         """What backward is called with: gradients, saved arguments, saved results, settings."""
-        self._with_gradient = [name for name in self.results if name not in self._without_gradient]
+        self._with_gradient = [
+            name for name in self.results if name not in (*self._without_gradient, *self._only_again)
+        ]
         alone = len(self._with_gradient) == 1
         self._grad_names = ["grad" if alone else f"grad_{name}" for name in self._with_gradient]
         grads = [
@@ -295,7 +301,10 @@ class Operator:
             for name, parameter in tensors.items()
             if name in needed
         ]
-        saved += [Parameter("Tensor", self.results[i]) for i, _ in self._kept_results]
+        saved += [
+            Parameter("Tensor?" if self.results[i] in self._saves_only_if else "Tensor", self.results[i])
+            for i, _ in self._kept_results
+        ]
         self._settings = [i for i, parameter in enumerate(self.parameters) if not parameter.is_tensor]
         settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
         self._backward_parameters = [*grads, *saved, *settings]
@@ -432,17 +441,22 @@ class Operator:
         needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}
         ctx.needed = needed
         a = self._by_name(inputs[:-1]) if self._remembers or self._saves_only_if else None
-        unsaved = {name for name, condition in self._saves_only_if.items() if not condition(a)}
+        only_if = self._saves_only_if
         saved = [
             inputs[i]
-            if any(map(needed.__getitem__, of)) and self.names[i] not in unsaved
+            if any(map(needed.__getitem__, of)) and (self.names[i] not in only_if or only_if[self.names[i]](a))
             else []
             if self.parameters[i].is_list
             else None
             for i, of in self._kept
         ]
         made = output if isinstance(output, tuple) else (output,)
-        saved += [made[i] for i, _ in self._kept_results]
+        saved += [
+            made[i]
+            if (name := self.results[i]) not in only_if or (any(map(needed.__getitem__, of)) and only_if[name](a))
+            else None
+            for i, of in self._kept_results
+        ]
         ctx.saved_lengths = _lengths(saved) if self._lists else None
         ctx.save_for_backward(*(flat(saved) if self._lists else saved))
         ctx.settings = [inputs[i] for i in self._settings]
@@ -450,23 +464,24 @@ class Operator:
             ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
         if len(made) > 1:
             ctx.set_materialize_grads(False)
-            if self._without_gradient:
+            # What nothing was saved in has none either.
+            empty = (name for name in self._only_again if name in only_if and not only_if[name](a))
+            if without := {*self._without_gradient, *empty}:
                 results = zip(self.results, made, strict=True)
-                ctx.mark_non_differentiable(*(value for name, value in results if name in self._without_gradient))
+                ctx.mark_non_differentiable(*(value for name, value in results if name in without))
             ctx.made = [(value.shape, value.dtype) for value in made]
         ctx.backend = inputs[-1]
 
     def _differentiate_again(self, ctx: Any, *grads: Tensor | None) -> Any:
+        return self._differentiate(ctx, *grads, again=True)
+
+    def _run_again(self, more: Mapping[str, Tensor | None], *args: Any) -> Any:
         assert self._gradients_again is not None
-        again = self._gradients_again
+        values, wanted = self._values_and_wanted(args[:-1])
+        found = self._gradients_again(Values(**vars(self._backward_by_name(values)), **more), wanted)
+        return found if found is NotImplemented else tuple(found)
 
-        def run(*args: Any) -> Any:
-            values, wanted = self._values_and_wanted(args[:-1])
-            return again(self._backward_by_name(values), wanted)
-
-        return self._differentiate(ctx, *grads, run=run)
-
-    def _differentiate(self, ctx: Any, *grads: Tensor | None, run: Callable[..., Any] | None = None) -> Any:
+    def _differentiate(self, ctx: Any, *grads: Tensor | None, again: bool = False) -> Any:
         gradients: list[Any] = [None] * (len(self.names) + 1)
         for place, length in enumerate(ctx.lengths or ()):
             if length is not None:
@@ -476,7 +491,9 @@ class Operator:
         for name in self._passed_on:
             gradients[self.names.index(name)] = chosen[0] if ctx.needed[name] else None
         wanted = sum(1 << bit for bit, name in enumerate(self.differentiable) if ctx.needed[name])
-        if all(grad is None for grad in chosen) or not wanted:
+        more = {f"grad_{name}": by_result[name] for name in self._only_again}
+        of_kept = any(grad is not None for grad in more.values())
+        if (all(grad is None for grad in chosen) and not of_kept) or not wanted:
             return tuple(gradients)
         saved = ctx.saved_tensors
         if ctx.saved_lengths is not None:
@@ -484,14 +501,15 @@ class Operator:
         a = Values(**dict(zip(self._backward_names[len(chosen) :], (*saved, *ctx.settings), strict=True)))
         for place, name in enumerate(self._with_gradient):
             grad = chosen[place]
-            if grad is None and name not in self._may_lack:
+            if grad is None and name not in self._may_lack and not of_kept:
                 like = next(other for other in chosen if other is not None)
                 shape, dtype = ctx.made[self.results.index(name)]
                 grad = like.new_zeros(shape, dtype=dtype)
             chosen[place] = grad if grad is None else self._incoming(grad, a)
         bits = [wanted] if len(self.differentiable) > 1 else []
         lists = [want for want in ctx.wanted if isinstance(want, list)]
-        found = (run or self._run_backward)(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
+        run = functools.partial(self._run_again, more) if again or of_kept else self._run_backward
+        found = run(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
         if found is NotImplemented:
             return found
         found = found if isinstance(found, tuple) else (found,)

@@ -164,7 +164,7 @@ def test_linear_uses_the_epilogue_that_torch_has(monkeypatch) -> None:
     original = torch._addmm_activation
     monkeypatch.setattr(torch, "_addmm_activation", lambda *a, **k: seen.append(k["use_gelu"]) or original(*a, **k))
     for activation in reference.ACTIVATIONS:
-        torch_products.forward(x, weight, bias, None, activation, False)
+        torch_products.linear_forward(x, weight, bias, None, activation, "", torch.empty(7, 24), None)
     assert seen == [False]
     assert torch_products._has_epilogue("gelu_tanh", torch.device("cuda"))
     assert not torch_products._has_epilogue("gelu", torch.device("cuda"))

@@ -209,7 +209,10 @@ def test_gradients_only_where_wanted(backend: Backend, product: str) -> None:
                 torch.testing.assert_close(got, same)
         for bit in range(3):
             results = torch.ops.velm.linear_backward(
-                grad, inputs[0] if bit == 1 else None, inputs[1] if bit == 0 else None, None, "", 1 << bit, backend.name
+                grad,
+                inputs[0] if bit == 1 else None,
+                inputs[1] if bit == 0 else None,
+                *(None, None, "", "", 1 << bit, backend.name),
             )
             assert [result.shape == (0,) for result in results] == [i != bit for i in range(3)]
 

@@ -21,12 +21,12 @@ def test_opcheck(backend: Backend, product: str, dtype: torch.dtype) -> None:
     values, grad = random_inputs((40,), 8, 12, dtype, residual=True)
     x, weight, bias, residual = (value.requires_grad_() for value in values)
     with route(backend, product):
-        for extra, activation, save in ((residual, "gelu", True), (None, "relu", False), (None, "", False)):
-            arguments = (x, weight, bias, extra, activation, save, backend.name)
+        for extra, activation, keeps in ((residual, "gelu", "z"), (None, "relu", ""), (None, "", "")):
+            arguments = (x, weight, bias, extra, activation, keeps, backend.name)
             torch.library.opcheck(torch.ops.velm.linear_forward.default, arguments)
         saved = torch.randn_like(grad)
         x, weight = x.detach(), weight.detach()
-        for arguments in ((grad, x, weight, saved, "silu", 7), (grad, None, weight, None, "", 1)):
+        for arguments in ((grad, x, weight, None, saved, "silu", "z", 7), (grad, None, weight, None, None, "", "", 1)):
             torch.library.opcheck(torch.ops.velm.linear_backward.default, (*arguments, backend.name))
 
 

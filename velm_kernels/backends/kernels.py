@@ -17,8 +17,10 @@ def kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable
     """(backend, what gives its kernel), for every backend with one."""
     if given["triton"]:
         yield "triton", lambda: triton.imported(f"velm_kernels.{given['triton']}", name)
-    if given["cpu"]:
+    if given["cpu"] is True:
         yield "cpu", lambda: cpu.op(name)
+    elif given["cpu"]:
+        yield "cpu", lambda: functools.partial(_imported(f"velm_kernels.{given['cpu']}", name), cpu.op)
     if given["cuda"]:
         for backend in cuda.NAMESPACES:
             if given["cuda"] is True:
@@ -56,7 +58,7 @@ def register(name: str, backend: str, call: Callable[..., Any], more: Reasons | 
         of_all = _unusual_dtypes
     elif backend == "triton":
         of_all = triton.common_reasons
-    elif backend == "cpu" and given["torch_alone"]:
+    elif backend == "cpu" and given["cpu"] is not True:
         of_all = cpu.common_reasons
     elif backend == "cpu":
         of_all = lambda a: cpu.reasons(name, a)  # noqa: E731

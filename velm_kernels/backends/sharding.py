@@ -77,10 +77,10 @@ def _register() -> bool:
 
 
 def _linear_forward(given: dict[str, Any]) -> list[Way]:
-    saved = given["save"]
+    kept = given["keeps"] != ""
     ways: list[Way] = [
-        ([0, 0 if saved else None], {"x": 0, "residual": 0}),
-        ([1, 1 if saved else None], {"weight": 0, "bias": 0, "residual": 1}),
+        ([0, 0 if kept else None], {"x": 0, "residual": 0}),
+        ([1, 1 if kept else None], {"weight": 0, "bias": 0, "residual": 1}),
     ]
     if given["bias"] is None and given["residual"] is None and not given["activation"]:
         ways.append((["sum", None], {"x": 1, "weight": 1}))
@@ -89,11 +89,11 @@ def _linear_forward(given: dict[str, Any]) -> list[Way]:
 
 def _linear_backward(given: dict[str, Any]) -> list[Way]:
     def asked(*results: Placement) -> list[Placement]:
-        return [result if given["grad_mask"] & 1 << bit else None for bit, result in enumerate(results)]
+        return [result if given["wanted"] & 1 << bit else None for bit, result in enumerate(results)]
 
     return [
-        (asked(0, "sum", "sum"), {"grad": 0, "x": 0, "saved": 0}),
-        (asked("sum", 0, 0), {"grad": 1, "weight": 0, "saved": 1}),
+        (asked(0, "sum", "sum"), {"grad": 0, "x": 0, "out": 0, "kept": 0}),
+        (asked("sum", 0, 0), {"grad": 1, "weight": 0, "out": 1, "kept": 1}),
         (asked(1, 1, None), {"x": 1, "weight": 1}),
     ]
 

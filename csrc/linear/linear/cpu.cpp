@@ -1,13 +1,11 @@
 // velm::linear on the CPU: activation(x w^T + bias) + residual and its gradients.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "linear/linear/cpu_elementwise.h"
@@ -17,26 +15,18 @@
 namespace velm::linear {
 namespace {
 
-constexpr int64_t kGradX = 1, kGradWeight = 2, kGradBias = 4;
-
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
-
-Tensor nothing(const Tensor& like) {
-  return torch::stable::new_empty(like, {0});
-}
 
 Precision precision_of(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 ? Precision::kBf16 : Precision::kFp32;
 }
 
-std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias,
-                                          std::optional<Tensor> residual, std::string activation, bool save) {
+void linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> residual,
+                    std::string activation, std::string, Tensor out, std::optional<Tensor> kept) {
   const int64_t rows = x.size(0), columns = weight.size(0);
-  Tensor out = torch::stable::new_empty(x, {rows, columns});
-  Tensor saved = save ? torch::stable::new_empty(x, {rows, columns}) : nothing(x);
-  if (rows == 0 || columns == 0) return {out, saved};
-  const Epilogue after = epilogue_of(out, save ? std::optional(saved) : std::nullopt, bias, residual, activation);
+  if (rows == 0 || columns == 0) return;
+  const Epilogue after = epilogue_of(out, kept, bias, residual, activation);
   const auto finish = [&](const float* c, int64_t stride, int64_t row, int64_t tall, int64_t column, int64_t wide) {
     after.from_fp32(after, c, stride, row, tall, column, wide);
   };
@@ -44,7 +34,6 @@ std::tuple<Tensor, Tensor> linear_forward(Tensor x, Tensor weight, std::optional
     multiply_few_rows(x, weight, finish);
   else
     multiply_transposed(precision_of(x), source_of(x), source_of(weight), rows, columns, x.size(1), finish);
-  return {out, saved};
 }
 
 // grad_x = grad_z weight: (rows, out_features) times (out_features, in_features).
@@ -120,24 +109,19 @@ void write_sums(const Tensor& out, const std::vector<double>& sums) {
   write(out.scalar_type(), out.mutable_data_ptr(), 0, rounded.data(), static_cast<int64_t>(rounded.size()));
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> weight,
-                                                   std::optional<Tensor> saved, std::string activation,
-                                                   int64_t grad_mask) {
+void linear_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> weight, std::optional<Tensor> out,
+                     std::optional<Tensor> kept, std::string activation, std::string, std::optional<Tensor> grad_x,
+                     std::optional<Tensor> grad_weight, std::optional<Tensor> grad_bias) {
   const int64_t rows = grad.size(0), out_features = grad.size(1);
-  const bool wants_x = grad_mask & kGradX, wants_weight = grad_mask & kGradWeight, wants_bias = grad_mask & kGradBias;
-  Tensor grad_x = wants_x ? torch::stable::new_empty(grad, {rows, weight->size(1)}) : nothing(grad);
-  Tensor grad_weight = wants_weight ? torch::stable::new_empty(grad, {out_features, x->size(1)}) : nothing(grad);
-  Tensor grad_bias = wants_bias ? torch::stable::new_empty(grad, {out_features}) : nothing(grad);
-  const Source grad_z = gradient_source(grad, saved, activation);
-  std::vector<double> sums(wants_bias ? static_cast<size_t>(out_features) : 0);
-  double* bias_sums = wants_bias ? sums.data() : nullptr;
-  if (wants_x) gradient_of_x(grad_z, rows, *weight, grad_x);
-  if (wants_weight && x->size(1) > 0)
-    gradient_of_weight(grad_z, *x, grad_weight, bias_sums);
-  else if (wants_bias)
+  const Source grad_z = gradient_source(grad, kept ? kept : out, activation);
+  std::vector<double> sums(grad_bias ? static_cast<size_t>(out_features) : 0);
+  double* bias_sums = grad_bias ? sums.data() : nullptr;
+  if (grad_x) gradient_of_x(grad_z, rows, *weight, *grad_x);
+  if (grad_weight && x->size(1) > 0)
+    gradient_of_weight(grad_z, *x, *grad_weight, bias_sums);
+  else if (grad_bias)
     read_gradient(grad_z, rows, out_features, nullptr, bias_sums);
-  if (wants_bias) write_sums(grad_bias, sums);
-  return {grad_x, grad_weight, grad_bias};
+  if (grad_bias) write_sums(*grad_bias, sums);
 }
 
 // The epilogue alone, after a product of torch.
@@ -153,17 +137,13 @@ void linear_epilogue(Tensor z, std::optional<Tensor> bias, std::optional<Tensor>
   });
 }
 
-std::tuple<Tensor, Tensor> linear_activation_gradient(Tensor grad, std::optional<Tensor> saved, std::string activation,
-                                                      bool wants_grad_z, bool wants_grad_bias) {
+void linear_epilogue_backward(Tensor grad, std::optional<Tensor> saved, std::string activation,
+                              std::optional<Tensor> grad_z, std::optional<Tensor> grad_bias) {
   const int64_t rows = grad.size(0), columns = grad.size(1);
-  Tensor grad_z = wants_grad_z ? torch::stable::new_empty(grad, {rows, columns}) : nothing(grad);
-  Tensor grad_bias = wants_grad_bias ? torch::stable::new_empty(grad, {columns}) : nothing(grad);
-  std::vector<double> sums(wants_grad_bias ? static_cast<size_t>(columns) : 0);
-  if (wants_grad_z || wants_grad_bias)
-    read_gradient(gradient_source(grad, saved, activation), rows, columns, wants_grad_z ? &grad_z : nullptr,
-                  wants_grad_bias ? sums.data() : nullptr);
-  if (wants_grad_bias) write_sums(grad_bias, sums);
-  return {grad_z, grad_bias};
+  std::vector<double> sums(grad_bias ? static_cast<size_t>(columns) : 0);
+  read_gradient(gradient_source(grad, saved, activation), rows, columns, grad_z ? &*grad_z : nullptr,
+                grad_bias ? sums.data() : nullptr);
+  if (grad_bias) write_sums(*grad_bias, sums);
 }
 
 }  // namespace
@@ -173,5 +153,5 @@ STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
   m.impl("linear_forward", TORCH_BOX(&velm::linear::linear_forward));
   m.impl("linear_backward", TORCH_BOX(&velm::linear::linear_backward));
   m.impl("linear_epilogue", TORCH_BOX(&velm::linear::linear_epilogue));
-  m.impl("linear_activation_gradient", TORCH_BOX(&velm::linear::linear_activation_gradient));
+  m.impl("linear_epilogue_backward", TORCH_BOX(&velm::linear::linear_epilogue_backward));
 }

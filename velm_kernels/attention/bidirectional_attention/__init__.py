@@ -9,9 +9,10 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention.bidirectional_attention import reference
-from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public, triton
+from velm_kernels.backends import Arguments, cpu, cuda, flops, register, register_public
 from velm_kernels.backends.direct import call, ops
 from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends.triton import register_triton
 from velm_kernels.layout import empty_heads_last, unit_last_stride
 from velm_kernels.philox import dropout_keep
 
@@ -365,8 +366,8 @@ register_autograd(
 )
 register("bidirectional_attention_forward", "reference", _reference_forward)
 register("bidirectional_attention_backward", "reference", _reference_backward)
-triton.register_triton("bidirectional_attention_forward", "attention.bidirectional_attention.triton", _too_wide)
-triton.register_triton("bidirectional_attention_backward", "attention.bidirectional_attention.triton", _too_wide)
+register_triton("bidirectional_attention_forward", "attention.bidirectional_attention.triton", _too_wide)
+register_triton("bidirectional_attention_backward", "attention.bidirectional_attention.triton", _too_wide)
 cpu.register_cpu("bidirectional_attention_forward")
 cpu.register_cpu("bidirectional_attention_backward")
 cuda.register_cuda("bidirectional_attention_forward", _too_wide)

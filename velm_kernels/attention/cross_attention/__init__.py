@@ -19,9 +19,10 @@ from velm_kernels.attention.cross_attention.op import (
     saved_arguments,
 )
 from velm_kernels.attention.cross_attention.small import MAX_HEAD_DIM
-from velm_kernels.backends import Arguments, cpu, cuda, triton
+from velm_kernels.backends import Arguments, cpu, cuda
 from velm_kernels.backends.direct import call
 from velm_kernels.backends.library import register_autograd
+from velm_kernels.backends.triton import register_triton
 from velm_kernels.layout import unit_last_stride
 
 
@@ -547,7 +548,7 @@ backends.register("attention_forward", "reference", reference_backend.attention_
 backends.register("attention_backward", "reference", reference_backend.attention_backward)
 for _operator in ("attention_forward", "attention_backward"):
     cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
-    triton.register_triton(_operator, "attention.cross_attention.triton")
+    register_triton(_operator, "attention.cross_attention.triton")
     cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
 backends.register_public("cross_attention", "attention_forward", _canonical, _by_torch)
 backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)

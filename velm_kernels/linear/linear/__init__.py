@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from velm_kernels import checks, processors, products
-from velm_kernels.backends import Arguments, cpu, flops, forced, register, register_public, triton
-from velm_kernels.backends.direct import call, ops
-from velm_kernels.backends.library import declare, register_autograd
+from velm_kernels.backends import Arguments, cpu, forced
 from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.layout import as_matrix, unit_last_stride
-from velm_kernels.linear.linear import cpu_products, reference, torch_products  # noqa: F401, which registers itself
+from velm_kernels.linear.linear import reference
+from velm_kernels.linear.linear.op import OPERATOR, what_to_keep
 from velm_kernels.linear.linear.reference import ACTIVATIONS
 from velm_kernels.processors import NEVER
 from velm_kernels.products import own_product
 
-GRAD_X, GRAD_WEIGHT, GRAD_BIAS = 1, 2, 4
 SMALL_QUICK_GELU = 1 << 15
 
 
@@ -75,11 +71,10 @@ def linear(
     late = residual is not None and residual.dtype != x.dtype
     if late:
         arguments["residual"] = None
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    arguments["save"] = bool(
-        needs_grad and _saves_tensor(arguments["activation"], x.dtype, arguments["residual"] is not None)
-    )
-    out, _ = call("linear_forward", arguments)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        has_residual = arguments["residual"] is not None
+        arguments["keeps"] = what_to_keep(arguments["activation"], x.dtype, has_residual)
+    out, _ = OPERATOR(arguments)
     out = out.view(*x.shape[:-1], weight.shape[0])
     return out + residual if late else out
 
@@ -152,11 +147,6 @@ def _is_plain_torch(x: Tensor, out_features: int) -> bool:
     return not own_product(rows, in_features, out_features, x.dtype, x.device, x.requires_grad)
 
 
-def _saves_tensor(activation: str, dtype: torch.dtype, has_residual: bool) -> bool:
-    """Whether backward needs a tensor that is neither an input nor the output."""
-    return activation != "" and (has_residual or not reference.from_value(activation, dtype))
-
-
 def canonical(
     x: Tensor,
     weight: Tensor,
@@ -192,185 +182,8 @@ def canonical(
         "bias": None if bias is None else bias.contiguous(),
         "residual": None if residual is None else as_matrix(residual),
         "activation": activation or "",
-        "save": False,
+        "keeps": "",
     }
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    save: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    shape = (x.shape[0], weight.shape[0])
-    return x.new_empty(shape), x.new_empty(shape if save else (0,))
-
-
-def _fake_backward(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    saved: Tensor | None,
-    activation: str,
-    grad_mask: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_x = grad_weight = grad_bias = (0,)
-    if grad_mask & GRAD_X and weight is not None:
-        grad_x = (grad.shape[0], weight.shape[1])  # type: ignore[assignment]
-    if grad_mask & GRAD_WEIGHT and x is not None:
-        grad_weight = (grad.shape[1], x.shape[1])  # type: ignore[assignment]
-    if grad_mask & GRAD_BIAS:
-        grad_bias = (grad.shape[1],)
-    return grad.new_empty(grad_x), grad.new_empty(grad_weight), grad.new_empty(grad_bias)
-
-
-# x (rows, in_features), weight (out_features, in_features), residual (rows, out_features): last stride 1, any row
-# stride; bias contiguous; all of one dtype. activation: "" for none. Results contiguous: out (rows, out_features), and
-# with `save` what backward needs beside the inputs, of the same shape (z, or activation(z) where
-# reference.from_value says so), else shape (0,).
-declare(
-    "linear_forward",
-    "Tensor x, Tensor weight, Tensor? bias, Tensor? residual, str activation, bool save",
-    "(Tensor, Tensor)",
-    fake=_fake_forward,
-)
-# grad (rows, out_features): last stride 1. x is there iff grad_mask has GRAD_WEIGHT, weight iff it has GRAD_X, saved
-# iff there is an activation: what forward saved. What grad_mask does not ask for has shape (0,).
-declare(
-    "linear_backward",
-    "Tensor grad, Tensor? x, Tensor? weight, Tensor? saved, str activation, int grad_mask",
-    "(Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, _, residual, activation, save, backend = inputs
-    needs_x, needs_weight, needs_bias = ctx.needs[:3]
-    saved = None
-    if activation and (needs_x or needs_weight or needs_bias):
-        if not save and _saves_tensor(activation, x.dtype, residual is not None):
-            raise RuntimeError("velm::linear_forward: save must be True where this activation needs a gradient")
-        saved = output[1] if save else output[0]
-    ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, saved)
-    ctx.activation, ctx.backend = activation, backend
-    # What is saved is a result like the other: the gradients that come from it depend on x, weight and bias through it.
-    if not save:
-        ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    results: list[Tensor | None] = [None] * 7
-    if grad_saved is not None:
-        return _differentiable_backward(ctx, grad, grad_saved)
-    if grad is None:
-        return tuple(results)
-    x, weight, saved = ctx.saved_tensors
-    wanted = ctx.needs[:3]
-    if any(wanted):
-        grad_mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
-        grads = ops.linear_backward(unit_last_stride(grad), x, weight, saved, ctx.activation, grad_mask, ctx.backend)
-        results[:3] = [value if want else None for value, want in zip(grads, wanted, strict=True)]
-    if ctx.needs[3]:
-        results[3] = grad
-    return tuple(results)
-
-
-def _differentiable_backward(ctx: Any, grad: Tensor | None, grad_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What :func:`_backward` computes, also from the gradient of what was saved, which only gradients of it have."""
-    results: list[Tensor | None] = [None] * 7
-    x, weight, saved = ctx.saved_tensors
-    given = grad if grad is not None else grad_saved
-    if given is None or not any(ctx.needs):
-        return tuple(results)
-    wide = torch.promote_types(given.dtype, torch.float32)
-    with checks.without_autocast(given.device):
-        of_value = reference.from_value(ctx.activation, given.dtype)
-        grad_z = None
-        if grad is not None:
-            grad_z = grad.to(wide)
-            if saved is not None:
-                grad_z = reference.activation_gradient(grad_z, saved.to(wide), ctx.activation, of_value)
-        if grad_saved is not None:
-            more = grad_saved.to(wide)
-            if of_value:
-                more = reference.activation_gradient(more, saved.to(wide), ctx.activation, of_value)
-            grad_z = more if grad_z is None else grad_z + more
-        assert grad_z is not None
-        if ctx.needs[0]:
-            results[0] = (grad_z @ weight.to(wide)).to(given.dtype)
-        if ctx.needs[1]:
-            results[1] = (grad_z.transpose(0, 1) @ x.to(wide)).to(given.dtype)
-        if ctx.needs[2]:
-            results[2] = grad_z.sum(0).to(given.dtype)
-        if ctx.needs[3]:
-            results[3] = grad
-    return tuple(results)
-
-
-def _flops_forward(x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    return int(2 * x_shape[0] * weight_shape[0] * weight_shape[1])
-
-
-def _flops_backward(grad_shape: Any, x_shape: Any, weight_shape: Any, *args: Any, **kwargs: Any) -> int:
-    # x is given for the gradient of weight, and weight for that of x
-    features = (x_shape[1] if x_shape else 0) + (weight_shape[1] if weight_shape else 0)
-    return int(2 * grad_shape[0] * grad_shape[1] * features)
-
-
-flops.register("linear_forward", _flops_forward)
-flops.register("linear_backward", _flops_backward)
-
-
-def _reference_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
-    z = x.to(wide) @ weight.to(wide).transpose(0, 1)
-    if bias is not None:
-        z = z + bias.to(wide)
-    activated = reference.activate(z, activation)
-    out = activated if residual is None else activated + residual.to(wide)
-    kept = x.new_empty((0,))
-    if save:
-        kept = (activated if reference.from_value(activation, x.dtype) else z).to(x.dtype, copy=True)
-    return out.to(x.dtype), kept
-
-
-def _reference_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, saved: Tensor | None, activation: str, grad_mask: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    grad_z = grad.to(wide)
-    if saved is not None:
-        of_value = reference.from_value(activation, grad.dtype)
-        grad_z = reference.activation_gradient(grad_z, saved.to(wide), activation, of_value)
-    grad_x, grad_weight, grad_bias = (grad.new_empty((0,)) for _ in range(3))
-    if weight is not None:
-        grad_x = (grad_z @ weight.to(wide)).to(grad.dtype)
-    if x is not None:
-        grad_weight = (grad_z.transpose(0, 1) @ x.to(wide)).to(grad.dtype)
-    if grad_mask & GRAD_BIAS:
-        grad_bias = grad_z.sum(0).to(grad.dtype)
-    return grad_x, grad_weight, grad_bias
-
-
-register_autograd(
-    "linear_forward",
-    _backward,
-    setup_context=_setup_context,
-    meaning=_reference_forward,
-    differentiable_backward=_differentiable_backward,
-)
-register("linear_forward", "reference", _reference_forward)
-register("linear_backward", "reference", _reference_backward)
-register("linear_forward", "cpu", cpu_products.forward, cpu_products.reasons)
-register("linear_backward", "cpu", cpu_products.backward, cpu_products.reasons)
-triton.register_triton("linear_forward", "linear.linear.triton")
-triton.register_triton("linear_backward", "linear.linear.triton")
-register_public("linear", "linear_forward", canonical, _small)
+OPERATOR.serves("linear", canonical, _small)

@@ -9,20 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from velm_kernels.backends import Arguments, order, register, tensors_of
-from velm_kernels.backends.cpu import DTYPES
+from velm_kernels.backends import Arguments
 from velm_kernels.linear.linear import reference
 
-GRAD_BIAS = 4
+# Bit of ``wanted``.
+BIAS = 4
 _aten = torch.ops.aten
-
-
-def reasons(arguments: Arguments) -> list[str]:
-    return [
-        f"{name} is {tensor.dtype}, not float32, bfloat16 or float16"
-        for name, tensor in tensors_of(arguments)
-        if tensor.dtype not in DTYPES
-    ]
 
 
 def is_best(arguments: Arguments) -> bool:
@@ -34,27 +26,54 @@ def is_best(arguments: Arguments) -> bool:
 def is_best_backward(arguments: Arguments) -> bool:
     """Whether one pass before the products is all that torch needs backward: not the activation's and a sum of it."""
     activation = arguments["activation"]
-    return activation != "quick_gelu" and not (activation and arguments["grad_mask"] & GRAD_BIAS)
+    return activation != "quick_gelu" and not (activation and arguments["wanted"] & BIAS)
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, save: bool
-) -> tuple[Tensor, Tensor]:
-    kept = x.new_empty((0,))
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = x weight^T + bias`` by torch."""
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def product_backward(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, grad_x: Tensor | None, grad_weight: Tensor | None
+) -> None:
+    """Those gradients of the product that are wanted, from that of its result."""
+    if grad_x is not None and weight is not None:
+        torch.mm(grad, weight, out=grad_x)
+    if grad_weight is not None and x is not None:
+        torch.mm(grad.t(), x, out=grad_weight)
+
+
+def linear_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    keeps: str,
+    out: Tensor,
+    kept: Tensor | None,
+) -> None:
     if not activation:
         if residual is not None and bias is None:
-            return torch.addmm(residual, x, weight.t()), kept
-        out = torch.nn.functional.linear(x, weight, bias)
-        return out if residual is None else out.add_(residual), kept
-    if bias is not None and residual is None and not save and _has_epilogue(activation, x.device):
-        return torch._addmm_activation(bias, x, weight.t(), use_gelu=activation == "gelu_tanh"), kept
-    z = torch.nn.functional.linear(x, weight, bias)
-    value = reference.activate(z, activation)
-    if save:
-        kept = value if reference.from_value(activation, x.dtype) else z
-    if residual is None:
-        return value, kept
-    return value.add_(residual) if kept is not value else value + residual, kept
+            torch.addmm(residual, x, weight.t(), out=out)
+            return
+        product(x, weight, bias, out)
+    elif bias is not None and residual is None and kept is None and _has_epilogue(activation, x.device):
+        torch._addmm_activation(bias, x, weight.t(), use_gelu=activation == "gelu_tanh", out=out)
+    else:
+        z = out if kept is None else kept
+        product(x, weight, bias, z)
+        value = kept if kept is not None and keeps == "value" else out
+        _activate(z, activation, value)
+        if residual is not None:
+            torch.add(value, residual, out=out)
+        return
+    if residual is not None:
+        out.add_(residual)
 
 
 def _has_epilogue(activation: str, device: torch.device) -> bool:
@@ -62,7 +81,21 @@ def _has_epilogue(activation: str, device: torch.device) -> bool:
     return activation == "relu" or (activation == "gelu_tanh" and device.type == "cuda")
 
 
-def activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
+def _activate(z: Tensor, activation: str, out: Tensor) -> None:
+    """``out = activation(z)``; out may be z."""
+    if activation == "relu":
+        _aten.relu.out(z, out=out)
+    elif activation in ("gelu", "gelu_tanh"):
+        _aten.gelu.out(z, approximate="tanh" if activation == "gelu_tanh" else "none", out=out)
+    elif activation == "silu":
+        _aten.silu.out(z, out=out)
+    elif activation == "tanh":
+        torch.tanh(z, out=out)
+    else:
+        out.copy_(reference.activate(z, activation))
+
+
+def _activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
     """``grad * activation'(z)`` by the operators of torch's own autograd."""
     if activation == "relu":
         return _aten.threshold_backward(grad, saved, 0)
@@ -77,18 +110,20 @@ def activation_backward(grad: Tensor, saved: Tensor, activation: str) -> Tensor:
     return reference.activation_gradient(grad.float(), saved.float(), activation, of_value).to(grad.dtype)
 
 
-def backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, saved: Tensor | None, activation: str, grad_mask: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_z = grad if saved is None else activation_backward(grad, saved, activation)
-    return (
-        grad.new_empty((0,)) if weight is None else grad_z @ weight,
-        grad.new_empty((0,)) if x is None else grad_z.t() @ x,
-        grad_z.sum(0) if grad_mask & GRAD_BIAS else grad.new_empty((0,)),
-    )
-
-
-register("linear_forward", "torch", forward, reasons)
-register("linear_backward", "torch", backward, reasons)
-order.prefer_torch("linear_forward", where_the_table_lets_it=is_best)
-order.prefer_torch("linear_backward", where_the_table_lets_it=is_best_backward)
+def linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    out: Tensor | None,
+    kept: Tensor | None,
+    activation: str,
+    keeps: str,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    saved = out if kept is None else kept
+    grad_z = grad if saved is None else _activation_backward(grad, saved, activation)
+    product_backward(grad_z, x, weight, grad_x, grad_weight)
+    if grad_bias is not None:
+        torch.sum(grad_z, 0, out=grad_bias)
