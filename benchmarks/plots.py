@@ -14,7 +14,7 @@ from benchmarks.harness import Row
 
 
 def write(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """One PNG a family: the time of every way over the time of eager, in the order measured."""
+    """One PNG per family: the time of every way over the time of eager, in the order measured."""
     written = []
     for family in dict.fromkeys(row.family for row in rows):
         chosen = [row for row in rows if row.family == family]

@@ -251,7 +251,7 @@ def relative_rms(got: Iterable[torch.Tensor], exact: Iterable[torch.Tensor]) -> 
 
 @dataclass(frozen=True)
 class Limits:
-    """What this machine can do at most, in operations and bytes a second, measured now with ``threads`` threads.
+    """What this machine can do at most, in operations and bytes per second, measured now with ``threads`` threads.
 
     Attributes:
         copy: bytes read plus bytes written by a copy.

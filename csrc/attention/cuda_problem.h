@@ -29,7 +29,7 @@ struct Attention {
   int64_t batch, heads, kv_heads, queries, keys, head_dim, value_dim;
   int64_t longest_queries, longest_keys;
   RowSpan query, key, value;
-  // Integers of 32 bits, and one byte a key.
+  // Integers of 32 bits, and one byte per key.
   Span key_lengths, range_start, range_stop, cu_seqlens_q, cu_seqlens_k, key_mask;
   MatrixSpan mask, bias;
   // One integer of 64 bits; without it there is no dropout.

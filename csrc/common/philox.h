@@ -1,5 +1,5 @@
 // Philox4x32-10 of J. Salmon, M. Moraes, R. Dror and D. Shaw, "Parallel random numbers: as easy as 1, 2, 3"
-// (SC 2011), one counter a lane.
+// (SC 2011), one counter per lane.
 #pragma once
 
 #include "simd/vec.h"

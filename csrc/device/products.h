@@ -1,5 +1,5 @@
 // Products of tiles in shared memory by one warp: 16 rows of results, as matrix instructions lay them out. Of tile j of
-// 8 columns a lane holds [0] and [1] in row lane / 4, [2] and [3] in row lane / 4 + 8, columns 2 * (lane % 4) and the
+// 8 columns, a lane holds [0] and [1] in row lane / 4, [2] and [3] in row lane / 4 + 8, columns 2 * (lane % 4) and the
 // next.
 //
 // float32 takes three products of tf32, which has 11 bits: a float is the sum of two of them and a rest of 2^-22 of it,

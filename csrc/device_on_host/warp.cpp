@@ -284,7 +284,7 @@ void settle_shared_accesses(Warp& warp, Counters& counters) {
   });
   for (const auto& entry : together) {
     const Access& access = entry.second;
-    // 8 bytes a lane are served to half a warp at a time, 16 to a quarter.
+    // 8 bytes per lane are served to half a warp at a time, 16 to a quarter.
     const auto lanes = static_cast<unsigned>(access.offsets.size());
     const unsigned share = access.bytes <= 4 ? kLanes : kLanes * 4 / access.bytes;
     ++counters.shared_accesses;

@@ -72,7 +72,8 @@ PYBIND11_MODULE(_facts, m) {
         return facts::peak_fp32(n, seconds);
       },
       py::arg("threads") = py::none(), py::arg("seconds") = 0.5,
-      "Measure the fp32 multiply-add peak of `threads` threads (default: all) in floating-point operations a second.");
+      "Measure the fp32 multiply-add peak of `threads` threads (default: all) in floating-point operations per "
+      "second.");
   m.def(
       "peak_bf16",
       [](std::optional<int> threads, double seconds) {
@@ -82,7 +83,7 @@ PYBIND11_MODULE(_facts, m) {
         return facts::peak_bf16(n, seconds);
       },
       py::arg("threads") = py::none(), py::arg("seconds") = 0.5,
-      "Measure the peak of bf16 pair products with fp32 sums (AVX512-BF16) in floating-point operations a second, or "
+      "Measure the peak of bf16 pair products with fp32 sums (AVX512-BF16) in floating-point operations per second, or "
       "return None on a processor without them.");
   m.def(
       "copy_bandwidth",

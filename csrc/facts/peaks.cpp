@@ -100,7 +100,7 @@ __attribute__((target("avx512f,avx512bf16"))) double bf16_512(long n) {
   constexpr int accumulators = 24;
   __m512 a[accumulators];
   for (auto& x : a) x = _mm512_set1_ps(0.1f);
-  // 2^-30 in every lane (0x3080): the sums grow by 2^-59 a step and stay as they are.
+  // 2^-30 in every lane (0x3080): the sums grow by 2^-59 per step and stay as they are.
   const __m512bh b = (__m512bh)_mm512_set1_epi16(0x3080);
   for (long i = 0; i < n; ++i) {
 #pragma GCC unroll 24

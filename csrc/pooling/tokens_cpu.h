@@ -40,7 +40,7 @@ struct Tokens {
     if (bounds) return std::clamp<int64_t>(bounds[segment + 1], begin(segment), tokens);
     return lengths ? std::clamp<int64_t>(lengths[segment], 0, tokens) : tokens;
   }
-  // One byte a token, or null.
+  // One byte per token, or null.
   const bool* mask_of(int64_t segment) const { return mask ? mask + segment * tokens : nullptr; }
   int64_t count(int64_t segment) const {
     const int64_t first = begin(segment), last = end(segment);
@@ -54,8 +54,8 @@ struct Piece {
   int64_t segment, begin, end;
 };
 
-// Pieces of at least so many tokens where there are as many, at least one a segment, in order. They depend on the shape
-// alone.
+// Pieces of at least so many tokens where there are as many, at least one per segment, in order. They depend on the
+// shape alone.
 inline std::vector<Piece> pieces_of(const Tokens& tokens, int64_t least, bool whole_segments) {
   const int64_t all = tokens.bounds ? tokens.tokens : tokens.segments * tokens.tokens;
   const int64_t most = std::max({(all + kMostPieces - 1) / kMostPieces, least, int64_t{1}});

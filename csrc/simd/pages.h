@@ -19,7 +19,7 @@ inline void prefer_huge_pages(void* data, std::size_t bytes) {
   constexpr std::uintptr_t kPage = std::uintptr_t{2} << 20;
   const auto begin = (reinterpret_cast<std::uintptr_t>(data) + kPage - 1) / kPage * kPage;
   const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / kPage * kPage;
-  // Fewer pages are as soon touched.
+  // Asking the system for fewer pages takes as long as touching them.
   if (end >= begin + 4 * kPage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   static_cast<void>(data);

@@ -19,7 +19,7 @@ class Config:
         fused: size of what the fusion returns.
         heads: of question-guided attention.
         dropout: before the classifier.
-        batch: questions a step.
+        batch: questions per step.
         epochs: passes over the training questions, at most.
         patience: epochs without a better validation accuracy after which training stops.
         learning_rate, weight_decay: of AdamW.

@@ -99,7 +99,7 @@ BLOCKS = {
         lambda m: m(A, B, key_ranges=(STARTS, STOPS)),
         plain_gated,
     ),
-    "gated, a gate a channel": Block(
+    "gated, a gate per channel": Block(
         lambda **more: velm_kernels.GatedCrossAttention(24, 4, kv_dim=16, per_channel_gates=True, **more),
         lambda m: m(A, B, key_ranges=(STARTS, STOPS)),
         plain_gated,

@@ -302,7 +302,7 @@ TEST(bank_conflicts) {
   CHECK(c.shared_accesses == 8 && c.shared_passes == 4 + 4 * 32 && c.bank_conflicts == 4 * 31);
   c = counted([&] { launch<transpose<33>>(1, 32, 0, nullptr, g); });
   CHECK(c.shared_accesses == 8 && c.shared_passes == 8 && c.bank_conflicts == 0);
-  // 16 bytes a lane, of which 8 lanes are served at once: in one pass where their rows are 4 banks apart.
+  // 16 bytes per lane, of which 8 lanes are served at once: in one pass where their rows are 4 banks apart.
   c = counted([&] { launch<read_vectors<36>>(1, 32, 0, nullptr); });
   CHECK(c.shared_accesses == 1 && c.shared_passes == 4 && c.bank_conflicts == 0);
   c = counted([&] { launch<read_vectors<32>>(1, 32, 0, nullptr); });

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from velm_kernels.backends.triton import Launch
 
-# Shared memory one block may use, in bytes; registers and blocks a multiprocessor has, and its threads.
+# Shared memory one block may use, in bytes; registers, blocks and threads of a multiprocessor.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 SHARED_TOTAL = {80: 167936, 90: 233472, 100: 233472, 120: 102400}
 REGISTERS = 65536

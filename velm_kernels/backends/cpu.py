@@ -1,4 +1,4 @@
-"""The C++ libraries for the CPU: one shared library an instruction set, of which the best usable one is opened.
+"""The C++ libraries for the CPU: one shared library per instruction set, of which the best usable one is opened.
 
 Each library registers its operators in a torch namespace of its own, ``velm_cpu_<instruction set>``, so that several
 can live in one process and be compared.

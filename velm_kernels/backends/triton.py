@@ -210,7 +210,7 @@ def sums_both(dtype: torch.dtype, columns: int) -> bool:
 # has no "plain" entry takes the "loaded" one. The entries were chosen from what the compiler reports
 # (tests/triton/resources.csv: no spills); they have not been timed on devices.
 #
-# What is meant to run on a multiprocessor are eight warps with all of its registers, 255 a thread: two blocks of four,
+# Eight warps are meant to run on a multiprocessor, with all of its registers, 255 per thread: two blocks of four,
 # so that one multiplies while the other waits, or one of eight where a tile serves more rows from one load. That is an
 # occupancy of 0.125 of 2048 threads (0.167 of 1536); sums and operands in registers save more than further warps
 # would hide. A warp of mma.sync takes 16 rows of a tile (or 8 columns); in tiles of fewer, warps repeat each other.

@@ -1,4 +1,4 @@
-// Attention backward: one pass with five matrix products a tile, probabilities recomputed from the
+// Attention backward: one pass with five matrix products per tile, probabilities recomputed from the
 // saved logsumexp.
 //
 // A job owns a run of keys of some key heads, so the gradients of keys and values are written by

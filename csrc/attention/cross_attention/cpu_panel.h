@@ -1,4 +1,4 @@
-// A panel: up to two vectors' worth of query rows, one row a lane. The rows of all heads that
+// A panel: up to two vectors' worth of query rows, one row per lane. The rows of all heads that
 // share a key head are numbered one after the other, so that panels are full even where each
 // head has few queries.
 #pragma once

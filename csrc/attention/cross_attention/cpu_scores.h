@@ -1,7 +1,7 @@
 // Tiles of scores, keys by rows and query rows by lanes: the products, softcap, bias and masks.
 //
 // Scores stay in natural units: a row with one key has logsumexp equal to its score bit for bit, and thus weight 1.
-// Powers of two would save two operations an element and lose that to the rounding of logsumexp.
+// Powers of two would save two operations per element and lose that to the rounding of logsumexp.
 #pragma once
 
 #include "attention/cross_attention/cpu_panel.h"

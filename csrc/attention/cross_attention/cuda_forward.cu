@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   }
 }
 
-// One warp a row: the mean of what its splits left, weighed by their sums of exponentials. A lane holds that of one
+// One warp per row: the mean of what its splits left, weighed by their sums of exponentials. A lane holds that of one
 // split.
 template <class T>
 __global__ void __launch_bounds__(kThreads)

@@ -1,4 +1,4 @@
-// RMS norm of queries and keys over head_dim (Zhang and Sennrich, 2019): one warp a row, one pass over memory.
+// RMS norm of queries and keys over head_dim (Zhang and Sennrich, 2019): one warp per row, one pass over memory.
 
 #include "attention/cross_attention/cuda_norm.h"
 

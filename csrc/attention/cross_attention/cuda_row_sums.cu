@@ -165,7 +165,7 @@ void sum_rows(const AttentionBackward& p, Stream stream) {
   });
 }
 
-// One warp a row: the sum of out * grad_out.
+// One warp per row: the sum of out * grad_out.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     delta_kernel(const Rows<const T> out, const Rows<const T> grad_out, const Rows<const float> grad_logsumexp,

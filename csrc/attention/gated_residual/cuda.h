@@ -14,9 +14,9 @@ struct GatedResidual {
   int64_t rows, dim;
   Span gate;
   Dtype gate_dtype;
-  // One number a column, or one for all.
+  // One number per column, or one for all.
   bool gate_is_row;
-  // One byte a row, or null.
+  // One byte per row, or null.
   Span row_mask;
 
   Span x;

@@ -1,4 +1,4 @@
-// Exact merge of attention over shards of the keys: one warp a row, one pass over the shards, forward and backward.
+// Exact merge of attention over shards of the keys: one warp per row, one pass over the shards, forward and backward.
 
 #include "attention/merge_attention/cuda.h"
 

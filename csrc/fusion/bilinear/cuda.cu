@@ -3,7 +3,7 @@
 //
 // Forward: for each i, t = y W_i^T by matrix instructions, W_i being the rows i of all W_k, and z += x[:, i] t in
 // registers. The other order, one product whose left operand x[b, i] y[b, j] is generated, takes as many operations:
-// each has 2 rows out dx dy in matrix instructions, and beside them either order has 32 multiplications a lane for 64
+// each has 2 rows out dx dy in matrix instructions, and beside them either order has 32 multiplications per lane for 64
 // (float32: 32) columns j of a warp's 32 x 32 results: of t by x, or of fragments of y by x, two elements at a time but
 // for float32, which would have to be split anew for its three products besides. They read the same: W once for each
 // tile of 64 rows (those that run side by side find it in the L2 cache), and y and x for each tile of outputs. The

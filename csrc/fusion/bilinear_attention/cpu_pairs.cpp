@@ -26,7 +26,7 @@ int64_t group_of(const Problem& p) {
   return std::clamp<int64_t>(kSide / std::max<int64_t>(1, p.q.rows), 1, std::max<int64_t>(1, p.glimpses));
 }
 
-// Words as columns, once a glimpse: column g * words + j of row k is h[k * ldh + g] * q[k * ldq + j]. Columns lie in
+// Words as columns, once per glimpse: column g * words + j of row k is h[k * ldh + g] * q[k * ldq + j]. Columns lie in
 // panels, kN of every row below one another, so that a product reads few pages; `line` is memory for a row and a
 // vector.
 void scaled_words(const float* q, int64_t ldq, const float* h, int64_t ldh, int64_t glimpses, int64_t words,

@@ -20,7 +20,7 @@ namespace velm::pairs {
 using namespace simd;
 using Given = std::optional<Tensor>;
 
-// Matrices of one element type with last stride 1, one an entry of the batch.
+// Matrices of one element type with last stride 1, one per entry of the batch.
 struct Matrices {
   void* data;
   ScalarType type;

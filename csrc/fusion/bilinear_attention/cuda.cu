@@ -9,8 +9,8 @@
 // 64 blocks there, so k is shared out among 256, whose sums, 4 MB, the softmax adds in a fixed order. Rows that do not
 // count are zeros in the tiles, and what they give is replaced afterwards.
 //
-// The softmax and its gradient read what they need twice, the second time from caches: 4 bytes a part, and the type of
-// the tensors for each map and gradient.
+// The softmax and its gradient read what they need twice, the second time from caches: 4 bytes per part, and the type
+// of the tensors for each map and gradient.
 
 #include <algorithm>
 

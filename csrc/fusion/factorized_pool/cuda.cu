@@ -1,5 +1,5 @@
-// normalize(signed_sqrt(sum over the factor of dropout(a * b))) and its gradient: a block a row. Under the norm a row
-// is read twice, the second time from a cache.
+// normalize(signed_sqrt(sum over the factor of dropout(a * b))) and its gradient: one block per row. Under the norm a
+// row is read twice, the second time from a cache.
 
 #include "fusion/factorized_pool/cuda.h"
 

@@ -2,8 +2,8 @@
 //
 // Forward: a block has 64 x 64 of the results and makes all their projections, one rank and one input after the other,
 // by matrix instructions; product over inputs and sum over ranks are in registers. These are 2 rank out (1 + d_m)
-// operations for each row of x_m. A tile of x and one of F, of 128 bytes a row each, are read for 64 x 64 x 128 bytes
-// of depth: 2 rank sum_m d_m bytes of an element / 64 for a result, or in 16 bits 32 operations a byte. Neighbouring
+// operations for each row of x_m. A tile of x and one of F, of 128 bytes per row each, are read for 64 x 64 x 128 bytes
+// of depth: 2 rank sum_m d_m bytes of an element / 64 for a result, or in 16 bits 32 operations per byte. Neighbouring
 // blocks share F, which comes from the L2 cache then. Projections that backward wants are written once, in float32. An
 // input with one row for several of the results is projected first, by the same kernel, and read: 4 rank bytes a
 // result, of which the neighbours find theirs in the caches. Where there are few tiles of results, ranks are shared out
@@ -19,7 +19,7 @@
 // sums before its products.
 //
 // Projections that were not kept are made again for some ranks at a time, by the kernel of forward: in registers they
-// would be those of all inputs at once, 32 a lane each. It costs 8 bytes for each, where 2 (1 + d_m) operations go
+// would be those of all inputs at once, 32 per lane each. It costs 8 bytes for each, where 2 (1 + d_m) operations go
 // before.
 
 #include <algorithm>
@@ -356,7 +356,7 @@ struct GradientsBlocks {
 
   GradientsBlocks(const LowRankGradients& p, const GradientsPlan& plan)
       : columns(divide_up(p.out, kAcross * (is_wide(p) ? 4 : 1))),
-        // More than one a thread where they are short.
+        // More than one per thread where they are short.
         pieces_of_block((plan.unit == 1 ? 4 : 1) * kDown),
         blocks(columns * divide_up(plan.entries * plan.pieces, pieces_of_block)) {}
 };

@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int k = 0; k < Width; ++k) parts[at.part * all.dim + at.column + k] = sum[k];
 }
 
-// What features with one region of several get from the sum of the gradient over the regions: a block an entry.
+// What features with one region of several get from the sum of the gradient over the regions: one block per entry.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     weighted_sum_broadcast_kernel(const Features<T> all, ReadOnly<float> sums, ReadOnly<float> weights,

@@ -14,7 +14,7 @@ using device::Stream;
 struct AttentionPool {
   int64_t segments, tokens, rows, dim;
   Dtype dtype;
-  // Bounds of packed segments, or lengths and one byte a token, each perhaps null.
+  // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
   Span bounds, lengths, mask;
   Span x;
   int64_t segment_stride, token_stride;

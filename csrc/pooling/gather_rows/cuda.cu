@@ -1,5 +1,5 @@
-// Rows of the result as weighted sums of rows of the input, by index: a warp takes a row of the result, 16 bytes a lane
-// where rows begin at multiples of them.
+// Rows of the result as weighted sums of rows of the input, by index: a warp takes a row of the result, 16 bytes per
+// lane where rows begin at multiples of them.
 
 #include "device/launch.h"
 #include "device/memory.h"

@@ -16,7 +16,7 @@ struct Pool {
   PoolMode mode;
   float p;
   Dtype dtype;
-  // Bounds of packed segments, or lengths and one byte a token, each perhaps null.
+  // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
   Span bounds, lengths, mask;
   // Null in backward where it is not read.
   Span x;
@@ -30,7 +30,7 @@ struct Pool {
 
   // backward; grad_x is contiguous, its last two dimensions in the order of x
   Span grad, grad_x;
-  // int32, one a segment.
+  // int32, one per segment.
   Span counts;
 };
 

@@ -37,7 +37,7 @@ def bidirectional_attention(
     ``out_a = softmax(S, over b) @ value_b`` and ``out_b = softmax(S^T, over a) @ value_a``: the bidirectional fusion
     of GLIP (Li et al., 2022) and Grounding DINO (Liu et al., 2023), and the shared cross-attention of LXMERT. S is
     never kept. The CPU kernels compute each tile of it once for both directions, forward and backward; those for GPUs
-    once a direction forward, and backward once a side for both directions.
+    once per direction forward, and backward once per side for both directions.
 
     Args:
         query_a: ``(batch, heads, a, head_dim)``; float32, bfloat16, float16, or float64 (reference backend).
@@ -63,7 +63,7 @@ def bidirectional_attention(
         ValueError: a shape, a device or ``dropout_p`` is not as above.
 
     Under autocast, queries and values are cast to the autocast dtype. Gradients flow to queries and values, also from
-    the logsumexps. Backward keeps the inputs, the outputs and one float a row in each direction.
+    the logsumexps. Backward keeps the inputs, the outputs and one float per row in each direction.
 
     Example:
         >>> query_a, value_a = torch.randn(2, 4, 36, 16), torch.randn(2, 4, 36, 16)

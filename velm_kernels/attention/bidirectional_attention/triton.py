@@ -1,7 +1,7 @@
 """Bidirectional attention by Triton kernels: the launches, for tensors in canonical form.
 
 Forward computes the scores twice, once for each direction; in one pass, every block of rows of `a` would leave partial
-results of all of `b`. For Grounding DINO's 20,000 image and 256 text tokens of 256 dimensions a head recomputes
+results of all of `b`. For Grounding DINO's 20,000 image and 256 text tokens of 256 dimensions per head recomputes
 2.6 GFLOP, where partial results of 157 blocks of 128 rows would write and read again 256 KiB each, 82 MB: at the
 200 TFLOP/s and 2 TB/s of a current GPU three times as long.
 """

@@ -71,11 +71,11 @@ def grad_side_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of query_x and value_x, one block of rows of x a program, from one pass over the scores with y.
+    """Gradients of query_x and value_x, one block of rows of x per program, from one pass over the scores with y.
 
     Direction x is attention of x over y (out_x = P_x value_y), direction y that of y over x (out_y = P_y value_x);
     HAS_X and HAS_Y say which of them has gradients, PARTS how many programs share the columns of a result. The masks
-    are bits of 64 rows a word."""
+    are bits, 64 rows in a word."""
     part = tl.program_id(0) % PARTS
     rest = tl.program_id(0) // PARTS
     block = rest % row_blocks

@@ -98,7 +98,7 @@ def rms_norm_backward(
 
 
 def few_rows(config: Config, rows: int, dtype: torch.dtype) -> Config:
-    """`config` with no more rows a block than there are."""
+    """`config` with no more rows per block than there are."""
     block_m = min(config.block_m, dimension_class(rows))
     if block_m == config.block_m:
         return config

@@ -64,7 +64,7 @@ def gated_residual_backward_kernel(
     """grad_x = tanh(gate) * grad, and partial sums of grad_gate = (1 - tanh(gate)^2) * sum over rows of grad * x.
 
     A program takes `steps` blocks of rows of one block of columns, in order. `partial_gate` is (row programs, dim) for
-    a gate with one number a column, else (programs,)."""
+    a gate with one number per column, else (programs,)."""
     row_program = tl.program_id(0) // dim_blocks
     b_column = (tl.program_id(0) % dim_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_in = b_column < dim

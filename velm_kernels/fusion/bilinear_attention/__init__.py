@@ -28,7 +28,7 @@ def bilinear_attention(
         maps[b, g] = softmax over all pairs (i, j) of logits[b, g]
 
     Neither the products ``h * v`` nor ``v * q`` exist in memory, forward or backward: pieces of q are scaled by h for
-    all glimpses, side by side, and meet v in one product a batch entry.
+    all glimpses, side by side, and meet v in one product per batch entry.
 
     Args:
         v: ``(batch, regions, k)``, already projected; float32, bfloat16, float16, or float64 (computed by the

@@ -79,7 +79,7 @@ class MFB(PairFusion):
 
 
 class MLB(MFB):
-    """Multi-modal low-rank bilinear pooling (Kim et al., 2017): :class:`MFB` with one product a feature.
+    """Multi-modal low-rank bilinear pooling (Kim et al., 2017): :class:`MFB` with one product per feature.
 
     Constructor and state_dict are those of ``MLB`` in block-bootstrap-pytorch 0.1.6.
 

@@ -46,7 +46,7 @@ def attention_pool(
     query is folded into the key weight, the softmax over its products with the tokens pools the tokens themselves, and
     the value weight is applied to what was pooled. The key bias adds the same to all scores of a row, which the softmax
     does not see; its gradient is 0. Which way is taken is counted: with M queries, H heads and tokens of width d,
-    folding needs ``2 M H d`` operations a token and the ordinary way ``(d + M) (e + v)``, with the widths e and v of
+    folding needs ``2 M H d`` operations per token and the ordinary way ``(d + M) (e + v)``, with the widths e and v of
     keys and values; for e = v = d that is M against the width of a head. The ordinary way is
     :func:`velm_kernels.linear` (with backend ``cuda`` torch's) and :func:`velm_kernels.cross_attention`.
 
@@ -93,7 +93,7 @@ def attention_pool(
     else:
         out = _ordinary(x, query, key_weight, value_weight, value_bias, heads, tokens, scale)
     if key_bias is not None and key_bias.requires_grad:
-        # It has a gradient, of 0.
+        # The softmax does not see it: its gradient is 0, not None.
         out = out + 0.0 * key_bias.sum()
     return out
 
@@ -140,7 +140,7 @@ def plain(
     else:
         out = _folded(x, query, key_weight, value_weight, value_bias, heads, None, 1.0)
     if key_bias is not None and key_bias.requires_grad:
-        # It has a gradient, of 0.
+        # The softmax does not see it: its gradient is 0, not None.
         out = out + 0.0 * key_bias.sum()
     return out
 
@@ -248,7 +248,7 @@ def _folded(
     """Without ``tokens``, those that count, by torch alone."""
     shared, queries, dim = query.shape[:-2], query.shape[-2], x.shape[-1]
     outer = product(shared)
-    # One product a head, over the queries of all rows.
+    # One product per head, over the queries of all rows.
     by_head = (query * scale).reshape(outer * queries, heads, key_weight.shape[0] // heads).transpose(0, 1)
     folded = torch.bmm(by_head, _heads_of(key_weight, heads)).view(heads, outer, queries, dim)
     rows = folded.transpose(0, 1).reshape(outer, heads * queries, dim)

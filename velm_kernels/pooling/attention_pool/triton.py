@@ -21,7 +21,7 @@ from velm_kernels.triton.launches import cdiv, sum_partials
 
 # Rows and tokens of a tile; and columns, by element size.
 TILE = Config(16, 32, 4, 2)
-# With four warps a block, Triton 3.7 spills on sm_100 in what pools; with eight, Triton 3.9 on sm_80.
+# With four warps per block, Triton 3.7 spills on sm_100 in what pools; with eight, Triton 3.9 on sm_80.
 POOLED = {100: replace(TILE, num_warps=8)}
 COLUMNS = {2: 64, 4: 32}
 SOFTMAX = Config(256, 0, 4, 1)

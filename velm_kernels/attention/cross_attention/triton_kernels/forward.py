@@ -324,7 +324,7 @@ def key_mass_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Column sums of the probabilities, one block of keys of one query head a program."""
+    """Column sums of the probabilities, one block of keys of one query head per program."""
     key_block = tl.program_id(0) % key_blocks
     head = (tl.program_id(0) // key_blocks) % sizes.heads
     b = tl.program_id(0) // key_blocks // sizes.heads

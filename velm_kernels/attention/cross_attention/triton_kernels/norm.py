@@ -66,7 +66,7 @@ def rms_norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """grad_x of the norm, and sums of the weight's gradient over `steps` blocks of rows a program in `partial_weight`
+    """grad_x of the norm, and sums of the weight's gradient over `steps` blocks of rows per program in `partial_weight`
     (programs, DIM).
 
     With n = x / rms: grad_x = (w * grad_y - n * mean(w * grad_y * n)) / rms, grad_w = sum over rows of grad_y * n."""
