@@ -144,7 +144,7 @@ class Operator:
         self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
         alone = torch_alone or bool(composed)
-        given = {"triton": triton, "cpu": cpu and not alone, "cuda": False if alone else cuda}
+        given = {"triton": triton, "cpu": False if alone else cpu, "cuda": False if alone else cuda}
         given |= {"torch": torch, "torch_alone": torch_alone, "composed": composed}
         self._declare_forward(given, reasons or {}, check, flops)
         if differentiable:
