@@ -11,11 +11,10 @@ pairs=$("$PYTHON" - ${CHECK_BACKENDS:-$default} << 'PYTHON_PROGRAM'
 import os
 import sys
 
-from velm_kernels import backends
-from velm_kernels.cli import check_cases
+from velm_kernels import backends, cases
 
 wanted = os.environ.get("CHECK_OPERATORS", "").split()
-for operator in dict.fromkeys(check.operator for check in check_cases.checks()):
+for operator in dict.fromkeys(case.operator for case in cases.every()):
     public = backends._public_functions.get(operator)
     for backend in sys.argv[1:]:
         if wanted and operator not in wanted:

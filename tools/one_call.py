@@ -13,7 +13,8 @@ import sys
 import torch
 
 import velm_kernels
-from velm_kernels.cli import check, check_cases
+from velm_kernels import cases
+from velm_kernels.cli import check
 
 
 def large(backend: str, device: str) -> int:
@@ -41,11 +42,11 @@ def main() -> int:
     device = "cuda" if args.backend in ("cuda", "triton") else "cpu"
     if args.large:
         return large(args.backend, device)
-    checks = [one for one in check_cases.checks() if one.operator == args.operator]
-    if not checks:
-        parser.error(f"operator: expected one of {', '.join(sorted({c.operator for c in check_cases.checks()}))}")
+    chosen = cases.of(args.operator)
+    if not chosen:
+        parser.error(f"operator: expected one of {', '.join(sorted({case.operator for case in cases.every()}))}")
     target = check.Target(args.backend, device=device)
-    results = [check.run_check(checks[0], dtype, target) for dtype in (torch.float32, torch.bfloat16)]
+    results = [check.run_case(chosen[0], dtype, target) for dtype in (torch.float32, torch.bfloat16)]
     for result in results:
         print(f"{result.status}: {result} {result.error:.1e}")
     return 0 if all(result.status == "passed" for result in results) else 1

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import velm_kernels
-from velm_kernels import backends
-from velm_kernels.cli import check_cases, main
+from velm_kernels import backends, cases
+from velm_kernels.cli import main
 
 SMALL = ["check", "--backend", "reference", "--operator", "gated_residual"]
 
@@ -80,6 +80,6 @@ def test_unknown_operator_is_named(capsys):
 
 
 def test_every_public_operator_has_a_check():
-    covered = {check.operator for check in check_cases.checks()}
+    covered = {case.operator for case in cases.every()}
     # Others are made of these.
     assert set(backends._public_functions) <= covered <= set(velm_kernels.__all__)

@@ -6,22 +6,19 @@ import argparse
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import velm_kernels
-from velm_kernels import backends, measure
+from velm_kernels import backends, cases
 from velm_kernels.backends import cpu, cuda, failures
-from velm_kernels.cli import check_cases
-from velm_kernels.cli.check_cases import Check
+from velm_kernels.cases import Case
 
 HELP = "Check the numbers of every operator on every backend available here; exits with 1 if any are wrong."
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FACTOR, ULPS = 2.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Result:
     """``status`` is "passed", "failed" or "not served"."""
 
     target: Target
-    check: Check
+    case: Case
     dtype: torch.dtype
     status: str
     error: float = 0.0
@@ -54,13 +51,14 @@ class Result:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.check.operator}, {self.check.name}, {dtype} on {self.target}: {self.detail}"
+        name = f", {self.case.name}" if self.case.name else ""
+        return f"{self.case.operator}{name}, {dtype} on {self.target}: {self.detail}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=backends.ORDER, action="append", help="only this one (can be repeated)")
     parser.add_argument("--operator", action="append", help="only this one (can be repeated)")
-    parser.add_argument("--why", action="store_true", help="also say why a backend does not serve a check")
+    parser.add_argument("--why", action="store_true", help="also say why a backend does not serve a case")
 
 
 def targets() -> tuple[list[Target], list[tuple[str, str]]]:
@@ -88,90 +86,45 @@ def targets() -> tuple[list[Target], list[tuple[str, str]]]:
     return found, missing
 
 
-def _run(function: Callable[..., Any], inputs: dict[str, Any], wanted: Sequence[str]) -> list[Tensor]:
-    leaves = [inputs[name].detach().requires_grad_() for name in wanted]
-    result = function(**(inputs | dict(zip(wanted, leaves, strict=True))))
-    outs = [result] if isinstance(result, Tensor) else list(result)
-    smooth = [out for out in outs if out.requires_grad]
-    generator = torch.Generator().manual_seed(1)
-    upstream = [
-        torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.device, out.dtype) for out in smooth
-    ]
-    grads = torch.autograd.grad(smooth, leaves, upstream)
-    return [out.detach() for out in outs] + list(grads)
-
-
-def _cast(inputs: dict[str, Any], dtype: torch.dtype, device: str) -> dict[str, Any]:
-    def one(value: Any) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(one, value))
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-
-    return {name: one(value) for name, value in inputs.items()}
-
-
-def _errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    return [
-        measure.relative_rms([one.masked_fill(other.isinf(), 0.0)], [other.masked_fill(other.isinf(), 0.0)])
-        if torch.equal(one.isinf(), other.isinf())
-        else float("inf")
-        for one, other in zip(found, exact, strict=True)
-    ]
-
-
 @functools.cache
-def _expected(check: Check, dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor], list[float]]:
-    """Inputs in ``dtype``, exact results on them, and how far off plain torch in ``dtype`` is."""
-    clean = _cast(check.make(torch.Generator().manual_seed(0)), dtype, "cpu")
-    exact = _run(check.reference, _cast(clean, torch.float64, "cpu"), check.wanted)
-    return clean, exact, _errors(_run(check.reference, clean, check.wanted), exact)
+def _expected(case: Case, dtype: torch.dtype) -> cases.Expected:
+    return cases.expected(case, case.arguments(dtype, **case.larger), dtype)
 
 
-def run_check(check: Check, dtype: torch.dtype, target: Target) -> Result:
-    """Outputs and gradients may be off by twice what plain torch is in the same dtype, and a few ulps.
+def run_case(case: Case, dtype: torch.dtype, target: Target) -> Result:
+    """The numbers rule of :mod:`velm_kernels.cases` for every output and gradient, at the larger sizes of a case.
 
-    What no row attends to is NaN for the backend and ordinary for the exact result: it must not matter. The same call
-    again must give the same bits.
+    What nobody may read is NaN or infinite for the backend and ordinary for the exact result: it must not matter. The
+    same call again must give the same bits.
     """
-    clean, exact, plain = _expected(check, dtype)
-    given = _cast(check.poison(clean), dtype, target.device)
+    expected = _expected(case, dtype)
+    given = cases.moved(case.unread(expected.arguments), target.device)
     try:
         with target.use():
-            got = _run(check.function, given, check.wanted)
-            again = _run(check.function, given, check.wanted)
+            got, again = case.run(given), case.run(given)
     except backends.NoBackendError as refused:
-        return Result(target, check, dtype, "not served", detail=str(refused))
+        return Result(target, case, dtype, "not served", detail=str(refused))
     except Exception as raised:
-        return Result(
-            target,
-            check,
-            dtype,
-            "failed",
-            float("inf"),
-            f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}",
-        )
+        said = f"{type(raised).__name__}: {str(raised).partition(chr(10))[0]}"
+        return Result(target, case, dtype, "failed", float("inf"), said)
     # Of torch's own kernels on GPUs gradients are so only under torch.use_deterministic_algorithms.
-    promised = len(got) - len(check.wanted) if target.backend == "torch" and target.device != "cpu" else len(got)
-    same = all(torch.equal(one, two) for one, two in zip(got[:promised], again[:promised], strict=True))
-    got = [tensor.cpu() for tensor in got]
+    promised = [
+        name for name in got if target.backend != "torch" or target.device == "cpu" or name.startswith("output_")
+    ]
+    same = all(torch.equal(got[name], again[name]) for name in promised)
     worst, problem = 0.0, "" if same else "two runs give different bits"
-    errors = _errors(got, exact)
-    labels = [f"output {number}" for number in range(len(got) - len(check.wanted))]
-    labels += [f"gradient of {name}" for name in check.wanted]
-    for label, error, other in zip(labels, errors, plain, strict=True):
+    for name, (error, limit) in expected.errors(got).items():
         worst = max(worst, error)
-        limit = FACTOR * other + ULPS * torch.finfo(dtype).eps
         if not error <= limit:
-            problem = f"{label} has relative RMS error {error:.2e}, at most {limit:.2e} expected"
-    return Result(target, check, dtype, "failed" if problem else "passed", worst, problem)
+            what = name.replace("_", " ") if name.startswith("output_") else f"gradient of {name}"
+            problem = f"{what} has relative RMS error {error:.2e}, at most {limit:.2e} expected"
+    return Result(target, case, dtype, "failed" if problem else "passed", worst, problem)
 
 
 def run(args: argparse.Namespace) -> int:
-    chosen = [check for check in check_cases.checks() if not args.operator or check.operator in args.operator]
+    chosen = [case for case in cases.every() if not args.operator or case.operator in args.operator]
     if not chosen:
-        names = ", ".join(sorted({check.operator for check in check_cases.checks()}))
+        names = ", ".join(sorted({case.operator for case in cases.every()}))
         print(f"velm check: --operator: expected one of {names}", file=sys.stderr)
         return 2
     found, missing = targets()
@@ -187,11 +140,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"FAILED {name}: {why}")
     if not found:
         return 1
-    jobs = [(check, dtype, target) for target in found for check in chosen for dtype in DTYPES]
+    jobs = [(case, dtype, target) for target in found for case in chosen for dtype in DTYPES]
     _expected.cache_clear()
     results = []
     for job in _with_progress(jobs):
-        results.append(run_check(*job))
+        results.append(run_case(*job))
         # At once: what comes after it may hang, or take the device down.
         if results[-1].status == "failed":
             print(f"FAILED {results[-1]}", flush=True)
@@ -225,12 +178,12 @@ def _with_progress(jobs: list[Any]) -> Iterator[Any]:
 
 
 def _print_table(results: list[Result]) -> None:
-    operators = list(dict.fromkeys(result.check.operator for result in results))
+    operators = list(dict.fromkeys(result.case.operator for result in results))
     width = max(map(len, operators))
     for target in dict.fromkeys(result.target for result in results):
         print(target)
         for operator in operators:
-            mine = [r for r in results if r.target == target and r.check.operator == operator]
+            mine = [r for r in results if r.target == target and r.case.operator == operator]
             parts = [
                 f"{sum(r.status == status for r in mine)} {status}" for status in ("passed", "failed", "not served")
             ]
