@@ -10,7 +10,7 @@ from torch import Tensor
 import velm_kernels
 from velm_kernels import cases
 from velm_kernels.cases import Arguments as Arguments
-from velm_kernels.cases import Case as Call
+from velm_kernels.cases import Case as Call  # noqa: F401
 from velm_kernels.cases import results as results
 
 # What tries every promise, and what is tried for its numbers beside these.

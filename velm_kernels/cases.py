@@ -67,10 +67,6 @@ class Draw:
         return torch.randint(low, max(high, low + 1), shape, generator=self._generator)
 
 
-def _as_it_is(arguments: Arguments) -> Arguments:
-    return arguments
-
-
 @dataclass(frozen=True)
 class Case:
     """One way to call a public function.
@@ -84,7 +80,7 @@ class Case:
         larger: sizes at which work is divided: among tiles, blocks and threads.
         published: by the name of a paper or model, the sizes that it has; what benchmarks measure.
         not_zero: sizes that must not be 0.
-        unread: puts NaN and infinity where no result may depend on, into copies of the arguments.
+        unread: puts NaN and infinity where nothing may be read, into copies of the arguments.
         vanishing: the arguments whose exact gradient is 0, as a sum of terms that cancel; its error is looked at beside
             the largest of the other gradients.
         scaled: the arguments whose magnitude tests vary, if not all that are differentiable.
@@ -100,7 +96,7 @@ class Case:
     larger: Mapping[str, int] = field(hash=False)
     published: Mapping[str, Mapping[str, int]] = field(default_factory=dict, hash=False)
     not_zero: tuple[str, ...] = ()
-    unread: Callable[[Arguments], Arguments] = _as_it_is
+    unread: Callable[[Arguments], Arguments] | None = None
     vanishing: tuple[str, ...] = ()
     scaled: tuple[str, ...] = ()
     numbers_only: bool = False
@@ -114,10 +110,18 @@ class Case:
         return found
 
     def arguments(
-        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0, **sizes: int
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        seed: int = 0,
+        **sizes: int,
     ) -> Arguments:
         """Arguments in ``dtype`` (integers, masks and what must be wider aside), no gradients asked for."""
         return moved(self.make(Draw(dtype, seed), **{**self.sizes, **sizes}), device)
+
+    def larger_arguments(self, dtype: torch.dtype = torch.float32) -> Arguments:
+        """Arguments of the :attr:`larger` sizes, on the CPU."""
+        return self.make(Draw(dtype, 0), **self.larger)
 
     def leaves(self, arguments: Arguments) -> list[Tensor]:
         """The tensors of ``arguments`` that have a gradient."""
@@ -147,6 +151,10 @@ class Case:
         names = self.scaled or self.differentiable
         return arguments | {name: _of_tensors(lambda value: factor * value, arguments[name]) for name in names}
 
+    def poisoned(self, arguments: Arguments) -> Arguments:
+        """``arguments`` with NaN and infinity in what may not be read."""
+        return arguments if self.unread is None else self.unread(arguments)
+
     def exact(self, arguments: Arguments) -> tuple[Tensor, ...]:
         """The results by the written meaning, as the public function orders them."""
         given = dict(arguments)
@@ -155,19 +163,11 @@ class Case:
         return results(self.meaning(**given))
 
     def run(self, arguments: Arguments, exact: bool = False) -> dict[str, Tensor]:
-        """Results and gradients by name, of the public function or, with ``exact``, of the written meaning.
-
-        What comes in backward is drawn: the same values in every dtype that has those of bfloat16.
-        """
+        """Results and gradients by name, of the public function or, with ``exact``, of the written meaning."""
         given = self.requiring_gradients(arguments)
         found = self.exact(given) if exact else results(self.function(**given))
-        generator = torch.Generator().manual_seed(1)
-        outs, upstream = [], []
-        for out in found:
-            weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16()
-            if out.requires_grad:
-                outs.append(out)
-                upstream.append(weights.to(out.device, out.dtype))
+        outs = [out for out in found if out.requires_grad]
+        upstream = [weights for out, weights in zip(found, incoming(found), strict=True) if out.requires_grad]
         gradients = torch.autograd.grad(outs, self.leaves(given), upstream, materialize_grads=True)
         named = {f"output_{place}": out.detach() for place, out in enumerate(found)}
         return named | dict(zip(self.leaf_names(given), gradients, strict=True))
@@ -176,6 +176,13 @@ class Case:
 def results(value: Any) -> tuple[Tensor, ...]:
     """The tensors of what a function returned, in order."""
     return tuple(leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+
+def incoming(outs: Sequence[Tensor]) -> list[Tensor]:
+    """What comes in backward, drawn: the same values in every dtype, as bfloat16 has them."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16() for out in outs]
+    return [weights.to(out.device, out.dtype) for out, weights in zip(outs, drawn, strict=True)]
 
 
 def cast(arguments: Arguments, dtype: torch.dtype) -> Arguments:

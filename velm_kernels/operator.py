@@ -416,14 +416,17 @@ class Operator:
             pairs = [
                 (by_result[result], getattr(a, name))
                 for result, name in zip(self._with_gradient, self._grad_names)
-                if getattr(a, name) is not None
+                if getattr(a, name) is not None and by_result[result].requires_grad
             ]
-            grads = torch.autograd.grad(
-                [result for result, _ in pairs],
-                leaves,
-                [grad.to(result.dtype).expand(result.shape) for result, grad in pairs],
-                materialize_grads=True,
-            )
+            # A result need not depend on what is wanted: a softmax does not on a bias of all scores.
+            grads: Sequence[Tensor] = [torch.zeros_like(value) for value in leaves]
+            if pairs:
+                grads = torch.autograd.grad(
+                    [result for result, _ in pairs],
+                    leaves,
+                    [grad.to(result.dtype).expand(result.shape) for result, grad in pairs],
+                    materialize_grads=True,
+                )
         left = iter(grads)
         return [
             [next(left) if one else None for one in want] if isinstance(want, list) else next(left) if want else None

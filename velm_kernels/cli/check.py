@@ -88,7 +88,7 @@ def targets() -> tuple[list[Target], list[tuple[str, str]]]:
 
 @functools.cache
 def _expected(case: Case, dtype: torch.dtype) -> cases.Expected:
-    return cases.expected(case, case.arguments(dtype, **case.larger), dtype)
+    return cases.expected(case, case.larger_arguments(dtype), dtype)
 
 
 def run_case(case: Case, dtype: torch.dtype, target: Target) -> Result:
@@ -98,7 +98,7 @@ def run_case(case: Case, dtype: torch.dtype, target: Target) -> Result:
     same call again must give the same bits.
     """
     expected = _expected(case, dtype)
-    given = cases.moved(case.unread(expected.arguments), target.device)
+    given = cases.moved(case.poisoned(expected.arguments), target.device)
     try:
         with target.use():
             got, again = case.run(given), case.run(given)

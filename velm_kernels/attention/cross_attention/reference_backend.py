@@ -126,7 +126,8 @@ def attention_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | No
         not_finite = grad_out.device.type == "cpu" and not bool(grad_out.isfinite().all())
         out, logsumexp, _ = _call(given, not_finite)
         outputs, grads = [out], [grad_out.to(out.dtype)]
-        if grad_logsumexp is not None:
+        # It does not depend on values.
+        if grad_logsumexp is not None and logsumexp.requires_grad:
             outputs.append(logsumexp)
             grads.append(grad_logsumexp.to(logsumexp.dtype))
         found: tuple[torch.Tensor | None, ...] = (None,) * len(wanted)

@@ -30,7 +30,7 @@ CASES = [
         reference.gated_residual,
         ("residual", "x", "gate"),
         sizes={"batch": 3, "rows": 5, "dim": 12},
-        larger={"batch": 3, "rows": 700, "dim": 90},
+        larger={"batch": 3, "rows": 1500, "dim": 300},
         unread=_unread,
         numbers_only=name == "scalar",
     )

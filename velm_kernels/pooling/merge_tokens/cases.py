@@ -42,7 +42,7 @@ CASES = [
         _meaning,
         ("x", "size"),
         sizes={"batch": 2, "tokens": 9, "dim": 12, "metric_dim": 6},
-        larger={"batch": 3, "tokens": 75, "dim": 90, "metric_dim": 40},
+        larger={"batch": 3, "tokens": 201, "dim": 40, "metric_dim": 64},
         published={
             "tome-vit": {"batch": 32, "tokens": 197, "dim": 768, "metric_dim": 64},
             "tome-vit-large": {"batch": 8, "tokens": 577, "dim": 1024, "metric_dim": 64},

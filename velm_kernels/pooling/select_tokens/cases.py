@@ -17,7 +17,7 @@ def _selected(draw: Draw, batch: int, tokens: int, dim: int) -> Arguments:
 
 def _padded(draw: Draw, batch: int, tokens: int, dim: int) -> Arguments:
     """Equal scores, and of each entry another number of tokens."""
-    given = {"k": torch.arange(batch) % 2 * 3 + tokens // 4, "max_k": tokens // 2}
+    given = {"k": tokens // 4 + torch.arange(batch) % 2 * (tokens // 8), "max_k": tokens // 2}
     return {"x": draw(batch, tokens, dim), "scores": draw.integers(0, 9, batch, tokens).float(), **given}
 
 
