@@ -1,4 +1,4 @@
-"""The numbers rule: a kernel's error may be at most twice that of plain torch in the same dtype, plus a few ulps."""
+"""The numbers rule (``velm_kernels/cases.py``) as an assertion, for tests that make their own tensors."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-ULPS = 4.0
-
-
-def relative_rms(got: torch.Tensor, exact: torch.Tensor, floor: float = 0.0) -> float:
-    """``|got - exact| / |exact|`` in the Frobenius norm, in float64; ``|got|`` where exact and ``floor`` are zero.
-
-    ``floor`` is the least size that errors are compared with: a sum whose terms cancel is as inexact as its terms.
-    """
-    got, exact = got.double(), exact.double()
-    size = max(float(torch.linalg.vector_norm(exact)), floor)
-    return float(torch.linalg.vector_norm(got - exact)) / (size or 1.0)
+from velm_kernels.cases import ULPS, error_and_limit
+from velm_kernels.cases import relative_rms as relative_rms
 
 
 def assert_accurate(
@@ -36,14 +27,7 @@ def assert_accurate(
     """
     ways = [plain] if isinstance(plain, torch.Tensor) else plain
     assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-    assert torch.isfinite(got).all() or not torch.isfinite(exact).all(), f"{name}: not finite"
     if exact.numel() == 0:
         return
-    infinite = torch.isinf(exact)
-    assert torch.equal(torch.isinf(got), infinite), f"{name}: infinite elsewhere than expected"
-    got, exact, *ways = (value.masked_fill(infinite, 0.0) for value in (got, exact, *ways))
-    # Where plain torch overflows it sets no measure.
-    ways = [torch.where(torch.isfinite(way), way.double(), exact.double()) for way in ways]
-    error, error_plain = relative_rms(got, exact, floor), max(relative_rms(way, exact, floor) for way in ways)
-    limit = factor * error_plain + ulps * torch.finfo(dtype or got.dtype).eps
-    assert error <= limit, f"{name}: relative RMS error {error:.3g}, plain torch {error_plain:.3g}, limit {limit:.3g}"
+    error, limit = error_and_limit(got, exact, ways, dtype or got.dtype, factor=factor, ulps=ulps, floor=floor)
+    assert error <= limit, f"{name}: relative RMS error {error:.3g}, limit {limit:.3g}"

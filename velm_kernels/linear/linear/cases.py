@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from velm_kernels.cases import Arguments, Case, Draw
-from velm_kernels.linear import reference
+from velm_kernels.linear.linear import reference
 
 
 def _projected(activation: str | None, residual: bool) -> Callable[..., Arguments]:
