@@ -546,14 +546,14 @@ def _without_none(value: Any, args: Sequence[Any]) -> Any:
 def _widened(values: Sequence[Any]) -> list[Any]:
     """``values`` with what is floating point in float32 or wider."""
 
-    def wide(value: Any) -> Any:
+    def wider(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [wide(one) for one in value]
+            return [wider(one) for one in value]
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(torch.promote_types(value.dtype, torch.float32))
         return value
 
-    return [wide(value) for value in values]
+    return [wider(value) for value in values]
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:

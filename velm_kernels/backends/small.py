@@ -96,6 +96,6 @@ def _may_read() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
 
 
-def wide(tensor: torch.Tensor) -> torch.Tensor:
+def in_float32(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in float32, itself where it is."""
     return tensor if tensor.dtype is torch.float32 else tensor.float()

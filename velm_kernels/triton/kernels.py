@@ -23,7 +23,7 @@ LONGEST_CHAIN = tl.constexpr(64)
 
 
 @triton.jit
-def wide(x):
+def to_int64(x):
     return tl.cast(x, tl.int64)
 
 
@@ -90,9 +90,9 @@ def tanh(b_x):
 @triton.jit
 def sum_partials_kernel(partial, total, count, elements, BLOCK: tl.constexpr):
     """total[e] = sum over `count` of partial[:, e], in order, in float32."""
-    b_e = wide(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
+    b_e = to_int64(tl.program_id(0)) * BLOCK + tl.arange(0, BLOCK)
     b_ok = b_e < elements
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, count):
-        b_sum += tl.load(partial + wide(i) * elements + b_e, mask=b_ok, other=0.0)
+        b_sum += tl.load(partial + to_int64(i) * elements + b_e, mask=b_ok, other=0.0)
     tl.store(total + b_e, round_to(b_sum, total.dtype.element_ty), mask=b_ok)

@@ -263,9 +263,9 @@ def _reference_forward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, ...]:
-    dtype, wide = query_a.dtype, _logsumexp_dtype(query_a)
+    dtype, compute_dtype = query_a.dtype, _logsumexp_dtype(query_a)
     out_a, out_b, logsumexp_a, logsumexp_b = reference.bidirectional_attention(
-        *(tensor.to(wide) for tensor in (query_a, query_b, value_a, value_b)),
+        *(tensor.to(compute_dtype) for tensor in (query_a, query_b, value_a, value_b)),
         mask_a=mask_a,
         mask_b=mask_b,
         scale=scale,
@@ -290,16 +290,16 @@ def _grad_of_direction(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the scores and of the values of one direction: ``dS = P * (dP - sum(P * dP))``, ``dV = P^T dO``."""
-    wide = scores.dtype
+    compute_dtype = scores.dtype
     if grad_out is None:
         grad_out = value.new_zeros(*scores.shape[:-1], value.shape[-1])
-    grad = grad_out.to(wide)
+    grad = grad_out.to(compute_dtype)
     hidden = scores.new_zeros((), dtype=torch.bool)
     if mask is not None:
         hidden = ~mask[:, None, None, :]
         value = value.masked_fill(hidden.transpose(-1, -2), 0.0)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
-    grad_weights = (grad @ value.to(wide).transpose(-1, -2)).masked_fill(hidden, 0.0)
+    grad_weights = (grad @ value.to(compute_dtype).transpose(-1, -2)).masked_fill(hidden, 0.0)
     dropped = weights
     if keep is not None:
         dropped = torch.where(keep, weights / (1 - dropout_p), 0.0)
@@ -331,8 +331,8 @@ def _reference_backward(
     dropout_p: float,
     grad_mask: int,
 ) -> tuple[Tensor, ...]:
-    wide = logsumexp_a.dtype
-    rows_a, rows_b = query_a.to(wide), query_b.to(wide)
+    compute_dtype = logsumexp_a.dtype
+    rows_a, rows_b = query_a.to(compute_dtype), query_b.to(compute_dtype)
     scores = rows_a @ rows_b.transpose(-1, -2) * scale
     batch, heads, a, b = scores.shape
     keep_a = keep_b = None

@@ -21,7 +21,7 @@ from velm_kernels.attention.triton_kernels.tiles import (
     probabilities,
     unless_infinite,
 )
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -87,8 +87,8 @@ def grad_side_kernel(
     b_j = tl.arange(0, BLOCK_N)
     b_x = start_x + b_i
     b_in_x = b_x < length_x
-    rows_x = wide(head_index) * length_x
-    rows_y = wide(head_index) * length_y
+    rows_x = to_int64(head_index) * length_x
+    rows_y = to_int64(head_index) * length_y
 
     b_open_x = b_in_x
     if mask_x is not None:

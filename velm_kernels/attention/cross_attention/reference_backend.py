@@ -47,10 +47,10 @@ def _sequences(given: Arguments, not_finite: bool) -> list[tuple[Arguments, slic
 
 def _call(given: Arguments, not_finite: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The operator by :mod:`reference`, in float32 at least, differentiable in the tensors of ``given``."""
-    wide = torch.promote_types(given["query"].dtype, torch.float32)
+    compute_dtype = torch.promote_types(given["query"].dtype, torch.float32)
 
     def widened(name: str) -> Any:
-        return None if given[name] is None else given[name].to(wide)
+        return None if given[name] is None else given[name].to(compute_dtype)
 
     query, key, value = widened("query"), widened("key"), widened("value")
     norms = {name: widened(name) for name in ("query_norm_weight", "key_norm_weight")}

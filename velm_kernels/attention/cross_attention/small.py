@@ -16,7 +16,7 @@ from torch import Tensor
 
 from velm_kernels import checks, processors
 from velm_kernels.backends import derivatives
-from velm_kernels.backends.small import ANY, PLAIN, takes_torch, wide
+from velm_kernels.backends.small import ANY, PLAIN, in_float32, takes_torch
 
 MAX_HEAD_DIM = 256
 # Scores up to which forming them is the fastest way on every processor, and elements of 16 bits that become float32
@@ -114,9 +114,11 @@ def attend_with_extras(
         return None
     if return_logsumexp.__class__ is not bool or return_key_mass.__class__ is not bool:
         return None
-    scores = (wide(query) * (query.shape[-1] ** -0.5 if scale is None else scale)) @ wide(key).transpose(-1, -2)
+    scores = (in_float32(query) * (query.shape[-1] ** -0.5 if scale is None else scale)) @ in_float32(key).transpose(
+        -1, -2
+    )
     weights = torch.softmax(scores, -1)
-    out = weights @ wide(value)
+    out = weights @ in_float32(value)
     results = [out if out.dtype is query.dtype else out.to(query.dtype)]
     if return_logsumexp:
         results.append(torch.logsumexp(scores, -1))
@@ -137,8 +139,8 @@ def formed(
     """Attention by its scores, which torch can differentiate to any order; in float32 where they are ``widened``."""
     dtype = query.dtype
     if widened:
-        query, key, value = wide(query), wide(key), wide(value)
-        bias = bias if bias is None else wide(bias)
+        query, key, value = in_float32(query), in_float32(key), in_float32(value)
+        bias = bias if bias is None else in_float32(bias)
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     out = torch.softmax(scores if bias is None else scores + bias, -1) @ value
     return out if out.dtype is dtype else out.to(dtype)

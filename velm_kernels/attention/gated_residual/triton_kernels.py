@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import LOG2E, round_to, tanh, wide
+from velm_kernels.triton.kernels import LOG2E, round_to, tanh, to_int64
 
 
 @triton.jit
@@ -36,12 +36,12 @@ def gated_residual_kernel(
         b_gate = tl.load(gate + b_column, mask=b_column < dim, other=0.0).to(tl.float32)
     else:
         b_gate = tl.load(gate).to(tl.float32) + tl.zeros((BLOCK_N,), tl.float32)
-    b_r = tl.load(residual + wide(b_row)[:, None] * residual_stride + b_column[None, :], mask=b_ok, other=0.0)
-    b_x = tl.load(x + wide(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
+    b_r = tl.load(residual + to_int64(b_row)[:, None] * residual_stride + b_column[None, :], mask=b_ok, other=0.0)
+    b_x = tl.load(x + to_int64(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
     # Selected, not multiplied by 0: an infinite gate must not reach a row that is switched off.
     b_branch = tl.where(b_read, tanh(b_gate)[None, :] * b_x.to(tl.float32), 0.0)
     b_out = b_r.to(tl.float32) + b_branch
-    tl.store(out + wide(b_row)[:, None] * dim + b_column[None, :], round_to(b_out, out.dtype.element_ty), mask=b_ok)
+    tl.store(out + to_int64(b_row)[:, None] * dim + b_column[None, :], round_to(b_out, out.dtype.element_ty), mask=b_ok)
 
 
 @triton.jit
@@ -81,19 +81,19 @@ def gated_residual_backward_kernel(
         if row_mask is not None:
             b_live = tl.load(row_mask + b_row, mask=b_live, other=0) != 0
         b_read = b_ok & b_live[:, None]
-        b_at = wide(b_row)[:, None] * dim + b_column[None, :]
+        b_at = to_int64(b_row)[:, None] * dim + b_column[None, :]
         b_grad = tl.load(grad + b_at, mask=b_read, other=0.0).to(tl.float32)
         if grad_x is not None:
             b_dx = tl.where(b_read, b_tanh[None, :] * b_grad, 0.0)
             tl.store(grad_x + b_at, round_to(b_dx, grad_x.dtype.element_ty), mask=b_ok)
         if partial_gate is not None:
-            b_x = tl.load(x + wide(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
+            b_x = tl.load(x + to_int64(b_row)[:, None] * x_stride + b_column[None, :], mask=b_read, other=0.0)
             b_sum += b_grad * b_x.to(tl.float32)
     if partial_gate is not None:
         # 1 - tanh^2 from the argument: the difference cancels for a wide open gate.
         b_e = tl.exp2(-tl.abs(b_gate) * (2.0 * LOG2E))
         b_total = tl.sum(b_sum, 0) * (4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e)))
         if GATE_IS_ROW:
-            tl.store(partial_gate + wide(row_program) * dim + b_column, b_total, mask=b_in)
+            tl.store(partial_gate + to_int64(row_program) * dim + b_column, b_total, mask=b_in)
         else:
             tl.store(partial_gate + tl.program_id(0), tl.sum(b_total, 0))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
 def _row_pointers(x, strides, b_row, heads, queries):
     b = b_row // (heads * queries)
     b_head = (b_row // queries) % heads
-    return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_row % queries) * strides.row
+    return x + to_int64(b) * strides.batch + to_int64(b_head) * strides.head + to_int64(b_row % queries) * strides.row
 
 
 @triton.jit
@@ -125,13 +125,13 @@ def merge_logsumexp_backward_kernel(
     b_total = tl.load(logsumexp + b_row, mask=b_in, other=-float("inf"))
     b_mean = tl.zeros((BLOCK,), tl.float32)
     for shard in tl.range(0, SHARDS):
-        b_at = wide(shard) * rows + b_row
+        b_at = to_int64(shard) * rows + b_row
         b_weight = _merge_weight(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")), b_total)
         b_mean += b_weight * tl.load(products + b_at, mask=b_in, other=0.0)
     if grad_logsumexp is not None:
         b_mean -= tl.load(grad_logsumexp + b_row, mask=b_in, other=0.0)
     for shard in tl.range(0, SHARDS):
-        b_at = wide(shard) * rows + b_row
+        b_at = to_int64(shard) * rows + b_row
         b_lse = tl.load(logsumexps + b_at, mask=b_in, other=-float("inf"))
         b_product = tl.load(products + b_at, mask=b_in, other=0.0)
         b_grad = _merge_weight(b_lse, b_total) * (b_product - b_mean)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import product, product_add, round_to, wide
+from velm_kernels.triton.kernels import product, product_add, round_to, to_int64
 
 
 class Loaded(NamedTuple):
@@ -83,7 +83,7 @@ def product_of_rows(x, y, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: t
 @triton.jit
 def row_of(x, strides, b, head, row):
     """Pointer to a row of (batch, heads, rows, columns)."""
-    return x + wide(b) * strides.batch + wide(head) * strides.head + wide(row) * strides.row
+    return x + to_int64(b) * strides.batch + to_int64(head) * strides.head + to_int64(row) * strides.row
 
 
 @triton.jit
@@ -176,10 +176,10 @@ def report_nan(flags, pieces, ROWS: tl.constexpr):
     b_nan = tl.zeros((ROWS,), tl.int32)
     for i in tl.static_range(len(pieces)):
         b_nan = b_nan | tl.max((pieces[i] != pieces[i]).to(tl.int32), 1)
-    tl.store(flags + wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS), b_nan.to(tl.int8))
+    tl.store(flags + to_int64(tl.program_id(0)) * ROWS + tl.arange(0, ROWS), b_nan.to(tl.int8))
 
 
 @triton.jit
 def has_nan(flags, ROWS: tl.constexpr):
     """Whether this program has reported NaN."""
-    return tl.max(tl.load(flags + wide(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)).to(tl.int32), 0) != 0
+    return tl.max(tl.load(flags + to_int64(tl.program_id(0)) * ROWS + tl.arange(0, ROWS)).to(tl.int32), 0) != 0

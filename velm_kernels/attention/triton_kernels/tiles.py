@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, LOG2E, sequence, tanh, wide
+from velm_kernels.triton.kernels import FAR, LOG2E, sequence, tanh, to_int64
 
 # The sign of a float32 among its bits.
 SIGN = tl.constexpr(-(1 << 31))
@@ -215,7 +215,7 @@ def kept(dropout, b_head_index, b_m, start_n, BLOCK_N: tl.constexpr, KEYS_FIRST:
 @triton.jit
 def matrix_rows(x, strides, b, b_head, b_m):
     """Pointers to the rows of what broadcasts to (batch, heads, queries, keys)."""
-    return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_m) * strides.row
+    return x + to_int64(b) * strides.batch + to_int64(b_head) * strides.head + to_int64(b_m) * strides.row
 
 
 @triton.jit
@@ -317,7 +317,7 @@ def scores(
 @triton.jit
 def open_rows(words, b, row_words, start, BLOCK: tl.constexpr):
     """Bits from `start` on in `words` (batch, row_words). -> [BLOCK]"""
-    return tl.reshape(open_keys(words + wide(b) * row_words, 1, start, BLOCK, False), (BLOCK,))
+    return tl.reshape(open_keys(words + to_int64(b) * row_words, 1, start, BLOCK, False), (BLOCK,))
 
 
 @triton.jit
@@ -431,7 +431,7 @@ def pack_bits_kernel(
     p_rows = matrix_rows(mask, strides, b_row // (heads * queries), (b_row // queries) % heads, b_row % queries)
     b_n = b_word[:, None] * 64 + b_bit[None, :]
     b_ok = b_in[:, None, None] & (b_n < keys)[None, :, :]
-    b_x = tl.load(p_rows[:, None, None] + (wide(b_n) * strides.column)[None, :, :], mask=b_ok, other=0)
+    b_x = tl.load(p_rows[:, None, None] + (to_int64(b_n) * strides.column)[None, :, :], mask=b_ok, other=0)
     b_packed = tl.sum((b_x != 0).to(tl.int64) << b_bit.to(tl.int64)[None, None, :], 2)
-    p_words = words + wide(b_row)[:, None] * row_words + b_word[None, :]
+    p_words = words + to_int64(b_row)[:, None] * row_words + b_word[None, :]
     tl.store(p_words, b_packed, mask=b_in[:, None] & (b_word < row_words)[None, :])

@@ -9,14 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import product_add, round_to, wide
+from velm_kernels.triton.kernels import product_add, round_to, to_int64
 
 
 @triton.jit
 def _live(live, b, b_row, rows):
     b_live = b_row < rows
     if live is not None:
-        b_live = b_live & (tl.load(live + wide(b) * rows + b_row, mask=b_live, other=0) != 0)
+        b_live = b_live & (tl.load(live + to_int64(b) * rows + b_row, mask=b_live, other=0) != 0)
     return b_live
 
 
@@ -24,7 +24,7 @@ def _live(live, b, b_row, rows):
 def _tile(p, b_row, stride, b_live, b_column, columns):
     """Rows that count and columns of a matrix; zeros elsewhere."""
     b_ok = b_live[:, None] & (b_column < columns)[None, :]
-    return tl.load(p + wide(b_row)[:, None] * stride + b_column[None, :], mask=b_ok, other=0.0)
+    return tl.load(p + to_int64(b_row)[:, None] * stride + b_column[None, :], mask=b_ok, other=0.0)
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def scores_kernel(
     g = task // region_blocks % glimpses
     b = task // region_blocks // glimpses
     b_of_v, b_of_q = _live(v_live, b, b_i, regions), _live(q_live, b, b_j, words)
-    p_v, p_q, p_h = v + wide(b) * v_batch, q + wide(b) * q_batch, h + wide(b) * h_batch + wide(g) * k
+    p_v, p_q, p_h = v + to_int64(b) * v_batch, q + to_int64(b) * q_batch, h + to_int64(b) * h_batch + to_int64(g) * k
     b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, k, BLOCK_K):
         b_k = start + tl.arange(0, BLOCK_K)
@@ -72,7 +72,7 @@ def scores_kernel(
     if bias is not None:
         b_sum += tl.load(bias + g).to(tl.float32)
     b_sum = tl.where(b_of_v[:, None] & b_of_q[None, :], b_sum, masked)
-    p_out = scores + ((wide(b) * glimpses + g) * regions + b_i)[:, None] * words + b_j[None, :]
+    p_out = scores + ((to_int64(b) * glimpses + g) * regions + b_i)[:, None] * words + b_j[None, :]
     b_out = round_to(b_sum, scores.dtype.element_ty)
     tl.store(p_out, b_out, mask=(b_i < regions)[:, None] & (b_j < words)[None, :])
 
@@ -82,7 +82,7 @@ def softmax_kernel(scores, maps, logits, v_live, q_live, glimpses, regions, word
     """The softmax over all pairs of a glimpse that count; 0 for the others, and where none counts."""
     size = regions * words
     b = tl.program_id(0) // glimpses
-    p_scores = scores + wide(tl.program_id(0)) * size
+    p_scores = scores + to_int64(tl.program_id(0)) * size
     b_largest = tl.full((BLOCK,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, size, BLOCK):
@@ -103,10 +103,10 @@ def softmax_kernel(scores, maps, logits, v_live, q_live, glimpses, regions, word
         b_ok = b_in & _live(v_live, b, b_at // words, regions) & _live(q_live, b, b_at % words, words)
         b_score = tl.load(p_scores + b_at, mask=b_in, other=float("-inf"))
         b_map = tl.where(b_ok, tl.exp(b_score - base) * scale, 0.0)
-        tl.store(maps + wide(tl.program_id(0)) * size + b_at, round_to(b_map, maps.dtype.element_ty), mask=b_in)
+        tl.store(maps + to_int64(tl.program_id(0)) * size + b_at, round_to(b_map, maps.dtype.element_ty), mask=b_in)
         if logits is not None:
             b_logit = round_to(b_score, logits.dtype.element_ty)
-            tl.store(logits + wide(tl.program_id(0)) * size + b_at, b_logit, mask=b_in)
+            tl.store(logits + to_int64(tl.program_id(0)) * size + b_at, b_logit, mask=b_in)
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def score_gradient_kernel(
     """slopes = maps * (grad_maps - their sum over maps * grad_maps) + grad_logits, and the sum of grad_logits."""
     size = regions * words
     b = tl.program_id(0) // glimpses
-    at = wide(tl.program_id(0)) * size
+    at = to_int64(tl.program_id(0)) * size
     b_dot = tl.zeros((BLOCK,), tl.float32)
     b_bias = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, size, BLOCK):
@@ -173,19 +173,19 @@ def side_kernel(
     b_live = _live(live, b, b_i, rows)
     b_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for g in tl.range(0, glimpses):
-        p_weights = weights + (wide(b) * glimpses + g) * rows * others
+        p_weights = weights + (to_int64(b) * glimpses + g) * rows * others
         b_product = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
         for start in tl.range(0, others, BLOCK_N):
             b_j = start + tl.arange(0, BLOCK_N)
             b_of_j = _live(other_live, b, b_j, others)
-            p_tile = p_weights + wide(b_i)[:, None] * weight_row + wide(b_j)[None, :] * weight_other
+            p_tile = p_weights + to_int64(b_i)[:, None] * weight_row + to_int64(b_j)[None, :] * weight_other
             b_weight = tl.load(p_tile, mask=b_live[:, None] & b_of_j[None, :], other=0.0)
-            b_other = _tile(other + wide(b) * other_batch, b_j, other_stride, b_of_j, b_k, k)
+            b_other = _tile(other + to_int64(b) * other_batch, b_j, other_stride, b_of_j, b_k, k)
             b_weight = round_to(b_weight.to(tl.float32), other.dtype.element_ty)
             b_product = product_add(b_weight, b_other, b_product, PRECISION)
-        b_h = tl.load(h + wide(b) * h_batch + wide(g) * k + b_k, mask=b_k < k, other=0.0).to(tl.float32)
+        b_h = tl.load(h + to_int64(b) * h_batch + to_int64(g) * k + b_k, mask=b_k < k, other=0.0).to(tl.float32)
         b_sum += b_product * b_h[None, :]
-    p_out = out + (wide(b) * rows + b_i)[:, None] * k + b_k[None, :]
+    p_out = out + (to_int64(b) * rows + b_i)[:, None] * k + b_k[None, :]
     b_out = round_to(tl.where(b_live[:, None], b_sum, 0.0), out.dtype.element_ty)
     tl.store(p_out, b_out, mask=(b_i < rows)[:, None] & (b_k < k)[None, :])
 
@@ -216,7 +216,7 @@ def joint_kernel(
     task = tl.program_id(0) // column_blocks
     b = task // glimpses
     b_k = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
-    p_weights = weights + wide(task) * regions * words
+    p_weights = weights + to_int64(task) * regions * words
     b_sum = tl.zeros((BLOCK_K,), tl.float32)
     b_some_i, b_some_j = tl.zeros((BLOCK_M,), tl.int1), tl.zeros((BLOCK_N,), tl.int1)
     for first in tl.range(0, regions, BLOCK_M):
@@ -228,14 +228,14 @@ def joint_kernel(
             b_j = start + tl.arange(0, BLOCK_N)
             b_of_j = _live(q_live, b, b_j, words)
             b_some_j = b_some_j | b_of_j
-            p_tile = p_weights + wide(b_i)[:, None] * words + b_j[None, :]
+            p_tile = p_weights + to_int64(b_i)[:, None] * words + b_j[None, :]
             b_weight = tl.load(p_tile, mask=b_of_i[:, None] & b_of_j[None, :], other=0.0)
-            b_q = _tile(q + wide(b) * q_batch, b_j, q_stride, b_of_j, b_k, k)
+            b_q = _tile(q + to_int64(b) * q_batch, b_j, q_stride, b_of_j, b_k, k)
             b_weight = round_to(b_weight.to(tl.float32), q.dtype.element_ty)
             b_product = product_add(b_weight, b_q, b_product, PRECISION)
-        b_v = _tile(v + wide(b) * v_batch, b_i, v_stride, b_of_i, b_k, k).to(tl.float32)
+        b_v = _tile(v + to_int64(b) * v_batch, b_i, v_stride, b_of_i, b_k, k).to(tl.float32)
         b_sum += tl.sum(b_v * b_product, 0)
     # Rows that count, NaN included, were multiplied by zeros where the other side has none.
     has_pairs = (tl.max(b_some_i.to(tl.int32), 0) > 0) & (tl.max(b_some_j.to(tl.int32), 0) > 0)
     b_sum = tl.where(has_pairs, b_sum, 0.0)
-    tl.store(out + wide(task) * k + b_k, round_to(b_sum, out.dtype.element_ty), mask=b_k < k)
+    tl.store(out + to_int64(task) * k + b_k, round_to(b_sum, out.dtype.element_ty), mask=b_k < k)

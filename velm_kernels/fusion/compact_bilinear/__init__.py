@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
-from velm_kernels.backends.small import ANY, takes_torch, wide
+from velm_kernels.backends.small import ANY, in_float32, takes_torch
 from velm_kernels.fusion.compact_bilinear.op import OPERATOR
 from velm_kernels.layout import as_regions, with_regions
 
@@ -154,7 +154,7 @@ def _is_sketch_of(x: Tensor, sketch: Sketch) -> bool:
 
 def _small_spectrum(x: Tensor, sketch: Sketch, dim: int) -> Tensor | None:
     bucket, sign = sketch
-    x = wide(x) * sign
+    x = in_float32(x) * sign
     try:
         # It looks at the indices, in any case.
         sketched = x.new_zeros((*x.shape[:-1], dim)).scatter_add(-1, bucket.expand(x.shape), x)
@@ -200,8 +200,8 @@ def _hashes(name: str, sketch: Sketch, x: Tensor) -> dict[str, Tensor]:
     for part, value in (("bucket", index), ("sign", sign)):
         checks.shape(f"sketch_{name}.{part}", value, f"the features of {name}", x.shape[-1:])
         checks.same_device(f"sketch_{name}.{part}", value, name, x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return {f"index_{name}": checks.as_int32(index), f"sign_{name}": sign.to(wide).contiguous()}
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
+    return {f"index_{name}": checks.as_int32(index), f"sign_{name}": sign.to(compute_dtype).contiguous()}
 
 
 OPERATOR.serves("compact_bilinear", canonical, plain)

@@ -72,14 +72,16 @@ def compact_bilinear_backward(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     batch, regions, _ = grad.shape
-    wide = sign_x.dtype
-    totals = [value.new_zeros(value.shape if want else (0,), dtype=wide) for value, want in zip((x, y), wanted)]
+    compute_dtype = sign_x.dtype
+    totals = [
+        value.new_zeros(value.shape if want else (0,), dtype=compute_dtype) for value, want in zip((x, y), wanted)
+    ]
     # A transform back of a conjugate is the result from its end.
     places = [(index.neg() % dim).long() for index in (index_x, index_y)]
     for entries, some in _pieces(batch, regions, dim, grad.device):
         inputs = [_piece(value, entries, some, regions) for value in (x, y)]
         spectra = _spectra(backend, inputs[0], inputs[1], (index_x, sign_x), (index_y, sign_y), dim)
-        spectrum = torch.fft.rfft(grad[entries, some].to(wide)).conj_physical_()
+        spectrum = torch.fft.rfft(grad[entries, some].to(compute_dtype)).conj_physical_()
         counts = [value.shape[0] * value.shape[1] if want else 0 for value, want in zip(inputs, wanted)]
         products = spectrum.new_empty((sum(counts), dim // 2 + 1))
         shares = products.split(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import wide
+from velm_kernels.triton.kernels import to_int64
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def count_sketch_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out[row, bucket] = the sum over the features of the bucket of sign * x, in their order."""
-    b_row = wide(tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    b_row = to_int64(tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_bucket = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_known = b_bucket < dim
     b_begin = tl.load(bounds + b_bucket, mask=b_known, other=0)

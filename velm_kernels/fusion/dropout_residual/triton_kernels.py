@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -28,7 +28,7 @@ def dropout_residual_kernel(
 
     A counter of the generator serves column j of each of four runs of 16 columns, its four words: a thread draws the
     words of what it reads, and no random number travels between threads."""
-    b_row = wide(tl.program_id(0) // dim_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_row = to_int64(tl.program_id(0) // dim_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_group = (tl.program_id(0) % dim_blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
     b_j = tl.arange(0, 16)
     # [BM, BG, 16]

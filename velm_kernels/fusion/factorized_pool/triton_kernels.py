@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -64,7 +64,7 @@ def _root(b_z, POWER: tl.constexpr):
 
 @triton.jit
 def _rows(x, batch_stride, region_stride, regions, b_row):
-    return x + wide(b_row // regions) * batch_stride + wide(b_row % regions) * region_stride
+    return x + to_int64(b_row // regions) * batch_stride + to_int64(b_row % regions) * region_stride
 
 
 @triton.jit
@@ -90,7 +90,7 @@ def factorized_pool_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """out = normalize(root(sums of dropout(a * b))) for BLOCK_M rows; under the norm the sums are computed twice."""
-    b_row = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    b_row = to_int64(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_in = b_row < rows
     b_row = tl.where(b_in, b_row, 0)
     p_a = _rows(a, a_batch_stride, a_region_stride, regions, b_row)
@@ -138,7 +138,7 @@ def factorized_pool_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """grad_a and grad_b, either of which may be None, with the sums computed again."""
-    b_row = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    b_row = to_int64(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_in = b_row < rows
     b_row = tl.where(b_in, b_row, 0)
     p_a = _rows(a, a_batch_stride, a_region_stride, regions, b_row)

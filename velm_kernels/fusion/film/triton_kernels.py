@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def film_kernel(
     """out = (offset + gamma) * x + beta for a tile of an entry, whose columns are features, or with ALONG its rows."""
     program = tl.program_id(0)
     part = program // column_blocks
-    batch = wide(part // row_blocks)
+    batch = to_int64(part // row_blocks)
     b_row = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_column = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     b_ok = (b_row < rows) & (b_column < columns)
@@ -38,7 +38,9 @@ def film_kernel(
     b_known = b_feature < (rows if ALONG else columns)
     b_gamma = tl.load(gamma + batch * gamma_stride + b_feature, mask=b_known, other=0.0).to(tl.float32) + offset
     b_beta = tl.load(beta + batch * beta_stride + b_feature, mask=b_known, other=0.0).to(tl.float32)
-    b_x = tl.load(x + batch * x_batch_stride + wide(b_row) * x_stride + b_column, mask=b_ok, other=0.0).to(tl.float32)
+    b_x = tl.load(x + batch * x_batch_stride + to_int64(b_row) * x_stride + b_column, mask=b_ok, other=0.0).to(
+        tl.float32
+    )
     p_out = out + (batch * rows + b_row) * columns + b_column
     tl.store(p_out, round_to(b_gamma * b_x + b_beta, out.dtype.element_ty), mask=b_ok)
 
@@ -68,7 +70,7 @@ def film_backward_kernel(
     program = tl.program_id(0)
     part = program // column_blocks
     block = part % row_blocks
-    batch = wide(part // row_blocks)
+    batch = to_int64(part // row_blocks)
     b_column = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     b_in = b_column < dim
     b_of_gamma = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -79,13 +81,13 @@ def film_backward_kernel(
         b_at = (batch * regions + b_row) * dim + b_column
         b_g = tl.load(grad + b_at, mask=b_ok, other=0.0).to(tl.float32)
         if x is not None:
-            p_x = x + batch * x_batch_stride + wide(b_row) * x_stride + b_column
+            p_x = x + batch * x_batch_stride + to_int64(b_row) * x_stride + b_column
             b_of_gamma += b_g * tl.load(p_x, mask=b_ok, other=0.0).to(tl.float32)
         b_of_beta += b_g
         if grad_x is not None:
             b_gamma = tl.load(gamma + batch * gamma_stride + b_column, mask=b_in, other=0.0).to(tl.float32) + offset
             tl.store(grad_x + b_at, round_to(b_g * b_gamma, grad_x.dtype.element_ty), mask=b_ok)
-    b_to = (wide(block) * batches + batch) * dim + (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    b_to = (to_int64(block) * batches + batch) * dim + (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_kept = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N) < dim
     if gamma_parts is not None:
         tl.store(gamma_parts + b_to, tl.sum(b_of_gamma, 0), mask=b_kept)
@@ -112,7 +114,7 @@ def film_along_backward_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The gradients of BLOCK_M features, each of one entry, whose regions lie next to each other."""
-    b_row = wide(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b_row = to_int64(tl.program_id(0)) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_in = b_row < rows
     b_batch, b_feature = b_row // dim, b_row % dim
     b_of_gamma = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import product_add, round_to, wide
+from velm_kernels.triton.kernels import product_add, round_to, to_int64
 
 
 @triton.jit
@@ -13,16 +13,16 @@ def _projection(
     x, x_stride, factor, dim, repeat, r, b_b, rows, b_o, out, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr
 ):
     """A tile of [1; x] factor[r], for rows of the result of which `repeat` neighbours share one of x."""
-    factor += wide(r) * (dim + 1) * out
+    factor += to_int64(r) * (dim + 1) * out
     b_in_o = b_o < out
     b_one = tl.load(factor + b_o, mask=b_in_o, other=0.0).to(tl.float32)
     b_acc = tl.zeros((b_b.shape[0], b_o.shape[0]), tl.float32) + b_one[None, :]
-    p_x = x + (wide(b_b) // repeat)[:, None] * x_stride
+    p_x = x + (to_int64(b_b) // repeat)[:, None] * x_stride
     b_k = tl.arange(0, BLOCK_K)
     for start in tl.range(0, dim, BLOCK_K):
         b_in_k = start + b_k < dim
         b_x = tl.load(p_x + (start + b_k)[None, :], mask=(b_b < rows)[:, None] & b_in_k[None, :], other=0.0)
-        p_f = factor + wide(1 + start + b_k)[:, None] * out + b_o[None, :]
+        p_f = factor + to_int64(1 + start + b_k)[:, None] * out + b_o[None, :]
         b_f = tl.load(p_f, mask=b_in_k[:, None] & b_in_o[None, :], other=0.0)
         b_acc = product_add(b_x, b_f, b_acc, PRECISION)
     return b_acc
@@ -31,7 +31,7 @@ def _projection(
 @triton.jit
 def _kept(kept, repeat, r, b_b, rows, b_o, out):
     """Where a tile of the projections that backward keeps lies."""
-    return kept + (wide(r) * (rows // repeat) + wide(b_b) // repeat)[:, None] * out + b_o[None, :]
+    return kept + (to_int64(r) * (rows // repeat) + to_int64(b_b) // repeat)[:, None] * out + b_o[None, :]
 
 
 @triton.jit
@@ -136,7 +136,7 @@ def low_rank_kernel(
         b_acc += b_product
     if bias is not None:
         b_acc += tl.load(bias + b_o, mask=b_o < out, other=0.0).to(tl.float32)[None, :]
-    p_out = result + wide(b_b)[:, None] * out + b_o[None, :]
+    p_out = result + to_int64(b_b)[:, None] * out + b_o[None, :]
     tl.store(p_out, round_to(b_acc, result.dtype.element_ty), mask=(b_b < rows)[:, None] & (b_o < out)[None, :])
 
 
@@ -155,7 +155,7 @@ def _again(
 @triton.jit
 def _store(gradient, b_tile, width, column, b_b, rows, b_o, out):
     if gradient is not None:
-        p = gradient + wide(b_b)[:, None] * width + column + b_o[None, :]
+        p = gradient + to_int64(b_b)[:, None] * width + column + b_o[None, :]
         b_ok = (b_b < rows)[:, None] & (b_o < out)[None, :]
         tl.store(p, round_to(b_tile, gradient.dtype.element_ty), mask=b_ok)
 
@@ -212,7 +212,7 @@ def low_rank_gradients_kernel(
     b_b = (block % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_o = (block // row_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_ok = (b_b < rows)[:, None] & (b_o < out)[None, :]
-    b_g = tl.load(grad + wide(b_b)[:, None] * out + b_o[None, :], mask=b_ok, other=0.0).to(tl.float32)
+    b_g = tl.load(grad + to_int64(b_b)[:, None] * out + b_o[None, :], mask=b_ok, other=0.0).to(tl.float32)
     scale = tl.load(weight + r).to(tl.float32)
     width, column = ranks * out, part * out
     b_0 = _again(kept0, x0, stride0, factor0, dim0, repeat0, r, b_b, rows, b_o, out, BLOCK_K, PRECISION)

@@ -115,8 +115,8 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
             f"(batch, dim), given {checks.shapes(given)}"
         ) from None
     batch, count = shape[0], len(features)
-    wide = torch.promote_types(first.dtype, torch.float32)
-    checks.dtype_in("weights", checks.tensor("weights", weights), tuple({first.dtype, wide}))
+    compute_dtype = torch.promote_types(first.dtype, torch.float32)
+    checks.dtype_in("weights", checks.tensor("weights", weights), tuple({first.dtype, compute_dtype}))
     checks.same_device("weights", weights, "features", first)
     if tuple(weights.shape) not in ((count,), (batch, count)):
         raise ValueError(
@@ -124,7 +124,7 @@ def canonical(features: Sequence[Tensor], weights: Tensor) -> Arguments:
         )
     return {
         "features": [as_regions(value, shape[:1], shape[1:-1]) for value in features],
-        "weights": weights.to(wide).expand(batch, count).contiguous(),
+        "weights": weights.to(compute_dtype).expand(batch, count).contiguous(),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def weighted_sum_kernel(
     """out = the sum of the features (a tuple of tensors) times their weights, in order, plus `before`."""
     program = tl.program_id(0)
     part = program // column_blocks
-    batch = wide(part // row_blocks)
+    batch = to_int64(part // row_blocks)
     b_row = (part % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_column = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     b_ok = (b_row < regions) & (b_column < dim)
@@ -37,7 +37,7 @@ def weighted_sum_kernel(
         b_sum += tl.load(before + b_at, mask=b_ok, other=0.0)
     for i in tl.static_range(FEATURES):
         weight = tl.load(weights + batch * count + i)
-        p_x = features[i] + batch * strides[i][0] + wide(b_row) * strides[i][1] + b_column
+        p_x = features[i] + batch * strides[i][0] + to_int64(b_row) * strides[i][1] + b_column
         b_sum += weight * tl.load(p_x, mask=b_ok, other=0.0).to(tl.float32)
     tl.store(out + b_at, round_to(b_sum, out.dtype.element_ty), mask=b_ok)
 
@@ -66,16 +66,16 @@ def weighted_sum_backward_kernel(
     program = tl.program_id(0)
     part = program // column_blocks
     block = part % row_blocks
-    batch = wide(part // row_blocks)
+    batch = to_int64(part // row_blocks)
     b_row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_column = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     b_ok = (b_row < regions) & (b_column < dim)
     b_at = (batch * regions + b_row) * dim + b_column
     b_g = tl.load(grad + b_at, mask=b_ok, other=0.0).to(tl.float32)
-    piece = wide(block) * column_blocks + program % column_blocks
+    piece = to_int64(block) * column_blocks + program % column_blocks
     for i in tl.static_range(FEATURES):
         if features[i] is not None:
-            p_x = features[i] + batch * strides[i][0] + wide(b_row) * strides[i][1] + b_column
+            p_x = features[i] + batch * strides[i][0] + to_int64(b_row) * strides[i][1] + b_column
             b_product = tl.sum(b_g * tl.load(p_x, mask=b_ok, other=0.0).to(tl.float32))
             tl.store(products + (piece * batches + batch) * count + i, b_product)
         if grads[i] is not None:
@@ -83,4 +83,4 @@ def weighted_sum_backward_kernel(
             tl.store(grads[i] + b_at, round_to(b_g * weight, grads[i].dtype.element_ty), mask=b_ok)
     if sums is not None:
         b_to = (program % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-        tl.store(sums + (wide(block) * batches + batch) * dim + b_to, tl.sum(b_g, 0), mask=b_to < dim)
+        tl.store(sums + (to_int64(block) * batches + batch) * dim + b_to, tl.sum(b_g, 0), mask=b_to < dim)

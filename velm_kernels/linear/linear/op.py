@@ -47,12 +47,12 @@ def gradients(a: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
     like = grad if grad is not None else grad_kept
     assert like is not None
     saved, of_value = (a.out, True) if a.kept is None else (a.kept, a.keeps == "value")
-    wide = torch.promote_types(like.dtype, torch.float32)
+    compute_dtype = torch.promote_types(like.dtype, torch.float32)
 
     def of_z(of: Tensor, through_activation: bool) -> Tensor:
-        of = of.to(wide)
+        of = of.to(compute_dtype)
         return (
-            reference.activation_gradient(of, saved.to(wide), a.activation, of_value)
+            reference.activation_gradient(of, saved.to(compute_dtype), a.activation, of_value)
             if through_activation and a.activation
             else of
         )
@@ -64,8 +64,8 @@ def gradients(a: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
             grad_z = more if grad_z is None else grad_z + more
         assert grad_z is not None
         found = [
-            grad_z @ a.weight.to(wide) if wanted[0] else None,
-            grad_z.transpose(0, 1) @ a.x.to(wide) if wanted[1] else None,
+            grad_z @ a.weight.to(compute_dtype) if wanted[0] else None,
+            grad_z.transpose(0, 1) @ a.x.to(compute_dtype) if wanted[1] else None,
             grad_z.sum(0) if wanted[2] else None,
         ]
     return [None if value is None else value.to(like.dtype) for value in found]

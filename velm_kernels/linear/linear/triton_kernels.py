@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, tanh, wide
+from velm_kernels.triton.kernels import round_to, tanh, to_int64
 
 
 @triton.jit
@@ -74,12 +74,12 @@ def linear_epilogue_kernel(
     b_i = (tl.program_id(0) // column_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_j = (tl.program_id(0) % column_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_ok = (b_i < rows)[:, None] & (b_j < features)[None, :]
-    b_at = wide(b_i)[:, None] * features + b_j[None, :]
+    b_at = to_int64(b_i)[:, None] * features + b_j[None, :]
     b_out = _activate(tl.load(z + b_at, mask=b_ok, other=0.0).to(tl.float32), ACTIVATION)
     if value is not None:
         tl.store(value + b_at, round_to(b_out, value.dtype.element_ty), mask=b_ok)
     if residual is not None:
-        p_residual = residual + wide(b_i)[:, None] * residual_stride + b_j[None, :]
+        p_residual = residual + to_int64(b_i)[:, None] * residual_stride + b_j[None, :]
         b_out += tl.load(p_residual, mask=b_ok, other=0.0).to(tl.float32)
     tl.store(out + b_at, round_to(b_out, out.dtype.element_ty), mask=b_ok)
 
@@ -109,8 +109,8 @@ def linear_grad_kernel(
     for step in tl.range(0, steps):
         b_i = (row_program * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         b_ok = (b_i < rows)[:, None] & b_in_n[None, :]
-        b_g = tl.load(grad + wide(b_i)[:, None] * grad_stride + b_j[None, :], mask=b_ok, other=0.0).to(tl.float32)
-        b_at = wide(b_i)[:, None] * features + b_j[None, :]
+        b_g = tl.load(grad + to_int64(b_i)[:, None] * grad_stride + b_j[None, :], mask=b_ok, other=0.0).to(tl.float32)
+        b_at = to_int64(b_i)[:, None] * features + b_j[None, :]
         if saved is not None:
             b_saved = tl.load(saved + b_at, mask=b_ok, other=0.0).to(tl.float32)
             b_g = b_g * _slope(b_saved, ACTIVATION, FROM_VALUE)
@@ -118,4 +118,4 @@ def linear_grad_kernel(
             tl.store(grad_z + b_at, round_to(b_g, grad_z.dtype.element_ty), mask=b_ok)
         b_sum += b_g
     if partial_bias is not None:
-        tl.store(partial_bias + wide(row_program) * features + b_j, tl.sum(b_sum, 0), mask=b_in_n)
+        tl.store(partial_bias + to_int64(row_program) * features + b_j, tl.sum(b_sum, 0), mask=b_in_n)

@@ -11,7 +11,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.attention.cross_attention import cross_attention, cross_attention_varlen
 from velm_kernels.backends import Arguments, cuda, derivatives, forced, register_composed
-from velm_kernels.backends.small import ANY, takes_torch, wide
+from velm_kernels.backends.small import ANY, in_float32, takes_torch
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear.linear import linear
 from velm_kernels.pooling.attention_pool.op import OPERATOR
@@ -156,7 +156,7 @@ def _small_ordinary(
         # The public function knows where torch's kernel is the faster one.
         pooled = cross_attention(query.expand(len(x), *query.shape[-3:]), key, value, scale=1.0)
     else:
-        pooled = torch.softmax(wide(query) @ wide(key).transpose(-1, -2), -1) @ wide(value)
+        pooled = torch.softmax(in_float32(query) @ in_float32(key).transpose(-1, -2), -1) @ in_float32(value)
     return pooled.transpose(1, 2).flatten(2).to(x.dtype)
 
 

@@ -15,8 +15,8 @@ from velm_kernels.pooling.tokens import check_values, live_tokens, padded
 
 def _shapes(a: Any) -> tuple[Tensor, Tensor]:
     segments = a.x.shape[0] if a.cu_seqlens is None else a.cu_seqlens.shape[0] - 1
-    wide = torch.promote_types(a.x.dtype, torch.float32)
-    return a.x.new_empty(segments, *a.rows.shape[1:]), a.x.new_empty(segments, a.rows.shape[1], dtype=wide)
+    compute_dtype = torch.promote_types(a.x.dtype, torch.float32)
+    return a.x.new_empty(segments, *a.rows.shape[1:]), a.x.new_empty(segments, a.rows.shape[1], dtype=compute_dtype)
 
 
 def meaning(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import product_add, round_to, sequence, wide
+from velm_kernels.triton.kernels import product_add, round_to, sequence, to_int64
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _live(tokens, segment, b_token, count):
     if tokens.lengths is not None:
         b_live = b_live & (b_token < tl.load(tokens.lengths + segment))
     if tokens.mask is not None:
-        b_live = tl.load(tokens.mask + wide(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
+        b_live = tl.load(tokens.mask + to_int64(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
     return b_live
 
 
@@ -33,9 +33,9 @@ def _live(tokens, segment, b_token, count):
 def _weight_rows(weights, tokens, segment, b_row, rows):
     """Where the weights of rows of a segment begin."""
     if tokens.cu_seqlens is None:
-        return weights + (wide(segment) * rows + b_row) * tokens.tokens
+        return weights + (to_int64(segment) * rows + b_row) * tokens.tokens
     else:
-        return weights + wide(b_row) * tokens.tokens
+        return weights + to_int64(b_row) * tokens.tokens
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def products_kernel(
     b_some = b_row < rows
     start, count = _token_range(tokens, segment)
     p_weights = _weight_rows(weights, tokens, segment, b_row, rows)
-    p_a = a + wide(segment) * a_segment + wide(b_row)[:, None] * dim
-    p_x = x + wide(segment) * strides.segment
+    p_a = a + to_int64(segment) * a_segment + to_int64(b_row)[:, None] * dim
+    p_x = x + to_int64(segment) * strides.segment
     for first in tl.range(split * BLOCK_N, count, splits * BLOCK_N):
         b_token = first + tl.arange(0, BLOCK_N)
         b_live = _live(tokens, segment, b_token, count)
@@ -72,7 +72,7 @@ def products_kernel(
             b_column = column + tl.arange(0, BLOCK_D)
             b_in = b_column < dim
             b_a = tl.load(p_a + b_column[None, :], mask=b_some[:, None] & b_in[None, :], other=0.0)
-            p_token = p_x + wide(start + b_token)[None, :] * strides.token + b_column[:, None]
+            p_token = p_x + to_int64(start + b_token)[None, :] * strides.token + b_column[:, None]
             b_x = tl.load(p_token, mask=b_live[None, :] & b_in[:, None], other=0.0)
             b_sum = product_add(b_a, b_x, b_sum, PRECISION)
         b_write = b_some[:, None] & (b_token < count)[None, :]
@@ -98,7 +98,7 @@ def softmax_kernel(weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
     largest = tl.max(b_largest, 0)
     base = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.sum(b_sum * tl.exp(b_largest - base), 0)
-    tl.store(logsumexp + wide(segment) * rows + row, base + tl.log(total))
+    tl.store(logsumexp + to_int64(segment) * rows + row, base + tl.log(total))
     for first in tl.range(0, count, BLOCK):
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
@@ -114,7 +114,7 @@ def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOC
     the very same products: that of the gradient with the result, which is rounded, leaves little of the difference
     where one token has nearly all of the weight. Weights are divided by their sum, as the logsumexp is rounded too."""
     segment, row = tl.program_id(0) // rows, tl.program_id(0) % rows
-    lse = tl.load(logsumexp + wide(segment) * rows + row)
+    lse = tl.load(logsumexp + to_int64(segment) * rows + row)
     start, count = _token_range(tokens, segment)
     p_row = _weight_rows(weights, tokens, segment, row, rows) + start
     p_grad = _weight_rows(grad_weights, tokens, segment, row, rows) + start
@@ -162,17 +162,17 @@ def pooled_kernel(
     b_some, b_in = b_row < rows, b_column < dim
     start, count = _token_range(tokens, segment)
     p_weights = _weight_rows(weights, tokens, segment, b_row, rows)
-    p_x = x + wide(segment) * strides.segment + b_column[None, :]
+    p_x = x + to_int64(segment) * strides.segment + b_column[None, :]
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for first in tl.range(0, count, BLOCK_N):
         b_token = first + tl.arange(0, BLOCK_N)
         b_live = _live(tokens, segment, b_token, count)
         p_tile = p_weights[:, None] + (start + b_token)[None, :]
         b_weight = tl.load(p_tile, mask=b_some[:, None] & b_live[None, :], other=0.0)
-        p_token = p_x + wide(start + b_token)[:, None] * strides.token
+        p_token = p_x + to_int64(start + b_token)[:, None] * strides.token
         b_x = tl.load(p_token, mask=b_live[:, None] & b_in[None, :], other=0.0)
         b_sum = product_add(round_to(b_weight, x.dtype.element_ty), b_x, b_sum, PRECISION)
-    p_out = out + (wide(segment) * rows + b_row)[:, None] * dim + b_column[None, :]
+    p_out = out + (to_int64(segment) * rows + b_row)[:, None] * dim + b_column[None, :]
     tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=b_some[:, None] & b_in[None, :])
 
 
@@ -201,9 +201,9 @@ def tokens_kernel(
     b_column = (tl.program_id(0) % dim_blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     b_in = b_column < dim
     start, count = _token_range(tokens, segment)
-    p_grad = grad + wide(segment) * rows * dim + b_column[None, :]
-    p_a = a + wide(segment) * a_segment + b_column[None, :]
-    p_out = grad_x + wide(segment) * grad_segment + b_column[None, :]
+    p_grad = grad + to_int64(segment) * rows * dim + b_column[None, :]
+    p_a = a + to_int64(segment) * a_segment + b_column[None, :]
+    p_out = grad_x + to_int64(segment) * grad_segment + b_column[None, :]
     for first in tl.range(split * BLOCK_N, count, splits * BLOCK_N):
         b_token = first + tl.arange(0, BLOCK_N)
         b_write = b_token < count
@@ -219,11 +219,11 @@ def tokens_kernel(
             p_score = _weight_rows(grad_weights, tokens, segment, b_row, rows)[None, :] + b_at
             b_score = tl.load(p_score, mask=b_tile, other=0.0)
             b_both = b_some[:, None] & b_in[None, :]
-            b_grad = tl.load(p_grad + wide(b_row)[:, None] * dim, mask=b_both, other=0.0)
-            b_a = tl.load(p_a + wide(b_row)[:, None] * dim, mask=b_both, other=0.0)
+            b_grad = tl.load(p_grad + to_int64(b_row)[:, None] * dim, mask=b_both, other=0.0)
+            b_a = tl.load(p_a + to_int64(b_row)[:, None] * dim, mask=b_both, other=0.0)
             b_sum = product_add(round_to(b_weight, a.dtype.element_ty), b_grad, b_sum, PRECISION)
             b_sum = product_add(round_to(b_score, a.dtype.element_ty), b_a, b_sum, PRECISION)
-        p_tile = p_out + wide(start + b_token)[:, None] * dim
+        p_tile = p_out + to_int64(start + b_token)[:, None] * dim
         b_value = round_to(b_sum, grad_x.dtype.element_ty)
         # The weights of a token that does not count are 0, whose product with NaN is not.
         b_live = _live(tokens, segment, b_token, count)

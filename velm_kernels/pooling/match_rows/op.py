@@ -13,8 +13,8 @@ from velm_kernels.pooling.match_rows.reference import match_rows
 
 
 def _shapes(v: Any) -> tuple[Tensor, Tensor]:
-    shape, wide = v.a.shape[:2], torch.promote_types(v.a.dtype, torch.float32)
-    return v.a.new_empty(shape, dtype=wide), v.a.new_empty(shape, dtype=torch.int32)
+    shape, compute_dtype = v.a.shape[:2], torch.promote_types(v.a.dtype, torch.float32)
+    return v.a.new_empty(shape, dtype=compute_dtype), v.a.new_empty(shape, dtype=torch.int32)
 
 
 def _too_many(arguments: Arguments) -> list[str]:

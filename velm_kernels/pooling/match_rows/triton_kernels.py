@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, product_add, wide
+from velm_kernels.triton.kernels import FAR, product_add, to_int64
 
 
 @triton.jit
@@ -16,7 +16,7 @@ def inverse_norms_kernel(
     batch = tl.program_id(0) // blocks
     b_row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_some = b_row < rows
-    p_x = x + wide(batch) * batch_stride + wide(b_row)[:, None] * row_stride
+    p_x = x + to_int64(batch) * batch_stride + to_int64(b_row)[:, None] * row_stride
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for column in tl.range(0, dim, BLOCK_D):
         b_d = column + tl.arange(0, BLOCK_D)
@@ -24,7 +24,7 @@ def inverse_norms_kernel(
         b_sum += b_x * b_x
     b_square = tl.sum(b_sum, 1)
     b_inverse = tl.where(b_square == 0.0, 0.0, 1.0 / tl.sqrt_rn(tl.where(b_square == 0.0, 1.0, b_square)))
-    tl.store(inverse_norms + wide(batch) * rows + b_row, b_inverse, mask=b_some)
+    tl.store(inverse_norms + to_int64(batch) * rows + b_row, b_inverse, mask=b_some)
 
 
 @triton.jit
@@ -53,12 +53,12 @@ def match_rows_kernel(
     batch = tl.program_id(0) // blocks
     b_m = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_some = b_m < rows
-    p_a = a + wide(batch) * a_batch + wide(b_m)[:, None] * a_row
+    p_a = a + to_int64(batch) * a_batch + to_int64(b_m)[:, None] * a_row
     b_most = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_where = tl.zeros((BLOCK_M,), tl.int32)
     for first in tl.range(0, columns, BLOCK_N):
         b_n = first + tl.arange(0, BLOCK_N)
-        p_b = b + wide(batch) * b_batch + wide(b_n)[None, :] * b_row
+        p_b = b + to_int64(batch) * b_batch + to_int64(b_n)[None, :] * b_row
         b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for column in tl.range(0, dim, BLOCK_D):
             b_d = column + tl.arange(0, BLOCK_D)
@@ -66,7 +66,7 @@ def match_rows_kernel(
             b_x = tl.load(p_a + b_d[None, :], mask=b_some[:, None] & b_in[None, :], other=0.0)
             b_y = tl.load(p_b + b_d[:, None], mask=b_in[:, None] & (b_n < columns)[None, :], other=0.0)
             b_sum = product_add(b_x, b_y, b_sum, PRECISION)
-        b_inverse = tl.load(b_norms + wide(batch) * columns + b_n, mask=b_n < columns, other=0.0)
+        b_inverse = tl.load(b_norms + to_int64(batch) * columns + b_n, mask=b_n < columns, other=0.0)
         b_score = b_sum * b_inverse[None, :]
         # NaN is never the largest.
         b_score = tl.where((b_score == b_score) & (b_n < columns)[None, :], b_score, float("-inf"))
@@ -74,7 +74,7 @@ def match_rows_kernel(
         b_first = tl.min(tl.where(b_score == b_largest[:, None], b_n[None, :], FAR), 1)
         b_where = tl.where(b_largest > b_most, b_first, b_where)
         b_most = tl.maximum(b_most, b_largest)
-    b_most = b_most * tl.load(a_norms + wide(batch) * rows + b_m, mask=b_some, other=0.0)
+    b_most = b_most * tl.load(a_norms + to_int64(batch) * rows + b_m, mask=b_some, other=0.0)
     b_most = tl.where(b_most == b_most, b_most, float("-inf"))
-    tl.store(similarity + wide(batch) * rows + b_m, b_most, mask=b_some)
-    tl.store(best + wide(batch) * rows + b_m, b_where, mask=b_some)
+    tl.store(similarity + to_int64(batch) * rows + b_m, b_most, mask=b_some)
+    tl.store(best + to_int64(batch) * rows + b_m, b_where, mask=b_some)

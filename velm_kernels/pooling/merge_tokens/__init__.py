@@ -137,13 +137,13 @@ def _checked(x: Tensor, metric: Tensor, r: int, size: Tensor | None, protected: 
     checks.same_device("metric", metric, "x", x)
     protected = _count("protected", protected, tokens, "the tokens of x")
     r = _count("r", r, (tokens - protected) // 2, f"half of the {tokens - protected} tokens that are not protected")
-    wide = torch.promote_types(x.dtype, torch.float32)
+    compute_dtype = torch.promote_types(x.dtype, torch.float32)
     if size is None:
-        return torch.ones(batch, tokens, dtype=wide, device=x.device), protected, r
+        return torch.ones(batch, tokens, dtype=compute_dtype, device=x.device), protected, r
     checks.dtype_in("size", checks.tensor("size", size), checks.FLOAT_DTYPES)
     checks.shape("size", size, "(..., tokens)", (*leading, tokens))
     checks.same_device("size", size, "x", x)
-    return size.reshape(batch, tokens).to(wide), protected, r
+    return size.reshape(batch, tokens).to(compute_dtype), protected, r
 
 
 def _where_to(metric: Tensor, r: int, protected: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
-from velm_kernels.backends.small import ANY, takes_torch, values_of, wide
+from velm_kernels.backends.small import ANY, in_float32, takes_torch, values_of
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling.pool.op import OPERATOR
 from velm_kernels.pooling.pool.reference import MODES
@@ -134,7 +134,7 @@ def _of_tokens(x: Tensor, mode: str) -> Tensor:
     if mode == "sum":
         return x.sum(-2)
     if mode == "logsumexp":
-        return wide(x).logsumexp(-2).to(x.dtype)
+        return in_float32(x).logsumexp(-2).to(x.dtype)
     # The gradient goes to the first of equal ones.
     return x.max(-2).values if torch.is_grad_enabled() and x.requires_grad else x.amax(-2)
 
@@ -187,7 +187,7 @@ def plain_segments(x: Tensor, cu_seqlens: Tensor, mode: str = "mean", p: float =
     if x.numel() > SMALL_SEGMENTS:
         return None
     lengths = cu_seqlens.diff().long()
-    given = wide(x)
+    given = in_float32(x)
     index = torch.repeat_interleave(lengths, output_size=tokens)
     out = given.new_zeros(len(lengths), x.shape[1]).index_add(0, index, given)
     if mode == "mean":

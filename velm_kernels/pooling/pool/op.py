@@ -86,9 +86,9 @@ def _gradient(
         mask = source >= 0
     elif x is None:
         x = grad.new_zeros(grad.shape[0], tokens, grad.shape[1])
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    compute_dtype = torch.promote_types(grad.dtype, torch.float32)
     live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)[..., None]
-    g, x = grad.to(wide)[:, None], torch.where(live, x.to(wide), 0.0)
+    g, x = grad.to(compute_dtype)[:, None], torch.where(live, x.to(compute_dtype), 0.0)
     if mode == MAX:
         position = torch.arange(x.shape[1], device=x.device)[None, :, None]
         parts = torch.where(stats[:, None] == position, g, 0.0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, LOG2E, round_to, wide
+from velm_kernels.triton.kernels import FAR, LOG2E, round_to, to_int64
 
 MEAN = tl.constexpr(0)
 SUM = tl.constexpr(1)
@@ -111,7 +111,7 @@ def pool_kernel(
     b_column = (tl.program_id(0) % dim_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     b_in = b_column < dim
     begin, end = _bounds(tokens, segment)
-    p_x = x + wide(segment) * strides.segment + wide(b_column)[None, :] * strides.dim
+    p_x = x + to_int64(segment) * strides.segment + to_int64(b_column)[None, :] * strides.dim
     b_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_index = tl.full((BLOCK_M, BLOCK_N), FAR, tl.int32)
@@ -126,10 +126,10 @@ def pool_kernel(
         b_token = first + tl.arange(0, BLOCK_M)
         b_live = b_token < end
         if tokens.mask is not None:
-            b_live = tl.load(tokens.mask + wide(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
+            b_live = tl.load(tokens.mask + to_int64(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
         b_count += b_live.to(tl.int32)
         b_read = b_live[:, None] & b_in[None, :]
-        b_x = tl.load(p_x + wide(b_token)[:, None] * strides.token, mask=b_read, other=0.0).to(tl.float32)
+        b_x = tl.load(p_x + to_int64(b_token)[:, None] * strides.token, mask=b_read, other=0.0).to(tl.float32)
         if MODE == MEAN or MODE == SUM:  # noqa: SIM109
             b_a += b_x
         elif MODE == GEM:
@@ -160,7 +160,7 @@ def pool_kernel(
         b_hit = tl.where(b_nan[None, :], b_a != b_a, b_a == b_largest[None, :])
         b_first = tl.min(tl.where(b_hit, b_index, FAR), 0)
         b_out = tl.where(b_nan, float("nan"), b_largest)
-        tl.store(stats + wide(segment) * dim + b_column, tl.where(count > 0, b_first, -1), mask=b_in)
+        tl.store(stats + to_int64(segment) * dim + b_column, tl.where(count > 0, b_first, -1), mask=b_in)
     elif MODE == LOGSUMEXP:
         b_largest = tl.max(b_a, 0)
         b_shift = tl.where(b_largest == float("inf"), 0.0, b_largest)
@@ -176,8 +176,8 @@ def pool_kernel(
             b_out = b_out / tl.maximum(count, 1).to(tl.float32)
     b_out = tl.where(count > 0, b_out, 0.0)
     if MODE == LOGSUMEXP or MODE == GEM:  # noqa: SIM109
-        tl.store(stats + wide(segment) * dim + b_column, b_out, mask=b_in)
-    tl.store(out + wide(segment) * dim + b_column, round_to(b_out, out.dtype.element_ty), mask=b_in)
+        tl.store(stats + to_int64(segment) * dim + b_column, b_out, mask=b_in)
+    tl.store(out + to_int64(segment) * dim + b_column, round_to(b_out, out.dtype.element_ty), mask=b_in)
 
 
 @triton.jit
@@ -190,7 +190,7 @@ def pool_counts_kernel(tokens, counts, BLOCK: tl.constexpr):
         b_count = tl.zeros((BLOCK,), tl.int32)
         for first in tl.range(begin, end, BLOCK):
             b_token = first + tl.arange(0, BLOCK)
-            p_mask = tokens.mask + wide(segment) * tokens.tokens + b_token
+            p_mask = tokens.mask + to_int64(segment) * tokens.tokens + b_token
             b_count += (tl.load(p_mask, mask=b_token < end, other=0) != 0).to(tl.int32)
         count = tl.sum(b_count, 0)
     tl.store(counts + segment, count)
@@ -247,10 +247,10 @@ def pool_backward_kernel(
         _, end = _bounds(tokens, segment)
         b_live = b_token < end
         if tokens.mask is not None:
-            b_live = tl.load(tokens.mask + wide(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
+            b_live = tl.load(tokens.mask + to_int64(segment) * tokens.tokens + b_token, mask=b_live, other=0) != 0
     b_in = b_column < dim
     b_read = b_live[:, None] & b_in[None, :]
-    b_at = wide(b_segment)[:, None] * dim + b_column[None, :]
+    b_at = to_int64(b_segment)[:, None] * dim + b_column[None, :]
     b_grad = tl.load(grad + b_at, mask=b_read, other=0.0).to(tl.float32)
     if MODE == MEAN or MODE == GEM:  # noqa: SIM109
         b_count = tl.load(counts + b_segment, mask=b_live, other=1)
@@ -259,8 +259,8 @@ def pool_backward_kernel(
         b_index = tl.load(stats + b_at, mask=b_read, other=-1)
         b_grad = tl.where(b_index == b_number[:, None], b_grad, 0.0)
     if MODE == LOGSUMEXP or MODE == GEM:  # noqa: SIM109
-        p_x = x + wide(b_segment)[:, None] * strides.segment + wide(b_token)[:, None] * strides.token
-        b_x = tl.load(p_x + wide(b_column)[None, :] * strides.dim, mask=b_read, other=0.0).to(tl.float32)
+        p_x = x + to_int64(b_segment)[:, None] * strides.segment + to_int64(b_token)[:, None] * strides.token
+        b_x = tl.load(p_x + to_int64(b_column)[None, :] * strides.dim, mask=b_read, other=0.0).to(tl.float32)
         b_stat = tl.load(stats + b_at, mask=b_read, other=0.0)
         if MODE == LOGSUMEXP:
             # Where all are -inf.
@@ -275,7 +275,7 @@ def pool_backward_kernel(
                 b_factor = tl.where(power == 1.0, 1.0, _power(b_ratio, power - 1.0, False))
             b_grad = tl.where(b_x >= EPS, b_grad * b_factor, 0.0)
     b_result = round_to(tl.where(b_read, b_grad, 0.0), grad_x.dtype.element_ty)
-    p_grad = grad_x + wide(b_token)[:, None] * grad_strides.token + wide(b_column)[None, :] * grad_strides.dim
+    p_grad = grad_x + to_int64(b_token)[:, None] * grad_strides.token + to_int64(b_column)[None, :] * grad_strides.dim
     if tokens.cu_seqlens is None:
-        p_grad += wide(b_segment)[:, None] * grad_strides.segment
+        p_grad += to_int64(b_segment)[:, None] * grad_strides.segment
     tl.store(p_grad, b_result, mask=b_write[:, None] & b_in[None, :])

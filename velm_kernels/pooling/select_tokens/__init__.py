@@ -9,7 +9,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import register_composed
-from velm_kernels.backends.small import ANY, takes_torch, wide
+from velm_kernels.backends.small import ANY, in_float32, takes_torch
 from velm_kernels.layout import product
 from velm_kernels.pooling.gather_rows import gather_rows
 from velm_kernels.pooling.select_tokens.op import select_rows
@@ -150,7 +150,7 @@ def _highest(scores: Tensor, k: int) -> Tensor:
     if scores.numel() < MANY_SCORES:
         return ranks.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort().values
     # Integers in the order of the scores: no two are equal, and the first of equal scores has the greatest.
-    bits = (wide(ranks) + 0.0).view(torch.int32)
+    bits = (in_float32(ranks) + 0.0).view(torch.int32)
     last = scores.shape[-1] - 1
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().mul_(1 << 32).add_(torch.arange(last, -1, -1))
     return (last - (keys.topk(k, sorted=False).values & 0xFFFFFFFF)).sort().values

@@ -28,7 +28,7 @@ from velm_kernels.attention.triton_kernels.tiles import (
     seen_keys,
     unless_infinite,
 )
-from velm_kernels.triton.kernels import LN2, LOG2E, round_to, wide
+from velm_kernels.triton.kernels import LN2, LOG2E, round_to, to_int64
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def _attend(
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, True, BLOCK_N)
@@ -89,7 +89,7 @@ def _attend(
             b_p = tl.where(kept(dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
         if GUARDED:
             b_ok = seen_keys(b_s, True)
-        v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         b_p = round_to(b_p, p_v.dtype.element_ty)
         accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
     return accs, b_max, b_shift, b_sum
@@ -187,7 +187,7 @@ def attention_forward_kernel(
 
     # The rows of a block may belong to several heads.
     p_q = row_of(query, query_strides, b, 0, e.start_q)
-    b_q_offset = wide(b_head) * query_strides.head + wide(b_m) * query_strides.row
+    b_q_offset = to_int64(b_head) * query_strides.head + to_int64(b_m) * query_strides.row
     # [BM, D]
     q = rows_at(p_q, b_q_offset, b_in, HEAD_DIM, BLOCK_D)
     p_k = row_of(key, key_strides, b, kv_head, e.start_k)
@@ -245,14 +245,14 @@ def attention_forward_kernel(
     if SPLIT:
         b_lse = tl.where((b_sum == 0.0) & (b_max == LOWEST), LOWEST, b_lse)
 
-    b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + e.start_q + b_m
+    b_lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(b_head) * logsumexp_strides.head + e.start_q + b_m
     if SPLIT:
         # `logsumexp_strides.row` is the number of rows of one partial result.
-        b_lse_at = b_lse_at + wide(split) * logsumexp_strides.row
+        b_lse_at = b_lse_at + to_int64(split) * logsumexp_strides.row
         b_out_offset = b_lse_at * VALUE_DIM
     else:
         out = row_of(out, out_strides, b, 0, e.start_q)
-        b_out_offset = wide(b_head) * out_strides.head + wide(b_m) * out_strides.row
+        b_out_offset = to_int64(b_head) * out_strides.head + to_int64(b_m) * out_strides.row
     tl.store(logsumexp + b_lse_at, b_lse, mask=b_m < tl.where(part == 0, queries, 0))
     store_pieces(out, b_out_offset, b_in, accs, b_scale[:, None], part, VALUE_DIM, BLOCK_DV, PARTS)
 
@@ -282,7 +282,7 @@ def merge_splits_kernel(
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     for split in tl.range(0, splits):
-        b_at = wide(split) * rows + b_row
+        b_at = to_int64(split) * rows + b_row
         b_lse = tl.load(partial_logsumexp + b_at, mask=b_in, other=-float("inf"))
         b_out = tl.load(partial_out + (b_at * VALUE_DIM)[:, None] + b_dv[None, :], mask=b_ok, other=0.0)
         b_new_max = tl.maximum(b_max, b_lse)
@@ -298,7 +298,9 @@ def merge_splits_kernel(
     b = b_row // (heads * queries)
     b_head = (b_row // queries) % heads
     b_m = b_row % queries
-    p_rows = out + wide(b) * out_strides.batch + wide(b_head) * out_strides.head + wide(b_m) * out_strides.row
+    p_rows = (
+        out + to_int64(b) * out_strides.batch + to_int64(b_head) * out_strides.head + to_int64(b_m) * out_strides.row
+    )
     tl.store(p_rows[:, None] + b_dv[None, :], round_to(b_acc / b_safe[:, None], out.dtype.element_ty), mask=b_ok)
 
 
@@ -335,7 +337,7 @@ def key_mass_kernel(
     b_j = tl.arange(0, BLOCK_N)
     p_k = row_of(key, key_strides, b, head // sizes.group, e.start_k + start_n)
     p_q = row_of(query, query_strides, b, head, e.start_q)
-    p_lse = logsumexp + wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
+    p_lse = logsumexp + to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
     b_ok = key_rows_ok(masks, b, start_n, 0, e.keys, BLOCK_N, True)
     k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
     b_mass = tl.zeros((BLOCK_N,), tl.float32)
@@ -353,12 +355,12 @@ def key_mass_kernel(
             wanted = (block.lo < start_n + BLOCK_N) & (block.hi > start_n)
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
-            p_rows = p_q + wide(start_m) * query_strides.row
+            p_rows = p_q + to_int64(start_m) * query_strides.row
             q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, False, BLOCK_N)
             b_lse = unless_infinite(b_lse)[None, :]
             b_mass += tl.sum(probabilities(b_s, b_lse, None, 0, b_m, start_n, True, BLOCK_N, True), 1)
-    p_mass = key_mass + wide(b) * mass_strides.batch + wide(head) * mass_strides.head + e.start_k + start_n
+    p_mass = key_mass + to_int64(b) * mass_strides.batch + to_int64(head) * mass_strides.head + e.start_k + start_n
     tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < e.keys)

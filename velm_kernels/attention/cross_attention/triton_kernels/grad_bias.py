@@ -14,7 +14,7 @@ from velm_kernels.attention.triton_kernels.tiles import (
     scores,
     unless_infinite,
 )
-from velm_kernels.triton.kernels import wide
+from velm_kernels.triton.kernels import to_int64
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def grad_bias_kernel(
             p_do = row_of(grad_out, grad_out_strides, b, head, start_m)
             p_k = row_of(key, key_strides, b, kv_head, start_n)
             p_v = row_of(value, value_strides, b, kv_head, start_n)
-            lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head
+            lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head
             b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
             q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
             do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
@@ -113,7 +113,11 @@ def grad_bias_kernel(
         bias_rows = 1
     if SUMS_COLUMNS:
         bias_columns = 1
-    p_tile = partial + wide(split) * elements + (wide(bias_batch) * bias_heads + bias_head) * bias_rows * bias_columns
+    p_tile = (
+        partial
+        + to_int64(split) * elements
+        + (to_int64(bias_batch) * bias_heads + bias_head) * bias_rows * bias_columns
+    )
     b_m = row_tile * BLOCK_M + b_i
     b_n = column_tile * BLOCK_N + b_j
     if SUMS_ROWS and SUMS_COLUMNS:
@@ -124,7 +128,7 @@ def grad_bias_kernel(
         tl.store(p_tile + b_m, tl.sum(b_sum, 1), mask=b_m < queries)
     else:
         tl.store(
-            p_tile + wide(b_m)[:, None] * keys + b_n[None, :],
+            p_tile + to_int64(b_m)[:, None] * keys + b_n[None, :],
             b_sum,
             mask=(b_m < queries)[:, None] & (b_n < keys)[None, :],
         )

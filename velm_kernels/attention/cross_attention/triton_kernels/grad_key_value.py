@@ -25,7 +25,7 @@ from velm_kernels.attention.triton_kernels.tiles import (
     scores,
     unless_infinite,
 )
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -82,8 +82,8 @@ def _grad_key_value_tiles(
             b_delta = tl.load(p_delta + b_m, mask=b_in, other=0.0)
             # Empty rows are not read: their query and grad_out may be NaN.
             b_live = b_in & (b_lse != -float("inf"))
-            q = rows(p_q + wide(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, WIDE)
-            do = rows(p_do + wide(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, WIDE)
+            q = rows(p_q + to_int64(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, WIDE)
+            do = rows(p_do + to_int64(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, WIDE)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, False, BLOCK_N)
@@ -182,7 +182,7 @@ def grad_key_value_kernel(
         head = kv_head * sizes.group + member
         p_q = row_of(query, query_strides, b, head, e.start_q)
         p_do = row_of(grad_out, grad_out_strides, b, head, e.start_q)
-        lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
+        lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
         for masks_part in tl.static_range(1 + HAS_FULL):
             dk, dv = _grad_key_value_tiles(
                 dk,

@@ -29,7 +29,7 @@ from velm_kernels.attention.triton_kernels.tiles import (
     seen_keys,
     unless_infinite,
 )
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
@@ -58,16 +58,16 @@ def delta_kernel(
     b_head = (b_row // queries) % heads
     b_m = b_row % queries
     b_dv = tl.arange(0, BLOCK_DV)
-    b_lse_at = wide(b) * logsumexp_strides.batch + wide(b_head) * logsumexp_strides.head + b_m
+    b_lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(b_head) * logsumexp_strides.head + b_m
     # An empty row has no gradient, whatever stands in its grad_out.
     b_lse = tl.load(logsumexp + b_lse_at, mask=b_in, other=-float("inf"))
     p_do = (
         grad_out
-        + wide(b) * grad_out_strides.batch
-        + wide(b_head) * grad_out_strides.head
-        + wide(b_m) * grad_out_strides.row
+        + to_int64(b) * grad_out_strides.batch
+        + to_int64(b_head) * grad_out_strides.head
+        + to_int64(b_m) * grad_out_strides.row
     )
-    p_o = out + wide(b) * out_strides.batch + wide(b_head) * out_strides.head + wide(b_m) * out_strides.row
+    p_o = out + to_int64(b) * out_strides.batch + to_int64(b_head) * out_strides.head + to_int64(b_m) * out_strides.row
     b_column = (b_dv < VALUE_DIM)[None, :]
     b_o = tl.load(p_o[:, None] + b_dv[None, :], mask=b_in[:, None] & b_column, other=0.0).to(tl.float32)
     # Of an empty row it is 0, of one that sees nothing but -inf NaN.
@@ -77,9 +77,9 @@ def delta_kernel(
     if grad_logsumexp is not None:
         p_dlse = (
             grad_logsumexp
-            + wide(b) * grad_logsumexp_strides.batch
-            + wide(b_head) * grad_logsumexp_strides.head
-            + wide(b_m) * grad_logsumexp_strides.row
+            + to_int64(b) * grad_logsumexp_strides.batch
+            + to_int64(b_head) * grad_logsumexp_strides.head
+            + to_int64(b_m) * grad_logsumexp_strides.row
         )
         b_delta -= tl.load(p_dlse, mask=b_live, other=0.0)
     tl.store(delta + b_lse_at, b_delta, mask=b_in)
@@ -130,7 +130,7 @@ def delta_of_products_kernel(
     b_m = start_m + b_i
     b_in = b_m < e.queries
     block, _full_lo, _full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
-    lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
+    lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
     # An empty row has no gradient, whatever stands in its grad_out.
     b_live = b_lse != -float("inf")
@@ -145,8 +145,8 @@ def delta_of_products_kernel(
     for tile in tl.range(block.lo // BLOCK_N, tl.cdiv(block.hi, BLOCK_N)):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
-        k = rows(p_k + wide(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-        v = rows(p_v + wide(start_n) * value_strides.row, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+        v = rows(p_v + to_int64(start_n) * value_strides.row, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
@@ -155,7 +155,7 @@ def delta_of_products_kernel(
         b_sum += tl.sum(grad_scores(b_p, b_dp, tl.zeros((BLOCK_M, 1), tl.float32), dropout, True), 1)
     if grad_logsumexp is not None:
         p_dlse = row_of(grad_logsumexp, grad_logsumexp_strides, b, head, e.start_q)
-        b_sum -= tl.load(p_dlse + wide(b_m) * grad_logsumexp_strides.row, mask=b_live & b_in, other=0.0)
+        b_sum -= tl.load(p_dlse + to_int64(b_m) * grad_logsumexp_strides.row, mask=b_live & b_in, other=0.0)
     tl.store(delta + lse_at + b_m, b_sum, mask=b_in)
 
 
@@ -199,8 +199,8 @@ def _grad_query_tiles(
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-        v = rows(p_v + wide(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, False, BLOCK_N)
@@ -214,7 +214,7 @@ def _grad_query_tiles(
             tl.store(p_tile, round_to(b_ds, grad_bias.dtype.element_ty), mask=b_inside)
         b_dqk = grad_products(b_ds, b_p, b_qk, scaling, HIDES)
         if GUARDED:
-            k = rows(p_k + wide(start_n) * stride_k, b_j, stride_k, seen_keys(b_s, False), HEAD_DIM, BLOCK_D, WIDE)
+            k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, seen_keys(b_s, False), HEAD_DIM, BLOCK_D, WIDE)
         b_dqk = round_to(b_dqk, p_k.dtype.element_ty)
         dq = add_weighted(dq, None, b_dqk, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     return dq
@@ -285,7 +285,7 @@ def grad_query_kernel(
     p_do = row_of(grad_out, grad_out_strides, b, head, first_q)
     p_k = row_of(key, key_strides, b, kv_head, e.start_k)
     p_v = row_of(value, value_strides, b, kv_head, e.start_k)
-    lse_at = wide(b) * logsumexp_strides.batch + wide(head) * logsumexp_strides.head + e.start_q
+    lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=PAST_END)
     b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
     # [BM, D], [BM, DV]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import round_to, wide
+from velm_kernels.triton.kernels import round_to, to_int64
 
 
 @triton.jit
 def _row_pointers(x, strides, b_row, heads, length):
     b = b_row // (heads * length)
     b_head = (b_row // length) % heads
-    return x + wide(b) * strides.batch + wide(b_head) * strides.head + wide(b_row % length) * strides.row
+    return x + to_int64(b) * strides.batch + to_int64(b_head) * strides.head + to_int64(b_row % length) * strides.row
 
 
 @triton.jit
@@ -101,4 +101,4 @@ def rms_norm_backward_kernel(
                 mask=b_ok,
             )
     if partial_weight is not None:
-        tl.store(partial_weight + wide(tl.program_id(0)) * DIM + b_d, tl.sum(b_dw, 0), mask=b_d < DIM)
+        tl.store(partial_weight + to_int64(tl.program_id(0)) * DIM + b_d, tl.sum(b_dw, 0), mask=b_d < DIM)
