@@ -90,7 +90,7 @@ def _admit(name: str, value: torch.Tensor) -> None:
     elif value.is_nested:
         raise TypeError(
             f"{name}: expected a tensor with one length for every row, given a {type(value).__name__}; sequences of "
-            "different lengths go packed one behind the other, as in cross_attention_varlen"
+            "different lengths go packed one after the other, as in cross_attention_varlen"
         )
 
 

@@ -213,10 +213,10 @@ def cross_attention_varlen(
     return_logsumexp: bool = False,
     return_key_mass: bool = False,
 ) -> Any:
-    """:func:`cross_attention` on sequences of different lengths packed one behind the other, without padding.
+    """:func:`cross_attention` on sequences of different lengths packed one after the other, without padding.
 
     Args:
-        query: ``(query_tokens, heads, head_dim)``, all sequences behind each other.
+        query: ``(query_tokens, heads, head_dim)``, the sequences one after the other.
         key, value: ``(key_tokens, kv_heads, head_dim)`` and ``(key_tokens, kv_heads, value_dim)``.
         cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` integers: sequence s has the query tokens
             cu_seqlens_q[s] to cu_seqlens_q[s + 1] and attends to the key tokens cu_seqlens_k[s] to

@@ -30,8 +30,8 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor |
 
     Returns:
         ``(..., dim)``, contiguous, in the dtype to which ``residual`` and ``x`` promote. The sum is computed in
-        float32 (float64 for float64 inputs) and rounded once, but in a small call on the CPU, where torch's operators
-        round each their result.
+        float32 (float64 for float64 inputs) and rounded once, except that small calls on the CPU
+        round after each of torch's operators.
 
     Raises:
         TypeError: a dtype is not as above.

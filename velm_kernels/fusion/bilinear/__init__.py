@@ -27,8 +27,8 @@ def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -
     Under autocast all four are cast to its dtype.
 
     Returns:
-        ``(..., out)`` over the broadcast leading dimensions, contiguous, in x's dtype; sums accumulate in float32. Of
-        small calls on the CPU the products of x and y are formed, in their dtype.
+        ``(..., out)`` over the broadcast leading dimensions, contiguous, in x's dtype; sums accumulate in float32.
+        Small calls on the CPU form the products of x and y, in their dtype.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

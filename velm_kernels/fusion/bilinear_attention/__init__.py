@@ -36,7 +36,7 @@ def bilinear_attention(
         q: ``(batch, words, k)``, already projected, dtype of v.
         h: ``(glimpses, k)``, dtype of v.
         bias: ``(glimpses,)``, dtype of v. The softmax does not see it; the logits do.
-        v_lengths, q_lengths: ``(batch,)`` integers from 0 to regions and words: only the first so many count.
+        v_lengths, q_lengths: ``(batch,)`` integers from 0 to regions and words: the number of leading ones that count.
         v_mask, q_mask: bool, broadcastable to ``(batch, regions)`` and ``(batch, words)``: where False, the region or
             word does not count. What does not count is not read, may hold NaN, and gets gradient 0.
         return_logits: the logits too.
@@ -100,7 +100,7 @@ def bilinear_attention_pool(
         q: ``(batch, words, k)``, already projected, dtype of v.
         attention: ``(batch, regions, words)`` for one glimpse or ``(batch, glimpses, regions, words)``, dtype of v;
             any numbers, not only maps.
-        factor: so many neighbouring features of the result are summed; divides k.
+        factor: number of neighbouring features that are summed to one of the result; divides k.
         v_lengths, q_lengths, v_mask, q_mask: as of :func:`bilinear_attention`. Pairs that do not count are not read and
             get gradient 0, whatever their attention.
 

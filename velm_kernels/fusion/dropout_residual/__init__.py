@@ -32,7 +32,7 @@ def dropout_residual(
         TypeError: a dtype is not as above.
         ValueError: a shape, a device or ``dropout_p`` is not as above.
 
-    Backward keeps the seed alone.
+    Backward keeps only the seed.
 
     Example:
         >>> x, residual = torch.ones(2, 4), torch.zeros(2, 4)

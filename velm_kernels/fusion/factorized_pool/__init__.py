@@ -48,7 +48,8 @@ def factorized_pool(
 
     Returns:
         ``(..., dim)`` over the broadcast leading dimensions, contiguous, in a's dtype; everything in between is
-        float32, but in a small call on the CPU, where torch's operators round each their result.
+        float32, except that small calls on
+        the CPU round after each of torch's operators.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -56,7 +57,7 @@ def factorized_pool(
 
     The gradient of the signed root is ``1 / (2 sqrt|z|)``, infinite at 0: there it counts as 0. Of root and norm
     together it is ``dz = (g - u (u . g)) / (2 n^2 |u|)`` with u the output and ``n^2 = sum |z|``, computed in that
-    form. A row of zeros gives 0 and passes back 0. Backward keeps a and b alone.
+    form. A row of zeros gives 0 and passes back 0. Backward keeps only a and b.
 
     Example:
         >>> a, b = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 4)

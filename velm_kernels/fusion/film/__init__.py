@@ -23,7 +23,7 @@ def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False
 
     Args:
         x: ``(batch, ..., dim)``, float32, bfloat16, float16, or float64 (computed by the reference backend). With
-            ``channels_first``: ``(batch, dim, *spatial)``; read as it lies, also in ``torch.channels_last``.
+            ``channels_first``: ``(batch, dim, *spatial)``; read without a copy, also in ``torch.channels_last``.
         gamma, beta: ``(batch, dim)``, the same for all regions or pixels of an entry, or ``(dim,)``; dtype of x.
         channels_first: see ``x``.
         gamma_offset: added to gamma, in float32: 1 for a gamma that is learned as a difference from the identity.
@@ -31,8 +31,8 @@ def film(x: Tensor, gamma: Tensor, beta: Tensor, *, channels_first: bool = False
     Under autocast all are cast to its dtype.
 
     Returns:
-        the shape, the dtype and the order in memory of x; everything in between is float32, but in a small call on
-        the CPU, where torch's operators round each their result.
+        the shape, the dtype and the order in memory of x; everything in between is float32, except that small calls on
+        the CPU round after each of torch's operators.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

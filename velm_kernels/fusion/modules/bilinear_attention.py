@@ -182,7 +182,7 @@ class BilinearAttentionPool(nn.Module):
         v_dim, q_dim: features of a region and of a word.
         h_dim: features of the result.
         dropout: probability before the projections.
-        factor: so many products are summed for each feature of the result.
+        factor: number of products that are summed to one feature of the result.
 
     Shape:
         v ``(batch, regions, v_dim)``, q ``(batch, words, q_dim)`` and attention ``(batch, regions, words)`` or

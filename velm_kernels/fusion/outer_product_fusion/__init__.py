@@ -22,7 +22,7 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
     Args:
         x: ``(batch, dx)`` or ``(batch, regions, dx)``, float32, bfloat16, float16 or float64.
         y: ``(batch, dy)`` or ``(batch, regions, dy)``, with as many regions as x; dtype of x.
-        lengths: ``(batch,)``, integers from 0 to regions: only the first so many regions count.
+        lengths: ``(batch,)``, integers from 0 to regions: the number of leading regions that count.
         mask: bool, broadcastable to ``(batch, regions)``; regions where it is False do not count. They may hold NaN and
             get gradient 0.
 

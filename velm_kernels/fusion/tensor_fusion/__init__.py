@@ -30,8 +30,8 @@ def tensor_fusion(inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None 
     Under autocast all are cast to its dtype.
 
     Returns:
-        ``(..., out)`` over the broadcast leading dimensions, contiguous, in the dtype of the inputs. Of small calls on
-        the CPU the outer product is formed, in that dtype.
+        ``(..., out)`` over the broadcast leading dimensions, contiguous, in the dtype of the inputs. Small calls on
+        the CPU form the outer product, in that dtype.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

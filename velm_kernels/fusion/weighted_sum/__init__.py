@@ -34,8 +34,8 @@ def weighted_sum(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     Under autocast the features are cast to its dtype.
 
     Returns:
-        ``(batch, ..., dim)``, contiguous, in the dtype of the features; summed in float32, but in a small call on the
-        CPU, where torch's operators round each their result.
+        ``(batch, ..., dim)``, contiguous, in the dtype of the features; summed in float32, except that small calls on
+        the CPU round after each of torch's operators.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

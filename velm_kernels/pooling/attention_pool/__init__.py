@@ -53,12 +53,12 @@ def attention_pool(
     Args:
         x: ``(batch, tokens, d)``, or ``(tokens, d)`` with ``cu_seqlens``.
         query: ``(queries, e)`` for all rows, or ``(batch, queries, e)``; already projected, not yet scaled.
-        key_weight: ``(e, d)``, as the weight of ``torch.nn.Linear``; heads lie one behind the other.
+        key_weight: ``(e, d)``, as the weight of ``torch.nn.Linear``; one head after the other.
         value_weight: ``(v, d)``, likewise.
         key_bias: ``(e,)``.
         value_bias: ``(v,)``.
         heads: number of heads; divides e and v.
-        lengths: ``(batch,)`` integers from 0 to tokens: only the first so many tokens count.
+        lengths: ``(batch,)`` integers from 0 to tokens: the number of leading tokens that count.
         mask: bool, broadcastable to ``(batch, tokens)``; tokens where it is False do not count and may hold NaN.
         cu_seqlens: ``(batch + 1,)`` integers: the bounds of each row's tokens in the packed ``x``.
         scale: of the scores, by default ``(e / heads)^-0.5``.

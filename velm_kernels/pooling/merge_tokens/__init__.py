@@ -44,7 +44,7 @@ def merge_tokens(x: Tensor, metric: Tensor, r: int, size: Tensor | None = None, 
             keys averaged over the heads. Not differentiated.
         r: how many to merge, from 0 to half of the tokens that are not protected.
         size: ``(..., tokens)``, floating point, greater than 0: how many tokens each one stands for; 1 where not given.
-        protected: the first so many tokens are not merged, nor is anything merged into them: 1 for a class token.
+        protected: number of leading tokens that are neither merged nor merged into: 1 for a class token.
 
     Returns:
         A named tuple of

@@ -145,7 +145,7 @@ class PerceiverResampler(nn.Module):
     ``k_layer_norm``), ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``, of the feed-forward ``blocks.i.1.`` with
     ``ln``, ``fc``, ``c_proj``; and ``layer_norm``. No projection has a bias. OpenFlamingo's resampler, after its time
     embeddings, is the same with ``activation="gelu"`` and other names: ``layers.i.0.`` with ``norm_media``,
-    ``norm_latents``, ``to_q``, ``to_kv`` (the weights of keys and values one behind the other) and ``to_out``;
+    ``norm_latents``, ``to_q``, ``to_kv`` (the weight of the keys, then that of the values) and ``to_out``;
     ``layers.i.1.`` with ``0``, ``1`` and ``3``; and ``norm``.
 
     Args:
@@ -211,7 +211,7 @@ class PerceiverResampler(nn.Module):
         """
         Args:
             x: ``(batch, tokens, dim)``.
-            lengths: ``(batch,)`` integers: only the first so many tokens count.
+            lengths: ``(batch,)`` integers: the number of leading tokens that count.
             mask: ``(batch, tokens)`` bool; tokens where it is False do not count. What does not count may be NaN.
         """
         checks.features("x", x, "(batch, tokens, dim)", self.latents.shape[1], self.latents, 3)

@@ -51,9 +51,9 @@ def masked_pool(
 
     Args:
         x: ``(..., tokens, dim)``, floating point. With ``channels_first``: ``(batch, dim, *spatial)``, whose tokens are
-            the pixels in row-major order; read as it lies, also in ``torch.channels_last``.
-        lengths: ``(...)`` (with ``channels_first`` ``(batch,)``), integers from 0 to tokens: only the first so many
-            tokens count.
+            the pixels in row-major order; read without a copy, also in ``torch.channels_last``.
+        lengths: ``(...)`` (with ``channels_first`` ``(batch,)``), integers from 0 to tokens: the number of leading
+            tokens that count.
         mask: bool, broadcastable to ``(..., tokens)`` (``(batch, *spatial)``); tokens where it is False do not count.
             They may hold NaN and get gradient 0.
         mode: as above.

@@ -55,7 +55,7 @@ def select_tokens(
         x: ``(..., tokens, dim)``, floating point.
         scores: ``(..., tokens)``, floating point of any dtype. Not differentiated.
         k: how many to keep, from 0 to tokens; or integers ``(...)``, for each row its own number.
-        lengths: ``(...)``, integers from 0 to tokens: only the first so many tokens may be taken.
+        lengths: ``(...)``, integers from 0 to tokens: the number of leading tokens that may be taken.
         mask: bool, broadcastable to ``(..., tokens)``; tokens where it is False are not taken, whatever their score.
         max_k: the number of tokens of the result where ``k`` is a tensor, by default that of ``x``: a size cannot be
             read from a tensor without waiting for it.
