@@ -41,7 +41,7 @@ def with_regions(inputs: Sequence[Tensor], most_dims: int | None = None) -> list
     return [x.reshape(x.shape[0], *[1] * (dims - 2), x.shape[1]) if x.dim() == 2 else x for x in inputs]
 
 
-def beside(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+def leading_dims(inputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
     """The leading dimensions of inputs as they are broadcast with one another: those of ``(batch, d)``, where another
     input is ``(batch, regions, d')`` of the same batch, get a 1 for its regions."""
     batches = [x.shape[0] for x in inputs if x.dim() == 3]
@@ -59,7 +59,7 @@ def as_regions(
     to each other.
 
     ``(batch, 1, dim)`` where it is the same for all regions, unless ``repeated``: then it is expanded. ``own`` are its
-    leading dimensions where they are not those of its shape, see :func:`beside`.
+    leading dimensions where they are not those of its shape, see :func:`leading_dims`.
     """
     dim, own = x.shape[-1], tuple(x.shape[:-1] if own is None else own)
     own = (1,) * (len(batch) + len(regions) - len(own)) + own

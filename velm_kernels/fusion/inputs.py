@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.layout import beside
+from velm_kernels.layout import leading_dims
 
 MOST_INPUTS = 4
 
@@ -32,7 +32,7 @@ def checked_inputs(
             checks.dtype_in(name, value, (inputs[0].dtype,))
             checks.same_device(name, value, "inputs[0]", inputs[0])
     try:
-        leading = checks.broadcast_shapes(*beside(inputs))
+        leading = checks.broadcast_shapes(*leading_dims(inputs))
     except RuntimeError:
         raise ValueError(f"inputs: expected leading dimensions that broadcast, given {checks.shapes(inputs)}") from None
     return list(inputs), weight, bias, leading

@@ -125,14 +125,14 @@ def _gradient_of_hidden_rows(query: Tensor, key: Tensor, value: Tensor, scale: f
 
 
 def rms_norm(
-    norm: nn.Module, x: Tensor, beside: tuple[Tensor | None, float] = (None, 1e-6)
+    norm: nn.Module, x: Tensor, other: tuple[Tensor | None, float] = (None, 1e-6)
 ) -> tuple[Tensor, Tensor | None, float]:
     """Leave an RMS norm over head_dim to the kernel where it is nothing but that, else apply it.
 
     Args:
         norm: what the model calls on (batch, heads, length, head_dim).
         x: its input.
-        beside: weight and eps of the other norm of this attention; the operator knows one eps for both.
+        other: weight and eps of the other norm of this attention; the operator knows one eps for both.
 
     Returns:
         (x, weight, eps) with the norm still to be done, or (norm(x), None, eps of the other norm).
@@ -141,9 +141,9 @@ def rms_norm(
     # Under autocast the original multiplies by the weight in float32, the operator would round it first.
     if bare and are_plain(norm.weight, x) and norm.weight.dtype == x.dtype and not under_autocast(x):
         eps = float(norm.variance_epsilon)  # type: ignore[arg-type]
-        if beside[0] is None or beside[1] == eps:
+        if other[0] is None or other[1] == eps:
             return x, norm.weight, eps  # type: ignore[return-value]
-    return norm(x), None, beside[1]
+    return norm(x), None, other[1]
 
 
 def tells(module: nn.Module, replacement: type[nn.Module], **known: Any) -> dict[str, Any]:

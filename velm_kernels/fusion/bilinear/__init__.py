@@ -8,7 +8,7 @@ from velm_kernels import checks
 from velm_kernels.backends import Arguments
 from velm_kernels.fusion.bilinear.op import BILINEAR, operator_for
 from velm_kernels.fusion.bilinear.rule import plain
-from velm_kernels.layout import as_matrix, as_regions, beside
+from velm_kernels.layout import as_matrix, as_regions, leading_dims
 
 
 def bilinear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,7 +63,7 @@ def by_operator(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None
 
 def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
     """The leading dimensions of the result; those of a row of x for every region of y count as broadcast."""
-    return checks.broadcast_shapes(beside((x, y))[0], y.shape[:-1])
+    return checks.broadcast_shapes(leading_dims((x, y))[0], y.shape[:-1])
 
 
 def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
@@ -92,7 +92,7 @@ def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) 
         ) from None
     if weight.stride(2) != 1 and dy > 1:
         weight = weight.contiguous()
-    of_x = beside((x, y))[0]
+    of_x = leading_dims((x, y))[0]
     batch, regions = leading[:-1], leading[-1:]
     if regions and regions[0] > 1 and (not of_x or of_x[-1] == 1):
         # One row of x for all regions.

@@ -14,7 +14,7 @@ from velm_kernels.backends.small import takes_torch
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs
 from velm_kernels.fusion.low_rank_fusion import op
 from velm_kernels.fusion.low_rank_fusion.op import OPERATOR
-from velm_kernels.layout import as_matrix, as_regions, beside
+from velm_kernels.layout import as_matrix, as_regions, leading_dims
 from velm_kernels.processors import NEVER
 
 # Elements of each input and factor, and of a projection, up to which torch's form is the faster one in float32, without
@@ -137,7 +137,8 @@ def _prepared(
         bias = bias.contiguous()
     # A row for each of the result, or one for all regions.
     rows = [
-        as_matrix(as_regions(x, leading[:-1], leading[-1:], own)) for x, own in zip(inputs, beside(inputs), strict=True)
+        as_matrix(as_regions(x, leading[:-1], leading[-1:], own))
+        for x, own in zip(inputs, leading_dims(inputs), strict=True)
     ]
     missing = [None] * (MOST_INPUTS - len(rows))
     needs_grad = torch.is_grad_enabled() and any(

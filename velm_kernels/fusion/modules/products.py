@@ -14,7 +14,7 @@ from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.inputs import MOST_INPUTS
 from velm_kernels.fusion.low_rank_fusion import low_rank_fusion
 from velm_kernels.fusion.tensor_fusion import tensor_fusion
-from velm_kernels.layout import beside
+from velm_kernels.layout import leading_dims
 
 
 class Bilinear(nn.Bilinear):
@@ -57,7 +57,7 @@ class Bilinear(nn.Bilinear):
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         checks.features("input1", input1, "(..., in1_features)", self.in1_features, self.weight)
         checks.features("input2", input2, "(..., in2_features)", self.in2_features, self.weight)
-        checks.leading("input2", input2, "input1", input1, beside((input1, input2))[0], input2.shape[:-1])
+        checks.leading("input2", input2, "input1", input1, leading_dims((input1, input2))[0], input2.shape[:-1])
         return bilinear(input1, input2, self.weight, self.bias)
 
 

@@ -14,7 +14,7 @@ from velm_kernels.backends.small import ANY, takes_torch
 from velm_kernels.fusion.bilinear import by_operator
 from velm_kernels.fusion.bilinear.rule import most_of_outer
 from velm_kernels.fusion.inputs import MOST_INPUTS, checked_inputs
-from velm_kernels.layout import beside
+from velm_kernels.layout import leading_dims
 from velm_kernels.processors import NEVER
 
 
@@ -81,7 +81,7 @@ def _sides(
     """The arguments of the bilinear form that the fusion is."""
     inputs, weight, bias, _ = checked_inputs(inputs, weight, bias)
     # What is one row for all regions gets a dimension for them.
-    inputs = [x[:, None] if len(own) == x.dim() else x for x, own in zip(inputs, beside(inputs), strict=True)]
+    inputs = [x[:, None] if len(own) == x.dim() else x for x, own in zip(inputs, leading_dims(inputs), strict=True)]
     sizes = [1 + x.shape[-1] for x in inputs]
     if weight.dim() != 2 or weight.shape[1] != math.prod(sizes):
         raise ValueError(

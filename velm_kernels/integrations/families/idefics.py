@@ -76,7 +76,7 @@ class Attention(Replacement):
         norms: dict[str, Any] = {}
         if self.qk_layer_norms:
             query, query_weight, eps = rms_norm(self.q_layer_norm, query)
-            key, key_weight, eps = rms_norm(self.k_layer_norm, key, beside=(query_weight, eps))
+            key, key_weight, eps = rms_norm(self.k_layer_norm, key, other=(query_weight, eps))
             norms = {"query_norm_weight": query_weight, "key_norm_weight": key_weight, "norm_eps": eps}
         out = masked_attention(
             query,

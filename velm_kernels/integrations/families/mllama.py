@@ -70,7 +70,7 @@ class CrossAttention(Replacement):
             value = self.v_proj(cross_attention_states).view(batch, -1, self.num_key_value_heads, self.head_dim)
             key, value = key.transpose(1, 2), value.transpose(1, 2)
             if past_key_values is None:
-                key, key_weight, eps = rms_norm(self.k_norm, key, beside=(query_weight, eps))
+                key, key_weight, eps = rms_norm(self.k_norm, key, other=(query_weight, eps))
             else:
                 # The cache holds keys that are normed already.
                 key, value = past_key_values.update(self.k_norm(key), value, self.layer_idx)
