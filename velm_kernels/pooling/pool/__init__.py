@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments
+from velm_kernels.backends import Arguments, derivatives
 from velm_kernels.backends.small import ANY, in_float32, takes_torch, values_of
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling.pool.op import OPERATOR
@@ -119,13 +120,28 @@ def plain_masked(
         return None
     # Sooner than any mask.
     filled = x.clone()
-    rows = filled.view(-1, tokens, shape[-1])
-    for row, length in short:
-        rows[row, length:] = 0.0 if mode in ("mean", "sum") else -torch.inf
+    filling = 0.0 if mode in ("mean", "sum") else -torch.inf
+    if filled.requires_grad and not derivatives.other_modes():
+        # Not a node of the graph for every row.
+        _fill(filled.detach(), short, filling)
+        filled.register_hook(lambda grad: _fill(grad.clone(memory_format=torch.contiguous_format), short, 0.0))
+    else:
+        _fill(filled, short, filling)
     if mode != "mean":
         return _of_tokens(filled, mode)
     counts = lengths.unsqueeze(-1) if least else lengths.unsqueeze(-1).clamp(min=1)
+    if filled.requires_grad:
+        # As in plain torch, and without gradients in two dtypes.
+        return filled.sum(-2) / counts
     return (filled.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
+
+
+def _fill(x: Tensor, short: Sequence[tuple[int, int]], filling: float) -> Tensor:
+    """Fills ``x`` behind the length of each short row, given as (row, length)."""
+    rows = x.view(-1, *x.shape[-2:])
+    for row, length in short:
+        rows[row, length:] = filling
+    return x
 
 
 def _of_tokens(x: Tensor, mode: str) -> Tensor:
