@@ -66,44 +66,45 @@ template <class T>
 inline void transpose_to(float* out, int64_t out_stride, const T* in, int64_t in_stride, int64_t rows, int64_t columns,
                          float scale = 1.0f) {
   for (int64_t i = 0; i < rows; i += kLanes) {
-    const int tall = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
+    const int height = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const int wide = static_cast<int>(columns - j < kLanes ? columns - j : kLanes);
+      const int width = static_cast<int>(columns - j < kLanes ? columns - j : kLanes);
       Vec block[kLanes];
       const T* from = in + i * in_stride + j;
-      if (tall == kLanes && wide == kLanes) {
+      if (height == kLanes && width == kLanes) {
         unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA { block[r] = load(from + r * in_stride) * scale; });
       } else {
-        for (int r = 0; r < kLanes; ++r) block[r] = r < tall ? load_first(from + r * in_stride, wide) * scale : zero();
+        for (int r = 0; r < kLanes; ++r)
+          block[r] = r < height ? load_first(from + r * in_stride, width) * scale : zero();
       }
       transpose(block);
       float* to = out + j * out_stride + i;
-      if (wide == kLanes) {
+      if (width == kLanes) {
         unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA { store(to + r * out_stride, block[r]); });
       } else {
-        for (int r = 0; r < wide; ++r) store(to + r * out_stride, block[r]);
+        for (int r = 0; r < width; ++r) store(to + r * out_stride, block[r]);
       }
     }
   }
 }
 
 // out[j * out_stride + i] = in[i * in_stride + j] back to row-major rows of T: reads `columns`
-// lanes-wide rows of fp32 (i runs over lanes) and writes `rows` rows of `columns` elements.
+// rows of kLanes fp32 numbers (i runs over lanes) and writes `rows` rows of `columns` elements.
 // lane_scale, if given, multiplies lane i.
 template <class T>
 inline void transpose_from(T* out, int64_t out_stride, const float* in, int64_t in_stride, int64_t rows,
                            int64_t columns, const float* lane_scale = nullptr) {
   for (int64_t i = 0; i < rows; i += kLanes) {
-    const int tall = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
-    const Vec scale = lane_scale ? load_first(lane_scale + i, tall) : Vec(1.0f);
+    const int height = static_cast<int>(rows - i < kLanes ? rows - i : kLanes);
+    const Vec scale = lane_scale ? load_first(lane_scale + i, height) : Vec(1.0f);
     for (int64_t j = 0; j < columns; j += kLanes) {
-      const int wide = static_cast<int>(columns - j < kLanes ? columns - j : kLanes);
+      const int width = static_cast<int>(columns - j < kLanes ? columns - j : kLanes);
       Vec block[kLanes];
       for (int c = 0; c < kLanes; ++c)
-        block[c] = c < wide ? load_first(in + (j + c) * in_stride + i, tall) * scale : zero();
+        block[c] = c < width ? load_first(in + (j + c) * in_stride + i, height) * scale : zero();
       transpose(block);
       T* to = out + i * out_stride + j;
-      for (int r = 0; r < tall; ++r) store_first(to + r * out_stride, block[r], wide);
+      for (int r = 0; r < height; ++r) store_first(to + r * out_stride, block[r], width);
     }
   }
 }

@@ -29,9 +29,9 @@ void add_bias_gradient(float* grad_bias, const int64_t (&size)[4], const Panel& 
   for (int v = 0; v < V; ++v) {
     const int lanes = std::min(kLanes, panel.count - v * kLanes);
     for (int64_t i = 0; i < n; i += kLanes) {
-      const int wide = static_cast<int>(std::min<int64_t>(n - i, kLanes));
+      const int width = static_cast<int>(std::min<int64_t>(n - i, kLanes));
       simd::Vec block[kLanes];
-      if (wide == kLanes && lanes == kLanes) {
+      if (width == kLanes && lanes == kLanes) {
         simd::unroll<kLanes>([&](auto j)
                                  VELM_INLINE_LAMBDA { block[j] = simd::load(ds + (i + j) * kWidth + v * kLanes); });
         simd::transpose(block);
@@ -42,11 +42,11 @@ void add_bias_gradient(float* grad_bias, const int64_t (&size)[4], const Panel& 
         continue;
       }
       for (int j = 0; j < kLanes; ++j)
-        block[j] = j < wide ? simd::load(ds + (i + j) * kWidth + v * kLanes) : simd::zero();
+        block[j] = j < width ? simd::load(ds + (i + j) * kWidth + v * kLanes) : simd::zero();
       simd::transpose(block);
       for (int l = 0; l < lanes; ++l) {
         float* to = to_row[v * kLanes + l] + i;
-        simd::store_first(to, simd::load_first(to, wide) + block[l], wide);
+        simd::store_first(to, simd::load_first(to, width) + block[l], width);
       }
     }
   }

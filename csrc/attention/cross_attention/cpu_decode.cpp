@@ -92,10 +92,10 @@ int64_t heads_of_group(const Problem& p) {
 }
 
 // Asks for the lines of a run of rows, in the order of their addresses.
-class Ahead {
+class Prefetch {
  public:
-  Ahead() = default;
-  Ahead(const char* first, int64_t step, int64_t length, int64_t rows)
+  Prefetch() = default;
+  Prefetch(const char* first, int64_t step, int64_t length, int64_t rows)
       : row_(first), step_(step), length_(length), rows_(rows) {
     if (step == length) {
       length_ *= rows;
@@ -220,7 +220,7 @@ class Worker {
     const int64_t b = p_.varlen ? 0 : group.b, at = p_.first_key(group.b) + lo;
     const auto begin = [&](const Rows& rows, int64_t columns) {
       const int64_t length = (group.heads - 1) * head_bytes(rows) + row_bytes(rows, columns);
-      Ahead ahead(rows.at(b, group.first, at), rows.row * element_size(rows.dtype), length, hi - lo);
+      Prefetch ahead(rows.at(b, group.first, at), rows.row * element_size(rows.dtype), length, hi - lo);
       ahead.ask(group.block * length);
       return ahead;
     };
@@ -255,16 +255,16 @@ class Worker {
       const int64_t h = group.head(p_, kv, r), i = group.query(r);
       const char* mask = p_.mask ? p_.mask.row(group.b, h, i) : nullptr;
       for (int64_t j = 0; j < count; j += kLanes) {
-        const int wide = static_cast<int>(std::min<int64_t>(count - j, kLanes));
+        const int width = static_cast<int>(std::min<int64_t>(count - j, kLanes));
         Vec x = simd::zero();
         if (p_.bias) {
           with_type(p_.bias.dtype, [&](auto tag) {
             using T = decltype(tag);
-            x = bias_of_row(reinterpret_cast<const T*>(p_.bias.row(group.b, h, i)), p_.bias.stride[3], from + j, wide);
+            x = bias_of_row(reinterpret_cast<const T*>(p_.bias.row(group.b, h, i)), p_.bias.stride[3], from + j, width);
           });
         }
-        if (mask) x = masked_by(mask, p_.mask.stride[3], from + j, wide, x);
-        visible = visible || (x != Vec(-kInfinity) && simd::first_lanes(wide));
+        if (mask) x = masked_by(mask, p_.mask.stride[3], from + j, width, x);
+        visible = visible || (x != Vec(-kInfinity) && simd::first_lanes(width));
         simd::store(additive_ + r * kBlock + j, x);
       }
     }
@@ -276,8 +276,8 @@ class Worker {
   void score(const float* queries, const T* keys, int64_t count, const bool* holes) {
     const int64_t columns = p_.head_dim, step = p_.k.row;
     for (int64_t j = 0; j < count; j += kLanes) {
-      const int tall = static_cast<int>(std::min<int64_t>(count - j, kLanes));
-      const bool whole = tall == kLanes && holes == nullptr;
+      const int height = static_cast<int>(std::min<int64_t>(count - j, kLanes));
+      const bool whole = height == kLanes && holes == nullptr;
       const T* rows = keys + j * step;
       for (int64_t first = 0; first < columns; first += simd::kDepthBlock) {
         const int64_t last = std::min(columns, first + simd::kDepthBlock);
@@ -291,15 +291,15 @@ class Worker {
           }
         }
         for (; d < last; d += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(last - d, kLanes));
-          keys_ahead_.ask(wide * tall * static_cast<int64_t>(sizeof(T)));
+          const int width = static_cast<int>(std::min<int64_t>(last - d, kLanes));
+          keys_ahead_.ask(width * height * static_cast<int64_t>(sizeof(T)));
           Vec block[kLanes];
           for (int l = 0; l < kLanes; ++l) {
-            const bool seen = l < tall && (holes == nullptr || holes[j + l]);
-            block[l] = seen ? simd::load_first(rows + l * step + d, wide) : simd::zero();
+            const bool seen = l < height && (holes == nullptr || holes[j + l]);
+            block[l] = seen ? simd::load_first(rows + l * step + d, width) : simd::zero();
           }
           simd::transpose(block);
-          for (int i = 0; i < wide; ++i) {
+          for (int i = 0; i < width; ++i) {
             for (int r = 0; r < R; ++r) sum[r] = simd::fma(block[i], Vec(queries[r * columns + d + i]), sum[r]);
           }
         }
@@ -356,8 +356,8 @@ class Worker {
         x = simd::select(e == Vec(-kInfinity), Vec(-kInfinity), x + e);
       }
       if (holes) {
-        const int wide = static_cast<int>(std::min<int64_t>(count - j, kLanes));
-        x = masked_by(reinterpret_cast<const char*>(holes), 1, j, wide, x);
+        const int width = static_cast<int>(std::min<int64_t>(count - j, kLanes));
+        x = masked_by(reinterpret_cast<const char*>(holes), 1, j, width, x);
       }
       if (lo > j || hi < j + kLanes) {
         const Vec key = lane + static_cast<float>(j);
@@ -411,9 +411,9 @@ class Worker {
     int64_t d = 0;
     add_strips<R, std::min(8, kAccumulators / R), Careful>(d, o, alpha, values, count);
     if (d < p_.value_dim) {
-      const int wide = static_cast<int>(p_.value_dim - d);
+      const int width = static_cast<int>(p_.value_dim - d);
       add_strip<R, 1, Careful>(o + d, alpha, values + d, count,
-                               [&](const T* at) VELM_INLINE_LAMBDA { return simd::load_first(at, wide); });
+                               [&](const T* at) VELM_INLINE_LAMBDA { return simd::load_first(at, width); });
     }
   }
 
@@ -454,7 +454,7 @@ class Worker {
   const Problem& p_;
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
-  Ahead keys_ahead_, values_ahead_;
+  Prefetch keys_ahead_, values_ahead_;
   int64_t o_ld_;
   float *q_, *s_, *o_, *max_, *sum_, *additive_ = nullptr, *keep_ = nullptr;
 };

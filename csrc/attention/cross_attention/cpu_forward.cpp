@@ -159,12 +159,12 @@ std::vector<Item> make_items(const Problem& p, bool keeps) {
     if (panels_of(b) == 0) continue;
     const int64_t tall = even_part(panels_of(b), per_item) * kPanel;
     const int64_t others = across_batch ? p.batch : p.kv_heads, lines = across_batch ? p.kv_heads : 1;
-    const int64_t wide = even_part(others, std::max<int64_t>(1, per_item * kPanel / tall));
+    const int64_t columns_at_once = even_part(others, std::max<int64_t>(1, per_item * kPanel / tall));
     for (int64_t line = 0; line < lines; ++line) {
-      for (int64_t at = 0; at < others; at += wide) {
+      for (int64_t at = 0; at < others; at += columns_at_once) {
         for (int64_t r = 0; r < rows; r += tall) {
           Item& item = items.emplace_back();
-          for (int64_t i = at; i < std::min(others, at + wide); ++i)
+          for (int64_t i = at; i < std::min(others, at + columns_at_once); ++i)
             item.push_back({across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, tall), r / tall});
         }
       }
@@ -358,19 +358,19 @@ class Worker {
           factor[v] = scale * simd::exp(simd::load(kept.max + v * kLanes) - simd::load(state.max + v * kLanes));
         }
         for (int64_t j = 0; j < kept.count; j += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(kept.count - j, kLanes));
+          const int lanes_kept = static_cast<int>(std::min<int64_t>(kept.count - j, kLanes));
           Vec block[kLanes];
           for (int i = 0; i < kLanes; ++i) {
             block[i] = simd::zero();
-            for (int v = 0; v < V && i < wide; ++v) {
+            for (int v = 0; v < V && i < lanes_kept; ++v) {
               const Vec weight = simd::load(kept.weights + (j + i) * kWidth + v * kLanes);
               block[i] += simd::select(counts[v], weight * factor[v], simd::zero());
             }
           }
           simd::transpose(block);
-          Vec sum = simd::load_first(to + kept.first + j, wide);
+          Vec sum = simd::load_first(to + kept.first + j, lanes_kept);
           for (int i = 0; i < kLanes; ++i) sum += block[i];
-          simd::store_first(to + kept.first + j, sum, wide);
+          simd::store_first(to + kept.first + j, sum, lanes_kept);
         }
       }
     }

@@ -75,8 +75,8 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, bool varlen) 
           auto* out = reinterpret_cast<decltype(to_tag)*>(to.mutable_at(b, h, i));
           const float r = inverse_rms(in, shape.dim, static_cast<float>(eps));
           for (int64_t d = 0; d < shape.dim; d += kLanes) {
-            const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
-            simd::store_first(out + d, simd::load_first(in + d, wide) * r * simd::load(w.data() + d), wide);
+            const int width = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
+            simd::store_first(out + d, simd::load_first(in + d, width) * r * simd::load(w.data() + d), width);
           }
         }
       });
@@ -113,17 +113,17 @@ void rms_norm_backward(const Tensor& x, const Tensor& weight, double eps, bool v
         const float r = inverse_rms(in, shape.dim, static_cast<float>(eps));
         Vec dot = simd::zero();
         for (int64_t d = 0; d < shape.dim; d += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
-          const Vec gx = simd::load_first(gradient + d, wide) * simd::load_first(in + d, wide);
+          const int width = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
+          const Vec gx = simd::load_first(gradient + d, width) * simd::load_first(in + d, width);
           dot = simd::fma(gx, simd::load(w.data() + d), dot);
           simd::store(dw + d, simd::fma(gx, Vec(r), simd::load(dw + d)));
         }
         if (!out) continue;
         const float pull = simd::sum_lanes(dot) / static_cast<float>(shape.dim) * r * r;
         for (int64_t d = 0; d < shape.dim; d += kLanes) {
-          const int wide = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
-          const Vec gw = simd::load_first(gradient + d, wide) * simd::load(w.data() + d);
-          simd::store_first(out + d, (gw - simd::load_first(in + d, wide) * pull) * r, wide);
+          const int width = static_cast<int>(std::min<int64_t>(shape.dim - d, kLanes));
+          const Vec gw = simd::load_first(gradient + d, width) * simd::load(w.data() + d);
+          simd::store_first(out + d, (gw - simd::load_first(in + d, width) * pull) * r, width);
         }
       }
     });

@@ -117,10 +117,10 @@ void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel
     }
     for (int v = 0; v < panel.vectors; ++v) {
       for (int64_t d = 0; d < columns; d += kStep) {
-        const int wide = static_cast<int>(std::min<int64_t>(columns - d, kStep));
+        const int width = static_cast<int>(std::min<int64_t>(columns - d, kStep));
         Word* to = out + d / Format::kDepth * ld + v * kLanes;
         typename Format::Words block[kLanes];
-        if (wide == kStep && full[v]) {
+        if (width == kStep && full[v]) {
           simd::unroll<kLanes>(
               [&](auto l) VELM_INLINE_LAMBDA { block[l] = scaled(Format::neighbours(from[v * kLanes + l] + d)); });
           simd::transpose(block);
@@ -129,12 +129,12 @@ void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel
         }
         for (int l = 0; l < kLanes; ++l) {
           const T* row = from[v * kLanes + l];
-          block[l] = row == nullptr  ? typename Format::Words(0)
-                     : wide == kStep ? scaled(Format::neighbours(row + d))
-                                     : scaled(Format::neighbours(row + d, wide));
+          block[l] = row == nullptr   ? typename Format::Words(0)
+                     : width == kStep ? scaled(Format::neighbours(row + d))
+                                      : scaled(Format::neighbours(row + d, width));
         }
         simd::transpose(block);
-        for (int j = 0; j < words_of<Format>(wide); ++j) simd::store_words(to + j * ld, block[j]);
+        for (int j = 0; j < words_of<Format>(width); ++j) simd::store_words(to + j * ld, block[j]);
       }
     }
   });
@@ -160,10 +160,10 @@ bool pack_panel_rows(Word* out, int64_t ld, const Problem& p, const Panel& panel
                       : nullptr;
       }
       for (int64_t d = 0; d < ld; d += kLanes) {
-        const int wide = static_cast<int>(std::clamp<int64_t>(columns - d, 0, kLanes));
+        const int width = static_cast<int>(std::clamp<int64_t>(columns - d, 0, kLanes));
         simd::Vec x[Format::kDepth];
         simd::unroll<Format::kDepth>([&](auto i) VELM_INLINE_LAMBDA {
-          x[i] = from[i] && wide > 0 ? simd::load_first(from[i] + d, wide) : simd::zero();
+          x[i] = from[i] && width > 0 ? simd::load_first(from[i] + d, width) : simd::zero();
           bad = simd::fma(x[i], simd::zero(), bad);
         });
         simd::store_words(to + d, Format::together(x));
@@ -182,16 +182,16 @@ inline void unpack_transposed(const Rows& rows, const Problem& p, const Panel& p
     for (int v = 0; v < panel.vectors; ++v) {
       const simd::Vec scale = simd::load(lane_scale + v * kLanes);
       for (int64_t d = 0; d < columns; d += kLanes) {
-        const int wide = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
+        const int width = static_cast<int>(std::min<int64_t>(columns - d, kLanes));
         simd::Vec block[kLanes];
         for (int j = 0; j < kLanes; ++j)
-          block[j] = j < wide ? simd::load(in + (d + j) * ld + v * kLanes) * scale : simd::zero();
+          block[j] = j < width ? simd::load(in + (d + j) * ld + v * kLanes) * scale : simd::zero();
         simd::transpose(block);
         for (int l = 0; l < kLanes && v * kLanes + l < panel.count; ++l) {
           const int lane = v * kLanes + l;
           T* row = reinterpret_cast<T*>(
               rows.mutable_at(p.varlen ? 0 : panel.b, panel.head[lane], first + panel.query[lane]));
-          simd::store_first(row + d, block[l], wide);
+          simd::store_first(row + d, block[l], width);
         }
       }
     }
@@ -266,8 +266,8 @@ bool pack_keys_together(Word* out, int64_t ld, const Problem& p, const Rows& row
       int64_t d = 0;
       for (; d + kLanes <= columns; d += kLanes) copy(d, [](const T* at) VELM_INLINE_LAMBDA { return simd::load(at); });
       if (d < columns) {
-        const int wide = static_cast<int>(columns - d);
-        copy(d, [=](const T* at) VELM_INLINE_LAMBDA { return simd::load_first(at, wide); });
+        const int width = static_cast<int>(columns - d);
+        copy(d, [=](const T* at) VELM_INLINE_LAMBDA { return simd::load_first(at, width); });
       }
     }
     return simd::sum_lanes(bad) == 0.0f;
@@ -290,10 +290,10 @@ bool pack_key_rows(Word* out, int64_t ld, const Problem& p, const Rows& rows, in
       for (int64_t j = 0; j < count; ++j, out += ld) {
         const T* row = from[j];
         for (int64_t d = 0; d < columns; d += kStep) {
-          const int wide = static_cast<int>(std::min<int64_t>(columns - d, kStep));
-          const auto words = row == nullptr  ? typename Format::Words(0)
-                             : wide == kStep ? Format::neighbours(row + d)
-                                             : Format::neighbours(row + d, wide);
+          const int width = static_cast<int>(std::min<int64_t>(columns - d, kStep));
+          const auto words = row == nullptr   ? typename Format::Words(0)
+                             : width == kStep ? Format::neighbours(row + d)
+                                              : Format::neighbours(row + d, width);
           // Both elements of a word times 0, in fp32.
           bad = simd::fma(simd::float_of(words << 16), simd::zero(), bad);
           bad = simd::fma(simd::float_of(words & 0xffff0000u), simd::zero(), bad);

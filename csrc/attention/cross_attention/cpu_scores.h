@@ -21,18 +21,18 @@ inline float query_factor(const Problem& p) {
 
 // Up to kLanes keys from j on of one row of the bias.
 template <class T>
-VELM_INLINE Vec bias_of_row(const T* row, int64_t step, int64_t j, int wide) {
-  if (step == 1) return wide == kLanes ? simd::load(row + j) : simd::load_first(row + j, wide);
+VELM_INLINE Vec bias_of_row(const T* row, int64_t step, int64_t j, int width) {
+  if (step == 1) return width == kLanes ? simd::load(row + j) : simd::load_first(row + j, width);
   if (step == 0) return Vec(simd::to_float(*row));
   float t[kLanes] = {};
-  for (int i = 0; i < wide; ++i) t[i] = simd::to_float(row[(j + i) * step]);
+  for (int i = 0; i < width; ++i) t[i] = simd::to_float(row[(j + i) * step]);
   return simd::load(t);
 }
 
 // x where the mask is true, -inf elsewhere, for up to kLanes keys from j on of one row.
-VELM_INLINE Vec masked_by(const char* row, int64_t step, int64_t j, int wide, Vec x) {
+VELM_INLINE Vec masked_by(const char* row, int64_t step, int64_t j, int width, Vec x) {
   float t[kLanes];
-  for (int i = 0; i < kLanes; ++i) t[i] = i < wide && row[(j + i) * step] ? 1.0f : 0.0f;
+  for (int i = 0; i < kLanes; ++i) t[i] = i < width && row[(j + i) * step] ? 1.0f : 0.0f;
   return simd::select(simd::load(t) == simd::zero(), Vec(-kInfinity), x);
 }
 
@@ -52,19 +52,19 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
   simd::VecMask visible(false);
   const auto look_at = [&](Vec x) VELM_INLINE_LAMBDA { visible = visible || x != Vec(-kInfinity); };
   constexpr int kWidth = V * kLanes;
-  const auto row = [&](int l, int64_t j, int wide) VELM_INLINE_LAMBDA {
+  const auto row = [&](int l, int64_t j, int width) VELM_INLINE_LAMBDA {
     Vec x = simd::zero();
-    if constexpr (Biased) x = bias_of_row(bias[l], bias_step, j, wide);
-    if constexpr (Masked) x = masked_by(mask[l], mask_step, j, wide, x);
+    if constexpr (Biased) x = bias_of_row(bias[l], bias_step, j, width);
+    if constexpr (Masked) x = masked_by(mask[l], mask_step, j, width, x);
     return x;
   };
   for (int64_t j = from; j < to; j += kLanes) {
-    const int wide = static_cast<int>(std::min<int64_t>(to - j, kLanes));
+    const int width = static_cast<int>(std::min<int64_t>(to - j, kLanes));
     float* out = e + (j - from) * kWidth;
     if (same) {
       float t[kLanes];
-      simd::store(t, row(0, j, wide));
-      for (int i = 0; i < wide; ++i) {
+      simd::store(t, row(0, j, width));
+      for (int i = 0; i < width; ++i) {
         const Vec x(t[i]);
         look_at(x);
         for (int v = 0; v < V; ++v) simd::store(out + i * kWidth + v * kLanes, x);
@@ -73,7 +73,7 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
     }
     for (int v = 0; v < V; ++v) {
       Vec block[kLanes];
-      if (!Masked && wide == kLanes && bias_step == 1) {
+      if (!Masked && width == kLanes && bias_step == 1) {
         simd::unroll<kLanes>([&](auto l) VELM_INLINE_LAMBDA { block[l] = simd::load(bias[v * kLanes + l] + j); });
         simd::transpose(block);
         simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA {
@@ -82,9 +82,9 @@ bool fill_additive(float* e, const Problem& p, const Panel& panel, int64_t from,
         });
         continue;
       }
-      for (int l = 0; l < kLanes; ++l) block[l] = row(v * kLanes + l, j, wide);
+      for (int l = 0; l < kLanes; ++l) block[l] = row(v * kLanes + l, j, width);
       simd::transpose(block);
-      for (int i = 0; i < wide; ++i) {
+      for (int i = 0; i < width; ++i) {
         look_at(block[i]);
         simd::store(out + i * kWidth + v * kLanes, block[i]);
       }

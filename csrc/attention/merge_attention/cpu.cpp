@@ -100,13 +100,13 @@ void forward(const std::vector<Tensor>& outs, const std::vector<Tensor>& logsume
           const float* w = weights.data() + static_cast<size_t>(h) * shards * kLanes + i;
           T* to = result.at(b, h, first + i);
           for (int64_t j = 0; j < shape.dim; j += kLanes) {
-            const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
+            const int width = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
             Vec sum = zero();
             for (size_t s = 0; s < shards; ++s) {
               if (is_absent(w[s * kLanes])) continue;
-              sum = fma(Vec(w[s * kLanes]), load_first(rows[s].at(b, h, first + i) + j, wide), sum);
+              sum = fma(Vec(w[s * kLanes]), load_first(rows[s].at(b, h, first + i) + j, width), sum);
             }
-            store_first(to + j, sum, wide);
+            store_first(to + j, sum, width);
           }
         }
       }
@@ -158,10 +158,10 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumex
             const T* row = wants_lses && !is_absent(w) ? rows[s].at(b, h, first + i) : nullptr;
             Vec dot = zero();
             for (int64_t j = 0; j < shape.dim; j += kLanes) {
-              const int wide = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
-              const Vec x = is_absent(w) ? zero() : load_first(g + j, wide);
-              if (grad_row) store_first(grad_row + j, is_absent(w) ? zero() : Vec(w) * x, wide);
-              if (row) dot = fma(x, load_first(row + j, wide), dot);
+              const int width = static_cast<int>(std::min<int64_t>(kLanes, shape.dim - j));
+              const Vec x = is_absent(w) ? zero() : load_first(g + j, width);
+              if (grad_row) store_first(grad_row + j, is_absent(w) ? zero() : Vec(w) * x, width);
+              if (row) dot = fma(x, load_first(row + j, width), dot);
             }
             if (wants_lses) dots[at] = sum_lanes(dot);
           }

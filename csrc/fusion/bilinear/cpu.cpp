@@ -95,11 +95,11 @@ void unpack(const Packed& packed, const Tensor& matrix, int64_t first_row) {
 
 // Memory that tiles ask for while they compute, `bytes` over `calls` tiles of this depth: at the most a cache line
 // every two steps.
-struct Ahead {
+struct Prefetch {
   const char* at;
   int64_t pace, share;
 
-  Ahead(const void* first, int64_t bytes, int64_t calls, int64_t depth) : at(static_cast<const char*>(first)) {
+  Prefetch(const void* first, int64_t bytes, int64_t calls, int64_t depth) : at(static_cast<const char*>(first)) {
     const int64_t steps = std::max<int64_t>(1, depth / 2);
     pace = std::clamp<int64_t>(divide_up(bytes, std::max<int64_t>(1, calls) * steps), 0, 64);
     share = pace * steps;
@@ -141,27 +141,27 @@ VELM_INLINE void with_tile(int64_t rows, int vectors, const F& f) {
 __attribute__((noinline)) void forward_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* y,
                                             const float* x, int64_t at, int64_t height, float* sums, int64_t lanes,
                                             const char* ahead, int64_t pace) {
-  with_tile(rows, vectors, [&](auto tall, auto wide) {
-    Tile<tall, wide> tile;
+  with_tile(rows, vectors, [&](auto tile_rows, auto tile_vectors) {
+    Tile<tile_rows, tile_vectors> tile;
     tile.clear();
     multiply(tile, depth, a, kDeep, 1, y, ahead, pace);
-    Vec sum[wide];
+    Vec sum[tile_vectors];
     const float* from = x + at * kN;
     int64_t next = height - at;
-    unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
-    unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
+    unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
+    unroll<tile_rows>([&](auto r) VELM_INLINE_LAMBDA {
       if (r >= rows) return;
       if (r == next) {
-        unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
+        unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
         sums += lanes;
         from -= height * kN;
         next += height;
-        unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
+        unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = load(sums + v * kLanes); });
       }
-      unroll<wide>([&](auto v)
-                       VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(from + r * kN + v * kLanes), sum[v]); });
+      unroll<tile_vectors>(
+          [&](auto v) VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(from + r * kN + v * kLanes), sum[v]); });
     });
-    unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
+    unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { store(sums + v * kLanes, sum[v]); });
   });
 }
 
@@ -180,14 +180,14 @@ void forward_task(const W* weight, int64_t out_stride, int64_t row_stride, int64
     const int64_t end = std::min(block + kTiles, x.tiles());
     for (int64_t r = 0; r < total; r += stack) {
       const int64_t some = std::min(stack, total - r), next = r + some;
-      Ahead ahead(row(next < total ? next : 0), std::min(stack, total - next) * row_stride * sizeof(W),
-                  pieces * (end - block) * divide_up(some, kR), depth);
+      Prefetch ahead(row(next < total ? next : 0), std::min(stack, total - next) * row_stride * sizeof(W),
+                     pieces * (end - block) * divide_up(some, kR), depth);
       for (int64_t j = 0; j < y.columns; j += depth) {
-        const int64_t wide = std::min(depth, y.columns - j);
-        for (int64_t i = 0; i < some; ++i) convert(a + i * kDeep, row(r + i) + j, wide);
+        const int64_t width = std::min(depth, y.columns - j);
+        for (int64_t i = 0; i < some; ++i) convert(a + i * kDeep, row(r + i) + j, width);
         for (int64_t t = block; t < end; ++t)
           for (int64_t i = 0; i < some; i += kR)
-            forward_tile(std::min<int64_t>(kR, some - i), x.vectors(t), wide, a + i * kDeep, y.panel(t) + j * kN,
+            forward_tile(std::min<int64_t>(kR, some - i), x.vectors(t), width, a + i * kDeep, y.panel(t) + j * kN,
                          x.panel(t) + first * kN, (r + i) % height, height, sums + (r + i) / height * lanes + t * kN,
                          lanes, ahead.next(), ahead.pace);
       }
@@ -282,27 +282,27 @@ struct Target {
 __attribute__((noinline)) void input_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* g,
                                           const float* x, const float* y, Target grad_x, Target grad_y,
                                           const char* ahead, int64_t pace) {
-  with_tile(rows, vectors, [&](auto tall, auto wide) {
-    Tile<tall, wide> tile;
+  with_tile(rows, vectors, [&](auto tile_rows, auto tile_vectors) {
+    Tile<tile_rows, tile_vectors> tile;
     tile.clear();
     multiply(tile, depth, a, 1, kR, g, ahead, pace);
     if (grad_x.data) {
-      Vec sum[wide];
-      unroll<wide>([&](auto v)
-                       VELM_INLINE_LAMBDA { sum[v] = grad_x.is_first ? zero() : load(grad_x.data + v * kLanes); });
-      unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
+      Vec sum[tile_vectors];
+      unroll<tile_vectors>(
+          [&](auto v) VELM_INLINE_LAMBDA { sum[v] = grad_x.is_first ? zero() : load(grad_x.data + v * kLanes); });
+      unroll<tile_rows>([&](auto r) VELM_INLINE_LAMBDA {
         if (r >= rows) return;
-        unroll<wide>([&](auto v)
-                         VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(y + r * kN + v * kLanes), sum[v]); });
+        unroll<tile_vectors>(
+            [&](auto v) VELM_INLINE_LAMBDA { sum[v] = fma(tile.c[r][v], load(y + r * kN + v * kLanes), sum[v]); });
       });
-      unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { store(grad_x.data + v * kLanes, sum[v]); });
+      unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { store(grad_x.data + v * kLanes, sum[v]); });
     }
     if (grad_y.data) {
-      Vec factor[wide];
-      unroll<wide>([&](auto v) VELM_INLINE_LAMBDA { factor[v] = load(x + v * kLanes); });
-      unroll<tall>([&](auto r) VELM_INLINE_LAMBDA {
+      Vec factor[tile_vectors];
+      unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA { factor[v] = load(x + v * kLanes); });
+      unroll<tile_rows>([&](auto r) VELM_INLINE_LAMBDA {
         if (r >= rows) return;
-        unroll<wide>([&](auto v) VELM_INLINE_LAMBDA {
+        unroll<tile_vectors>([&](auto v) VELM_INLINE_LAMBDA {
           float* to = grad_y.data + r * kN + v * kLanes;
           store(to, grad_y.is_first ? tile.c[r][v] * factor[v] : fma(tile.c[r][v], factor[v], load(to)));
         });
@@ -386,11 +386,11 @@ float* pack_columns(Scratch& memory, const Tensor& y, int64_t columns) {
   with_type(y.scalar_type(), [&](auto t) {
     const auto* from = const_data<decltype(t)>(y);
     parallel_items(panels, [&](int64_t p) {
-      const int64_t wide = std::min<int64_t>(kN, columns - p * kN);
+      const int64_t width = std::min<int64_t>(kN, columns - p * kN);
       for (int64_t b = 0; b < rows; ++b) {
         float* row = to + (p * rows + b) * kN;
-        convert(row, from + b * y.stride(0) + p * kN, wide);
-        std::fill(row + wide, row + kN, 0.0f);
+        convert(row, from + b * y.stride(0) + p * kN, width);
+        std::fill(row + width, row + kN, 0.0f);
       }
     });
   });
@@ -412,8 +412,8 @@ float* pack_tails(Scratch& memory, const Tensor& y, int64_t first, int64_t lanes
 
 __attribute__((noinline)) void weight_tile(int64_t rows, int vectors, int64_t depth, const float* a, const float* y,
                                            float* to, int64_t ldc, bool first) {
-  with_tile(rows, vectors, [&](auto tall, auto wide) {
-    Tile<tall, wide> tile;
+  with_tile(rows, vectors, [&](auto tile_rows, auto tile_vectors) {
+    Tile<tile_rows, tile_vectors> tile;
     tile.clear();
     tile.multiply_add(depth, a, kBatchStride, 1, y, kN);
     if (!first) tile.add(to, ldc);
@@ -459,10 +459,10 @@ void weight_gradient(const Packed& x, const Packed& g, const Tensor& y, const Te
       std::fill_n(sums, kR * ldc, 0.0f);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t top = task / blocks * height, some = std::min(height, dx - top);
-        const int64_t row = task % blocks * kR, tall = std::min<int64_t>(kR, out * some - row);
-        for (int64_t b = 0; b < rows && tall > 0; b += kBatchBlock) {
+        const int64_t row = task % blocks * kR, rows_left = std::min<int64_t>(kR, out * some - row);
+        for (int64_t b = 0; b < rows && rows_left > 0; b += kBatchBlock) {
           const int64_t depth = std::min(kBatchBlock, rows - b);
-          for (int64_t r = 0; r < tall; ++r) {
+          for (int64_t r = 0; r < rows_left; ++r) {
             const int64_t k = (row + r) / some, i = top + (row + r) % some;
             for (int64_t c = 0; c < depth; c += kN) {
               const float* factor = g.panel((b + c) / kN) + k * kN;
@@ -472,11 +472,11 @@ void weight_gradient(const Packed& x, const Packed& g, const Tensor& y, const Te
             }
           }
           for (int64_t p = 0; p < panels; ++p)
-            weight_tile(tall, full - p * kN > kLanes ? 2 : 1, depth, a, columns + (p * rows + b) * kN, sums + p * kN,
-                        ldc, b == 0);
+            weight_tile(rows_left, full - p * kN > kLanes ? 2 : 1, depth, a, columns + (p * rows + b) * kN,
+                        sums + p * kN, ldc, b == 0);
           for (int64_t j = 0; j < tails; ++j) tail_tile(depth, a, tail + j * lanes + b, sums + full + j, ldc, b == 0);
         }
-        for (int64_t r = 0; r < tall; ++r) {
+        for (int64_t r = 0; r < rows_left; ++r) {
           const int64_t k = (row + r) / some, i = top + (row + r) % some;
           convert(to + (k * dx + i) * dy, sums + r * ldc, dy);
         }

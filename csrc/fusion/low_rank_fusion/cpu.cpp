@@ -47,10 +47,10 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& c) {
 struct Modality {
   Tensor factor;
   int64_t rows, depth, out, repeat;
-  float* with_one;  // (rows, 1 + dim)
-  float* wide;      // for some ranks of a factor that is not fp32
-  float* room;      // (some ranks, rows, out)
-  float* kept;      // (rank, rows, out) or nothing
+  float* with_one;   // (rows, 1 + dim)
+  float* converted;  // for some ranks of a factor that is not fp32
+  float* room;       // (some ranks, rows, out)
+  float* kept;       // (rank, rows, out) or nothing
 
   Modality(const Tensor& x, const Tensor& factor, int64_t result_rows, int64_t ranks, Scratch& memory)
       : factor(factor),
@@ -59,7 +59,7 @@ struct Modality {
         out(factor.size(2)),
         repeat(result_rows / std::max<int64_t>(1, rows)),
         with_one(memory.take(rows * depth)),
-        wide(factor.scalar_type() == ScalarType::Float ? nullptr : memory.take(ranks * depth * out)),
+        converted(factor.scalar_type() == ScalarType::Float ? nullptr : memory.take(ranks * depth * out)),
         room(memory.take(ranks * rows * out)),
         kept(nullptr) {
     with_type(x.scalar_type(), [&](auto t) {
@@ -78,13 +78,13 @@ struct Modality {
   // The factor of some ranks.
   float* ranks(int64_t first, int64_t count) const {
     const int64_t size = depth * out;
-    if (!wide) return mutable_data<float>(factor) + first * size;
+    if (!converted) return mutable_data<float>(factor) + first * size;
     with_type(factor.scalar_type(), [&](auto t) {
       const auto* from = const_data<decltype(t)>(factor) + first * size;
       parallel_ranges(count * size, kGrain,
-                      [&](int64_t begin, int64_t end) { convert(wide + begin, from + begin, end - begin); });
+                      [&](int64_t begin, int64_t end) { convert(converted + begin, from + begin, end - begin); });
     });
-    return wide;
+    return converted;
   }
 
   float* products(int64_t first, int64_t count, bool compute) const {

@@ -58,7 +58,7 @@ void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Ten
                              Tensor out, Optional kept) {
   const Current current(x0);
   LowRankFusion p = problem_of(x0, factor0, rows);
-  std::vector<Tensor> xs{x0, x1}, factors{factor0, factor1}, rooms;
+  std::vector<Tensor> xs{x0, x1}, factors{factor0, factor1}, projections;
   if (x2) xs.push_back(*x2), factors.push_back(*factor2);
   if (x3) xs.push_back(*x3), factors.push_back(*factor3);
   const auto numbers = [&](const Tensor& x) { return x.size(0) * p.rank * p.out; };
@@ -66,11 +66,11 @@ void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Ten
   int64_t offset = 0;
   for (size_t m = 0; m < xs.size(); ++m) {
     const bool shares = xs[m].size(0) < rows;
-    rooms.push_back(kept ? torch::stable::narrow(*kept, 0, offset, numbers(xs[m]))
-                         : torch::stable::new_empty(x0, {shares ? numbers(xs[m]) : 0}, ScalarType::Float));
+    projections.push_back(kept ? torch::stable::narrow(*kept, 0, offset, numbers(xs[m]))
+                               : torch::stable::new_empty(x0, {shares ? numbers(xs[m]) : 0}, ScalarType::Float));
     offset += numbers(xs[m]);
-    if (shares) project(xs[m], factors[m], rooms[m], current.stream());
-    p.inputs[p.count] = input_of(xs[m], factors[m], rooms[m]);
+    if (shares) project(xs[m], factors[m], projections[m], current.stream());
+    p.inputs[p.count] = input_of(xs[m], factors[m], projections[m]);
     p.inputs[p.count++].is_projected = shares;
   }
   p.weight = span_of(weight);

@@ -27,8 +27,8 @@ void linear_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::op
   const int64_t rows = x.size(0), columns = weight.size(0);
   if (rows == 0 || columns == 0) return;
   const Epilogue after = epilogue_of(out, kept, bias, residual, activation);
-  const auto finish = [&](const float* c, int64_t stride, int64_t row, int64_t tall, int64_t column, int64_t wide) {
-    after.from_fp32(after, c, stride, row, tall, column, wide);
+  const auto finish = [&](const float* c, int64_t stride, int64_t row, int64_t height, int64_t column, int64_t width) {
+    after.from_fp32(after, c, stride, row, height, column, width);
   };
   if (rows <= kFewRows)
     multiply_few_rows(x, weight, finish);
@@ -41,8 +41,8 @@ void gradient_of_x(const Source& grad_z, int64_t rows, const Tensor& weight, con
   const int64_t columns = weight.size(1);
   void* out = grad_x.mutable_data_ptr();
   const ScalarType dtype = grad_x.scalar_type();
-  const auto finish = [&](const float* c, int64_t stride, int64_t row, int64_t tall, int64_t column, int64_t wide) {
-    for (int64_t i = 0; i < tall; ++i) write(dtype, out, (row + i) * columns + column, c + i * stride, wide);
+  const auto finish = [&](const float* c, int64_t stride, int64_t row, int64_t height, int64_t column, int64_t width) {
+    for (int64_t i = 0; i < height; ++i) write(dtype, out, (row + i) * columns + column, c + i * stride, width);
   };
   multiply_plain(precision_of(weight), grad_z, source_of(weight), rows, columns, weight.size(0), finish);
 }
@@ -57,19 +57,19 @@ void gradient_of_weight(const Source& grad_z, const Tensor& x, const Tensor& gra
   const Buffer<float> apart(in_place || slabs == 1 ? 0 : out_features * in_features);
   void* out = grad_weight.mutable_data_ptr();
   float* total = in_place ? static_cast<float*>(out) : apart.get();
-  const auto finish = [&](int64_t slab, const float* c, int64_t stride, int64_t row, int64_t tall, int64_t column,
-                          int64_t wide) {
-    for (int64_t i = 0; i < tall; ++i) {
+  const auto finish = [&](int64_t slab, const float* c, int64_t stride, int64_t row, int64_t height, int64_t column,
+                          int64_t width) {
+    for (int64_t i = 0; i < height; ++i) {
       const int64_t at = (row + i) * in_features + column;
       const float* values = c + i * stride;
       if (slab > 0) {
-        for (int64_t j = 0; j < wide; ++j) total[at + j] += values[j];
+        for (int64_t j = 0; j < width; ++j) total[at + j] += values[j];
         values = total + at;
       }
       if (slab == slabs - 1) {
-        if (!in_place || slab == 0) write(dtype, out, at, values, wide);
+        if (!in_place || slab == 0) write(dtype, out, at, values, width);
       } else if (slab == 0) {
-        std::copy_n(values, wide, total + at);
+        std::copy_n(values, width, total + at);
       }
     }
   };

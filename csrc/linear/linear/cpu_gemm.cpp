@@ -52,17 +52,17 @@ void multiply_packed(const Word* a, const Word* b, int64_t rows, int64_t columns
   simd::parallel_workers(row_blocks * column_blocks, scratch, [&](const Buffer<float>& block, int64_t task) {
     float* c = block.get();
     const int64_t row = task % row_blocks * kBlockRows, column = task / row_blocks * kBlockColumns;
-    const int64_t tall = std::min(kBlockRows, rows - row), wide = std::min(kBlockColumns, columns - column);
+    const int64_t height = std::min(kBlockRows, rows - row), width = std::min(kBlockColumns, columns - column);
     if (words == 0) std::fill_n(c, kBlockRows * kBlockColumns, 0.0f);
     for (int64_t k = 0; k < words; k += depth_block) {
       const int64_t steps = std::min(depth_block, words - k);
-      for (int64_t i = 0; i < tall; i += kR) {
+      for (int64_t i = 0; i < height; i += kR) {
         const Word* a_panel = a + (row + i) * words + k * kR;
-        for (int64_t j = 0; j < wide; j += kN)
+        for (int64_t j = 0; j < width; j += kN)
           micro_kernel(steps, a_panel, b + (column + j) * words + k * kN, c + i * kBlockColumns + j, k == 0);
       }
     }
-    finish(c, row, tall, column, wide);
+    finish(c, row, height, column, width);
   });
 }
 
@@ -115,12 +115,12 @@ void multiply(Format, int64_t rows, int64_t columns, int64_t depth, const PackA&
   const int64_t b_slab = slab_of(columns, words, kMaxPackedB, kBlockColumns);
   const Buffer<Word> a(round_up(a_slab, kR) * words), b(round_up(b_slab, kN) * words);
   for (int64_t column = 0; column < columns; column += b_slab) {
-    const int64_t wide = std::min(b_slab, columns - column);
-    pack_b(b.get(), column, wide);
+    const int64_t width = std::min(b_slab, columns - column);
+    pack_b(b.get(), column, width);
     for (int64_t row = 0; row < rows; row += a_slab) {
-      const int64_t tall = std::min(a_slab, rows - row);
-      pack_a(a.get(), row, tall);
-      multiply_packed(a.get(), b.get(), tall, wide, words,
+      const int64_t height = std::min(a_slab, rows - row);
+      pack_a(a.get(), row, height);
+      multiply_packed(a.get(), b.get(), height, width, words,
                       [&](const float* c, int64_t i, int64_t block_rows, int64_t j, int64_t block_columns) {
                         finish(c, row + i, block_rows, column + j, block_columns);
                       });
@@ -146,8 +146,8 @@ void multiply_transposed(Precision precision, const Source& a, const Source& b, 
         format, rows, columns, depth,
         [&](auto* to, int64_t row, int64_t count) { pack_rows<kR>(format, to, a, row, count, depth); },
         [&](auto* to, int64_t column, int64_t count) { pack_rows<kN>(format, to, b, column, count, depth); },
-        [&](const float* c, int64_t row, int64_t tall, int64_t column, int64_t wide) {
-          finish(c, kBlockColumns, row, tall, column, wide);
+        [&](const float* c, int64_t row, int64_t height, int64_t column, int64_t width) {
+          finish(c, kBlockColumns, row, height, column, width);
         });
   });
 }
@@ -161,8 +161,8 @@ void multiply_plain(Precision precision, const Source& a, const Source& b, int64
         [&](auto* to, int64_t column, int64_t count) {
           pack_columns<kN>(format, to, b, column, count, 0, depth, nullptr);
         },
-        [&](const float* c, int64_t row, int64_t tall, int64_t column, int64_t wide) {
-          finish(c, kBlockColumns, row, tall, column, wide);
+        [&](const float* c, int64_t row, int64_t height, int64_t column, int64_t width) {
+          finish(c, kBlockColumns, row, height, column, width);
         });
   });
 }
@@ -192,8 +192,8 @@ void multiply_over_rows(Precision precision, const Source& a, const Source& b, i
           [&](auto* to, int64_t column, int64_t count) {
             pack_columns<kN>(format, to, b, column, count, begin, steps, nullptr);
           },
-          [&](const float* c, int64_t row, int64_t tall, int64_t column, int64_t wide) {
-            finish(slab, c, kBlockColumns, row, tall, column, wide);
+          [&](const float* c, int64_t row, int64_t height, int64_t column, int64_t width) {
+            finish(slab, c, kBlockColumns, row, height, column, width);
           });
     }
   });

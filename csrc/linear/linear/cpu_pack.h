@@ -42,7 +42,7 @@ void pack_along_depth(Format, typename Format::Word* out, const Source& in, int6
       std::fill(rows[r] + steps, rows[r] + kSteps, 0.0f);
     }
     for (int first = 0; first < W; first += kLanes) {
-      const int wide = std::min(kLanes, W - first);
+      const int lanes_left = std::min(kLanes, W - first);
       for (int64_t s = 0; s < steps; s += kSquare) {
         typename Format::Words square[kLanes];
         simd::unroll<kLanes>([&](auto r) VELM_INLINE_LAMBDA { square[r] = Format::neighbours(rows[first + r] + s); });
@@ -51,9 +51,9 @@ void pack_along_depth(Format, typename Format::Word* out, const Source& in, int6
         const int words =
             static_cast<int>(std::min<int64_t>(kLanes, (steps - s + Format::kDepth - 1) / Format::kDepth));
         if (words == kLanes) {
-          simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA { store_words(to + i * W, square[i], wide); });
+          simd::unroll<kLanes>([&](auto i) VELM_INLINE_LAMBDA { store_words(to + i * W, square[i], lanes_left); });
         } else {
-          for (int i = 0; i < words; ++i) store_words(to + i * W, square[i], wide);
+          for (int i = 0; i < words; ++i) store_words(to + i * W, square[i], lanes_left);
         }
       }
     }
@@ -86,11 +86,11 @@ void pack_across_depth(Format, typename Format::Word* out, int64_t words, const 
     auto* to = out + k / Format::kDepth * W;
     for (int64_t p = 0; p < panels; ++p, to += words * W) {
       for (int first = 0; first < W; first += kLanes) {
-        const int wide = std::min(kLanes, W - first);
+        const int lanes_left = std::min(kLanes, W - first);
         Vec steps[Format::kDepth];
         simd::unroll<Format::kDepth>([&](auto i)
                                          VELM_INLINE_LAMBDA { steps[i] = simd::load(rows[i] + p * W + first); });
-        store_words(to + first, Format::together(steps), wide);
+        store_words(to + first, Format::together(steps), lanes_left);
       }
     }
   }

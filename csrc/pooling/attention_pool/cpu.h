@@ -29,10 +29,10 @@ constexpr int64_t kColumns = 768;
 
 // Memory that will be read soon. The products of a tile leave the way to memory idle, so that they ask for the tokens
 // of the next one meanwhile: a line at every step, into the second cache.
-class Ahead {
+class Prefetch {
  public:
-  Ahead() = default;
-  Ahead(const char* begin, const char* end) : at_(begin), end_(end) {}
+  Prefetch() = default;
+  Prefetch(const char* begin, const char* end) : at_(begin), end_(end) {}
 
   // Calls step(k) for k = begin, begin + by, ... below end. `known` is memory that may be asked for in vain.
   template <class Step>
@@ -55,7 +55,7 @@ class Ahead {
 
 // out[i * kTile + j] (+)= a[i] . b[j] over [begin, end), whole vectors, for I rows of a and J of b.
 template <int I, int J>
-void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64_t end, float* out, Ahead& ahead) {
+void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64_t end, float* out, Prefetch& ahead) {
   Vec sum[I][J];
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA { unroll<J>([&](auto j) VELM_INLINE_LAMBDA { sum[i][j] = zero(); }); });
   ahead.during(begin, end, kLanes, b[0], [&](int64_t c) VELM_INLINE_LAMBDA {
@@ -76,26 +76,26 @@ void dot_tile(const float* const* a, const float* const* b, int64_t begin, int64
 
 // All products of some rows and the tokens of a tile.
 inline void dots(const float* const* row, int64_t rows, const float* const* token, int tokens, int64_t padded,
-                 float* out, Ahead& ahead) {
+                 float* out, Prefetch& ahead) {
   constexpr int kI = kRowsOfTile, kJ = kVectors;
   for (int64_t begin = 0; begin < padded; begin += kColumns) {
     const int64_t end = std::min(begin + kColumns, padded);
     for (int j = 0; j < tokens;) {
-      const int wide = j + kJ <= tokens ? kJ : 1;
+      const int tokens_at_once = j + kJ <= tokens ? kJ : 1;
       int64_t i = 0;
       for (; i + kI <= rows; i += kI) {
-        if (wide == kJ)
+        if (tokens_at_once == kJ)
           dot_tile<kI, kJ>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
         else
           dot_tile<kI, 1>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
       }
       for (; i < rows; ++i) {
-        if (wide == kJ)
+        if (tokens_at_once == kJ)
           dot_tile<1, kJ>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
         else
           dot_tile<1, 1>(row + i, token + j, begin, end, out + i * kTile + j, ahead);
       }
-      j += wide;
+      j += tokens_at_once;
     }
   }
 }
@@ -110,7 +110,7 @@ struct Weights {
 // out[i] = out[i] * scale[i] + sum_j weights(i, j) row[j], for I sums and V vectors of columns; scale null: 0.
 template <int I, int V>
 VELM_INLINE void combine_tile(const Weights& weights, int64_t first, const float* const* row, int64_t rows,
-                              float* const* out, int64_t c, const float* scale, Ahead& ahead) {
+                              float* const* out, int64_t c, const float* scale, Prefetch& ahead) {
   Vec sum[I][V];
   unroll<I>([&](auto i) VELM_INLINE_LAMBDA {
     unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -131,7 +131,7 @@ VELM_INLINE void combine_tile(const Weights& weights, int64_t first, const float
 }
 
 inline void combine(const Weights& weights, const float* const* row, int64_t rows, float* const* out, int64_t sums,
-                    int64_t padded, const float* scale, Ahead& ahead) {
+                    int64_t padded, const float* scale, Prefetch& ahead) {
   constexpr int64_t kWide = kVectors * kLanes;
   int64_t c = 0;
   for (; c + kWide <= padded; c += kWide) {
@@ -163,7 +163,7 @@ class Tiles {
   int64_t number[kTile];
   int count = 0;
   // The tokens behind them.
-  Ahead ahead;
+  Prefetch ahead;
 
   // The next tile of a piece, from token `n` on, which moves behind it; false where there is none. `skip` is called
   // with the tokens that do not count.
@@ -184,10 +184,10 @@ class Tiles {
         std::memcpy(copy, there, sizeof(float) * dim_);
       number[count++] = n;
     }
-    ahead = Ahead();
+    ahead = Prefetch();
     // Where few tokens count, these would be the wrong ones.
     if (is_dense_ && !live && n < end)
-      ahead = Ahead(from_.at(piece.segment, n), from_.at(piece.segment, std::min(n + kTile, end)));
+      ahead = Prefetch(from_.at(piece.segment, n), from_.at(piece.segment, std::min(n + kTile, end)));
     return count > 0;
   }
 
