@@ -15,7 +15,7 @@ from velm_kernels import measure
 from velm_kernels.integrations import zoo
 
 # Model and batch size, in the order in which they are measured.
-FAMILIES = {"siglip": 2, "vilt": 2, "lxmert": 4, "blip_2_qformer": 4, "visual_bert": 2}
+FAMILIES = {"siglip": 1, "blip_2_qformer": 2, "vilt": 1, "visual_bert": 1, "lxmert": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What rounding may add to twice the unpatched model's own error.
 TOLERANCE = 1e-4
@@ -26,7 +26,7 @@ class Comparison:
     """One model, the same weights and inputs, unpatched and patched; every pair is (before, after).
 
     Attributes:
-        family, size, dtype: what was measured.
+        family, batch, size, dtype: what was measured.
         replaced: number of modules that ``patch`` replaced.
         errors: relative RMS difference of the outputs from those of the unpatched model in float32.
         inference_ms, step_ms: medians of alternating runs; a step is forward and backward. None where no run was timed.
@@ -35,6 +35,7 @@ class Comparison:
     """
 
     family: str
+    batch: int
     size: str
     dtype: str
     replaced: int
@@ -68,7 +69,7 @@ def compare(family: str, batch: int, layers: int | None, rounds: int) -> Iterato
     """Measure one model in each of ``DTYPES``, in ``rounds`` timed runs each; 0 times nothing."""
     original, given = zoo.build(family, batch=batch, layers=layers)
     exact = inference(original, given)
-    size = f"batch {batch}, {zoo.MODELS[family].description}" + ("" if layers is None else f", layers cut to {layers}")
+    size = zoo.MODELS[family].description + ("" if layers is None else f", layers cut to {layers}")
     for name, dtype in DTYPES.items():
         original = original.eval().to(dtype)
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
@@ -88,6 +89,7 @@ def compare(family: str, batch: int, layers: int | None, rounds: int) -> Iterato
             peak.append(measure.peak_memory(steps[way]))
         yield Comparison(
             family,
+            batch,
             size,
             name,
             len(report.replaced),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 from PIL import Image
 
@@ -66,9 +68,11 @@ class Shown:
 def overview(path: Path, shown: Shown) -> None:
     """One PNG of everything."""
     with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "font.size": 9}):
-        figure = plt.figure(figsize=(15, 14.5), layout="constrained")
-        figure.suptitle(f"velm_kernels: one run of make demo\n{shown.machine}", fontsize=13)
-        top, middle, bottom = figure.subfigures(3, 1, height_ratios=(5.3, 3.2, 0.9 + 0.45 * len(shown.families)))
+        figure = plt.figure(figsize=(15, 15), layout="constrained")
+        figure.suptitle(f"velm_kernels: one run of make demo\n{shown.machine}\n", fontsize=13)
+        heights = (5.4, 3.2, 0.9 + 0.42 * len(shown.families))
+        figure.set_figheight(0.6 + sum(heights) * 1.15)
+        top, middle, bottom = figure.subfigures(3, 1, height_ratios=heights)
         _answers(top, shown.asked)
         _training(middle, shown)
         _families(bottom, shown.families)
@@ -89,7 +93,7 @@ def _answers(figure: Any, asked: Sequence[Asked]) -> None:
         verdict = "right" if is_right else f"wrong: {one.right}"
         picture, looked = axes[:, column]
         picture.imshow(pixels)
-        picture.set_title(f"{one.question}\n", fontsize=10)
+        picture.set_title(textwrap.fill(one.question, 25) + "\n", fontsize=10)
         picture.text(
             0.5,
             1.02,
@@ -113,6 +117,7 @@ def _answers(figure: Any, asked: Sequence[Asked]) -> None:
             bar.ax.get_xticklabels()[1].set_horizontalalignment("right")
         for axis in (picture, looked):
             axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
 
 
 def _training(figure: Any, shown: Shown) -> None:
@@ -125,6 +130,7 @@ def _training(figure: Any, shown: Shown) -> None:
     losses.set_title(
         f"ViLT, same weights and batches:\nlosses differ by {shown.loss_difference:.0e} at most, relatively"
     )
+    losses.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     losses.legend(frameon=False)
 
     names = [one.name for one in shown.turns]
@@ -137,13 +143,13 @@ def _training(figure: Any, shown: Shown) -> None:
     bars = right.barh(labels, shares, color=[AFTER if name in shown.trained else BEFORE for name in labels])
     right.bar_label(bars, [f"{share:.1f} %" for share in shares], padding=3)
     right.invert_yaxis()
-    right.set(xlabel="% of held-out questions", xlim=(0, 118), xticks=range(0, 101, 20))
+    right.set(xlabel="% of held-out questions", xlim=(0, 125), xticks=range(0, 101, 20))
     right.set_title("Right answers (blue: the trained model)")
 
 
 def _families(figure: Any, families: Sequence[Comparison]) -> None:
     figure.suptitle("Whole models of transformers before and after patch(model) (less is better)", fontsize=12)
-    names = [f"{one.family}, {one.dtype}" for one in families]
+    names = [f"{one.family} {one.dtype}, batch {one.batch}" for one in families]
     axes = figure.subplots(1, 4, sharey=True)
     mib = 2**20
     panels = (

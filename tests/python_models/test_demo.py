@@ -151,7 +151,16 @@ def test_what_is_wrong_is_called_so(change: dict, told: str | None) -> None:
     plain.losses, patched.losses = [1.0, 0.5], change.get("losses", [1.0, 0.5])
     report = velm_kernels.patch(zoo.build("blip_2_qformer", layers=1)[0])
     model = families.Comparison(
-        "siglip", "", "bf16", change.get("replaced", 9), change.get("errors", (1e-3, 2e-3)), None, None, (1, 1), (1, 1)
+        "siglip",
+        1,
+        "",
+        "bf16",
+        change.get("replaced", 9),
+        change.get("errors", (1e-3, 2e-3)),
+        None,
+        None,
+        (1, 1),
+        (1, 1),
     )
     forms = demo.results.Comparison((0.1, 0.2), (1, 1), change.get("forms", 0.0))
     reached = evaluation.Accuracy(change.get("reached", 0.95), {})
@@ -162,7 +171,7 @@ def test_what_is_wrong_is_called_so(change: dict, told: str | None) -> None:
 
 
 def test_a_place_without_a_time_stays_empty(tmp_path: Path) -> None:
-    model = families.Comparison("vilt", "", "fp32", 9, (0.0, 1e-7), (3.0, 2.0), None, (2**20, 2**19), (2**21, 2**20))
+    model = families.Comparison("vilt", 1, "", "fp32", 9, (0.0, 1e-7), (3.0, 2.0), None, (2**20, 2**19), (2**21, 2**20))
     picture = data.easy_vqa.get_test_image_paths()[0]
     unweighed = plots.Asked(Path(picture), "is it red?", evaluation.Prediction([("no", 0.9)], None), "yes")
     shown = plots.Shown(
