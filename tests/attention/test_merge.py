@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda
 from tests.numbers import assert_accurate
-from velm_kernels.attention.merge_attention import canonical, reference
+from velm_kernels.attention.merge_attention import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -135,94 +134,3 @@ def test_shards_of_the_keys_merge_to_attention_over_all(backend: Backend) -> Non
     torch.testing.assert_close(merged, whole)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-
-@every_cpu_backend
-def test_same_bits_for_any_number_of_threads(backend: Backend) -> None:
-    outs, lses, upstream = draw(3, 2, 4, 500, 64, torch.float32, 0, 1.0)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        with backend.use():
-            results.append(run(velm_kernels.merge_attention, outs, lses, upstream))
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
-
-
-@every_backend_with_cuda
-def test_only_wanted_gradients(backend: Backend) -> None:
-    outs, lses, upstream = draw(3, 2, 2, 5, 8, torch.float32, 0, 1.0)
-    everything = run(velm_kernels.merge_attention, outs, lses, upstream)
-    for wanted, name in enumerate(("grad_outs", "grad_logsumexps")):
-        leaves = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((outs, lses))]
-        with backend.use():
-            out, logsumexp = velm_kernels.merge_attention(*leaves)
-        finite = torch.where(torch.isinf(logsumexp), 0.0, logsumexp)
-        upstream32 = [t.float() for t in upstream]
-        if wanted == 0:
-            torch.autograd.backward(out, upstream32[0])
-        else:
-            torch.autograd.backward([out, finite], upstream32)
-        torch.testing.assert_close(leaves[wanted].grad, everything[name])
-        assert leaves[1 - wanted].grad is None
-
-    # Of a list, that of one shard: the others are not computed, and nothing is written in their place.
-    shards = [[t.clone() for t in stacked] for stacked in (outs, lses)]
-    chosen = (shards[0][1].requires_grad_(), shards[1][2].requires_grad_())
-    for some in (chosen[:1], chosen[1:], chosen):
-        with backend.use():
-            out, logsumexp = velm_kernels.merge_attention(*shards)
-        finite = torch.where(torch.isinf(logsumexp), 0.0, logsumexp)
-        grads = torch.autograd.grad([out, finite], some, [t.float() for t in upstream])
-        for grad, of in zip(grads, some, strict=True):
-            name, shard = ("grad_outs", 1) if of is chosen[0] else ("grad_logsumexps", 2)
-            torch.testing.assert_close(grad, everything[name][shard])
-
-
-@every_backend_once
-def test_opcheck_and_compile(backend: Backend) -> None:
-    outs = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)]
-    lses = [torch.randn(2, 2, 5, requires_grad=True) for _ in range(3)]
-
-    def loss(outs: list[Tensor], lses: list[Tensor]) -> Tensor:
-        out, logsumexp = velm_kernels.merge_attention(outs, lses)
-        return out.square().sum() + logsumexp.sum()
-
-    with backend.use():
-        arguments = canonical([t.detach().requires_grad_() for t in outs], [t.detach().requires_grad_() for t in lses])
-        torch.library.opcheck(torch.ops.velm.merge_attention_forward.default, (*arguments.values(), backend.name))
-        eager = torch.autograd.grad(loss(outs, lses), outs + lses)
-        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-        other = torch.autograd.grad(compiled(outs, lses), outs + lses)
-    for ours, theirs in zip(other, eager, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def test_float64_is_exact_to_float64() -> None:
-    outs = torch.randn(3, 2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
-    lses = torch.randn(3, 2, 2, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(velm_kernels.merge_attention, (outs, lses))
-
-
-OUT, LSE = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("outs", "lses", "error", "message"),
-    [
-        ([], [], ValueError, "outs: expected 1 or more tensors, given list of 0"),
-        ([OUT, OUT], [LSE], ValueError, r"logsumexps: expected as many shards as outs \(2\), given list of 1"),
-        ([OUT, OUT[:, :2]], [LSE, LSE], ValueError, r"outs: .*\(2, 3, 4, 5\), given \(2, 2, 4, 5\)"),
-        ([OUT], [LSE[:, :2]], ValueError, r"logsumexps: .*\(2, 3, 4\), given \(2, 2, 4\)"),
-        ([OUT[0]], [LSE[0]], ValueError, r"logsumexps: .*\(4, 3\), given \(3, 4\)"),
-        ([OUT[0, 0]], [LSE[0, 0]], ValueError, r"outs: .*given \(4, 5\)"),
-        ([OUT, OUT.half()], [LSE, LSE], TypeError, "outs: .*torch.float32, given torch.float16"),
-        ([OUT], [LSE.half()], TypeError, "logsumexps: .*torch.float32, given torch.float16"),
-        ([OUT.int()], [LSE], TypeError, r"outs\[0\]: .*torch.int32"),
-        (["a"], [LSE], TypeError, r"outs\[0\]: expected a tensor, given str"),
-        ([OUT], [torch.empty(2, 3, 4, device="meta")], ValueError, "logsumexps: expected device cpu"),
-    ],
-)
-def test_bad_arguments(outs: Any, lses: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        velm_kernels.merge_attention(outs, lses)

@@ -98,24 +98,6 @@ def test_shapes_that_cuda_cuts(backend, sizes, dtype):
     _check(backend, _inputs(*sizes, dtype))
 
 
-@every_backend_with_cuda
-@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 4, 0, 5), (3, 4, 5, 0)])
-def test_nothing(backend, sizes):
-    inputs = _inputs(*sizes, torch.float32)
-    with backend.use():
-        got = _all_results(bilinear, inputs)
-    assert torch.equal(got["out"], inputs[3].expand(sizes[0], sizes[3]))
-    for name, value in zip(NAMES[:3], inputs[:3], strict=True):
-        assert torch.equal(got[name], torch.zeros_like(value)), name
-
-
-@every_backend_with_cuda
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [(True, True, True, True), (True, False, False, False), (False, True, False, True)])
-def test_one_row_of_x_for_every_region(backend, dtype, wanted):
-    _check(backend, _inputs(3, 20, 17, 6, dtype, regions=5), wanted, _repeated, _repeated)
-
-
 def _repeated(x, y, weight, bias):
     return F.bilinear(x[:, None].expand(-1, y.shape[1], -1), y, weight, bias)
 
@@ -152,18 +134,6 @@ def test_leading_dimensions(x, y, leading):
     torch.testing.assert_close(out, expected)
 
 
-@every_backend_with_cuda
-def test_layouts(backend):
-    x, y = torch.randn(5, 9, 2)[..., 0], torch.randn(1, 7).expand(5, 7)
-    weight = torch.randn(7, 4, 9).permute(1, 2, 0)
-    row_strided = torch.randn(4, 9, 11)[..., :7]
-    with backend.use():
-        for matrix in (weight, row_strided):
-            expected = bilinear(x.contiguous(), y.contiguous(), matrix.contiguous())
-            assert torch.equal(bilinear(x, y, matrix), expected)
-    torch.testing.assert_close(expected, F.bilinear(x, y, row_strided))
-
-
 @pytest.mark.parametrize("backend", [*CPU_BACKENDS, *CUDA_KERNELS], ids=str)
 def test_other_rows_and_what_lies_behind_them_change_nothing(backend):
     """A row that is not finite stays alone, and memory past the end of a row is not read."""
@@ -183,31 +153,6 @@ def test_other_rows_and_what_lies_behind_them_change_nothing(backend):
         assert torch.equal(value[others], clean[name][others]), name
 
 
-@every_cpu_backend
-def test_same_bits_for_any_number_of_threads(backend):
-    inputs = _inputs(90, 50, 60, 7, torch.float32)
-    results = []
-    with backend.use():
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(_all_results(bilinear, inputs))
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
-
-
-@pytest.mark.parametrize(("regions", "grad_mask"), [(None, 11), (2, 5)])
-def test_operator_checks_and_compile(regions, grad_mask):
-    name = "bilinear" if regions is None else "folded_bilinear"
-    values = [value.requires_grad_() for value in _inputs(5, 6, 7, 5, torch.float32, regions=regions)]
-    operator, backward = (getattr(torch.ops.velm, f"{name}_{which}").default for which in ("forward", "backward"))
-    torch.library.opcheck(operator, (*values, ""))
-    grad = torch.randn_like(operator(*values, ""))
-    arguments = (grad, *(value.detach() for value in values[:3]), grad_mask, "")
-    torch.library.opcheck(backward, arguments, test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(bilinear, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*values), bilinear(*values))
-
-
 def test_operations_are_counted():
     x, y, weight, _ = (value.requires_grad_() for value in _inputs(5, 6, 7, 3, torch.float32))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
@@ -217,14 +162,6 @@ def test_operations_are_counted():
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         bilinear(*repeated)
     assert counter.get_total_flops() == 2 * 5 * 3 * 7 * (6 + 9)
-
-
-def test_autocast():
-    x, y, weight, bias = _inputs(5, 6, 7, 3, torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = bilinear(x, y, weight, bias)
-    assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out, bilinear(*(value.bfloat16() for value in (x, y, weight, bias))))
 
 
 def test_module_takes_the_place_of_torchs():
@@ -268,25 +205,3 @@ def test_torchs_forward_of_few_rows_has_the_gradients_of_the_operator(backend):
     with cpu.use_isa(backend.isa):
         assert "bilinear -> torch" in explain("bilinear", *inputs)
         _compare(_all_results(bilinear, inputs), inputs)
-
-
-ROW, OTHER, WEIGHT = torch.ones(2, 3), torch.ones(2, 4), torch.ones(5, 3, 4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([1.0], OTHER, WEIGHT), TypeError, "x: "),
-        ((ROW, OTHER.half(), WEIGHT), TypeError, "y: expected dtype torch.float32, given torch.float16"),
-        ((ROW.long(), OTHER, WEIGHT), TypeError, "x: "),
-        ((ROW, OTHER, WEIGHT[0]), ValueError, r"weight: expected \(out, dx, dy\), given \(3, 4\)"),
-        ((OTHER, OTHER, WEIGHT), ValueError, r"x: expected .* dx = 3 as in weight \(5, 3, 4\), given \(2, 4\)"),
-        ((ROW, ROW, WEIGHT), ValueError, "y: expected .* dy = 4"),
-        ((ROW, torch.ones(3, 4), WEIGHT), ValueError, r"y: expected leading dimensions .*\(2, 3\), given \(3, 4\)"),
-        ((ROW, OTHER, WEIGHT, torch.ones(4)), ValueError, r"bias: expected \(out,\) = \(5,\), given \(4,\)"),
-        ((torch.ones(()), OTHER, WEIGHT), ValueError, "x: "),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        bilinear(*arguments)

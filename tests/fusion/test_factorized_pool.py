@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import INTERPRETED, every_backend_with_cuda
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import factorized_pool, reference
 
@@ -112,19 +112,6 @@ def test_finite_where_the_root_is_steep(backend, power_norm, l2_norm):
 
 
 @every_backend_with_cuda
-def test_broadcast_and_strided(backend):
-    question, regions = torch.randn(3, 1, 40).requires_grad_(), torch.randn(5, 3, 44).transpose(0, 1)[..., :40]
-    with backend.use():
-        out = factorized_pool(question, regions, 5, "inner", True, True)
-        repeated = factorized_pool(question.expand(3, 5, 40).contiguous(), regions.contiguous(), 5, "inner", True, True)
-        out.square().sum().backward()
-        assert factorized_pool(torch.randn(0, 4), torch.randn(0, 4), 2).shape == (0, 2)
-        assert factorized_pool(torch.randn(4, 0), torch.randn(4, 0), 2, l2_norm=True).shape == (4, 0)
-    assert out.shape == (3, 5, 8) and torch.equal(out, repeated)
-    assert question.grad.shape == question.shape and question.grad.isfinite().all()
-
-
-@every_backend_with_cuda
 @pytest.mark.parametrize("dim", [30, 70])
 def test_dropout_drops_products_and_does_not_read_them(backend, dim):
     keep = reference.kept(torch.tensor(SEED), 6, dim, 0.5)
@@ -135,53 +122,3 @@ def test_dropout_drops_products_and_does_not_read_them(backend, dim):
         out.sum().backward()
     for value in (out, a.grad, b.grad):
         assert torch.equal(value.detach().view(6, dim), 2.0 * keep)
-
-
-@every_cpu_backend
-def test_same_bits_for_any_number_of_threads(backend):
-    inputs = _inputs((70,), 64, 5, "inner", torch.float32)
-    results = []
-    with backend.use():
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(_all_results(factorized_pool, inputs, (5, "inner", True, True, 0.1, SEED)))
-    for name, value in results[0].items():
-        assert torch.equal(value, results[1][name]), name
-
-
-def test_operator_checks_and_compile():
-    a, b = torch.randn(2, 3, 20, requires_grad=True), torch.randn(2, 3, 20, requires_grad=True)
-    options = (torch.tensor(SEED), 5, True, True, True, 0.2)
-    torch.library.opcheck(torch.ops.velm.factorized_pool_forward.default, (a, b, *options, ""))
-    backward = (torch.randn(2, 3, 4), a.detach(), b.detach(), *options, 2, "")
-    operator = torch.ops.velm.factorized_pool_backward.default
-    torch.library.opcheck(operator, backward, test_utils=("test_schema", "test_faketensor"))
-
-    def function(a, b):
-        return factorized_pool(a, b, 5, "inner", True, True, 0.2, seed=7)
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(a, b), function(a, b))
-
-
-ROW = torch.ones(2, 6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([1.0], ROW), TypeError, "a: "),
-        ((ROW, ROW.half()), TypeError, "b: expected dtype torch.float32, given torch.float16"),
-        ((ROW, ROW[:, :3]), ValueError, r"b: expected \(..., 6\) .*given \(2, 3\)"),
-        ((ROW, torch.ones(3, 6)), ValueError, r"b: .*\(2, 6\), given \(3, 6\)"),
-        ((torch.ones(()), ROW), ValueError, "a: "),
-        ((ROW, ROW, 4), ValueError, "factor: expected a positive divisor of 6 features, given 4"),
-        ((ROW, ROW, 0), ValueError, "factor: "),
-        ((ROW, ROW, 2.0), TypeError, "factor: expected an integer"),
-        ((ROW, ROW, 2, "middle"), ValueError, "layout: expected one of inner, outer, given 'middle'"),
-        ((ROW, ROW, 2, "inner", False, False, 1.0), ValueError, "dropout_p: "),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        factorized_pool(*arguments)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import LowRankFusion, low_rank_fusion, reference
-from velm_kernels.fusion.low_rank_fusion import canonical, op, products
+from velm_kernels.fusion.low_rank_fusion import op, products
 
 
 def _tensors(shapes, rank, out, dtype, seed=0):
@@ -123,17 +123,6 @@ def test_a_few_ranks_at_a_time(backend, kept, monkeypatch):
     _check(backend, _tensors([(50, 12, 9), (50, 17)], 5, 300, torch.float32))
 
 
-@every_backend_with_cuda
-def test_an_input_of_one_row_is_the_same_as_a_repeated_one(backend):
-    question, *others = _tensors([(3, 6), (3, 4, 5)], 2, 7, torch.float32)
-    with backend.use():
-        one = _call(low_rank_fusion, [question, *others])
-        repeated = _call(low_rank_fusion, [question[:, None].expand(3, 4, 6), *others])
-        nothing = _call(low_rank_fusion, [question[:0], others[0][:0], *others[1:]])
-    torch.testing.assert_close(one, repeated)
-    assert nothing.shape == (0, 4, 7)
-
-
 def test_triton_projects_one_row_for_many_once():
     pytest.importorskip("triton")
     from velm_kernels.backends.triton import pretend
@@ -171,23 +160,6 @@ def test_what_backward_keeps(monkeypatch):
             assert torch.equal(a, b)
 
 
-def test_operator_checks_and_compile():
-    tensors = [value.requires_grad_() for value in _tensors([(3, 6), (3, 4, 5), (3, 1, 2)], 2, 7, torch.float32)]
-    inputs, factors, weight, bias = tensors[:3], tensors[3:6], *tensors[6:]
-    arguments = list(canonical(inputs, factors, weight, bias).values())
-    torch.library.opcheck(torch.ops.velm.low_rank_fusion_forward.default, (*arguments, ""))
-    *values, _, rows, _ = (value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
-    for kept, wanted in ((torch.randn(2 * (3 + 12 + 3) * 7), 1023 - 8 - 128), (torch.empty(0), 1 + 32 + 256)):
-        backward = (torch.randn(rows, 7), *values, kept, rows, kept.numel() > 0, wanted, "")
-        operator = torch.ops.velm.low_rank_fusion_backward.default
-        torch.library.opcheck(operator, backward, test_utils=("test_schema", "test_faketensor"))
-    compiled = torch.compile(low_rank_fusion, fullgraph=True, backend="aot_eager")
-    expected = low_rank_fusion(inputs, factors, weight, bias)
-    assert torch.equal(compiled(inputs, factors, weight, bias), expected)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert low_rank_fusion(inputs, factors, weight, bias).dtype == torch.bfloat16
-
-
 def test_flops():
     tensors = [value.requires_grad_() for value in _tensors([(3, 6), (12, 5)], 2, 7, torch.float32)]
     tensors[1] = tensors[1].detach().view(3, 4, 5)
@@ -214,26 +186,3 @@ def test_module():
     for arguments, name in ((([4], 7, 2), "input_dims"), (([4, 5], 7, 0), "rank")):
         with pytest.raises(ValueError, match=f"{name}: "):
             LowRankFusion(*arguments)
-
-
-A, B, F, W = torch.ones(2, 3), torch.ones(2, 4), [torch.ones(6, 4, 5), torch.ones(6, 5, 5)], torch.ones(6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([A], F[:1], W), ValueError, "inputs: expected 2 to 4 tensors, given list of 1"),
-        (([A, B], F[:1], W), ValueError, "factors: expected one for each of 2 inputs, given 1"),
-        (([A, B], F[0], W), (TypeError, ValueError), "factors: expected (one|a sequence)"),
-        (([A, B], [F[0], F[0]], W), ValueError, r"factors\[1\]: expected .* \(6, 5, 5\), given \(6, 4, 5\)"),
-        (([A, B], [F[0], F[1][0]], W), ValueError, r"factors\[1\]: expected \(rank, 1 \+ d, out\)"),
-        (([A, B], [F[0], F[1].half()], W), TypeError, r"factors\[1\]: expected dtype"),
-        (([A, B], F, W[:5]), ValueError, r"factors\[0\]: .*\(5, 4, 5\), given \(6, 4, 5\)"),
-        (([A, B], F, W[None]), ValueError, r"weight: expected \(rank,\), given \(1, 6\)"),
-        (([A, B], F, W, W), ValueError, r"bias: expected \(out,\) = \(5,\), given \(6,\)"),
-        (([A, B.expand(4, 2, 4)[:, :1].expand(4, 5, 4)], F, W), ValueError, r"inputs: .* broadcast, given \(2, 3\)"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        low_rank_fusion(*arguments)

@@ -99,21 +99,3 @@ def test_module():
     assert TensorFusion([4, 5], 7, bias=False).bias is None
     with pytest.raises(ValueError, match="input_dims: "):
         TensorFusion([4], 7)
-
-
-A, B = torch.ones(2, 3), torch.ones(2, 4)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: tensor_fusion([A], torch.ones(5, 4)), ValueError, "inputs: expected 2 to 4 tensors, given list of 1"),
-        (lambda: tensor_fusion(A, torch.ones(5, 4)), TypeError, "inputs: "),
-        (lambda: tensor_fusion([A, B], torch.ones(5, 12)), ValueError, r"weight: expected \(out, 4 \* 5\)"),
-        (lambda: tensor_fusion([A, B.half()], torch.ones(5, 20)), TypeError, r"inputs\[1\]: expected dtype"),
-        (lambda: tensor_fusion([A, B[:1].expand(3, 4)], torch.ones(5, 20)), ValueError, "inputs: .* broadcast"),
-    ],
-)
-def test_bad_arguments(call, error, message):
-    with pytest.raises(error, match=message):
-        call()

@@ -244,48 +244,6 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, shared: bool, cou
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@every_backend_with_cuda
-def test_only_wanted_gradients(backend: Backend) -> None:
-    x, rows = torch.randn(2, 40, 20), torch.randn(1, 3, 20)
-    grad = torch.randn(2, 3, 20)
-    with backend.use():
-        out, logsumexp = torch.ops.velm.attention_pool_forward(x, rows, None, None, None, backend.name)
-        both, *others = (
-            torch.ops.velm.attention_pool_backward(
-                grad, x, rows, None, None, None, out, logsumexp, wanted, backend.name
-            )
-            for wanted in (3, 1, 2)
-        )
-    assert others[0][1].shape == others[1][0].shape == (0,)
-    assert torch.equal(others[0][0], both[0]) and torch.equal(others[1][1], both[1])
-
-
-@every_backend_with_cuda
-def test_opcheck_and_compile(backend: Backend) -> None:
-    tensors = {n: t.float() for n, t in inputs(torch.Generator().manual_seed(0), 2, 9, 1, 2, 4, 24, True).items()}
-    leaves = [tensor.requires_grad_() for tensor in tensors.values()]
-    lengths = torch.tensor([9, 4])
-
-    def loss(*leaves: Tensor) -> Tensor:
-        return attention_pool(**dict(zip(NAMES, leaves, strict=True)), heads=2, lengths=lengths).square().sum()
-
-    rows = torch.randn(1, 3, 24, requires_grad=True)
-    with backend.use():
-        torch.library.opcheck(
-            torch.ops.velm.attention_pool_forward.default,
-            (
-                *_canonical_rows(leaves[0].detach().requires_grad_(), rows, lengths.int(), None, None).values(),
-                backend.name,
-            ),
-            test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-        )
-        eager = torch.autograd.grad(loss(*leaves), leaves)
-        torch._dynamo.reset()
-        compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves), leaves)
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
 def test_float64_and_flops() -> None:
     tensors = inputs(torch.Generator().manual_seed(0), 2, 5, 1, 2, 3, 12, True)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
@@ -299,38 +257,3 @@ def test_float64_and_flops() -> None:
         call(*leaves)
     # The query into the key weight, scores and pooled tokens, the value weight.
     assert counter.get_total_flops() == 2 * 6 * 12 + 4 * 2 * (2 * 5 * 12) + 2 * 2 * 8 * 12
-
-
-GOOD = {name: tensor.float() for name, tensor in inputs(torch.Generator(), 2, 5, 1, 2, 3, 12, True).items()}
-
-
-@pytest.mark.parametrize(
-    ("changed", "error", "message"),
-    [
-        ({"x": torch.randn(5, 12)}, ValueError, r"x: expected \(batch, tokens, d\), given \(5, 12\)"),
-        ({"x": GOOD["x"].int()}, TypeError, "x: .*torch.int32"),
-        ({"heads": 4}, ValueError, "heads: expected a number that divides the 6 features .* given 4"),
-        ({"heads": 2.0}, TypeError, "heads: expected an integer"),
-        ({"query": torch.randn(1, 5)}, ValueError, r"query: .*features = 6, given \(1, 5\)"),
-        ({"query": torch.randn(3, 1, 6)}, ValueError, r"query: .*batch = 2 .*given \(3, 1, 6\)"),
-        ({"key_weight": torch.randn(6, 11)}, ValueError, r"key_weight: .*\(6, 12\), given \(6, 11\)"),
-        ({"value_weight": GOOD["value_weight"].half()}, TypeError, "value_weight: .*torch.float16"),
-        ({"value_bias": torch.randn(6)}, ValueError, r"value_bias: .*\(8,\), given \(6,\)"),
-        ({"lengths": torch.tensor([1, 6])}, ValueError, "lengths: .*from 0 to 5, given 1 to 6"),
-        ({"mask": torch.ones(2, 4) > 0}, ValueError, r"mask: .*\(2, 5\), given \(2, 4\)"),
-        ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, r"x: expected \(tokens, d\)"),
-        (
-            {"x": torch.randn(5, 12), "cu_seqlens": torch.tensor([0, 4])},
-            ValueError,
-            "cu_seqlens: .*from 0 to 5, .*given 0 to 4",
-        ),
-        (
-            {"x": torch.randn(5, 12), "cu_seqlens": torch.tensor([0, 5]), "lengths": torch.tensor([5])},
-            ValueError,
-            "(lengths|mask): expected None beside cu_seqlens",
-        ),
-    ],
-)
-def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        attention_pool(**({"heads": 2} | GOOD | changed))

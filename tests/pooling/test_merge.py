@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import velm_kernels
 from benchmarks.pooling import published_merge
-from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_cuda
 from tests.numbers import assert_accurate
 from velm_kernels import backends
 from velm_kernels.backends.follow import Follower
@@ -170,18 +170,6 @@ def test_where_nothing_is_similar(backend):
     assert torch.equal(indices[::2], expected)
 
 
-@every_cpu_backend
-def test_same_bits_for_any_number_of_threads(backend):
-    x, metric, size = _draw(3, 301, 40, 64, torch.float32, 2)
-    results = []
-    with backend.use():
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            results.append(merge_tokens(x, metric, 100, size, 1))
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
-
-
 def test_operator_checks_compile_and_flops():
     x, metric, size = _draw(2, 14, 8, 6, torch.float32, 0)
     checks = {"test_utils": ("test_schema", "test_faketensor")}
@@ -236,34 +224,3 @@ class Computed(TorchDispatchMode):
             if type(value) is torch.Tensor and not value.is_meta:
                 self.elements += value.numel()
         return results
-
-
-X, METRIC = torch.ones(2, 7, 4), torch.ones(2, 7, 3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (([1.0], METRIC, 1), TypeError, "x: expected a tensor"),
-        ((X[0, 0], METRIC, 1), ValueError, r"x: expected \(..., tokens, dim\), given \(4,\)"),
-        ((X, METRIC[:, :6], 1), ValueError, r"metric: expected \(2, 7\) and its features, given \(2, 6, 3\)"),
-        ((X, METRIC.int(), 1), TypeError, "metric: expected dtype"),
-        ((X, METRIC, 4), ValueError, "r: expected 0 to 3, half of the 7 tokens that are not protected, given 4"),
-        ((X, METRIC, 3, None, 2), ValueError, "r: expected 0 to 2, half of the 5 tokens"),
-        ((X, METRIC, -1), ValueError, "r: expected 0 to 3, .* given -1"),
-        ((X, METRIC, 1.0), TypeError, "r: expected an integer"),
-        ((X, METRIC, 1, None, 8), ValueError, "protected: expected 0 to 7, the tokens of x, given 8"),
-        ((X, METRIC, 1, torch.ones(2, 6)), ValueError, r"size: expected \(..., tokens\) = \(2, 7\), given \(2, 6\)"),
-        ((X, METRIC, 1, torch.ones(2, 7).int()), TypeError, "size: expected dtype"),
-    ],
-)
-def test_bad_arguments(arguments, error, message):
-    with pytest.raises(error, match=message):
-        merge_tokens(*arguments)
-
-
-def test_bad_arguments_of_unmerge():
-    with pytest.raises(ValueError, match=r"indices: expected .* merged \(2, 7, 4\), given \(3, 9\)"):
-        unmerge_tokens(X, torch.zeros(3, 9).long())
-    with pytest.raises(TypeError, match="indices: expected dtype"):
-        unmerge_tokens(X, torch.zeros(2, 9))

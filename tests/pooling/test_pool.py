@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda
 from tests.numbers import assert_accurate
 from velm_kernels.pooling import reference
-from velm_kernels.pooling.pool import canonical_masked, canonical_segments
+from velm_kernels.pooling.pool import canonical_masked
 from velm_kernels.pooling.reference import MODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -246,93 +246,9 @@ def test_pixels_are_read_as_they_lie(backend: Backend) -> None:
     assert torch.equal(expanded[0], expanded[2])
 
 
-@every_cpu_backend
-@pytest.mark.parametrize("mode", MODES)
-def test_same_bits_for_any_number_of_threads(backend: Backend, mode: str) -> None:
-    x, upstream = torch.randn(1, 3000, 130), torch.randn(1, 130)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        with backend.use():
-            results.append(run(lambda x: velm_kernels.masked_pool(x, mode=mode), x, upstream))
-    for other in results[1:]:
-        assert all(torch.equal(results[0][name], other[name]) for name in other)
-    # Several pieces of one segment: their results are joined.
-    exact = reference.masked_pool(x.double(), mode=mode)
-    assert_accurate("out", results[0]["out"], reference.masked_pool(x, mode=mode), exact)
-
-
-@every_backend_once
-@pytest.mark.parametrize("mode", ["max", "gem"])
-def test_opcheck_and_compile(backend: Backend, mode: str) -> None:
-    x, lengths = torch.randn(3, 4, 6, requires_grad=True), torch.tensor([4, 0, 2])
-    bounds = torch.tensor([0, 5, 5, 12])
-
-    def loss(x: Tensor) -> Tensor:
-        pixels = velm_kernels.masked_pool(x.transpose(1, 2), lengths, mode=mode, channels_first=True)
-        return pixels.sum() + velm_kernels.segment_pool(x.reshape(12, 6), bounds, mode).square().sum()
-
-    with backend.use():
-        for arguments in (
-            canonical_masked(x.detach().requires_grad_(), lengths, mode=mode),
-            canonical_masked(x.detach().requires_grad_().transpose(1, 2), mode=mode),
-            canonical_segments(x.detach().reshape(12, 6).requires_grad_(), bounds, mode),
-        ):
-            torch.library.opcheck(
-                torch.ops.velm.pool_forward.default,
-                (*arguments.values(), backend.name),
-                test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-            )
-        (eager,) = torch.autograd.grad(loss(x), x)
-        torch._dynamo.reset()
-        (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
-    assert torch.equal(eager, compiled)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_float64_is_exact_to_float64(mode: str) -> None:
-    x = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
-    lengths, bounds = torch.tensor([3, 0]), torch.tensor([0, 4, 4, 10])
-    assert torch.autograd.gradcheck(lambda x: velm_kernels.masked_pool(x, lengths, mode=mode), x)
-    assert torch.autograd.gradcheck(lambda x: velm_kernels.segment_pool(x.reshape(10, 3), bounds, mode), x)
-
-
 def test_keeps_x_only_where_backward_reads_it() -> None:
     for mode in MODES:
         out = velm_kernels.masked_pool(torch.randn(2, 5, 3, requires_grad=True), mode=mode)
         node = out.grad_fn.next_functions[0][0]  # below the view
         kept = any(tensor is not None and tensor.dim() == 3 for tensor in node.saved_tensors)
         assert kept is (mode in ("logsumexp", "gem"))
-
-
-X = torch.randn(2, 4, 3)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: velm_kernels.masked_pool([1.0]), TypeError, "x: expected a tensor, given list"),
-        (lambda: velm_kernels.masked_pool(X.int()), TypeError, "x: .*torch.int32"),
-        (lambda: velm_kernels.masked_pool(X[0, 0]), ValueError, r"x: expected \(\.\.\., tokens, dim\), given \(3,\)"),
-        (lambda: velm_kernels.masked_pool(X[0], channels_first=True), ValueError, r"x: .*\*spatial.*given \(4, 3\)"),
-        (lambda: velm_kernels.masked_pool(X, mode="median"), ValueError, "mode: expected one of mean.*'median'"),
-        (lambda: velm_kernels.masked_pool(X, mode=3), TypeError, "mode: expected one of"),
-        (lambda: velm_kernels.masked_pool(X, mode="gem", p=0.0), ValueError, "p: expected a power"),
-        (lambda: velm_kernels.masked_pool(X, torch.ones(3)), TypeError, "lengths: .*torch.float32"),
-        (lambda: velm_kernels.masked_pool(X, torch.ones(3).int()), ValueError, r"lengths: .*\(2,\), given \(3,\)"),
-        (lambda: velm_kernels.masked_pool(X, torch.tensor([1, 5])), ValueError, "lengths: .*from 0 to 4, given 1 to 5"),
-        (lambda: velm_kernels.masked_pool(X, torch.tensor([-1, 2])), ValueError, "lengths: .*given -1 to 2"),
-        (lambda: velm_kernels.masked_pool(X, mask=torch.ones(4)), TypeError, "mask: .*torch.float32"),
-        (lambda: velm_kernels.masked_pool(X, mask=torch.ones(3) > 0), ValueError, r"mask: .*\(2, 4\), given \(3,\)"),
-        (lambda: velm_kernels.segment_pool(X, torch.tensor([0, 2])), ValueError, r"x: expected \(tokens, dim\)"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.ones(2)), TypeError, "cu_seqlens: .*torch.float32"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.tensor([]).int()), ValueError, "cu_seqlens: .*leading 0"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.tensor([0, 3])), ValueError, "from 0 to 4.*given 0 to 3"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.tensor([1, 4])), ValueError, "from 0 to 4.*given 1 to 4"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.tensor([0, 3, 2, 4])), ValueError, "some of them falling"),
-        (lambda: velm_kernels.segment_pool(X[0], torch.tensor([0, -1, 4])), ValueError, "some of them falling"),
-    ],
-)
-def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        call()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,30 +88,3 @@ def test_operator_checks_compile_and_explain():
             assert torch.equal(ours, theirs)
     told = velm_kernels.explain("select_tokens", x, scores, k, lengths=lengths).splitlines()
     assert told[0].startswith("select_tokens -> ") and told[1].startswith("  gather_rows -> ")
-
-
-X, SCORES = torch.ones(2, 6, 4), torch.ones(2, 6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "error", "message"),
-    [
-        (([1.0], SCORES, 2), {}, TypeError, "x: expected a tensor"),
-        ((X.int(), SCORES, 2), {}, TypeError, "x: expected dtype"),
-        ((X[0, 0], SCORES, 2), {}, ValueError, r"x: expected \(..., tokens, dim\), given \(4,\)"),
-        ((X, SCORES[:, :5], 2), {}, ValueError, r"scores: expected .* = \(2, 6\), given \(2, 5\)"),
-        ((X, SCORES.int(), 2), {}, TypeError, "scores: expected dtype"),
-        ((X, SCORES, 7), {}, ValueError, "k: expected 0 to tokens = 6, given 7"),
-        ((X, SCORES, -1), {}, ValueError, "k: expected 0 to tokens = 6, given -1"),
-        ((X, SCORES, 2.0), {}, TypeError, "k: expected an integer"),
-        ((X, SCORES, 2), {"max_k": 3}, ValueError, "max_k: expected None where k is no tensor"),
-        ((X, SCORES, torch.tensor([1, 2, 3])), {}, ValueError, r"k: expected .* = \(2,\), given \(3,\)"),
-        ((X, SCORES, torch.tensor([1, 5])), {"max_k": 4}, ValueError, "k: expected values from 0 to 4, given 1 to 5"),
-        ((X, SCORES, torch.tensor([1, 2])), {"max_k": 9}, ValueError, "max_k: expected 0 to tokens = 6, given 9"),
-        ((X, SCORES, 2), {"lengths": torch.tensor([1, 8])}, ValueError, "lengths: expected values from 0 to 6"),
-        ((X, SCORES, 2), {"mask": torch.ones(2, 5).bool()}, ValueError, "mask: expected a shape that broadcasts"),
-    ],
-)  # fmt: skip
-def test_bad_arguments(arguments, options, error, message):
-    with pytest.raises(error, match=message):
-        select_tokens(*arguments, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from velm_kernels.cases import Arguments, Case, Draw
 from velm_kernels.fusion.outer_product_fusion import reference
@@ -13,11 +14,20 @@ def _rows(draw: Draw, batch: int, dx: int, dy: int) -> Arguments:
 
 
 def _regions(draw: Draw, batch: int, regions: int, dx: int, dy: int) -> Arguments:
-    return {"x": draw(batch, regions, dx), "y": draw(batch, regions, dy), "mask": draw.mask(batch, regions)}
+    masks = {"lengths": torch.full((batch,), max(regions - 1, 0)), "mask": draw.mask(batch, regions)}
+    return {"x": draw(batch, regions, dx), "y": draw(batch, regions, dy), **masks}
+
+
+def _live(x: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    return mask & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])
+
+
+def _regions_meaning(x: Tensor, y: Tensor, lengths: Tensor, mask: Tensor) -> Tensor:
+    return reference.outer_product_fusion(x, y, _live(x, lengths, mask))
 
 
 def _unread(arguments: Arguments) -> Arguments:
-    hidden = ~arguments["mask"][..., None]
+    hidden = ~_live(arguments["x"], arguments["lengths"], arguments["mask"])[..., None]
     return arguments | {name: arguments[name].masked_fill(hidden, torch.nan) for name in ("x", "y")}
 
 
@@ -36,7 +46,7 @@ CASES = [
         "outer_product_fusion",
         "regions",
         _regions,
-        reference.outer_product_fusion,
+        _regions_meaning,
         ("x", "y"),
         sizes={"batch": 3, "regions": 5, "dx": 4, "dy": 6},
         larger={"batch": 3, "regions": 75, "dx": 50, "dy": 70},

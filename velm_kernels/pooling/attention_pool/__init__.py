@@ -15,7 +15,7 @@ from velm_kernels.backends.small import ANY, in_float32, takes_torch
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.linear.linear import linear
 from velm_kernels.pooling.attention_pool.op import OPERATOR
-from velm_kernels.pooling.tokens import checked_cu_seqlens, checked_integers, checked_mask, live_tokens
+from velm_kernels.pooling.tokens import check_values, checked_cu_seqlens, checked_integers, checked_mask, live_tokens
 from velm_kernels.processors import NEVER, TORCH_ATTENTION_KEYS
 
 # Heads of so many columns are the widest that cross_attention takes.
@@ -282,6 +282,7 @@ def _ordinary(
     tokens: Arguments,
     scale: float,
 ) -> Tensor:
+    check_values(tokens, x.shape[-2])
     # Padding may hold NaN, which must not reach the gradients of the weights.
     live = None
     if tokens["mask"] is not None or tokens["lengths"] is not None:

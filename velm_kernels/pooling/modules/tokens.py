@@ -218,6 +218,7 @@ class PerceiverResampler(nn.Module):
         checks.norm_dtype("x", x, self.layer_norm)
         if lengths is not None:
             lengths = checks.integers("lengths", lengths, "(batch,)", x.shape[:1], "x", x)
+            checks.values_between("lengths", lengths, 0, x.shape[1])
         if mask is not None:
             mask = checks.mask("mask", mask, "(batch, tokens)", x.shape[:2], "x", x)
         latents = self.latents.expand(x.shape[0], *self.latents.shape)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map, tree_map_only
 
-from .operators import CALLS, Arguments, Call, differentiable_results, results
+from tests.operators import CALLS, Arguments, Call, differentiable_results, results
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 

@@ -13,11 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.conftest import Backend, every_backend_once
+from tests.modules import MODULES, ModuleCall, call_module
+from tests.operators import CALLS, Arguments, Call, differentiable_results, results
 from velm_kernels.backends import NoBackendError
-
-from .conftest import Backend, every_backend_once
-from .modules import MODULES, ModuleCall, call_module
-from .operators import CALLS, Arguments, Call, differentiable_results, results
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=str)
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-
-from .modules import MODULES, ModuleCall
-from .operators import CALLS, Arguments, Call
+from tests.modules import MODULES, ModuleCall
+from tests.operators import CALLS, Arguments, Call
 
 LONGEST = 300
 
@@ -75,6 +74,10 @@ def wrong_tensors(x: Tensor, is_alone: bool) -> Iterator[tuple[bool, Tensor]]:
         yield True, x.float()
     if not integer:
         yield True, x.int()
+    elif x.numel():
+        # Lengths, bounds and indices lie between what there is.
+        yield True, x + 10**6
+        yield True, x - 10**6
     if x.dtype != torch.bool:
         yield True, x.bool()
 
@@ -135,7 +138,9 @@ def complaints(
             what = f"{tuple(other.shape)} {other.dtype} {other.device}"
             # The signs of a sketch may be integers too.
             must = must and not (annotation == "Sketch" and other.dtype == torch.int32)
-            yield from check(what, replaced(other), others, None, must)
+            # Of another shape: a size was given.
+            same_kind = other.dtype == piece.dtype and other.device == piece.device
+            yield from check(what, replaced(other), others, r"\d|\(\)" if same_kind else None, must)
         if not isinstance(arguments[name], Tensor):
             for wrong in (None, 1.5, "text", [piece]):
                 kind = type(wrong).__name__.replace("NoneType", "None")

@@ -1,0 +1,117 @@
+"""Numbers of every operator, result and gradient, by the rule of ``velm_kernels/cases.py``.
+
+Three dtypes, inputs of three magnitudes, small sizes and those at which work is divided; the same bits for any number
+of threads.
+
+More draws: ``VELM_TEST_DRAWS=20 python -m pytest tests/every_operator/test_numbers.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+
+from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
+from tests.operators import CALLS, FOR_NUMBERS, Call
+from velm_kernels import cases
+
+DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What CUDA does not have: linear, and pixel_shuffle_tokens, which is made of it.
+NOT_THERE = {"linear", "pixel_shuffle_tokens"}
+# torch's products of complex numbers round differently at the end of what a thread computes.
+NOT_THE_SAME = {"compact_bilinear"}
+
+
+def skip_what_is_not_there(backend: Backend, call: Call) -> None:
+    if backend.name in ("cuda", "device_on_host") and call.operator in NOT_THERE:
+        pytest.skip("not on this backend")
+
+
+def faults(expected: cases.Expected, got: dict[str, torch.Tensor], where: str) -> list[str]:
+    found = [
+        f"{where}, {name}: error {error:.2g}, limit {limit:.2g}"
+        for name, (error, limit) in expected.errors(got).items()
+        if not error <= limit
+    ]
+    if got["output_0"].dtype != expected.dtype:
+        found.append(f"{where}: the result is {got['output_0'].dtype}")
+    return found
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("call", FOR_NUMBERS, ids=str)
+@every_backend_with_cuda
+def test_numbers(backend: Backend, call: Call) -> None:
+    skip_what_is_not_there(backend, call)
+    found = []
+    for seed in range(DRAWS):
+        for dtype in DTYPES:
+            for size in (1.0,) if call.numbers_only else (0.1, 1.0, 3.0):
+                arguments = call.scaled_by(call.arguments(dtype, seed=seed), size)
+                expected = cases.expected(call, arguments, dtype, seed)
+                with backend.use():
+                    got = call.run(arguments)
+                found += faults(expected, got, f"{dtype}, size {size}, draw {seed}")
+    assert not found, "\n".join(found)
+
+
+@functools.cache
+def larger(call: Call, dtype: torch.dtype) -> cases.Expected:
+    return cases.expected(call, call.larger_arguments(dtype), dtype)
+
+
+@pytest.mark.parametrize("call", FOR_NUMBERS, ids=str)
+@every_cpu_backend
+def test_work_that_is_divided(backend: Backend, call: Call) -> None:
+    """Among tiles, blocks and threads: numbers, what may not be read, and the same bits however many threads share it.
+
+    ``velm check`` runs the same sizes in every dtype, on every backend.
+    """
+    expected = larger(call, torch.float32)
+    given, runs = call.poisoned(expected.arguments), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with backend.use():
+            runs.append(call.run(given))
+    assert not (found := faults(expected, runs[0], "one thread")), "\n".join(found)
+    if call.operator in NOT_THE_SAME:
+        return
+    for other in runs[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in runs[0].items())
+
+
+@pytest.mark.parametrize("call", [call for call in FOR_NUMBERS if call.unread], ids=str)
+@every_backend_with_cuda
+def test_what_may_not_be_read_changes_no_bit(backend: Backend, call: Call) -> None:
+    skip_what_is_not_there(backend, call)
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = call.arguments(dtype)
+        with backend.use():
+            clean, got = call.run(arguments), call.run(call.poisoned(arguments))
+        for name, value in clean.items():
+            assert torch.equal(got[name], value), (dtype, name)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=str)
+@every_backend_with_cuda
+def test_one_gradient_alone(backend: Backend, call: Call) -> None:
+    """What is wanted is what it is beside the others; of the others there is none."""
+    skip_what_is_not_there(backend, call)
+    arguments = call.arguments()
+    names = call.leaf_names(arguments)
+    with backend.use():
+        everything = call.run(arguments)
+        for place, name in enumerate(names):
+            leaves = [leaf.detach().clone() for leaf in call.leaves(arguments)]
+            leaves[place].requires_grad_()
+            outs = cases.results(call.function(**call.with_leaves(arguments, leaves)))
+            upstream = [weights for out, weights in zip(outs, cases.incoming(outs), strict=True) if out.requires_grad]
+            torch.autograd.backward([out for out in outs if out.requires_grad], upstream)
+            assert [leaf.grad is not None for leaf in leaves] == [other == name for other in names]
+            torch.testing.assert_close(
+                leaves[place].grad, everything[name], msg=lambda text, name=name: f"{name}: {text}"
+            )
