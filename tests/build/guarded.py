@@ -11,13 +11,16 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 import velm_kernels
+from velm_kernels import cases
 from velm_kernels.backends import cpu
-from velm_kernels.pooling.reference import MODES
+from velm_kernels.cases import Arguments, Case, incoming, results
 from velm_kernels.products import use_product
 
 _PAGE = mmap.PAGESIZE
@@ -44,99 +47,28 @@ def guarded(values: Tensor, at_end: bool) -> Tensor:
     return copy.copy_(values)
 
 
-def attention(dtype: torch.dtype, at_end: bool, queries: int, keys: int, dim: int) -> None:
-    def leaf(*shape: int) -> Tensor:
-        return guarded(torch.randn(shape).to(dtype), at_end).requires_grad_()
+def called(case: Case, arguments: Arguments, at_end: bool) -> None:
+    """Forward and backward, with every tensor between pages, incoming gradients too."""
 
-    query, key, value = leaf(2, 4, queries, dim), leaf(2, 2, keys, dim), leaf(2, 2, keys, dim + 1)
-    weights = leaf(dim), leaf(dim)
-    start = guarded(torch.zeros(2, queries, dtype=torch.int32), at_end)
-    stop = guarded(torch.randint(0, keys + 1, (2, queries), dtype=torch.int32), at_end)
-    mask = guarded(torch.rand(2, 1, queries, keys) > 0.2, at_end)
-    key_mask = guarded(torch.rand(2, keys) > 0.2, at_end)
-    for options in (
-        {},
-        {"bias": leaf(1, 4, queries, keys), "mask": mask},
-        {"key_ranges": (start, stop), "key_mask": key_mask, "dropout_p": 0.1},
-        {"query_norm_weight": weights[0], "key_norm_weight": weights[1], "is_causal": True},
-    ):
-        out, mass = velm_kernels.cross_attention(query, key, value, return_key_mass=True, **options)
-        wanted = [query, key, value, *(t for t in options.values() if isinstance(t, Tensor) and t.requires_grad)]
-        torch.autograd.grad(out, wanted, guarded(torch.ones_like(out), at_end))
-        assert out.isfinite().all() and mass.isfinite().all()
-    a, b = leaf(1, 2, queries, dim), leaf(1, 2, keys, dim)
-    value_a, value_b = leaf(1, 2, queries, dim), leaf(1, 2, keys, dim)
-    outs = velm_kernels.bidirectional_attention(a, b, value_a, value_b)
-    torch.autograd.grad(outs, (a, b, value_a, value_b), [guarded(torch.ones_like(out), at_end) for out in outs])
+    def guard(value: object) -> object:
+        return guarded(value, at_end) if isinstance(value, Tensor) and value.numel() else value
+
+    arguments = tree_map(guard, arguments)
+    given = case.with_leaves(arguments, [leaf.requires_grad_() for leaf in case.leaves(arguments)])
+    outs = results(case.function(**given))
+    pairs = [(out, guard(grad)) for out, grad in zip(outs, incoming(outs), strict=True) if out.requires_grad]
+    smooth, grads = zip(*pairs, strict=True)
+    gradients = torch.autograd.grad(smooth, case.leaves(given), grads, materialize_grads=True)
+    # Of what lies beside a tensor nothing came in.
+    assert not any(value.isnan().any() for value in (*outs, *gradients)), case
 
 
-def linear(dtype: torch.dtype, at_end: bool, rows: int, in_features: int, out_features: int) -> None:
-    shapes = ((rows, in_features), (out_features, in_features), (out_features,), (rows, out_features))
-    x, weight, bias, residual = (guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes)
-    with use_product("velm"):
-        out = velm_kernels.linear(x, weight, bias, "gelu", residual)
-        torch.autograd.grad(out, (x, weight, bias), guarded(torch.ones_like(out), at_end))
-    assert out.isfinite().all()
-
-
-def pooling(dtype: torch.dtype, at_end: bool, tokens: int, dim: int) -> None:
-    mask = guarded(torch.rand(2, tokens) > 0.3, at_end)
-    bounds = guarded(torch.tensor([0, tokens // 3, 2 * tokens], dtype=torch.int32), at_end)
-    for mode in MODES:
-        for channels_first in (False, True):
-            shape = (2, dim, tokens) if channels_first else (2, tokens, dim)
-            x = guarded(torch.randn(shape).to(dtype), at_end).requires_grad_()
-            for out in (
-                velm_kernels.masked_pool(x, mask=mask, mode=mode, channels_first=channels_first),
-                velm_kernels.segment_pool(x.view(2 * tokens, dim), bounds, mode),
-            ):
-                torch.autograd.grad(out, x, guarded(torch.ones_like(out), at_end))
-                assert out.isfinite().all()
-    x, rows = (guarded(torch.randn(2, n, dim).to(dtype), at_end).requires_grad_() for n in (tokens, 3))
-    out, _ = torch.ops.velm.attention_pool_forward(x, rows, None, mask, None, "cpu")
-    torch.autograd.grad(out, (x, rows), guarded(torch.ones_like(out), at_end))
-    assert out.isfinite().all()
-
-
-def fusion(dtype: torch.dtype, at_end: bool, rows: int, dx: int, dy: int, out_features: int) -> None:
-    shapes = ((rows, dx), (rows, dy), (out_features, dx, dy), (out_features,))
-    leaves = [guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes]
-    out = velm_kernels.bilinear(*leaves)
-    torch.autograd.grad(out, leaves, guarded(torch.ones_like(out), at_end))
-    assert out.isfinite().all()
-    for layout in ("inner", "outer"):
-        a, b = (guarded(torch.randn(rows, 3 * dx).to(dtype), at_end).requires_grad_() for _ in range(2))
-        out = velm_kernels.factorized_pool(a, b, 3, layout, True, True, 0.1)
-        torch.autograd.grad(out, (a, b), guarded(torch.ones_like(out), at_end))
-        assert out.isfinite().all()
-    for first in (False, True):
-        x = guarded(torch.randn((2, dx, dy) if first else (2, dy, dx)).to(dtype), at_end).requires_grad_()
-        gamma, beta = (guarded(torch.randn(2, dx).to(dtype), at_end).requires_grad_() for _ in range(2))
-        out = velm_kernels.film(x, gamma, beta, channels_first=first)
-        torch.autograd.grad(out, (x, gamma, beta), guarded(torch.ones_like(out), at_end))
-    hashes = [velm_kernels.make_sketch(dim, out_features) for dim in (dx, dy)]
-    hashes = [velm_kernels.Sketch(*(guarded(part, at_end) for part in pair)) for pair in hashes]
-    pair = [guarded(torch.randn(rows, dim).to(dtype), at_end).requires_grad_() for dim in (dx, dy)]
-    out = velm_kernels.compact_bilinear(*pair, *hashes, out_features)
-    torch.autograd.grad(out, pair, guarded(torch.ones_like(out), at_end))
-    weights = guarded(torch.randn(2, 2), at_end).requires_grad_()
-    out = velm_kernels.weighted_sum([x.transpose(1, 2), gamma], weights)
-    torch.autograd.grad(out, (x, gamma, weights), guarded(torch.ones_like(out), at_end))
-    assert out.isfinite().all()
-
-
-def bilinear_attention(dtype: torch.dtype, at_end: bool, regions: int, words: int, k: int) -> None:
-    shapes = ((2, regions, k), (2, words, k), (3, k), (3,))
-    leaves = [guarded(torch.randn(s).to(dtype), at_end).requires_grad_() for s in shapes]
-    masks = {"v_mask": guarded(torch.rand(2, regions) > 0.3, at_end)}
-    masks["q_lengths"] = guarded(torch.tensor([words // 2, words], dtype=torch.int32), at_end)
-    maps, logits = velm_kernels.bilinear_attention(*leaves, return_logits=True, **masks)
-    grads = [guarded(torch.ones_like(maps), at_end) for _ in range(2)]
-    torch.autograd.grad((maps, logits), leaves, grads)
-    attention = guarded(maps.detach(), at_end).requires_grad_()
-    out = velm_kernels.bilinear_attention_pool(*leaves[:2], attention, **masks)
-    torch.autograd.grad(out, (*leaves[:2], attention), guarded(torch.ones_like(out), at_end))
-    assert maps.isfinite().all() and out.isfinite().all()
+def sizes_of(case: Case) -> Iterator[dict[str, int]]:
+    """From one element to more than vectors and blocks hold, most of them odd."""
+    yield dict.fromkeys(case.sizes, 1)
+    yield dict(case.sizes)
+    yield {name: 2 * size + 7 for name, size in case.sizes.items()}
+    yield {name: min(size, 70) for name, size in case.larger.items()}
 
 
 def main() -> None:
@@ -146,19 +78,13 @@ def main() -> None:
         values = guarded(torch.ones(10), at_end=True)
         print(ctypes.c_float.from_address(values.data_ptr() + 4 * 9).value, flush=True)
         print(ctypes.c_float.from_address(values.data_ptr() + 4 * 10).value)
-    with velm_kernels.use_backend("cpu"), cpu.use_isa(isa):
-        for dtype in cpu.DTYPES:
-            for at_end in (True, False):
-                for sizes in ((1, 1, 1), (3, 17, 5), (33, 65, 33), (7, 33, 64), (70, 31, 200)):
-                    attention(dtype, at_end, *sizes)
-                for sizes in ((1, 1, 1), (3, 17, 5), (33, 65, 33), (70, 100, 129)):
-                    linear(dtype, at_end, *sizes)
-                for sizes in ((1, 1), (19, 33), (33, 50)):
-                    pooling(dtype, at_end, *sizes)
-                for sizes in ((1, 1, 1, 1), (3, 17, 5, 2), (33, 14, 40, 19)):
-                    fusion(dtype, at_end, *sizes)
-                for sizes in ((1, 1, 1), (5, 17, 33), (100, 14, 300)):
-                    bilinear_attention(dtype, at_end, *sizes)
+    with velm_kernels.use_backend("cpu"), cpu.use_isa(isa), use_product("velm"):
+        for case in cases.every():
+            for dtype in cpu.DTYPES:
+                for sizes in sizes_of(case):
+                    arguments = case.arguments(dtype, **sizes)
+                    for at_end in (True, False):
+                        called(case, arguments, at_end)
     print("done")
 
 
