@@ -104,7 +104,7 @@ def test_its_numbers_are_right_on_every_backend(tree: Path) -> None:
 
 
 def test_the_tests_over_every_operator_find_it(tree: Path) -> None:
-    tests = ["tests/test_every_operator.py", "tests/test_arguments.py", "tests/test_derivatives.py"]
+    tests = [f"tests/every_operator/test_{name}.py" for name in ("tensors", "arguments", "derivatives", "numbers")]
     told = run(
         [
             sys.executable,
