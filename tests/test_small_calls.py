@@ -331,6 +331,22 @@ def test_small_calls_do_not_read_what_is_masked(name: str, value: float) -> None
         close([call.call(poisoned)], [expected.detach()])
 
 
+@needs_a_library
+@pytest.mark.parametrize("mode", ["mean", "sum", "max", "logsumexp"])
+def test_what_is_masked_gets_no_gradient_of_small_calls(mode: str) -> None:
+    """Not even of NaN; and the gradients are differentiated again."""
+    x, lengths = randn(3, 5, 4).requires_grad_(), torch.tensor([5, 2, 4])
+    hidden = torch.arange(5) >= lengths[:, None]
+    out = velm_kernels.masked_pool(x, lengths, mode=mode)
+    (grad,) = torch.autograd.grad(out, x, torch.full_like(out, torch.nan), retain_graph=True)
+    assert torch.equal(grad[hidden], torch.zeros_like(grad[hidden])) and grad[1, :2].isnan().any(0).all()
+    assert torch.equal(x, randn(3, 5, 4))
+    double = x.detach().double().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda y: velm_kernels.masked_pool(y.float(), lengths, mode=mode).double(), double, eps=1e-3, atol=2e-3
+    )
+
+
 def _pair(rows: int, dx: int, dy: int, out: int, regions: int | None = None) -> dict[str, Any]:
     y = randn(rows, dy) if regions is None else randn(rows, regions, dy)
     return {"x": randn(rows, dx), "y": y, "weight": randn(out, dx, dy)}

@@ -49,14 +49,16 @@ def attend(
         return None
     if is_causal.__class__ is not bool or (bias is not None and not _broadcasts(bias, query, key)):
         return None
-    heads, kv_heads = query.shape[1], key.shape[1]
+    (_, heads, _, _), (_, kv_heads, keys, _) = query.shape, key.shape
     recorded = torch.is_grad_enabled() and _needs_gradient(given)
     # Nobody knows here which derivatives a transform or forward mode will ask for.
     other_modes = derivatives.other_modes()
     # Torch's kernel loses NaN in rows shorter than a vector.
-    if not other_modes and key.shape[2] >= processors.TORCH_ATTENTION_KEYS:
+    if not other_modes and keys >= processors.TORCH_ATTENTION_KEYS:
         if not recorded:
             if _kernel_is_faster(query, key):
+                if bias is None and not is_causal and heads == kv_heads:
+                    return F.scaled_dot_product_attention(query, key, value, scale=scale)
                 return _by_kernel(query, key, value, is_causal, scale, bias)
         elif bias is None and heads == kv_heads and not is_causal and _recorded_kernel_is_faster(query, key):
             return _recorded_by_kernel(query, key, value, scale)
@@ -148,12 +150,13 @@ def formed(
 
 def _fit(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> bool:
     """Whether everything fits together, and nothing is empty."""
-    if not query.dim() == key.dim() == value.dim() == 4:
+    of_query, of_key = query.shape, key.shape
+    if len(of_query) != 4 or len(of_key) != 4 or of_key != value.shape:
         return False
-    (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
-    if not key.shape == value.shape == (batch, kv_heads, keys, dim) or kv_heads == 0 or heads % kv_heads:
+    (batch, heads, queries, dim), (key_batch, kv_heads, keys, key_dim) = of_query, of_key
+    if batch != key_batch or dim != key_dim or kv_heads == 0 or heads % kv_heads:
         return False
-    if 0 in (batch, heads, queries, keys) or not 0 < dim <= MAX_HEAD_DIM:
+    if not (batch and heads and queries and keys and 0 < dim <= MAX_HEAD_DIM):
         return False
     return scale is None or (scale.__class__ is float and abs(scale) <= 1e30)
 
@@ -186,7 +189,8 @@ def _visible(query: Tensor, key: Tensor, key_lengths: Any, key_ranges: Any, key_
 
 
 def _needs_gradient(tensors: tuple[Tensor, ...]) -> bool:
-    return any(tensor.requires_grad for tensor in tensors)
+    query, key, value, *bias = tensors
+    return query.requires_grad or key.requires_grad or value.requires_grad or any(one.requires_grad for one in bias)
 
 
 def _both(one: Tensor | None, other: Tensor) -> Tensor:

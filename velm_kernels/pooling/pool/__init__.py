@@ -124,7 +124,7 @@ def plain_masked(
     if filled.requires_grad and not derivatives.other_modes():
         # Not a node of the graph for every row.
         _fill(filled.detach(), short, filling)
-        filled.register_hook(lambda grad: _fill(grad.clone(memory_format=torch.contiguous_format), short, 0.0))
+        filled.register_hook(lambda grad: _cleared(grad, short))
     else:
         _fill(filled, short, filling)
     if mode != "mean":
@@ -142,6 +142,11 @@ def _fill(x: Tensor, short: Sequence[tuple[int, int]], filling: float) -> Tensor
     for row, length in short:
         rows[row, length:] = filling
     return x
+
+
+def _cleared(grad: Tensor | None, short: Sequence[tuple[int, int]]) -> Tensor | None:
+    """A gradient of what :func:`_fill` filled; autograd has None where no result depends on it."""
+    return None if grad is None else _fill(grad.clone(memory_format=torch.contiguous_format), short, 0.0)
 
 
 def _of_tokens(x: Tensor, mode: str) -> Tensor:
