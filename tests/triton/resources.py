@@ -187,7 +187,7 @@ def attention(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, 
         x = given["query"]
         mask, seed = given["key_mask"], given["seed"]
         both = (out, out, None, None, x, x, x, x, mask, mask, seed, out, out, logsumexp, logsumexp)
-        triton_bidirectional.bidirectional_attention_backward(*both, given["scale"], given["dropout_p"], 15)
+        triton_bidirectional.bidirectional_attention_backward(*both, given["scale"], given["dropout_p"], x, x, x, x)
         few = _arguments(level, dtype, dim, queries=1)
         triton_attention.attention_forward(*[few[name] for name in (*TENSOR_NAMES, *SCALAR_NAMES)], False)
     return {launch.kind: launch for launch in launches}

@@ -273,14 +273,9 @@ class Forward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
-                                                   std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                                   std::optional<Tensor> seed, double scale, double dropout_p) {
-  const int64_t batch = query_a.size(0), heads = query_a.size(1), a = query_a.size(2), b = query_b.size(2);
-  Tensor out_a = empty_heads_last(query_a, batch, heads, a, value_b.size(3));
-  Tensor out_b = empty_heads_last(query_a, batch, heads, b, value_a.size(3));
-  Tensor lse_a = torch::stable::new_empty(query_a, {batch, heads, a}, ScalarType::Float);
-  Tensor lse_b = torch::stable::new_empty(query_a, {batch, heads, b}, ScalarType::Float);
+void forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, std::optional<Tensor> mask_a,
+             std::optional<Tensor> mask_b, std::optional<Tensor> seed, double scale, double dropout_p, Tensor out_a,
+             Tensor out_b, Tensor lse_a, Tensor lse_b) {
   with_type(query_a.scalar_type(), [&](auto t) {
     using T = decltype(t);
     const Problem<T> problem(query_a, query_b, value_a, value_b, mask_a, mask_b, seed, scale, dropout_p);
@@ -288,7 +283,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor query_a, Tensor query_
     float *rows_lse = mutable_data<float>(s ? lse_b : lse_a), *columns_lse = mutable_data<float>(s ? lse_a : lse_b);
     Forward<T>(problem, s ? out_b : out_a, s ? out_a : out_b, rows_lse, columns_lse).run();
   });
-  return {out_a, out_b, lse_a, lse_b};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {

@@ -293,14 +293,15 @@ inline void store_row(T* out, const float* in, int64_t dim, float factor) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
-                                                   std::optional<Tensor> mask_a, std::optional<Tensor> mask_b,
-                                                   std::optional<Tensor> seed, double scale, double dropout_p);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_out_a, std::optional<Tensor> grad_out_b, std::optional<Tensor> grad_logsumexp_a,
-    std::optional<Tensor> grad_logsumexp_b, Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
-    std::optional<Tensor> mask_a, std::optional<Tensor> mask_b, std::optional<Tensor> seed, Tensor out_a, Tensor out_b,
-    Tensor logsumexp_a, Tensor logsumexp_b, double scale, double dropout_p, int64_t grad_mask);
+void forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, std::optional<Tensor> mask_a,
+             std::optional<Tensor> mask_b, std::optional<Tensor> seed, double scale, double dropout_p, Tensor out_a,
+             Tensor out_b, Tensor lse_a, Tensor lse_b);
+void backward(std::optional<Tensor> grad_out_a, std::optional<Tensor> grad_out_b,
+              std::optional<Tensor> grad_logsumexp_a, std::optional<Tensor> grad_logsumexp_b, Tensor query_a,
+              Tensor query_b, Tensor value_a, Tensor value_b, std::optional<Tensor> mask_a,
+              std::optional<Tensor> mask_b, std::optional<Tensor> seed, Tensor out_a, Tensor out_b, Tensor logsumexp_a,
+              Tensor logsumexp_b, double scale, double dropout_p, std::optional<Tensor> grad_query_a,
+              std::optional<Tensor> grad_query_b, std::optional<Tensor> grad_value_a,
+              std::optional<Tensor> grad_value_b);
 
 }  // namespace velm::bidirectional

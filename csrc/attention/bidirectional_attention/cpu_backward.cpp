@@ -456,22 +456,20 @@ class Backward {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> grad_out_a, std::optional<Tensor> grad_out_b, std::optional<Tensor> grad_logsumexp_a,
-    std::optional<Tensor> grad_logsumexp_b, Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b,
-    std::optional<Tensor> mask_a, std::optional<Tensor> mask_b, std::optional<Tensor> seed, Tensor out_a, Tensor out_b,
-    Tensor logsumexp_a, Tensor logsumexp_b, double scale, double dropout_p, int64_t grad_mask) {
-  return with_type(query_a.scalar_type(), [&](auto t) {
+void backward(std::optional<Tensor> grad_out_a, std::optional<Tensor> grad_out_b,
+              std::optional<Tensor> grad_logsumexp_a, std::optional<Tensor> grad_logsumexp_b, Tensor query_a,
+              Tensor query_b, Tensor value_a, Tensor value_b, std::optional<Tensor> mask_a,
+              std::optional<Tensor> mask_b, std::optional<Tensor> seed, Tensor out_a, Tensor out_b, Tensor logsumexp_a,
+              Tensor logsumexp_b, double scale, double dropout_p, std::optional<Tensor> grad_query_a,
+              std::optional<Tensor> grad_query_b, std::optional<Tensor> grad_value_a,
+              std::optional<Tensor> grad_value_b) {
+  with_type(query_a.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const Tensor* inputs[4] = {&query_a, &query_b, &value_a, &value_b};
-    std::vector<Tensor> grads;
     Downstream<T> down[2];
-    for (int i = 0; i < 4; ++i) {
-      const Tensor& x = *inputs[i];
-      const bool wanted = grad_mask >> i & 1;
-      grads.push_back(wanted ? empty_heads_last(x, x.size(0), x.size(1), x.size(2), x.size(3)) : nothing(x));
-      if (wanted) (i < 2 ? down[i % 2].query : down[i % 2].value) = Rows<T>(grads.back());
-    }
+    if (grad_query_a) down[0].query = Rows<T>(*grad_query_a);
+    if (grad_query_b) down[1].query = Rows<T>(*grad_query_b);
+    if (grad_value_a) down[0].value = Rows<T>(*grad_value_a);
+    if (grad_value_b) down[1].value = Rows<T>(*grad_value_b);
     const Problem<T> problem(query_a, query_b, value_a, value_b, mask_a, mask_b, seed, scale, dropout_p);
     const Upstream<T> up_a(grad_out_a, grad_logsumexp_a, out_a, logsumexp_a);
     const Upstream<T> up_b(grad_out_b, grad_logsumexp_b, out_b, logsumexp_b);
@@ -479,7 +477,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
       Backward<T>(problem, up_b, up_a, down[1], down[0]).run();
     else
       Backward<T>(problem, up_a, up_b, down[0], down[1]).run();
-    return std::make_tuple(grads[0], grads[1], grads[2], grads[3]);
   });
 }
 

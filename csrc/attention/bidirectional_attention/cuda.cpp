@@ -4,8 +4,6 @@
 // scores, and to serve both from one tile every block of rows of a would leave partial results of all of b, whose
 // traffic costs more than the scores of the second pass. Backward needs no such results, and shares them.
 
-#include <tuple>
-
 #include "attention/bidirectional_attention/cuda.h"
 #include "attention/cuda_tensors.h"
 
@@ -48,30 +46,23 @@ void set_direction(Attention& p, const Tensor& query, const Tensor& key, const T
   p.direction = direction;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_forward_op(Tensor query_a, Tensor query_b, Tensor value_a,
-                                                                    Tensor value_b, MaybeTensor mask_a,
-                                                                    MaybeTensor mask_b, MaybeTensor seed, double scale,
-                                                                    double dropout_p) {
+void bidirectional_forward_op(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, MaybeTensor mask_a,
+                              MaybeTensor mask_b, MaybeTensor seed, double scale, double dropout_p, Tensor out_a,
+                              Tensor out_b, Tensor logsumexp_a, Tensor logsumexp_b) {
   const Current current(query_a);
+  if (query_a.size(1) == 0) return;
   const Settings settings{seed, scale, dropout_p};
   const auto direction = [&](const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
-                             uint32_t number) {
-    Tensor out = empty_heads_last(query, value.size(3)), logsumexp = empty_of_rows(query, query.size(1));
-    if (query.size(1) == 0) return std::pair(out, logsumexp);
+                             uint32_t number, const Tensor& out, const Tensor& logsumexp) {
     AttentionForward p{};
     set_direction(p, query, key, value, mask, settings, number);
     p.out = rows_of(out);
     p.logsumexp = span_of(logsumexp);
     run_forward(p, query, current.stream());
-    return std::pair(out, logsumexp);
   };
-  const auto [out_a, logsumexp_a] = direction(query_a, query_b, value_b, mask_b, 0);
-  const auto [out_b, logsumexp_b] = direction(query_b, query_a, value_a, mask_a, 1);
-  return {out_a, out_b, logsumexp_a, logsumexp_b};
+  direction(query_a, query_b, value_b, mask_b, 0, out_a, logsumexp_a);
+  direction(query_b, query_a, value_a, mask_a, 1, out_b, logsumexp_b);
 }
-
-// Bits of grad_mask.
-enum Wanted : int64_t { kQueryA = 1, kQueryB = 2, kValueA = 4, kValueB = 8 };
 
 // One direction, what its kernels take, and the tensors made for it.
 struct Direction {
@@ -106,52 +97,50 @@ struct Direction {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bidirectional_backward_op(
-    MaybeTensor grad_out_a, MaybeTensor grad_out_b, MaybeTensor grad_logsumexp_a, MaybeTensor grad_logsumexp_b,
-    Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, MaybeTensor mask_a, MaybeTensor mask_b,
-    MaybeTensor seed, Tensor out_a, Tensor out_b, Tensor logsumexp_a, Tensor logsumexp_b, double scale,
-    double dropout_p, int64_t grad_mask) {
+void bidirectional_backward_op(MaybeTensor grad_out_a, MaybeTensor grad_out_b, MaybeTensor grad_logsumexp_a,
+                               MaybeTensor grad_logsumexp_b, Tensor query_a, Tensor query_b, Tensor value_a,
+                               Tensor value_b, MaybeTensor mask_a, MaybeTensor mask_b, MaybeTensor seed, Tensor out_a,
+                               Tensor out_b, Tensor logsumexp_a, Tensor logsumexp_b, double scale, double dropout_p,
+                               MaybeTensor grad_query_a, MaybeTensor grad_query_b, MaybeTensor grad_value_a,
+                               MaybeTensor grad_value_b) {
   const Current current(query_a);
-  if (query_a.size(1) == 0) {  // no heads: every gradient is empty
-    const auto empty = [&](int64_t bit, const Tensor& x) {
-      return grad_mask & bit ? empty_heads_last(x, x.size(3)) : nothing(x);
-    };
-    return {empty(kQueryA, query_a), empty(kQueryB, query_b), empty(kValueA, value_a), empty(kValueB, value_b)};
-  }
+  if (query_a.size(1) == 0) return;  // no heads: every gradient is empty
   const Stream stream = current.stream();
   const Settings settings{seed, scale, dropout_p};
   Direction a(query_a, query_b, value_b, mask_b, out_a, logsumexp_a, grad_out_a, grad_logsumexp_a, settings, 0, stream);
   Direction b(query_b, query_a, value_a, mask_a, out_b, logsumexp_b, grad_out_b, grad_logsumexp_b, settings, 1, stream);
 
   // The queries of a side are those of one direction and the keys of the other.
-  const auto grad_query = [&](int64_t bit, const Tensor& query, Direction& as_queries, Direction& as_keys) {
-    if (!(grad_mask & bit)) return nothing(query);
-    Tensor grad = empty_heads_last(query, query.size(3));
+  const auto grad_query = [&](const MaybeTensor& grad, Direction& as_queries, Direction& as_keys) {
+    if (!grad) return;
     if (as_queries.is_used) {
-      as_queries.problem.grad_query = rows_of(grad);
+      as_queries.problem.grad_query = rows_of(*grad);
       if (as_keys.is_used) {
         const int64_t count = bidirectional_grad_query_partials(as_queries.problem, as_keys.problem);
-        const Tensor partials = new_empty(query, {count}, ScalarType::Float);
+        const Tensor partials = new_empty(query_a, {count}, ScalarType::Float);
         bidirectional_grad_query(as_queries.problem, as_keys.problem, span_of(partials), stream);
       } else {
         attention_grad_query(as_queries.problem, stream);
       }
     } else {
-      as_keys.problem.grad_key = rows_of(grad);
+      as_keys.problem.grad_key = rows_of(*grad);
       attention_grad_key(as_keys.problem, stream);
     }
-    return grad;
   };
-  const auto grad_value = [&](int64_t bit, const Tensor& value, Direction& direction) {
-    if (!(grad_mask & bit)) return nothing(value);
-    if (!direction.out_is_used) return zeros_heads_last(value);
-    Tensor grad = empty_heads_last(value, value.size(3));
-    direction.problem.grad_value = rows_of(grad);
+  const auto grad_value = [&](const MaybeTensor& grad, Direction& direction) {
+    if (!grad) return;
+    if (!direction.out_is_used) {
+      Tensor to = *grad;
+      torch::stable::zero_(to);
+      return;
+    }
+    direction.problem.grad_value = rows_of(*grad);
     attention_grad_value(direction.problem, stream);
-    return grad;
   };
-  Tensor of_query_a = grad_query(kQueryA, query_a, a, b), of_query_b = grad_query(kQueryB, query_b, b, a);
-  return {of_query_a, of_query_b, grad_value(kValueA, value_a, b), grad_value(kValueB, value_b, a)};
+  grad_query(grad_query_a, a, b);
+  grad_query(grad_query_b, b, a);
+  grad_value(grad_value_a, b);
+  grad_value(grad_value_b, a);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

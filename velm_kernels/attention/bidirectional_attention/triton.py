@@ -26,9 +26,7 @@ from velm_kernels.attention.triton_problem import (
     row_strides,
 )
 from velm_kernels.backends.triton import Config, choose, launch, parts_of, piece, precision, sums_both
-from velm_kernels.layout import empty_heads_last, unit_last_stride
-
-GRAD_QUERY_A, GRAD_QUERY_B, GRAD_VALUE_A, GRAD_VALUE_B = 1, 2, 4, 8
+from velm_kernels.layout import unit_last_stride
 
 
 def _direction(
@@ -60,12 +58,15 @@ def bidirectional_attention_forward(
     seed: torch.Tensor | None,
     scale: float,
     dropout_p: float,
-) -> tuple[torch.Tensor, ...]:
-    """`velm::bidirectional_attention_forward`: the softmax of each direction runs along its own axis of the scores, so
-    that each direction is a pass of the attention kernel."""
-    out_a, logsumexp_a = forward(_direction(query_a, query_b, value_b, mask_b, seed, scale, dropout_p, 0))
-    out_b, logsumexp_b = forward(_direction(query_b, query_a, value_a, mask_a, seed, scale, dropout_p, 1))
-    return out_a, out_b, logsumexp_a, logsumexp_b
+    out_a: torch.Tensor,
+    out_b: torch.Tensor,
+    logsumexp_a: torch.Tensor,
+    logsumexp_b: torch.Tensor,
+) -> None:
+    """The softmax of each direction runs along its own axis of the scores, so that each direction is a pass of the
+    attention kernel."""
+    forward(_direction(query_a, query_b, value_b, mask_b, seed, scale, dropout_p, 0), out_a, logsumexp_a)
+    forward(_direction(query_b, query_a, value_a, mask_a, seed, scale, dropout_p, 1), out_b, logsumexp_b)
 
 
 def _grad_side(
@@ -74,23 +75,21 @@ def _grad_side(
     seed: torch.Tensor | None,
     scale: float,
     dropout_p: float,
-    wants_query: bool,
-    wants_value: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the side `x`, whose other side is `y`."""
+    grad_query: torch.Tensor | None,
+    grad_value: torch.Tensor | None,
+) -> None:
+    """Fills those gradients of the side `x`, whose other side is `y`, that are wanted."""
     query, value = x["query"], x["value"]
     batch, heads, length_x, head_dim = query.shape
     length_y = y["query"].shape[2]
-    grad_query = empty_heads_last(query, query.shape) if wants_query else None
-    grad_value = empty_heads_last(value, value.shape) if wants_value else None
+    wanted = [grad for grad in (grad_query, grad_value) if grad is not None]
     if length_y == 0:
-        return (
-            None if grad_query is None else grad_query.zero_(),
-            None if grad_value is None else grad_value.zero_(),
-        )
+        for grad in wanted:
+            grad.zero_()
+        return
     tensors = (query, y["query"], value, y["value"], x["grad_out"], y["grad_out"])
     strides = [row_strides(tensor) for tensor in tensors]
-    stored = [row_strides(grad) for grad in (grad_query, grad_value) if grad is not None]
+    stored = [row_strides(grad) for grad in wanted]
     far = max(stride for found in (*strides, *stored) for stride in found)
 
     def run(config: Config) -> None:
@@ -141,7 +140,6 @@ def _grad_side(
     shape = (batch, heads, length_x, length_y)
     level = "plain" if seed is None else "loaded"
     run(choose("grad_side", level, query.dtype, widest, query.device, shape, level, run))
-    return grad_query, grad_value
 
 
 def bidirectional_attention_backward(
@@ -162,9 +160,12 @@ def bidirectional_attention_backward(
     logsumexp_b: torch.Tensor,
     scale: float,
     dropout_p: float,
-    grad_mask: int,
-) -> tuple[torch.Tensor, ...]:
-    """`velm::bidirectional_attention_backward`: a pass over the scores for each side, which serves both directions."""
+    grad_query_a: torch.Tensor | None,
+    grad_query_b: torch.Tensor | None,
+    grad_value_a: torch.Tensor | None,
+    grad_value_b: torch.Tensor | None,
+) -> None:
+    """A pass over the scores for each side, which serves both directions."""
     sides = []
     for number, (query, key, value, other, mask, other_mask, out, lse, grad_out, grad_lse) in enumerate(
         (
@@ -188,13 +189,9 @@ def bidirectional_attention_backward(
                 "has_gradient": has_gradient,
             }
         )
-    results = []
-    for x, y, query_bit, value_bit in (
-        (sides[0], sides[1], GRAD_QUERY_A, GRAD_VALUE_A),
-        (sides[1], sides[0], GRAD_QUERY_B, GRAD_VALUE_B),
+    for x, y, grads in (
+        (sides[0], sides[1], (grad_query_a, grad_value_a)),
+        (sides[1], sides[0], (grad_query_b, grad_value_b)),
     ):
-        wants = bool(grad_mask & query_bit), bool(grad_mask & value_bit)
-        grads = _grad_side(x, y, seed, scale, dropout_p, *wants) if any(wants) else (None, None)
-        results.append([query_a.new_empty((0,)) if grad is None else grad for grad in grads])
-    (grad_query_a, grad_value_a), (grad_query_b, grad_value_b) = results
-    return grad_query_a, grad_query_b, grad_value_a, grad_value_b
+        if any(grad is not None for grad in grads):
+            _grad_side(x, y, seed, scale, dropout_p, *grads)

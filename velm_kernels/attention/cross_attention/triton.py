@@ -109,13 +109,11 @@ def few_rows(config: Config, rows: int, dtype: torch.dtype) -> Config:
     return config
 
 
-def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """-> (out, logsumexp)"""
-    out = empty_like_heads(p.query, p.value_dim)
-    shape = (p.heads, p.sizes.queries) if p.packed else (p.batch, p.heads, p.queries)
-    logsumexp = p.query.new_empty(shape, dtype=torch.float32)
+def forward(p: Problem, out: torch.Tensor, logsumexp: torch.Tensor) -> None:
     if p.is_empty or p.keys == 0:
-        return out.zero_(), logsumexp.fill_(-torch.inf)
+        out.zero_()
+        logsumexp.fill_(-torch.inf)
+        return
     if p.packed:
         # Tokens outside of every sequence, if there are any.
         out.zero_()
@@ -182,7 +180,6 @@ def forward(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
             )
 
     run(p.choose("forward", run, partial(few_rows, rows=rows, dtype=p.dtype)))
-    return out, logsumexp
 
 
 def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
@@ -222,7 +219,10 @@ def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     query = rms_norm(given["query"], given["query_norm_weight"], given["norm_eps"])
     key = rms_norm(given["key"], given["key_norm_weight"], given["norm_eps"])
     p = prepare(given, query, key)
-    out, logsumexp = forward(p)
+    out = empty_like_heads(p.query, p.value_dim)
+    shape = (p.heads, p.sizes.queries) if p.packed else (p.batch, p.heads, p.queries)
+    logsumexp = p.query.new_empty(shape, dtype=torch.float32)
+    forward(p, out, logsumexp)
     mass = key_mass(p, logsumexp) if given["return_key_mass"] else logsumexp.new_empty((0,))
     return out, logsumexp, mass
 
