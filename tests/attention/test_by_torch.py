@@ -297,6 +297,23 @@ def test_extras_of_few_scores(keys: int, dtype: torch.dtype, ran: list[str]) -> 
     assert ran == ["attention_forward"]
 
 
+@pytest.mark.parametrize(
+    ("kv_heads", "queries", "keys", "is_own"),
+    [(2, 1, 4112, True), (2, 4, 4112, True), (2, 5, 4112, False), (2, 1, 4096, False), (4, 1, 4112, False)],
+)
+def test_few_queries_of_grouped_heads_in_bfloat16(
+    kv_heads: int, queries: int, keys: int, is_own: bool, ran: list[str]
+) -> None:
+    arguments = {
+        "query": randn(1, 4, queries, 128, dtype=BFLOAT16),
+        **{name: randn(1, kv_heads, keys, 128, dtype=BFLOAT16) for name in ("key", "value")},
+    }
+    with torch.no_grad():
+        close(computed(arguments, ()), exact(arguments, ()))
+        told = velm_kernels.explain("cross_attention", **arguments).splitlines()[0]
+    assert bool(ran) == is_own and told.endswith("-> cpu") == is_own
+
+
 def test_an_unknown_processor_gets_what_holds_everywhere(monkeypatch: pytest.MonkeyPatch, ran: list[str]) -> None:
     line = dataclasses.replace(processors.TABLE[-1])
     monkeypatch.setattr(processors, "rules", lambda: line)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks, processors
+from velm_kernels.attention.cross_attention.torch_attention import CACHED_KEY, reads_keys_too_often
 from velm_kernels.backends import derivatives
 from velm_kernels.backends.small import ANY, PLAIN, in_float32, takes_torch
 
@@ -24,8 +25,6 @@ MAX_HEAD_DIM = 256
 SMALL_SCORES, SMALL_WIDENED = 1 << 15, 1 << 16
 # Queries times keys times head_dim up to which torch's kernel is faster with a gradient than forming the scores.
 KERNEL_RECORDED, KERNEL_RECORDED_16_BITS = 1 << 18, 1 << 12
-# Elements of key up to which formed scores stay in the cache together with it.
-CACHED_KEY = 1 << 20
 # Multiply-adds, and elements of key, up to which 16 bits become float32 for a gradient.
 WIDENED_WORK, WIDENED_KEY = 1 << 21, 1 << 17
 
@@ -226,7 +225,9 @@ def _kernel_is_faster(query: Tensor, key: Tensor) -> bool:
         batch, heads, queries, _ = query.shape
         scores = batch * heads * queries * key.shape[2]
         return scores <= rules.attention_scores and key.numel() <= CACHED_KEY
-    return query.dtype is torch.bfloat16 and not rules.bfloat16_attention
+    if query.dtype is not torch.bfloat16 or rules.bfloat16_attention:
+        return False
+    return not reads_keys_too_often(query, key)
 
 
 def _by_kernel(
