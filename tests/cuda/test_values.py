@@ -15,8 +15,8 @@ from tests.conftest import DEVICE_ON_HOST, Backend
 from tests.numbers import assert_accurate, relative_rms
 from velm_kernels.attention.cross_attention import reference as attention_reference
 from velm_kernels.attention.merge_attention import reference as merge_reference
-from velm_kernels.fusion import reference as fusion_reference
-from velm_kernels.pooling import reference as pooling_reference
+from velm_kernels.fusion.bilinear_attention import reference as bilinear_attention_reference
+from velm_kernels.pooling.pool import reference as pooling_reference
 
 pytestmark = list(DEVICE_ON_HOST.marks)
 
@@ -203,7 +203,7 @@ def test_bilinear_attention(value: float) -> None:
     v, q, h = torch.randn(2, 20, 24).abs(), torch.randn(2, 6, 24).abs(), torch.randn(3, 24).abs()
     v_live, q_live = torch.arange(20).expand(2, 20) < 18, torch.arange(6).expand(2, 6) < 5
     v[0, 2, 0] = value
-    expected = fusion_reference.bilinear_attention(v, q, h, None, v_live, q_live)[0]
+    expected = bilinear_attention_reference.bilinear_attention(v, q, h, None, v_live, q_live)[0]
     with BACKEND.use():
         maps = velm_kernels.bilinear_attention(v, q, h, v_mask=v_live, q_mask=q_live)
     maps = maps[0] if isinstance(maps, tuple) else maps

@@ -11,8 +11,8 @@ from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, Backend, eve
 from tests.numbers import assert_accurate
 from velm_kernels import explain
 from velm_kernels.backends import cpu, small
-from velm_kernels.fusion import Bilinear, bilinear, reference
-from velm_kernels.fusion.bilinear import rule
+from velm_kernels.fusion import Bilinear, bilinear
+from velm_kernels.fusion.bilinear import reference, rule
 from velm_kernels.fusion.bilinear import torch as by_torch
 from velm_kernels.products import use_product
 

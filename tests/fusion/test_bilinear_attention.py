@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import INTERPRETED, every_backend_with_cuda
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import bilinear_attention, bilinear_attention_pool, reference
+from velm_kernels.fusion import bilinear_attention, bilinear_attention_pool
+from velm_kernels.fusion.bilinear_attention import reference
 
 EXAMPLES = min(12, settings().max_examples)
 NAMES = ("v", "q", "h", "bias")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_cuda
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import MCB, Sketch, compact_bilinear, make_sketch, reference
-from velm_kernels.fusion.compact_bilinear import canonical
+from velm_kernels.fusion import MCB, Sketch, compact_bilinear, make_sketch
+from velm_kernels.fusion.compact_bilinear import canonical, reference
 
 
 def _randn(seed, *shape, scale=1.0):

@@ -5,7 +5,8 @@ import torch
 
 from tests.conftest import every_backend_with_cuda
 from velm_kernels import use_backend
-from velm_kernels.fusion import dropout_residual, reference
+from velm_kernels.fusion import dropout_residual
+from velm_kernels.fusion.dropout_residual import reference
 
 SEED = 0x123456789ABCDEF0
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import LowRankFusion, low_rank_fusion, reference
-from velm_kernels.fusion.low_rank_fusion import op, products
+from velm_kernels.fusion import LowRankFusion, low_rank_fusion
+from velm_kernels.fusion.low_rank_fusion import op, products, reference
 
 
 def _tensors(shapes, rank, out, dtype, seed=0):

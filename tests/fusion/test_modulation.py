@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from tests.conftest import INTERPRETED, every_backend_with_cuda
 from tests.numbers import assert_accurate
-from velm_kernels.fusion import FiLM, film, reference, weighted_sum
+from velm_kernels.fusion import FiLM, film, weighted_sum
+from velm_kernels.fusion.film import reference as film_reference
+from velm_kernels.fusion.weighted_sum import reference as sum_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -71,7 +73,7 @@ def test_film_of_any_shape(backend, data):
 
     def meaning(x, gamma, beta):
         shape = (-1, dim, *[1] * len(regions)) if first else (-1, *[1] * len(regions), dim)
-        return reference.film(x, gamma.view(shape), beta.view(shape), offset)
+        return film_reference.film(x, gamma.view(shape), beta.view(shape), offset)
 
     def ours(x, gamma, beta):
         with backend.use():
@@ -111,7 +113,7 @@ def test_weighted_sum_of_any_shape(backend, data):
         *features, weights = tensors
         features = [x.view(batch, *[1] * (dims - 2), dim) if x.dim() == 2 else x for x in features]
         weights = weights.expand(batch, count)
-        return reference.weighted_sum(features, weights.view(batch, *[1] * (dims - 2), count))
+        return sum_reference.weighted_sum(features, weights.view(batch, *[1] * (dims - 2), count))
 
     def ours(*tensors):
         with backend.use():

@@ -15,8 +15,7 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
 from tests.numbers import assert_accurate
-from velm_kernels.pooling import reference
-from velm_kernels.pooling.attention_pool import _canonical_rows, _folds, attention_pool
+from velm_kernels.pooling.attention_pool import _canonical_rows, _folds, attention_pool, reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("x", "query", "key_weight", "value_weight", "value_bias")

@@ -16,7 +16,8 @@ from tests.conftest import INTERPRETED, every_backend_once, every_backend_with_c
 from tests.numbers import assert_accurate
 from velm_kernels import backends
 from velm_kernels.backends.follow import Follower
-from velm_kernels.pooling import merge_tokens, reference, unmerge_tokens
+from velm_kernels.pooling import merge_tokens, unmerge_tokens
+from velm_kernels.pooling.merge_tokens import reference
 
 
 def _draw(batch, tokens, dim, metric_dim, dtype, seed):

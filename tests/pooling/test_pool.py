@@ -14,9 +14,8 @@ from torch import Tensor
 import velm_kernels
 from tests.conftest import Backend, every_backend_with_cuda
 from tests.numbers import assert_accurate
-from velm_kernels.pooling import reference
-from velm_kernels.pooling.pool import canonical_masked
-from velm_kernels.pooling.reference import MODES
+from velm_kernels.pooling.pool import canonical_masked, reference
+from velm_kernels.pooling.pool.reference import MODES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels first", "sliced")

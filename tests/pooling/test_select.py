@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 import velm_kernels
 from tests.conftest import every_backend_with_cuda
-from velm_kernels.pooling import reference, select_tokens
+from velm_kernels.pooling import select_tokens
+from velm_kernels.pooling.select_tokens import reference
 
 
 @every_backend_with_cuda

@@ -52,8 +52,8 @@ from velm_kernels.linear.linear import triton as triton_linear
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
+from velm_kernels.pooling.pool.reference import MODES
 from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
-from velm_kernels.pooling.reference import MODES
 
 FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
