@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
-from benchmarks.harness import Case, Inputs
+from benchmarks.harness import Case, Inputs, published
 
 
 def bilinear_case(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 0) -> Case:
@@ -384,19 +384,19 @@ def bilinear_attention_pool_case(name: str, batch: int, regions: int, words: int
 
 
 def cases() -> list[Case]:
+    """At the sizes of the operators' own cases, and at what has a form that none of these has."""
+    size = published()
     return [
-        bilinear_attention_case("ban", 64, 36, 14, 3840, 8),
-        bilinear_attention_case("ban-100-regions", 16, 100, 20, 3072, 4),
-        bilinear_attention_case("ban-patches", 4, 576, 64, 768, 8),
+        *(bilinear_attention_case(name, **size[name]) for name in ("ban", "ban-100-regions", "ban-patches")),
         bilinear_attention_pool_case("ban-pool", 64, 36, 14, 1280),
         bilinear_attention_pool_case("ban-pool-patches", 4, 576, 64, 768),
         compact_case("mcb", 64, 0, 2048, 2048, 16000),
-        compact_case("mcb-regions", 8, 36, 2048, 2048, 16000),
-        outer_product_case("outer-product", 64, 0, 256, 256),
-        outer_product_case("bilinear-pooling", 8, 196, 512, 512),
-        film_case("film", 32, 196, 768, False),
+        compact_case("mcb-regions", **size["mcb-regions"]),
+        outer_product_case("outer-product", regions=0, **size["outer-product"]),
+        outer_product_case("bilinear-pooling", **size["bilinear-pooling"]),
+        film_case("film", **size["film"], channels_first=False),
         film_case("film-pixels", 32, 196, 768, True),
-        weighted_sum_case("gated-fusion", 32, 196, 768, 3),
+        weighted_sum_case("gated-fusion", **size["gated-fusion"], count=3),
         weighted_sum_case("layer-mix", 16, 128, 768, 13),
         low_rank_case("low-rank-mosi", 128, (32, 32, 64), 64, 4),
         low_rank_case("low-rank-768", 64, (768, 768), 512, 16),
@@ -406,7 +406,5 @@ def cases() -> list[Case]:
         factorized_case("mfb-tail", 1024, 5, 1000, "inner", True),
         factorized_case("mutan-tail", 1024, 10, 360, "outer", False),
         factorized_case("mlb-tail", 2048, 1, 1200, "inner", True),
-        bilinear_case("bilinear", 64, 512, 512, 256),
-        bilinear_case("bilinear-small", 256, 33, 129, 128),
-        bilinear_case("bilinear-regions", 16, 256, 256, 128, regions=36),
+        *(bilinear_case(name, **size[name]) for name in ("bilinear", "bilinear-small", "bilinear-regions")),
     ]

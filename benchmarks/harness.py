@@ -7,7 +7,7 @@ import dataclasses
 import datetime
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velm_kernels import cases as operator_cases
 from velm_kernels import measure
 
 Inputs = dict[str, Any]
@@ -137,6 +138,11 @@ class Settings:
     seed: int = 0
     sample_seconds: float = 0.02
     check: bool = True
+
+
+def published() -> dict[str, Mapping[str, int]]:
+    """The sizes of papers and models that the cases beside the operators name."""
+    return {name: sizes for case in operator_cases.every() for name, sizes in case.published.items()}
 
 
 def cast(inputs: Inputs, dtype: torch.dtype, device: torch.device) -> Inputs:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
-from benchmarks.harness import Case, Inputs
+from benchmarks.harness import Case, Inputs, published
 
 
 def _randn(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tensor:
@@ -220,10 +220,9 @@ def merge_case(batch: int, tokens: int, dim: int, metric_dim: int, r: int) -> Ca
 
 
 def cases() -> list[Case]:
+    size = published()
     return [
-        masked_case("mean", 64, 577, 1024),
-        masked_case("max", 64, 577, 1024),
-        masked_case("logsumexp", 64, 577, 1024),
+        *(masked_case(mode, **size[f"masked-{mode}"]) for mode in ("mean", "max", "logsumexp")),
         segments_case("mean", 64, 36928, 768),
         select_case(16, 577, 1024, 288),
         merge_case(32, 197, 768, 64, 16),

@@ -41,6 +41,5 @@ CASES = [
         ("x", "gamma", "beta"),
         sizes={"batch": 2, "height": 3, "width": 4, "dim": 12},
         larger={"batch": 3, "height": 25, "width": 12, "dim": 90},
-        published={"film-pixels": {"batch": 32, "height": 14, "width": 14, "dim": 768}},
     ),
 ]
