@@ -12,7 +12,8 @@ compiled it. Other versions are asked only whether every instance compiles, fits
 (`python -m tests.triton.versions`, which keeps the answers in versions.csv).
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
-do at once, as what does less needs no more. Kernels whose block sizes are fixed are compiled for rows of 256.
+do at once, as what does less needs no more; the second launches of "plain" kernels and of those for keys and values,
+which do nothing but where there is NaN, are left out. Kernels whose block sizes are fixed are compiled for rows of 256.
 bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
 """
 
@@ -133,6 +134,7 @@ BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
 # Kernels with products whose block sizes are fixed.
 PRODUCTS = (
+    "row_shift",
     *BILINEAR,
     *LOW_RANK,
     "attention_pool_products",

@@ -20,6 +20,8 @@ from velm_kernels.backends.triton import Config, choose, dimension_class, launch
 from velm_kernels.layout import unit_last_stride
 from velm_kernels.triton.launches import cdiv
 
+# Columns of a row that GUARDED launches multiply at a time.
+GUARDED_PIECE = 64
 # Offsets inside one tile are 32-bit up to this row stride.
 NARROW_STRIDE = 1 << 23
 
@@ -165,8 +167,9 @@ class Problem:
         return self.rows == 0 or self.batch == 0 or self.queries == 0
 
     def flags(self, rows: int) -> torch.Tensor | None:
-        """Where programs report NaN in the rows of all of their blocks (see `report_nan`); None where they need not."""
-        return self.query.new_empty((rows,), dtype=torch.int8) if self.hides_columns else None
+        """Where programs report NaN in the rows of all of their blocks (see `report_nan`); None where they need not, as
+        all queries see the same keys."""
+        return self.query.new_empty((rows,), dtype=torch.int8) if self.causal or self.hides_columns else None
 
     def launch_guarded(
         self,
@@ -178,19 +181,33 @@ class Problem:
         constants: dict[str, Any],
         config: Config,
     ) -> None:
-        """Launch `kernel`, and what has reported NaN in `flags` again. That is rarely anything: smaller tiles that are
-        not prefetched, and more warps in float32, which make room for reading keys twice, cost nothing. (Triton 3.6
-        cannot prefetch for wgmma what is read behind it.)"""
-        constants = constants | {"GUARDED": False, "FIRST_PART": self.first_part}
-        launch(kind, kernel, grid, arguments, constants, config)
+        """Launch `kernel`, which sums over keys, and what has reported NaN in `flags` again."""
+        launch(kind, kernel, grid, arguments, constants | {"GUARDED": False, "FIRST_PART": self.first_part}, config)
         if flags is not None:
-            num_warps = 8 if self.dtype == torch.float32 else config.num_warps
-            # Of the few rows of decoding, what is prefetched is not held in registers.
-            num_stages = config.num_stages if config.block_m < 32 else 1
-            block_n = max(16, config.block_n // 2)
-            config = replace(config, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
-            constants = constants | {"GUARDED": True, "FIRST_PART": 2, "BLOCK_N": config.block_n}
-            launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
+            self.launch_again(kind, kernel, grid, arguments, constants, config, "block_n")
+
+    def launch_again(
+        self,
+        kind: str,
+        kernel: Any,
+        grid: int,
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        config: Config,
+        sums_over: str,
+    ) -> None:
+        """The GUARDED launch of a `kernel` that sums over keys ("block_n") or queries ("block_m"). It rarely has
+        anything to do: smaller tiles that are not prefetched, rows in pieces and more warps make room for adding rows
+        one by one, and cost nothing."""
+        num_warps = 8 if self.dtype == torch.float32 or sums_over == "block_m" else config.num_warps
+        # Of the few rows of decoding, what is prefetched is not held in registers.
+        num_stages = config.num_stages if config.block_m < 32 and sums_over == "block_n" else 1
+        smaller = {sums_over: max(16, getattr(config, sums_over) // 2)}
+        config = replace(config, **smaller, num_warps=num_warps, num_stages=num_stages)
+        pieces = {name: min(constants[name], GUARDED_PIECE) for name in ("BLOCK_D", "BLOCK_DV")}
+        constants = constants | pieces | {"GUARDED": True, "FIRST_PART": 2}
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
 
     def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
         shape = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.value_dim)

@@ -10,6 +10,7 @@
 
 #include "attention/cross_attention/cpu_backward_plan.h"
 #include "attention/cross_attention/cpu_bias_gradient.h"
+#include "attention/cross_attention/cpu_forward.h"
 #include "attention/cross_attention/cpu_scores.h"
 #include "attention/cross_attention/cpu_weights.h"
 #include "simd/parallel.h"
@@ -37,8 +38,15 @@ class Worker {
  public:
   using Word = typename Format::Word;
 
-  Worker(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets, float* partial)
-      : p_(p), g_(g), plan_(plan), offsets_(offsets), partial_(partial), scratch_(memory_, p, kChunk, true) {
+  Worker(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets,
+         const std::vector<float>& inverse, float* partial)
+      : p_(p),
+        g_(g),
+        plan_(plan),
+        offsets_(offsets),
+        inverse_(inverse),
+        partial_(partial),
+        scratch_(memory_, p, kChunk, true) {
     want_scores_ = g.grad_query.data || g.grad_key.data || g.grad_bias;
     head_words_ = words_of<Format>(p.head_dim);
     value_words_ = words_of<Format>(p.value_dim);
@@ -226,6 +234,8 @@ class Worker {
       state.delta[l] = state.grad_lse[l] = state.inverse[l] = 0.0f;
       if (l >= panel.count) continue;
       state.lse[l] = lse_for_weights(p_, panel, l, g_.logsumexp);
+      if (!sums_first_ && !inverse_.empty())
+        state.inverse[l] = inverse_[p_.row_index(panel.b, panel.head[l], panel.query[l])];
       state.lse_finite = state.lse_finite && state.lse[l] == state.lse[l];
       if (!g_.grad_logsumexp || state.lse[l] == kInfinity) continue;
       const int64_t b = p_.varlen ? 0 : panel.b, row = p_.first_query(panel.b) + panel.query[l];
@@ -453,7 +463,7 @@ class Worker {
               const Piece& piece, const float* additive, int64_t tile, float* dq) {
     constexpr int kWidth = V * kLanes;
     const int64_t from = piece.from, to = piece.to, n = to - from;
-    const bool special = is_special(state, block);
+    const bool special = is_special(state, block), scales = sums_first_ || !inverse_.empty();
     const auto sight = sight_of<V>(panel, state, block, piece, additive);
     Vec lse[V], delta[V], inverse[V];
     simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
@@ -468,14 +478,14 @@ class Worker {
         if (piece.scores) weight = simd::exp(weight - lse[v]);
         // A hidden value may have made other factors NaN, or infinite.
         const simd::VecMask counts = special ? sight.lanes(i, v) : weight != simd::zero();
-        if (sums_first_) {
+        if (scales) {
           weight = simd::select(counts, weight * inverse[v], simd::zero());
           if (p_.dropout) {
             const Vec dropped = simd::load(piece.dropped + at);
             simd::store(piece.dropped + at, simd::select(dropped == simd::zero(), dropped, dropped * inverse[v]));
           }
         }
-        if (piece.scores || sums_first_) simd::store(piece.weights + at, weight);
+        if (piece.scores || scales) simd::store(piece.weights + at, weight);
         if (want_scores_) {
           const Vec ds = weight * (simd::load(piece.ds + at) - delta[v]);
           simd::store(piece.ds + at, simd::select(counts, ds, simd::zero()));
@@ -552,6 +562,7 @@ class Worker {
   const Gradients& g_;
   const Plan& plan_;
   const std::vector<int64_t>& offsets_;
+  const std::vector<float>& inverse_;
   float* partial_;
   simd::FlushSubnormals flush_;
   simd::Scratch memory_;
@@ -602,11 +613,12 @@ void backward(const Problem& p, const Gradients& g) {
   float* partial = nullptr;
   if (g.grad_query.data && plan.splits > 1) partial = memory.take(plan.splits * offsets.back() * kPanel * p.head_dim);
 
+  const std::vector<float> inverse = inverse_sums(p, g.logsumexp, [](int64_t) { return true; });
   const std::vector<Job> jobs = make_jobs(p, g, plan);
   with_format(p, [&](auto format) {
     using FormatWorker = Worker<decltype(format)>;
     simd::parallel_workers(
-        static_cast<int64_t>(jobs.size()), [&] { return FormatWorker(p, g, plan, offsets, partial); },
+        static_cast<int64_t>(jobs.size()), [&] { return FormatWorker(p, g, plan, offsets, inverse, partial); },
         [&](FormatWorker& worker, int64_t i) { worker.run(jobs[i]); });
   });
   if (partial) reduce_grad_query(p, g, plan, offsets, partial);

@@ -37,7 +37,16 @@ struct Sums {
   int row_blocks, heads;
   // Rows are those of all query heads of a key head.
   bool shares;
+  // Of rows with a large logsumexp, which has lost the logarithm of the sum; blocks without one do nothing.
+  bool only_far;
 };
+
+// The last place of a logsumexp of this size is 2^-11. A bias makes such rows, as do masks of large negative numbers.
+constexpr float kFarRow = 4096.0f;
+
+DEVICE_INLINE bool is_far(float logsumexp) {
+  return fabsf(logsumexp) >= kFarRow && fabsf(logsumexp) < kInfinity;
+}
 
 template <class T, int kDim>
 __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
@@ -57,6 +66,9 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
   if (row_block * kBlockRows >= total) return;
   fill_rows(shared.rows, a, s, index, g.shares ? head * a.group : head, row_block * kBlockRows, total);
   __syncthreads();
+  float logsumexp[2], shift[2], delta[2];
+  read_rows(logsumexp, shift, delta, a, s, shared.rows, warp_row, RowStatistics{g.logsumexp, nullptr, nullptr});
+  if (g.only_far && !__syncthreads_or(is_far(logsumexp[0]) || is_far(logsumexp[1]))) return;
   const HorizonOf<kBlockRows> horizon(shared.rows);
 
   int tile = next_tile<kKeys>(horizon, a, index, 0);
@@ -83,8 +95,6 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
     if (is_key) ahead = next_tile<kKeys>(horizon, a, index, ahead + 1);
   };
   ring.fill(copy, false);
-  float logsumexp[2], shift[2], delta[2];
-  read_rows(logsumexp, shift, delta, a, s, shared.rows, warp_row, RowStatistics{g.logsumexp, nullptr, nullptr});
 
   float weights[2] = {}, products[2] = {};
   while (tile != kNoTile) {
@@ -129,7 +139,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
       product += __shfl_xor_sync(kAll, product, step);
     }
     const int row = warp_row + group + 8 * half, query = shared.rows.query[row], of_head = shared.rows.head[row];
-    if (member != 0 || query < 0) continue;
+    if (member != 0 || query < 0 || (g.only_far && !is_far(logsumexp[half]))) continue;
     const int64_t at = s.row_number(a, of_head, query);
     const bool is_empty = weight == 0.0f;
     float sum = a.keep_scale * product / weight;
@@ -139,7 +149,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
   }
 }
 
-void sum_rows(const AttentionBackward& p, Stream stream) {
+void sum_rows(const AttentionBackward& p, bool only_far, Stream stream) {
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
@@ -153,6 +163,7 @@ void sum_rows(const AttentionBackward& p, Stream stream) {
       g.logsumexp = global<const float>(p.logsumexp);
       g.delta = global<float>(p.delta);
       g.shift = global<float>(p.shift);
+      g.only_far = only_far;
       g.shares = group > 1 && p.longest_queries < Of::kBlockRows;
       g.heads = static_cast<int>(g.shares ? p.kv_heads : p.heads);
       const int64_t rows = g.shares ? p.longest_queries * group : p.longest_queries;
@@ -197,7 +208,7 @@ void attention_delta(const AttentionBackward& p, Stream stream) {
   // Of packed sequences all tokens are one batch entry.
   const int64_t count = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
   if (count == 0) return;
-  if (attention_sums_rows(p)) return sum_rows(p, stream);
+  if (attention_sums_rows(p)) return sum_rows(p, false, stream);
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
     launch<delta_kernel<T>>(static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, stream,
@@ -206,6 +217,7 @@ void attention_delta(const AttentionBackward& p, Stream stream) {
                             global<float>(p.delta), global<float>(p.shift), count, static_cast<int>(p.heads),
                             static_cast<int>(p.queries), static_cast<int>(p.value_dim));
   });
+  if (p.bias.data) sum_rows(p, true, stream);
 }
 
 }  // namespace velm::cuda

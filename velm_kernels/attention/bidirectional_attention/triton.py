@@ -176,7 +176,7 @@ def bidirectional_attention_backward(
         has_gradient = grad_out is not None or grad_lse is not None
         grad = torch.zeros_like(out) if grad_out is None else unit_last_stride(grad_out)
         p = _direction(query, key, other, other_mask, seed, scale, dropout_p, number)
-        delta = delta_of(p, grad, grad_lse, out, lse) if p.rows else torch.empty_like(lse)
+        delta = delta_of(p, grad, grad_lse, out, lse, None) if p.rows else torch.empty_like(lse)
         sides.append(
             {
                 "number": number,

@@ -125,8 +125,10 @@ def grad_side_kernel(
             b_s_x = tl.where(b_open_y[None, :] & b_live_x[:, None], b_s, LOWEST)
             p_vy = row_of(value_y, value_y_strides, b, head, start_y)
             vy = rows(p_vy, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, WIDE)
-            b_shift_x = unless_infinite(b_lse_x)[:, None]
-            b_p = probabilities(b_s_x, b_shift_x, dropout_x, head_index, b_x, start_y, True, BLOCK_N, False)
+            b_log_x = unless_infinite(b_lse_x)[:, None]
+            b_p = probabilities(
+                b_s_x, b_log_x, b_log_x, dropout_x, head_index, b_x, start_y, False, True, BLOCK_N, False
+            )
             b_dp = product_of_rows(dox, vy, DIM_Y, BLOCK_Y, PRECISION)
             b_ds += grad_scores(b_p, b_dp, b_delta_x[:, None], dropout_x, True)
         if HAS_Y:
@@ -134,8 +136,10 @@ def grad_side_kernel(
             p_doy = row_of(grad_out_y, grad_out_y_strides, b, head, start_y)
             doy = rows(p_doy, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, WIDE)
             # To direction y the rows of x are keys.
-            b_shift_y = unless_infinite(b_lse_y)[None, :]
-            b_p_y = probabilities(b_s_y, b_shift_y, dropout_y, head_index, b_y, start_x, True, BLOCK_M, True)
+            b_log_y = unless_infinite(b_lse_y)[None, :]
+            b_p_y = probabilities(
+                b_s_y, b_log_y, b_log_y, dropout_y, head_index, b_y, start_x, False, True, BLOCK_M, True
+            )
             if grad_query is not None:
                 b_dp_y = product_of_rows(vx, doy, DIM_X, BLOCK_X, PRECISION)
                 b_ds += grad_scores(b_p_y, b_dp_y, b_delta_y[None, :], dropout_y, True)
@@ -147,7 +151,7 @@ def grad_side_kernel(
             dq = add_weighted(dq, None, b_ds, qy, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     if grad_query is not None:
         p_dq = row_of(grad_query, grad_query_strides, b, head, start_x)
-        store_rows(p_dq, b_i, grad_query_strides.row, b_in_x, dq, scale, part, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dq, b_i, grad_query_strides.row, b_in_x, dq, scale, part, False, HEAD_DIM, BLOCK_D, PARTS, WIDE)
     if grad_value is not None:
         p_dv = row_of(grad_value, grad_value_strides, b, head, start_x)
-        store_rows(p_dv, b_i, grad_value_strides.row, b_in_x, dv, 1.0, part, DIM_X, BLOCK_X, PARTS, WIDE)
+        store_rows(p_dv, b_i, grad_value_strides.row, b_in_x, dv, 1.0, part, False, DIM_X, BLOCK_X, PARTS, WIDE)

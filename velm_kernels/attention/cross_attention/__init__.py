@@ -91,11 +91,8 @@ def cross_attention(
     query sees, and queries that see no key, are not read: what stands there changes nothing, NaN included.
 
     NaN and infinity come out, forward and backward, where plain PyTorch has them, and do not reach queries that do not
-    see them. Not yet by Triton's kernels: there a query becomes NaN too where another one of its tile, of up to 128,
-    sees NaN or infinity that causality, a range, a mask or a bias of -inf hides from it, as 0 times NaN is NaN; in
-    backward so does a key beside one that sees such a query. Rows that a bias such as the smallest number of a type
-    hides altogether are the mean of all values, and their logsumexp is known to a factor of 2; gradients of such rows
-    are exact on the CPU, and on CUDA with up to 64 queries or 256 keys.
+    see them. Rows that a finite bias such as the smallest number of a type hides altogether are the mean of all values,
+    with the gradients of that; their logsumexp is known to a factor of 2.
 
     Returns:
         ``(batch, heads, queries, value_dim)`` in query's dtype; with extras a tuple ``(out, logsumexp, key_mass)`` of

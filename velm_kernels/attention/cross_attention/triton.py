@@ -13,6 +13,7 @@ from velm_kernels.attention.cross_attention.triton_kernels.forward import (
     attention_forward_kernel,
     key_mass_kernel,
     merge_splits_kernel,
+    row_shift_kernel,
 )
 from velm_kernels.attention.cross_attention.triton_kernels.grad_bias import grad_bias_kernel
 from velm_kernels.attention.cross_attention.triton_kernels.grad_key_value import grad_key_value_kernel
@@ -182,6 +183,30 @@ def forward(p: Problem, out: torch.Tensor, logsumexp: torch.Tensor) -> None:
     run(p.choose("forward", run, partial(few_rows, rows=rows, dtype=p.dtype)))
 
 
+def row_shift(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor | None:
+    """What the weights of rows with a large logsumexp are short of, which a bias makes; None where there is none."""
+    if p.masks.bias is None:
+        return None
+    shift = torch.empty_like(logsumexp)
+    config = Config(16, 32, 4, 2)
+    blocks = cdiv(p.queries, config.block_m)
+    arguments = (
+        p.query,
+        p.key,
+        logsumexp,
+        shift,
+        row_strides(p.query),
+        row_strides(p.key),
+        p.logsumexp_strides,
+        p.masks,
+        p.scaling,
+        p.sizes,
+        blocks,
+    )
+    launch("row_shift", row_shift_kernel, p.batch * p.heads * blocks, arguments, p.constants(config), config)
+    return shift
+
+
 def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
     shape = (p.heads, p.sizes.keys) if p.packed else (p.batch, p.heads, p.keys)
     mass = p.query.new_empty(shape, dtype=torch.float32)
@@ -190,6 +215,7 @@ def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
     if p.is_empty:
         return mass
     strides = Strides(0 if p.packed else p.heads * p.keys, p.sizes.keys, 1)
+    shift = row_shift(p, logsumexp)
 
     def run(config: Config) -> None:
         blocks = cdiv(p.keys, config.block_n)
@@ -197,6 +223,7 @@ def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
             p.query,
             p.key,
             logsumexp,
+            shift,
             mass,
             row_strides(p.query),
             row_strides(p.key),
@@ -234,6 +261,7 @@ class Backward:
     p: Problem
     grad_out: torch.Tensor
     logsumexp: torch.Tensor
+    shift: torch.Tensor | None
     delta: torch.Tensor
     scale: float
 
@@ -241,14 +269,19 @@ class Backward:
         return self.p.constants(config, self.grad_out, *tensors) | self.p.value_constants()
 
     def inputs(self) -> tuple[Any, ...]:
-        return self.p.query, self.p.key, self.p.value, self.grad_out, self.logsumexp, self.delta
+        return self.p.query, self.p.key, self.p.value, self.grad_out, self.logsumexp, self.shift, self.delta
 
     def input_strides(self) -> tuple[Any, ...]:
         return tuple(row_strides(x) for x in (self.p.query, self.p.key, self.p.value, self.grad_out))
 
 
 def delta_of(
-    p: Problem, grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, out: torch.Tensor, logsumexp: torch.Tensor
+    p: Problem,
+    grad_out: torch.Tensor,
+    grad_logsumexp: torch.Tensor | None,
+    out: torch.Tensor,
+    logsumexp: torch.Tensor,
+    shift: torch.Tensor | None,
 ) -> torch.Tensor:
     """The row sums of grad_out * out, less grad_logsumexp."""
     delta = torch.empty_like(logsumexp)
@@ -256,7 +289,7 @@ def delta_of(
     if grad_logsumexp is not None:
         strides = Strides(*(0,) * (3 - grad_logsumexp.dim()), *grad_logsumexp.stride())
     if p.dtype != torch.float32 and p.sizes.group * p.queries <= EXACT_DELTA_ROWS:
-        return _delta_of_products(p, grad_out, grad_logsumexp, strides, logsumexp, delta)
+        return _delta_of_products(p, grad_out, grad_logsumexp, strides, logsumexp, shift, delta)
     config = Config(32, 0, 4, 1)
     arguments = (
         grad_out,
@@ -289,6 +322,7 @@ def _delta_of_products(
     grad_logsumexp: torch.Tensor | None,
     grad_logsumexp_strides: Strides | None,
     logsumexp: torch.Tensor,
+    shift: torch.Tensor | None,
     delta: torch.Tensor,
 ) -> torch.Tensor:
     if p.packed:
@@ -303,6 +337,7 @@ def _delta_of_products(
         grad_out,
         logsumexp,
         grad_logsumexp,
+        shift,
         delta,
         row_strides(p.query),
         row_strides(p.key),
@@ -374,6 +409,22 @@ def grad_key_value(
         for grad in stored:
             grad.zero_()
 
+    def arguments_for(grads: Any, flags: torch.Tensor | None, blocks: int) -> tuple[Any, ...]:
+        return (
+            *b.inputs(),
+            *grads,
+            flags,
+            *b.input_strides(),
+            *(None if grad is None else row_strides(grad) for grad in grads),
+            p.logsumexp_strides,
+            p.masks,
+            p.dropout,
+            p.scaling,
+            p.sizes,
+            b.scale,
+            blocks,
+        )
+
     def run(config: Config) -> None:
         blocks = cdiv(p.keys, config.block_n)
         # Where the registers do not hold both sums, each has its own pass.
@@ -382,22 +433,18 @@ def grad_key_value(
             passes = {"grad_key": (grad_key, None), "grad_value": (None, grad_value)}
         for kind, grads in passes.items():
             parts = max(parts_of(config, p.dtype, grad.shape[-1]) for grad in grads if grad is not None)
-            arguments = (
-                *b.inputs(),
-                *grads,
-                *b.input_strides(),
-                *(None if grad is None else row_strides(grad) for grad in grads),
-                p.logsumexp_strides,
-                p.masks,
-                p.dropout,
-                p.scaling,
-                p.sizes,
-                b.scale,
-                blocks,
-            )
-            constants = b.constants(config, *stored) | {"PARTS": parts, "FIRST_PART": p.first_part}
             programs = p.batch * p.kv_heads * blocks * parts
-            launch(kind, grad_key_value_kernel, programs, arguments, constants, config)
+            flags = p.flags(programs * config.block_n)
+            constants = b.constants(config, *stored) | {"PARTS": parts}
+            not_guarded = constants | {"GUARDED": False, "FIRST_PART": p.first_part}
+            arguments = arguments_for(grads, flags, blocks)
+            launch(kind, grad_key_value_kernel, programs, arguments, not_guarded, config)
+            if flags is None:
+                continue
+            for single, only in (("grad_key", (grads[0], None)), ("grad_value", (None, grads[1]))):
+                if any(grad is not None for grad in only):
+                    arguments = arguments_for(only, flags, blocks)
+                    p.launch_again(single, grad_key_value_kernel, programs, arguments, constants, config, "block_m")
 
     run(p.choose("grad_key_value", run))
     return grad_key, grad_value
@@ -458,8 +505,9 @@ def attention_backward(
             torch.zeros_like(given[name]) if wants[name] else grad_out.new_empty((0,)) for name in DIFFERENTIABLE
         )
     grad_out, logsumexp = unit_last_stride(grad_out), given["logsumexp"]
-    delta = delta_of(p, grad_out, grad_logsumexp, given["out"], logsumexp)
-    b = Backward(p, grad_out, logsumexp, delta, given["scale"])
+    shift = row_shift(p, logsumexp)
+    delta = delta_of(p, grad_out, grad_logsumexp, given["out"], logsumexp, shift)
+    b = Backward(p, grad_out, logsumexp, shift, delta, given["scale"])
     grads: dict[str, torch.Tensor | None] = dict.fromkeys(DIFFERENTIABLE)
 
     bias = given["bias"]

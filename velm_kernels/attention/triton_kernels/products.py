@@ -125,6 +125,56 @@ def add_weighted(
 
 
 @triton.jit
+def _one_by_one(b_sum, b_weight, b_seen, b_x):
+    """`b_sum` plus `b_weight` @ `b_x`, where each sum has the terms that it sees and no others."""
+    b_j = tl.arange(0, b_x.shape[0])
+    for j in tl.range(0, b_x.shape[0]):
+        b_column = (b_j == j)[None, :]
+        b_w = tl.sum(tl.where(b_column, b_weight.to(tl.float32), 0.0), 1)
+        b_sees = tl.max((b_column & b_seen).to(tl.int32), 1) != 0
+        b_row = tl.sum(tl.where((b_j == j)[:, None], b_x.to(tl.float32), 0.0), 0)
+        b_sum = tl.where(b_sees[:, None], b_sum + b_w[:, None] * b_row[None, :], b_sum)
+    return b_sum
+
+
+@triton.jit
+def add_seen(
+    sums,
+    b_decay,
+    b_weight,
+    b_seen,
+    x,
+    part,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`add_weighted` of the rows that each sum sees, `b_seen` [sums, rows of x], and of no others: weights of 0 do not
+    silence what is not finite. Where there is such a number in the tile, its rows are added one by one."""
+    PART: tl.constexpr = part_of(WIDTH, BLOCK, PARTS)
+    b_wanted = tl.max(b_seen.to(tl.int32), 0) != 0
+    pieces = ()
+    for i in tl.static_range(len(sums)):
+        b_sum = sums[i]
+        if b_decay is not None:
+            b_sum = b_sum * b_decay
+        if WIDTH > BLOCK:
+            first = part * PART + i * BLOCK
+            b_x = load_piece(x.p, x.b_offset, x.b_ok, first, WIDTH, (WIDTH % PART == 0) and (PART % BLOCK == 0), BLOCK)
+        else:
+            b_x = x.b_x
+        b_x = tl.where(b_wanted[:, None], b_x, 0.0)
+        b_special = ((b_x - b_x) != 0.0).to(tl.int32)
+        if tl.max(tl.max(b_special, 1), 0) != 0:
+            b_sum = _one_by_one(b_sum, b_weight, b_seen, b_x)
+        else:
+            b_sum = product_add(b_weight, b_x, b_sum, PRECISION)
+        pieces += (b_sum,)
+    return pieces
+
+
+@triton.jit
 def store_pieces(
     p_x,
     b_offset,
@@ -132,11 +182,13 @@ def store_pieces(
     pieces,
     b_scale,
     part,
+    ONLY_NAN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Writes `pieces` times `b_scale`, rounded, to this `part` of the rows that start at `b_offset`."""
+    """Writes `pieces` times `b_scale`, rounded, to this `part` of the rows that start at `b_offset`. ONLY_NAN: where
+    there is NaN already, and nowhere else."""
     PART: tl.constexpr = part_of(WIDTH, BLOCK, PARTS)
     for i in tl.static_range(len(pieces)):
         b_column = part * PART + i * BLOCK + tl.arange(0, BLOCK)
@@ -144,6 +196,9 @@ def store_pieces(
         if (WIDTH % PART != 0) or (PART % BLOCK != 0):
             b_in = b_in & (b_column < WIDTH)[None, :]
         p_piece = p_x + b_offset[:, None] + b_column[None, :]
+        if ONLY_NAN:
+            b_before = tl.load(p_piece, mask=b_in, other=0.0)
+            b_in = b_in & (b_before != b_before)
         tl.store(p_piece, round_to(pieces[i] * b_scale, p_x.dtype.element_ty), mask=b_in)
 
 
@@ -156,6 +211,7 @@ def store_rows(
     pieces,
     b_scale,
     part,
+    ONLY_NAN: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
@@ -164,15 +220,15 @@ def store_rows(
     """The same, to the rows number `b_row`."""
     if WIDE:
         b_row = b_row.to(tl.int64)
-    store_pieces(p_x, b_row * stride_row, b_ok, pieces, b_scale, part, WIDTH, BLOCK, PARTS)
+    store_pieces(p_x, b_row * stride_row, b_ok, pieces, b_scale, part, ONLY_NAN, WIDTH, BLOCK, PARTS)
 
 
 @triton.jit
 def report_nan(flags, pieces, ROWS: tl.constexpr):
-    """Keys that no query of a tile sees may be NaN, which weights of 0 do not silence. Hiding them from the product in
-    every tile would cost more than all masks together; so a block with NaN in its result only says so in `flags`, for
-    each of its rows, and a GUARDED launch does it again. A number for the whole block would be reduced twice, and what
-    comes from tensor memory Triton 3.6 reduces but once."""
+    """What a row of a tile does not see may be NaN or infinite, which its weight of 0 does not silence. To look for
+    that in every tile would cost more than all masks together; so a block with NaN in its result only says so in
+    `flags`, for each of its rows, and a GUARDED launch does it again (`add_seen`) and replaces what is NaN. A number
+    for the whole block would be reduced twice, and what comes from tensor memory Triton 3.6 reduces but once."""
     b_nan = tl.zeros((ROWS,), tl.int32)
     for i in tl.static_range(len(pieces)):
         b_nan = b_nan | tl.max((pieces[i] != pieces[i]).to(tl.int32), 1)

@@ -30,6 +30,9 @@ NOTHING = tl.constexpr(-float("inf"))
 # row of nothing else, as masks of the smallest number of a type make it, is the mean of all values.
 FAR_BIAS = tl.constexpr(-float(1 << 31))
 SIGN_AND_EXPONENT = tl.constexpr(-(1 << 23))
+# A logsumexp of this size says little of how many keys a row sees: its last place is 2^-11, and of a row that a finite
+# bias hides altogether, log(keys) is less than that. `row_shift_kernel` knows what such rows are short of.
+FAR_ROW = tl.constexpr(4096.0)
 # A logsumexp of rows past the end, in front of which every score is nothing.
 PAST_END = tl.constexpr(3e38)
 
@@ -333,13 +336,6 @@ def key_rows_ok(masks, b, start_n, lo, hi, BLOCK_N: tl.constexpr, MASKED: tl.con
 
 
 @triton.jit
-def seen_keys(b_s, FORWARD: tl.constexpr):
-    """Which keys of a tile of scores some query sees. -> [BN]"""
-    HIDDEN: tl.constexpr = NOTHING if FORWARD else LOWEST
-    return tl.max((b_s != HIDDEN).to(tl.int32), 0) > 0
-
-
-@triton.jit
 def unless_infinite(b_lse):
     """logsumexp for `probabilities`: NaN where it is infinite, as all weights of such a row are. An empty row is one of
     them, but hides all keys."""
@@ -350,20 +346,26 @@ def unless_infinite(b_lse):
 def probabilities(
     b_s,
     b_lse,
+    b_shift,
     dropout,
     b_head_index,
     b_m,
     start_n,
+    SHIFTS: tl.constexpr,
     HIDES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
 ):
-    """exp(b_s - b_lse), where `b_lse` comes from `unless_infinite` and has the tile's two dimensions. The difference is
+    """exp(b_s - b_lse), where `b_lse` comes from `unless_infinite` and has the tile's two dimensions, as has `b_shift`,
+    which with SHIFTS is what the weights of rows are short of, in base 2 (`row_shift_kernel`). The difference is
     rounded, not the scores in base 2, whose last place is larger the larger they are.
 
     With dropout the sign is set of what it drops, so that no mask stays live beside it. HIDES: the tile may hide
     something; that becomes -0.0, whatever stands in `b_lse`."""
-    b_p = tl.exp2((b_s - b_lse) * LOG2E)
+    if SHIFTS:
+        b_p = tl.exp2(tl.fma(b_s - b_lse, LOG2E, b_shift))
+    else:
+        b_p = tl.exp2((b_s - b_lse) * LOG2E)
     if dropout is not None:
         # By the bits: NaN has a sign too, and not always the same one.
         b_bits = b_p.to(tl.int32, bitcast=True)

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from velm_kernels.attention.triton_kernels.products import (
+    add_seen,
     add_weighted,
     has_nan,
     product_of_rows,
@@ -17,7 +18,9 @@ from velm_kernels.attention.triton_kernels.products import (
     zero_pieces,
 )
 from velm_kernels.attention.triton_kernels.tiles import (
+    FAR_ROW,
     LOWEST,
+    NOTHING,
     extents,
     kept,
     key_rows_ok,
@@ -25,7 +28,6 @@ from velm_kernels.attention.triton_kernels.tiles import (
     probabilities,
     query_block,
     scores,
-    seen_keys,
     unless_infinite,
 )
 from velm_kernels.triton.kernels import LN2, LOG2E, round_to, to_int64
@@ -62,7 +64,7 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """Online softmax over the key tiles from `first` to `last`: `b_max` is the largest score of a row, `b_shift` that
-    in base 2. GUARDED: values that no row of the tile sees are not read.
+    in base 2. GUARDED: see `add_seen`.
 
     `b_max` is -inf of a row that has seen nothing yet, LOWEST of one that has seen nothing but -inf."""
     b_j = tl.arange(0, BLOCK_N)
@@ -87,11 +89,13 @@ def _attend(
         b_shift = b_new_shift
         if dropout is not None:
             b_p = tl.where(kept(dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
-        if GUARDED:
-            b_ok = seen_keys(b_s, True)
         v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
         b_p = round_to(b_p, p_v.dtype.element_ty)
-        accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
+        if GUARDED:
+            b_seen = b_s != NOTHING
+            accs = add_seen(accs, b_decay[:, None], b_p, b_seen, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
+        else:
+            accs = add_weighted(accs, b_decay[:, None], b_p, v, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
     return accs, b_max, b_shift, b_sum
 
 
@@ -253,8 +257,9 @@ def attention_forward_kernel(
     else:
         out = row_of(out, out_strides, b, 0, e.start_q)
         b_out_offset = to_int64(b_head) * out_strides.head + to_int64(b_m) * out_strides.row
-    tl.store(logsumexp + b_lse_at, b_lse, mask=b_m < tl.where(part == 0, queries, 0))
-    store_pieces(out, b_out_offset, b_in, accs, b_scale[:, None], part, VALUE_DIM, BLOCK_DV, PARTS)
+    if not GUARDED:
+        tl.store(logsumexp + b_lse_at, b_lse, mask=b_m < tl.where(part == 0, queries, 0))
+    store_pieces(out, b_out_offset, b_in, accs, b_scale[:, None], part, GUARDED, VALUE_DIM, BLOCK_DV, PARTS)
 
 
 @triton.jit
@@ -305,10 +310,67 @@ def merge_splits_kernel(
 
 
 @triton.jit
+def row_shift_kernel(
+    query,
+    key,
+    logsumexp,
+    shift,
+    query_strides,
+    key_strides,
+    logsumexp_strides,
+    masks,
+    scaling,
+    sizes,
+    query_blocks,
+    CAUSAL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What a row's exp(score - logsumexp) have to be multiplied with, in base 2, so that they sum up to 1: 0 unless
+    the logsumexp is so large that it has lost the logarithm of the sum (FAR_ROW). Blocks without such a row, which are
+    all but those that a finite bias hides altogether, read nothing else."""
+    row_block = tl.program_id(0) % query_blocks
+    head = (tl.program_id(0) // query_blocks) % sizes.heads
+    b = tl.program_id(0) // query_blocks // sizes.heads
+    e = extents(sizes, b)
+    start_m = row_block * BLOCK_M
+    if start_m >= e.queries:
+        return
+    b_i = tl.arange(0, BLOCK_M)
+    b_j = tl.arange(0, BLOCK_N)
+    b_m = start_m + b_i
+    b_in = b_m < e.queries
+    lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
+    b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=0.0)
+    b_far = (tl.abs(b_lse) >= FAR_ROW) & (tl.abs(b_lse) < float("inf"))
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    if tl.max(b_far.to(tl.int32), 0) != 0:
+        block, _full_lo, _full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
+        p_q = row_of(query, query_strides, b, head, e.start_q + start_m)
+        p_k = row_of(key, key_strides, b, head // sizes.group, e.start_k)
+        q = rows(p_q, b_i, query_strides.row, b_far, HEAD_DIM, BLOCK_D, WIDE)
+        for tile in tl.range(block.lo // BLOCK_N, tl.cdiv(block.hi, BLOCK_N)):
+            start_n = tile * BLOCK_N
+            b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
+            k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+            # [BM, BN]
+            b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
+            b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
+            b_log = b_lse[:, None]
+            b_sum += tl.sum(probabilities(b_s, b_log, b_log, None, 0, b_m, start_n, False, True, BLOCK_N, False), 1)
+    tl.store(shift + lse_at + b_m, tl.where(b_far, -tl.log2(tl.where(b_far, b_sum, 1.0)), 0.0), mask=b_in)
+
+
+@triton.jit
 def key_mass_kernel(
     query,
     key,
     logsumexp,
+    shift,
     key_mass,
     query_strides,
     key_strides,
@@ -337,7 +399,12 @@ def key_mass_kernel(
     b_j = tl.arange(0, BLOCK_N)
     p_k = row_of(key, key_strides, b, head // sizes.group, e.start_k + start_n)
     p_q = row_of(query, query_strides, b, head, e.start_q)
-    p_lse = logsumexp + to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
+    lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
+    p_lse = logsumexp + lse_at
+    SHIFTS: tl.constexpr = shift is not None
+    p_shift = p_lse
+    if SHIFTS:
+        p_shift = shift + lse_at
     b_ok = key_rows_ok(masks, b, start_n, 0, e.keys, BLOCK_N, True)
     k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
     b_mass = tl.zeros((BLOCK_N,), tl.float32)
@@ -360,7 +427,11 @@ def key_mass_kernel(
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, False, BLOCK_N)
+            b_shift = b_lse[None, :]
+            if SHIFTS:
+                b_shift = tl.load(p_shift + b_m, mask=b_in, other=0.0)[None, :]
             b_lse = unless_infinite(b_lse)[None, :]
-            b_mass += tl.sum(probabilities(b_s, b_lse, None, 0, b_m, start_n, True, BLOCK_N, True), 1)
+            b_p = probabilities(b_s, b_lse, b_shift, None, 0, b_m, start_n, SHIFTS, True, BLOCK_N, True)
+            b_mass += tl.sum(b_p, 1)
     p_mass = key_mass + to_int64(b) * mass_strides.batch + to_int64(head) * mass_strides.head + e.start_k + start_n
     tl.store(p_mass + b_j, b_mass, mask=start_n + b_j < e.keys)

@@ -24,6 +24,7 @@ def grad_bias_kernel(
     value,
     grad_out,
     logsumexp,
+    shift,
     delta,
     partial,
     query_strides,
@@ -103,7 +104,8 @@ def grad_bias_kernel(
             b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
             head_index = b * sizes.heads + head
-            b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, True, BLOCK_N, False)
+            b_shift = tl.load(shift + lse_at + b_m, mask=b_in, other=0.0)[:, None]
+            b_p = probabilities(b_s, b_lse, b_shift, dropout, head_index, b_m, start_n, True, True, BLOCK_N, False)
             b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
             b_sum += grad_scores(b_p, b_dp, b_delta[:, None], dropout, True)
 

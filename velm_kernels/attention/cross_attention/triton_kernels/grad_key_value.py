@@ -6,14 +6,18 @@ import triton
 import triton.language as tl
 
 from velm_kernels.attention.triton_kernels.products import (
+    add_seen,
     add_weighted,
+    has_nan,
     product_of_rows,
+    report_nan,
     row_of,
     rows,
     store_rows,
     zero_pieces,
 )
 from velm_kernels.attention.triton_kernels.tiles import (
+    LOWEST,
     PAST_END,
     extents,
     grad_products,
@@ -37,6 +41,7 @@ def _grad_key_value_tiles(
     p_q,
     p_do,
     p_lse,
+    p_shift,
     p_delta,
     stride_q,
     stride_do,
@@ -53,7 +58,9 @@ def _grad_key_value_tiles(
     first,
     last,
     CAUSAL: tl.constexpr,
+    SHIFTS: tl.constexpr,
     MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
     WANTS_KEY: tl.constexpr,
     WANTS_VALUE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -66,7 +73,8 @@ def _grad_key_value_tiles(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the query tiles from `first` to `last` of one head to the gradients of the (scaled) key and of value."""
+    """Adds the query tiles from `first` to `last` of one head to the gradients of the (scaled) key and of value.
+    GUARDED: see `add_seen`."""
     HIDES: tl.constexpr = MASKED or (masks.key_mask is not None)
     b_i = tl.arange(0, BLOCK_M)
     for tile in tl.range(first, last):
@@ -87,16 +95,26 @@ def _grad_key_value_tiles(
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, False, BLOCK_N)
+            b_shift = b_lse[None, :]
+            if SHIFTS:
+                b_shift = tl.load(p_shift + b_m, mask=b_in, other=0.0)[None, :]
             b_lse = unless_infinite(b_lse)[None, :]
-            b_p = probabilities(b_s, b_lse, dropout, head_index, b_m, start_n, HIDES, BLOCK_N, True)
+            b_p = probabilities(b_s, b_lse, b_shift, dropout, head_index, b_m, start_n, SHIFTS, HIDES, BLOCK_N, True)
             if WANTS_VALUE:
                 b_weight = round_to(kept_weights(b_p, dropout), p_do.dtype.element_ty)
-                dv = add_weighted(dv, None, b_weight, do, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
+                if GUARDED:
+                    b_seen = b_s != LOWEST
+                    dv = add_seen(dv, None, b_weight, b_seen, do, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
+                else:
+                    dv = add_weighted(dv, None, b_weight, do, part, VALUE_DIM, BLOCK_DV, PARTS, PRECISION)
             if WANTS_KEY:
                 b_dp = product_of_rows(v, do, VALUE_DIM, BLOCK_DV, PRECISION)
                 b_ds = grad_scores(b_p, b_dp, b_delta[None, :], dropout, HIDES)
                 b_dqk = round_to(grad_products(b_ds, b_p, b_qk, scaling, HIDES), p_q.dtype.element_ty)
-                dk = add_weighted(dk, None, b_dqk, q, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+                if GUARDED:
+                    dk = add_seen(dk, None, b_dqk, b_s != LOWEST, q, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+                else:
+                    dk = add_weighted(dk, None, b_dqk, q, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     return dk, dv
 
 
@@ -107,9 +125,11 @@ def grad_key_value_kernel(
     value,
     grad_out,
     logsumexp,
+    shift,
     delta,
     grad_key,
     grad_value,
+    flags,
     query_strides,
     key_strides,
     value_strides,
@@ -125,6 +145,7 @@ def grad_key_value_kernel(
     key_blocks,
     CAUSAL: tl.constexpr,
     FIRST_PART: tl.constexpr,
+    GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -136,7 +157,11 @@ def grad_key_value_kernel(
     PRECISION: tl.constexpr,
 ):
     """One block of keys of one key head: the query heads of its group one behind the other. PARTS programs share the
-    columns of the gradients. FIRST_PART: see `key_tiles`."""
+    columns of the gradients. `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`."""
+    if GUARDED:  # noqa: SIM102
+        if not has_nan(flags, BLOCK_N):
+            return
+    SHIFTS: tl.constexpr = shift is not None
     WANTS_KEY: tl.constexpr = grad_key is not None
     WANTS_VALUE: tl.constexpr = grad_value is not None
     kv_heads = sizes.heads // sizes.group
@@ -183,6 +208,9 @@ def grad_key_value_kernel(
         p_q = row_of(query, query_strides, b, head, e.start_q)
         p_do = row_of(grad_out, grad_out_strides, b, head, e.start_q)
         lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head + e.start_q
+        p_shift = logsumexp + lse_at
+        if SHIFTS:
+            p_shift = shift + lse_at
         for masks_part in tl.static_range(1 + HAS_FULL):
             dk, dv = _grad_key_value_tiles(
                 dk,
@@ -192,6 +220,7 @@ def grad_key_value_kernel(
                 p_q,
                 p_do,
                 logsumexp + lse_at,
+                p_shift,
                 delta + lse_at,
                 query_strides.row,
                 grad_out_strides.row,
@@ -208,7 +237,9 @@ def grad_key_value_kernel(
                 bounds[masks_part],
                 bounds[masks_part + 1],
                 CAUSAL,
+                SHIFTS,
                 masks_part == 0,
+                GUARDED,
                 WANTS_KEY,
                 WANTS_VALUE,
                 HEAD_DIM,
@@ -221,10 +252,17 @@ def grad_key_value_kernel(
                 WIDE,
                 PRECISION,
             )
+    if (flags is not None) and not GUARDED:
+        if WANTS_KEY and WANTS_VALUE:
+            report_nan(flags, dk + dv, BLOCK_N)
+        elif WANTS_KEY:
+            report_nan(flags, dk, BLOCK_N)
+        else:
+            report_nan(flags, dv, BLOCK_N)
     b_in = start_n + b_j < e.keys
     if WANTS_KEY:
         p_dk = row_of(grad_key, grad_key_strides, b, kv_head, first_k)
-        store_rows(p_dk, b_j, grad_key_strides.row, b_in, dk, scale, part, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dk, b_j, grad_key_strides.row, b_in, dk, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
     if WANTS_VALUE:
         p_dv = row_of(grad_value, grad_value_strides, b, kv_head, first_k)
-        store_rows(p_dv, b_j, grad_value_strides.row, b_in, dv, 1.0, part, VALUE_DIM, BLOCK_DV, PARTS, WIDE)
+        store_rows(p_dv, b_j, grad_value_strides.row, b_in, dv, 1.0, part, GUARDED, VALUE_DIM, BLOCK_DV, PARTS, WIDE)

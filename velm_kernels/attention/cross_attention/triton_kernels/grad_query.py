@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from velm_kernels.attention.triton_kernels.products import (
+    add_seen,
     add_weighted,
     has_nan,
     product_of_rows,
@@ -16,6 +17,7 @@ from velm_kernels.attention.triton_kernels.products import (
     zero_pieces,
 )
 from velm_kernels.attention.triton_kernels.tiles import (
+    LOWEST,
     PAST_END,
     extents,
     grad_products,
@@ -26,7 +28,6 @@ from velm_kernels.attention.triton_kernels.tiles import (
     probabilities,
     query_block,
     scores,
-    seen_keys,
     unless_infinite,
 )
 from velm_kernels.triton.kernels import round_to, to_int64
@@ -93,6 +94,7 @@ def delta_of_products_kernel(
     grad_out,
     logsumexp,
     grad_logsumexp,
+    shift,
     delta,
     query_strides,
     key_strides,
@@ -134,6 +136,10 @@ def delta_of_products_kernel(
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf"))
     # An empty row has no gradient, whatever stands in its grad_out.
     b_live = b_lse != -float("inf")
+    SHIFTS: tl.constexpr = shift is not None
+    b_shift = b_lse[:, None]
+    if SHIFTS:
+        b_shift = tl.load(shift + lse_at + b_m, mask=b_in, other=0.0)[:, None]
     b_lse = unless_infinite(b_lse)[:, None]
     p_q = row_of(query, query_strides, b, head, e.start_q + start_m)
     p_do = row_of(grad_out, grad_out_strides, b, head, e.start_q + start_m)
@@ -150,7 +156,8 @@ def delta_of_products_kernel(
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
-        b_p = probabilities(b_s, b_lse, dropout, b * sizes.heads + head, b_m, start_n, True, BLOCK_N, False)
+        head_index = b * sizes.heads + head
+        b_p = probabilities(b_s, b_lse, b_shift, dropout, head_index, b_m, start_n, SHIFTS, True, BLOCK_N, False)
         b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
         b_sum += tl.sum(grad_scores(b_p, b_dp, tl.zeros((BLOCK_M, 1), tl.float32), dropout, True), 1)
     if grad_logsumexp is not None:
@@ -165,6 +172,7 @@ def _grad_query_tiles(
     q,
     do,
     b_lse,
+    b_shift,
     b_delta,
     p_k,
     p_v,
@@ -181,6 +189,7 @@ def _grad_query_tiles(
     part,
     first,
     last,
+    SHIFTS: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -192,8 +201,8 @@ def _grad_query_tiles(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds the key tiles from `first` to `last` to the gradient of the (scaled) query. GUARDED: keys that no row of the
-    tile sees do not get into it."""
+    """Adds the key tiles from `first` to `last` to the gradient of the (scaled) query. GUARDED: see
+    `add_seen`."""
     HIDES: tl.constexpr = MASKED or (masks.key_mask is not None)
     b_j = tl.arange(0, BLOCK_N)
     for tile in tl.range(first, last):
@@ -204,19 +213,32 @@ def _grad_query_tiles(
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, False, BLOCK_N)
-        b_p = probabilities(b_s, b_lse[:, None], dropout, b_head_index, block.b_m, start_n, HIDES, BLOCK_N, False)
+        b_p = probabilities(
+            b_s,
+            b_lse[:, None],
+            b_shift[:, None],
+            dropout,
+            b_head_index,
+            block.b_m,
+            start_n,
+            SHIFTS,
+            HIDES,
+            BLOCK_N,
+            False,
+        )
         b_dp = product_of_rows(do, v, VALUE_DIM, BLOCK_DV, PRECISION)
         b_ds = grad_scores(b_p, b_dp, b_delta[:, None], dropout, HIDES)
-        if grad_bias is not None:
+        if (grad_bias is not None) and not GUARDED:
             p_ds_rows = matrix_rows(grad_bias, grad_bias_strides, block.b, block.b_head, block.b_m)
             p_tile = (p_ds_rows + start_n)[:, None] + b_j[None, :]
             b_inside = b_stores[:, None] & (start_n + b_j < block.keys)[None, :]
             tl.store(p_tile, round_to(b_ds, grad_bias.dtype.element_ty), mask=b_inside)
         b_dqk = grad_products(b_ds, b_p, b_qk, scaling, HIDES)
-        if GUARDED:
-            k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, seen_keys(b_s, False), HEAD_DIM, BLOCK_D, WIDE)
         b_dqk = round_to(b_dqk, p_k.dtype.element_ty)
-        dq = add_weighted(dq, None, b_dqk, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+        if GUARDED:
+            dq = add_seen(dq, None, b_dqk, b_s != LOWEST, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+        else:
+            dq = add_weighted(dq, None, b_dqk, k, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
     return dq
 
 
@@ -227,6 +249,7 @@ def grad_query_kernel(
     value,
     grad_out,
     logsumexp,
+    shift,
     delta,
     grad_query,
     grad_bias,
@@ -291,6 +314,10 @@ def grad_query_kernel(
     # [BM, D], [BM, DV]
     q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
     do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
+    SHIFTS: tl.constexpr = shift is not None
+    b_shift = b_lse
+    if SHIFTS:
+        b_shift = tl.load(shift + lse_at + b_m, mask=b_in, other=0.0)
     b_lse = unless_infinite(b_lse)
     dq = zero_pieces(BLOCK_M, HEAD_DIM, BLOCK_D, PARTS)
     for masks_part in tl.static_range(FIRST_PART, 3):
@@ -299,6 +326,7 @@ def grad_query_kernel(
             q,
             do,
             b_lse,
+            b_shift,
             b_delta,
             p_k,
             p_v,
@@ -315,6 +343,7 @@ def grad_query_kernel(
             part,
             bounds[masks_part],
             bounds[masks_part + 1],
+            SHIFTS,
             masks_part != 1,
             GUARDED,
             HEAD_DIM,
@@ -330,4 +359,4 @@ def grad_query_kernel(
         report_nan(flags, dq, BLOCK_M)
     if grad_query is not None:
         p_dq = row_of(grad_query, grad_query_strides, b, head, first_q)
-        store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
