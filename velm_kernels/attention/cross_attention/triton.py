@@ -188,7 +188,7 @@ def row_shift(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor | None:
     if p.masks.bias is None:
         return None
     shift = torch.empty_like(logsumexp)
-    config = Config(16, 32, 4, 2)
+    config = Config(16, 16 if p.dtype == torch.float32 else 32, 4, 2)
     blocks = cdiv(p.queries, config.block_m)
     arguments = (
         p.query,
