@@ -127,9 +127,9 @@ class Line:
 def lines(rows: Iterable[Row]) -> list[Line]:
     """One for each case, dtype and direction that the library and another way were measured in; of several
     measurements the last."""
-    found: dict[tuple[str, ...], dict[str, float]] = {}
+    found: dict[tuple[str, str, str, str, str], dict[str, float]] = {}
     for row in rows:
-        key = tuple(row[name] for name in ("family", "case", "shape", "dtype", "direction"))
+        key = row["family"], row["case"], row["shape"], row["dtype"], row["direction"]
         found.setdefault(key, {})[row["way"]] = float(row["median_ms"])
     made = [Line(*key, medians) for key, medians in found.items()]
     return [line for line in made if line.others and {"velm", "patched"} & set(line.medians)]
@@ -143,7 +143,8 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]], numbers_from: in
 
 def telling(found: Sequence[Run]) -> str:
     """The table of README.md with the sentence below it: each case of TELLING from the newest run that has it."""
-    cells, sources = [], {}
+    cells: list[list[str]] = []
+    sources: dict[tuple[str, ...], None] = {}
     for case, name in TELLING.items():
         for run in found:
             pair = {
