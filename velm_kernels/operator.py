@@ -161,6 +161,7 @@ class Operator:
                 meaning=self.meaning,
                 leaves=(*differentiable, *passed_on),
                 differentiable_backward=None if gradients_again is None else self._differentiate_again,
+                given=self._arguments_saved if self._keeps_all and self._keeps_arguments else None,
             )
 
     def __repr__(self) -> str:
@@ -309,6 +310,11 @@ class Operator:
         settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
         self._backward_parameters = [*grads, *saved, *settings]
         self._backward_names = [parameter.name for parameter in self._backward_parameters]
+        # Where any gradient needs all that is kept, calls that record one need not ask.
+        self._keeps_all = not (self._lists or self._saves_only_if or self._passed_on) and all(
+            len(of) == len(self.differentiable) for of in needed.values()
+        )
+        self._keeps_arguments = len(self._kept) == len(tensors)
 
     def _declare_backward(
         self, given: Mapping[str, Any], reasons: Mapping[str, Reasons], formula: Callable[[Any], int] | None
@@ -436,6 +442,31 @@ class Operator:
     # autograd
 
     def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        a = self._by_name(inputs[:-1]) if self._remembers or self._saves_only_if else None
+        made = output if isinstance(output, tuple) else (output,)
+        if self._keeps_all:
+            ctx.needed = needed = dict(zip(self.names, ctx.needs))
+            ctx.wanted = [needed[name] for name in self.differentiable]
+            ctx.saved_lengths = None
+            ctx.save_for_backward(*[inputs[i] for i, _ in self._kept], *[made[i] for i, _ in self._kept_results])
+        else:
+            self._save_what_is_needed(ctx, inputs, made, a)
+        ctx.settings = [inputs[i] for i in self._settings]
+        if self._remembers:
+            ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
+        if len(made) > 1:
+            ctx.set_materialize_grads(False)
+            only_if = self._saves_only_if
+            # What nothing was saved in has none either.
+            empty = (name for name in self._only_again if name in only_if and not only_if[name](a))
+            if without := {*self._without_gradient, *empty}:
+                results = zip(self.results, made, strict=True)
+                ctx.mark_non_differentiable(*(value for name, value in results if name in without))
+            if len(self._may_lack) < len(self._with_gradient):
+                ctx.made = [(value.shape, value.dtype) for value in made]
+        ctx.backend = inputs[-1]
+
+    def _save_what_is_needed(self, ctx: Any, inputs: Sequence[Any], made: Sequence[Any], a: Any) -> None:
         wanted = ctx.needs
         if self._lists:
             wanted = in_lists(wanted, _lengths(inputs[:-1]))
@@ -443,7 +474,6 @@ class Operator:
         ctx.wanted = [by_name[name] for name in self.differentiable]
         needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}
         ctx.needed = needed
-        a = self._by_name(inputs[:-1]) if self._remembers or self._saves_only_if else None
         only_if = self._saves_only_if
         saved = [
             inputs[i]
@@ -453,7 +483,6 @@ class Operator:
             else None
             for i, of in self._kept
         ]
-        made = output if isinstance(output, tuple) else (output,)
         saved += [
             made[i]
             if (name := self.results[i]) not in only_if or (any(map(needed.__getitem__, of)) and only_if[name](a))
@@ -462,18 +491,15 @@ class Operator:
         ]
         ctx.saved_lengths = _lengths(saved) if self._lists else None
         ctx.save_for_backward(*(flat(saved) if self._lists else saved))
-        ctx.settings = [inputs[i] for i in self._settings]
-        if self._remembers:
-            ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
-        if len(made) > 1:
-            ctx.set_materialize_grads(False)
-            # What nothing was saved in has none either.
-            empty = (name for name in self._only_again if name in only_if and not only_if[name](a))
-            if without := {*self._without_gradient, *empty}:
-                results = zip(self.results, made, strict=True)
-                ctx.mark_non_differentiable(*(value for name, value in results if name in without))
-            ctx.made = [(value.shape, value.dtype) for value in made]
-        ctx.backend = inputs[-1]
+
+    def _arguments_saved(self, ctx: Any) -> list[Any]:
+        """The arguments of a recorded call, where all of them are kept."""
+        args: list[Any] = [None] * len(self.names)
+        for (place, _), value in zip(self._kept, ctx.saved_tensors):
+            args[place] = value
+        for place, value in zip(self._settings, ctx.settings[len(self._remembers) :], strict=True):
+            args[place] = value
+        return args
 
     def _differentiate_again(self, ctx: Any, *grads: Tensor | None) -> Any:
         return self._differentiate(ctx, *grads, again=True)
