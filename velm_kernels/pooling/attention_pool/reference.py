@@ -49,4 +49,5 @@ def attention_pool(
     scores = (scale * (q @ k.transpose(2, 3))).masked_fill(~seen, -torch.inf)
     scores = scores.masked_fill(~seen.any(-1, keepdim=True), 0.0)
     weights = torch.where(seen, scores.softmax(-1), 0.0)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    # Nothing of a weight, NaN or not, reaches an entry that sees nothing.
+    return torch.where(live.any(1)[:, None, None], (weights @ v).transpose(1, 2).flatten(2), 0.0)
