@@ -17,12 +17,12 @@ KERNEL = """
 __global__ void products(const float4* a, const float2* b, float4* to, int steps) {
   float d[4] = {};
   for (int k = 0; k < steps; ++k) {
-    velm::cuda::Split<4> left;
-    velm::cuda::Split<2> right;
+    velm::device::Split<4> left;
+    velm::device::Split<2> right;
     const float4 x = a[k * blockDim.x + threadIdx.x];
     const float2 y = b[k * blockDim.x + threadIdx.x];
     left.set(0, x.x), left.set(1, x.y), left.set(2, x.z), left.set(3, x.w), right.set(0, y.x), right.set(1, y.y);
-    velm::cuda::multiply_split(d, left, right);
+    velm::device::multiply_split(d, left, right);
   }
   to[threadIdx.x] = make_float4(d[0], d[1], d[2], d[3]);
 }
