@@ -14,7 +14,7 @@ import os
 import pytest
 import torch
 
-from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_with_cuda, every_cpu_backend
 from tests.operators import CALLS, FOR_NUMBERS, Call
 from velm_kernels import cases
 
@@ -88,8 +88,7 @@ def test_work_that_is_divided(backend: Backend, call: Call) -> None:
 @every_backend_with_cuda
 def test_what_may_not_be_read_changes_no_bit(backend: Backend, call: Call) -> None:
     skip_what_is_not_there(backend, call)
-    # Triton's interpreter has no bfloat16 of its own: the same code is right in float16, and in bfloat16 there is NaN.
-    for dtype in (torch.float32, torch.float16 if INTERPRETED else torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):
         arguments = call.arguments(dtype)
         with backend.use():
             clean, got = call.run(arguments), call.run(call.poisoned(arguments))

@@ -197,7 +197,8 @@ def store_pieces(
             b_in = b_in & (b_column < WIDTH)[None, :]
         p_piece = p_x + b_offset[:, None] + b_column[None, :]
         if ONLY_NAN:
-            b_before = tl.load(p_piece, mask=b_in, other=0.0)
+            # In float32, because Triton's interpreter compares the bits of bfloat16, and NaN has the bits of itself.
+            b_before = tl.load(p_piece, mask=b_in, other=0.0).to(tl.float32)
             b_in = b_in & (b_before != b_before)
         tl.store(p_piece, round_to(pieces[i] * b_scale, p_x.dtype.element_ty), mask=b_in)
 
