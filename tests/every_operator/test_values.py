@@ -6,7 +6,6 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -52,18 +51,6 @@ NOT_YET: dict[str, set[str]] = {
 }
 
 
-def gaps(case: str, arguments: str, specials: Iterable[str], results: str) -> set[tuple[str, str, str, str]]:
-    """Results, by name, that are not compared where one of the special values is in one of the arguments."""
-    return set(itertools.product([case], arguments.split(), specials, results.split()))
-
-
-# What backends do not keep yet, by case, argument, special value and result.
-GAPS: dict[str, set[tuple[str, str, str, str]]] = {
-    "triton": {
-        # Regions beside hidden words alone.
-        *gaps("bilinear_attention", "h", SPECIAL, "v"),
-    },
-}
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
 
 
@@ -101,8 +88,7 @@ def failures(backend: Backend, call: Call, sizes: dict[str, int], places: int) -
                 both.append(call.run(call.with_leaves(arguments, changed), exact))
         for name, got in both[0].items():
             true, before, true_before = both[1][name], usual[name], exact_usual[name]
-            gap = str(call), names[number], special, name
-            if (call.operator, name) in CONSTANT or gap in GAPS.get(backend.name, ()):
+            if (call.operator, name) in CONSTANT:
                 continue
             where = f"{special} at {at} of argument {number}, {name}"
             only_finite = call.operator in SEVERAL_FACTORS and special != "nan"

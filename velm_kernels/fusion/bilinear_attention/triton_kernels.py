@@ -171,6 +171,7 @@ def side_kernel(
     b_i = (task % row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     b_k = (tl.program_id(0) % column_blocks) * BLOCK_K + tl.arange(0, BLOCK_K)
     b_live = _live(live, b, b_i, rows)
+    b_some = tl.zeros((BLOCK_N,), tl.int32)
     b_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for g in tl.range(0, glimpses):
         p_weights = weights + (to_int64(b) * glimpses + g) * rows * others
@@ -178,6 +179,7 @@ def side_kernel(
         for start in tl.range(0, others, BLOCK_N):
             b_j = start + tl.arange(0, BLOCK_N)
             b_of_j = _live(other_live, b, b_j, others)
+            b_some = b_some | b_of_j.to(tl.int32)
             p_tile = p_weights + to_int64(b_i)[:, None] * weight_row + to_int64(b_j)[None, :] * weight_other
             b_weight = tl.load(p_tile, mask=b_live[:, None] & b_of_j[None, :], other=0.0)
             b_other = _tile(other + to_int64(b) * other_batch, b_j, other_stride, b_of_j, b_k, k)
@@ -185,6 +187,8 @@ def side_kernel(
             b_product = product_add(b_weight, b_other, b_product, PRECISION)
         b_h = tl.load(h + to_int64(b) * h_batch + to_int64(g) * k + b_k, mask=b_k < k, other=0.0).to(tl.float32)
         b_sum += b_product * b_h[None, :]
+    # Without a row of the other side, sums of nothing were multiplied by h, which may be NaN or infinite.
+    b_live = b_live & (tl.max(b_some, 0) > 0)
     p_out = out + (to_int64(b) * rows + b_i)[:, None] * k + b_k[None, :]
     b_out = round_to(tl.where(b_live[:, None], b_sum, 0.0), out.dtype.element_ty)
     tl.store(p_out, b_out, mask=(b_i < rows)[:, None] & (b_k < k)[None, :])
