@@ -10,7 +10,7 @@ from torch import Tensor
 
 import velm_kernels
 from benchmarks import peers
-from benchmarks.harness import Case, Inputs
+from benchmarks.harness import Case, Inputs, published
 
 
 def eager(
@@ -270,17 +270,33 @@ def gated_residual_case(batch: int, length: int, dim: int) -> Case:
 
 
 def cases() -> list[Case]:
+    """At the sizes of the operators' own cases, but for images of eight different sizes."""
+    size = published()
+
+    def case(name: str, **form: bool) -> Case:
+        sizes = dict(size[name])
+        kv_heads = sizes.pop("heads")
+        return attention_case(name, heads=kv_heads * sizes.pop("group"), kv_heads=kv_heads, **sizes, **form)
+
+    interleaved, mass, gated = (size[name] for name in ("idefics-4-images", "key-mass", "gated-residual"))
     return [
-        attention_case("q-former", 8, 12, 12, 32, 257, 64),
-        attention_case("llama-3.2-vision", 4, 32, 8, 256, 1601, 128),
-        ranges_case(2, 16, 512, 4, 257, 64),
-        attention_case("trained-bias", 4, 12, 12, 128, 577, 64, bias=True),
+        case("q-former"),
+        case("llama-3.2-vision"),
+        ranges_case(
+            interleaved["batch"],
+            interleaved["heads"],
+            interleaved["queries"],
+            4,
+            interleaved["keys"] // 4,
+            interleaved["head_dim"],
+        ),
+        case("trained-bias", bias=True),
         varlen_case(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
-        attention_case("decode", 4, 32, 8, 1, 6404, 128, backward=False),
-        attention_case("decode-long", 1, 32, 8, 1, 16384, 128, backward=False),
-        attention_case("decode-wide-group", 1, 64, 8, 1, 8192, 128, backward=False),
-        attention_case("decode-blip", 16, 12, 12, 1, 577, 64, backward=False),
-        key_mass_case(8, 12, 40, 577, 64),
-        bidirectional_case(1, 4, 5000, 256, 256),
-        gated_residual_case(4, 512, 4096),
+        case("decode", backward=False),
+        case("decode-long", backward=False),
+        case("decode-wide-group", backward=False),
+        case("decode-blip", backward=False),
+        key_mass_case(*(mass[name] for name in ("batch", "heads", "queries", "keys", "head_dim"))),
+        bidirectional_case(**size["grounding-dino-fusion"]),
+        gated_residual_case(gated["batch"], gated["rows"], gated["dim"]),
     ]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
-from benchmarks.harness import Case, Inputs
+from benchmarks.harness import Case, Inputs, published
 
 
 def linear_case(
@@ -52,9 +52,15 @@ def linear_case(
 
 
 def cases() -> list[Case]:
+    """At the sizes of the operator's own cases."""
+
+    def case(name: str, activation: str | None = None, residual: bool = False) -> Case:
+        size = published()[name]
+        return linear_case(name, size["batch"] * size["rows"], size["features"], size["out"], activation, residual)
+
     return [
-        linear_case("feed-forward-in", 2048, 768, 3072, "gelu", False),
-        linear_case("feed-forward-out", 2048, 3072, 768, None, True),
-        linear_case("projection", 2048, 768, 768, None, False),
-        linear_case("few-rows", 256, 768, 768, None, False),
+        case("feed-forward-in", activation="gelu"),
+        case("feed-forward-out", residual=True),
+        case("projection"),
+        case("few-rows"),
     ]

@@ -119,6 +119,12 @@ class Case:
         """Arguments in ``dtype`` (integers, masks and what must be wider aside), no gradients asked for."""
         return moved(self.make(Draw(dtype, seed), **{**self.sizes, **sizes}), device)
 
+    @property
+    def crossing(self) -> dict[str, int]:
+        """Odd sizes past one block of 16, of as many entries and heads as :attr:`sizes`: for where work is slow."""
+        kept = {next(iter(self.sizes)), "heads", "group"}
+        return {name: size if name in kept else 2 * size + 7 for name, size in self.sizes.items()}
+
     def larger_arguments(self, dtype: torch.dtype = torch.float32) -> Arguments:
         """Arguments of the :attr:`larger` sizes, on the CPU."""
         return self.make(Draw(dtype, 0), **self.larger)

@@ -159,6 +159,10 @@ _SIZES = {"batch": 2, "queries": 5, "keys": 9, "heads": 2, "head_dim": 16}
 _LARGER = {"batch": 3, "queries": 37, "keys": 75, "heads": 4, "head_dim": 40}
 
 
+def _of(batch: int, heads: int, queries: int, keys: int, head_dim: int, group: int = 1) -> dict[str, int]:
+    return {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "head_dim": head_dim, "group": group}
+
+
 def _attention(
     name: str,
     make: Callable[..., Arguments],
@@ -166,6 +170,7 @@ def _attention(
     numbers_only: bool = True,
     sizes: dict[str, int] = _SIZES,
     larger: dict[str, int] = _LARGER,
+    published: dict[str, dict[str, int]] | None = None,
 ) -> Case:
     return Case(
         "cross_attention",
@@ -175,6 +180,7 @@ def _attention(
         (*_QKV, *more),
         sizes=sizes,
         larger=larger,
+        published=published or {},
         not_zero=("heads", "head_dim"),
         unread=_unread,
         numbers_only=numbers_only,
@@ -183,16 +189,29 @@ def _attention(
 
 _WEIGHTS = ("query_norm_weight", "key_norm_weight")
 _FEW_HEADS = {"heads": 2, "group": 2}
+_MODELS = {
+    "q-former": _of(8, 12, 32, 257, 64),
+    "llama-3.2-vision": _of(4, 8, 256, 1601, 128, group=4),
+    "decode": _of(4, 8, 1, 6404, 128, group=4),
+    "decode-long": _of(1, 8, 1, 16384, 128, group=4),
+    "decode-wide-group": _of(1, 8, 1, 8192, 128, group=8),
+    "decode-blip": _of(16, 12, 1, 577, 64),
+}
 
 CASES = [
-    _attention("", _plain, numbers_only=False),
+    _attention("", _plain, numbers_only=False, published=_MODELS),
     _attention("everything", _everything, ("bias", *_WEIGHTS), numbers_only=False),
     _attention("grouped heads", _plain, sizes=_SIZES | {"group": 2}, larger=_LARGER | _FEW_HEADS | {"head_dim": 64}),
-    _attention("logsumexp and key mass", _with(_always(return_logsumexp=True, return_key_mass=True))),
+    _attention("few queries", _plain, sizes=_of(2, 2, 1, 40, 16, group=2), larger=_of(2, 3, 2, 1100, 64, group=4)),
+    _attention(
+        "logsumexp and key mass",
+        _with(_always(return_logsumexp=True, return_key_mass=True)),
+        published={"key-mass": _of(8, 12, 40, 577, 64)},
+    ),
     _attention("key_lengths", _with(_lengths)),
-    _attention("key_ranges", _with(_ranges)),
+    _attention("key_ranges", _with(_ranges), published={"idefics-4-images": _of(2, 16, 512, 4 * 257, 64)}),
     _attention("key_mask and mask", _with(_masks), larger=_LARGER | _FEW_HEADS),
-    _attention("bias", _with(_bias), ("bias",)),
+    _attention("bias", _with(_bias), ("bias",), published={"trained-bias": _of(4, 12, 128, 577, 64)}),
     _attention("causal", _with(_always(is_causal=True))),
     _attention("softcap", _with(_always(softcap=5.0))),
     _attention("norms", _with(_norms), _WEIGHTS, larger=_LARGER | _FEW_HEADS),

@@ -29,6 +29,15 @@ def _meaning(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None = N
     return reference.linear(x, weight, bias, activation or "", **given)
 
 
+def _rows(batch: int, rows: int, features: int, out: int) -> dict[str, int]:
+    return {"batch": batch, "rows": rows, "features": features, "out": out}
+
+
+_MODELS = {
+    "": {"projection": _rows(8, 256, 768, 768), "few-rows": _rows(1, 256, 768, 768)},
+    "gelu": {"feed-forward-in": _rows(8, 256, 768, 3072), "feed-forward-out": _rows(8, 256, 3072, 768)},
+}
+
 CASES = [
     Case(
         "linear",
@@ -36,8 +45,10 @@ CASES = [
         _projected(activation, residual),
         _meaning,
         ("x", "weight", "bias", *(("residual",) if residual else ())),
-        sizes={"batch": 2, "rows": 5, "features": 12, "out": 8},
-        larger={"batch": 3, "rows": 37, "features": 70, "out": 90},
+        sizes=_rows(2, 5, 12, 8),
+        # Past a block of depth, too, of what is as quick to compute.
+        larger=_rows(3, 37, 401, 131) if activation == "relu" else _rows(3, 37, 70, 90),
+        published=_MODELS.get(name, {}),
         numbers_only=activation == "relu",
     )
     for name, activation, residual in (("", None, False), ("gelu", "gelu", True), ("relu", "relu", True))
