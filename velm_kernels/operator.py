@@ -28,6 +28,7 @@ arguments they would copy around or refuse.
 from __future__ import annotations
 
 import functools
+from collections import namedtuple
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -37,12 +38,11 @@ from torch import Tensor
 
 from velm_kernels import backends
 from velm_kernels.backends import Arguments, direct, flops, library
-from velm_kernels.backends.derivatives import flat, in_lists
+from velm_kernels.backends.derivatives import flat
 from velm_kernels.backends.kernels import Reasons, compositions, kernels, register
+from velm_kernels.backends.recording import Declared, Kept, Recording
 from velm_kernels.backends.schemas import Parameter, filled_by_kernel, parameters
 
-# What kernels and meanings are called with, by name.
-Values = SimpleNamespace
 Empty = Callable[[Any], Any]
 
 
@@ -80,7 +80,8 @@ class Operator:
             for those of ``reference``, as without it. Where backward reads a result in place of an argument.
         gradient_shapes: uninitialised gradients of arguments that are not always saved, or whose memory is not
             contiguous, from the values of backward by name; for a list from these and the place in it.
-        incoming: brings the gradient of a result into the memory that kernels rely on: ``(gradient, a)``.
+        incoming: brings the gradient of a result into the memory that kernels rely on, without it contiguous memory:
+            ``(gradient, a)``, with what backward is called with behind the gradients by name.
         triton: the module with the functions ``<name>_forward`` and ``<name>_backward``.
         cpu, cuda: whether there are such kernels. Where Python stands before them, this is the module with the
             functions ``<name>_forward`` and ``<name>_backward``, whose first argument gives the library's kernel of a
@@ -117,7 +118,7 @@ class Operator:
         backward: Callable[[Any, Sequence[Any], str], Sequence[Any]] | None = None,
         gradients_again: Callable[[Any, Sequence[Any]], Any] | None = None,
         gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
-        incoming: Callable[[Tensor, Any], Tensor] = lambda grad, a: grad.contiguous(),
+        incoming: Callable[[Tensor, Any], Tensor] | None = None,
         triton: str = "",
         cpu: bool | str = True,
         cuda: bool | str = True,
@@ -133,14 +134,15 @@ class Operator:
         self.forward, self.backward = f"{name}_forward", f"{name}_backward"
         self.parameters = parameters(arguments)
         self.names = [parameter.name for parameter in self.parameters]
-        self._lists = {parameter.name for parameter in self.parameters if parameter.is_list}
+        self._by_name = _named(self.names)
+        self._lists = frozenset(parameter.name for parameter in self.parameters if parameter.is_list)
         self.results, self._may_be_absent = results, may_be_absent
         self.differentiable, self._passed_on = differentiable, passed_on
         self._shapes, self._reference = shapes, reference
         self._without_gradient, self._only_again, self._may_lack = without_gradient, only_again, may_lack
         self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
-        self._gradients_again, self._incoming = gradients_again, incoming
+        self._gradients_again = gradients_again
         self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
         alone = torch_alone or bool(composed)
@@ -154,14 +156,15 @@ class Operator:
                 self._run_backward = getattr(direct.ops, self.backward)
             else:
                 self._run_backward = self._composed(backward)
+            recording = Recording(self._declared(incoming))
             library.register_autograd(
                 self.forward,
-                self._differentiate,
-                setup_context=self._setup_context,
+                recording.backward,
+                setup_context=recording.setup_context,
                 meaning=self.meaning,
                 leaves=(*differentiable, *passed_on),
-                differentiable_backward=None if gradients_again is None else self._differentiate_again,
-                given=self._arguments_saved if self._keeps_all and self._keeps_arguments else None,
+                differentiable_backward=None if gradients_again is None else recording.backward_again,
+                given=None if self._lists else recording.arguments,
             )
 
     def __repr__(self) -> str:
@@ -193,21 +196,15 @@ class Operator:
     def empty_gradients(self, a: Any, wanted: Sequence[Any]) -> list[Any]:
         """Uninitialised gradients for the values of backward by name; None where not wanted."""
         return [
-            [self._empty_gradient(name, a, i) if one else None for i, one in enumerate(want)]
-            if isinstance(want, (list, tuple))
-            else (self._empty_gradient(name, a) if want else None)
-            for name, want in zip(self.differentiable, wanted)
+            [make(a, i) if one else None for i, one in enumerate(want)]
+            if want.__class__ is list
+            else (make(a) if want else None)
+            for make, want in zip(self._empty_gradients, wanted)
         ]
 
-    def _empty_gradient(self, name: str, a: Any, *place: int) -> Tensor:
-        if name in self._gradient_shapes:
-            made: Tensor = self._gradient_shapes[name](a, *place)
-            return made
-        like = getattr(a, name)
-        for i in place:
-            like = like[i]
-        found: Tensor = like.new_empty(like.shape)
-        return found
+    def _empty_gradient(self, name: str) -> Callable[..., Tensor]:
+        """What makes the uninitialised gradient of an argument."""
+        return self._gradient_shapes.get(name) or functools.partial(_empty_like, name)
 
     # what torch sees
 
@@ -224,7 +221,7 @@ class Operator:
             self.forward,
             ", ".join(map(str, self.parameters)),
             returned,
-            fake=lambda *args: self._returned(self.empty(self._by_name(args[:-1])), args),
+            fake=lambda *args: _returned(self.empty(self._by_name(args[:-1])), args),
             check=check,
             kernel=[*self.parameters, *filled],
         )
@@ -237,26 +234,22 @@ class Operator:
         if formula is not None:
             flops.register(self.forward, _of_shapes(formula, self.names))
 
-    def _by_name(self, values: Sequence[Any]) -> Any:
-        return Values(**dict(zip(self.names, values, strict=True)))
-
-    def _returned(self, made: Sequence[Any], args: Sequence[Any]) -> Any:
-        """What torch is given: it knows no results that are None."""
-        found = tuple(_without_none(value, args) for value in made)
-        return found if len(found) > 1 else found[0]
-
     def _filling(self, kernel: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
         """The implementation of forward by a kernel that fills what it is given."""
+        shapes, by_name = self._shapes, self._by_name
 
         def call(*values: Any) -> Any:
-            made = self.empty(self._by_name(values))
-            kernel()(*values, *made)
-            return self._returned(made, values)
+            made = shapes(by_name(values))
+            if made.__class__ is tuple:
+                kernel()(*values, *made)
+            else:
+                kernel()(*values, made)
+            return made
 
         return call
 
     def _by_composition(self, composed: Callable[[], Callable[..., Any]], *values: Any) -> Any:
-        return self._returned(_tuple(composed()(*values)), values)
+        return _one_or_more(_tuple(composed()(*values)))
 
     def _fill_by_reference(self, *values: Any) -> None:
         given, made = values[: len(self.names)], values[len(self.names) :]
@@ -275,7 +268,7 @@ class Operator:
                 continue
             value = _laid_out(value.to(to.dtype), to)
             found.append(value.detach() if name in self._without_gradient else value)
-        return self._returned(found, values)
+        return _returned(found, values)
 
     # backward
 
@@ -310,11 +303,38 @@ class Operator:
         settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
         self._backward_parameters = [*grads, *saved, *settings]
         self._backward_names = [parameter.name for parameter in self._backward_parameters]
-        # Where any gradient needs all that is kept, calls that record one need not ask.
-        self._keeps_all = not (self._lists or self._saves_only_if or self._passed_on) and all(
-            len(of) == len(self.differentiable) for of in needed.values()
+        self._backward_by_name = _named(self._backward_names)
+        self._empty_gradients = [self._empty_gradient(name) for name in self.differentiable]
+        self._wanted_by_bits: dict[int, list[bool]] = {}
+
+    def _declared(self, incoming: Callable[[Tensor, Any], Tensor] | None) -> Declared:
+        """What calls that record a gradient ask of this declaration."""
+        kept = [
+            Kept(self.names[i], tuple(of), self._saves_only_if.get(self.names[i]), self.parameters[i].is_list)
+            for i, of in self._kept
+        ]
+        for i, of in self._kept_results:
+            condition = self._saves_only_if.get(self.results[i])
+            kept.append(Kept(self.results[i], None if condition is None else tuple(of), condition, False))
+        return Declared(
+            names=self.names,
+            results=self.results,
+            kept=kept,
+            settings=self._settings,
+            remembers=list(self._remembers.values()),
+            differentiable=self.differentiable,
+            passed_on=self._passed_on,
+            only_again=self._only_again,
+            may_be_absent=self._may_be_absent,
+            without_gradient=self._without_gradient,
+            may_lack=self._may_lack,
+            lists=self._lists,
+            incoming=incoming,
+            by_name=self._by_name,
+            saved_by_name=_named(self._backward_names[len(self._grad_names) :]),
+            run=self._run_backward,
+            run_again=None if self._gradients_again is None else self._run_again,
         )
-        self._keeps_arguments = len(self._kept) == len(tensors)
 
     def _declare_backward(
         self, given: Mapping[str, Any], reasons: Mapping[str, Reasons], formula: Callable[[Any], int] | None
@@ -333,7 +353,7 @@ class Operator:
             self.backward,
             ", ".join(map(str, [*arguments, *wanted])),
             returned,
-            fake=lambda *args: self._returned_gradients(args[:-1]),
+            fake=lambda *args: _returned(self._made_gradients(args[:-1])[1], args),
             kernel=[*arguments, *filled],
         )
         for backend, kernel in kernels(self.backward, given):
@@ -356,38 +376,38 @@ class Operator:
     def _saved(self) -> list[str]:
         return list(dict.fromkeys(name for names in self._saves.values() for name in names))
 
-    def _backward_by_name(self, values: Sequence[Any]) -> Any:
-        return Values(**dict(zip(self._backward_names, values, strict=True)))
-
     def _values_and_wanted(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
+        """The values of backward, and for each differentiable argument whether its gradient is wanted, of a list a list
+        of these."""
         count = len(self._backward_names)
-        values, left = args[:count], iter(args[count:])
-        bits = next(left) if len(self.differentiable) > 1 else 1
-        wanted = [
-            next(left) if name in self._lists else bool(bits >> bit & 1) for bit, name in enumerate(self.differentiable)
-        ]
-        return values, wanted
+        if len(self.differentiable) == 1:
+            return args[:count], [*args[count:]] or [True]
+        bits = args[count]
+        wanted = self._wanted_by_bits.get(bits)
+        if wanted is None:
+            wanted = self._wanted_by_bits[bits] = [bool(bits >> bit & 1) for bit in range(len(self.differentiable))]
+        if self._lists:
+            lists = iter(args[count + 1 :])
+            in_place = zip(self.differentiable, wanted)
+            return args[:count], [list(next(lists)) if name in self._lists else want for name, want in in_place]
+        return args[:count], wanted
 
     def _made_gradients(self, args: Sequence[Any]) -> tuple[Sequence[Any], list[Any]]:
         """The values of backward, and its uninitialised results with None for what is not wanted."""
         values, wanted = self._values_and_wanted(args)
         return values, self.empty_gradients(self._backward_by_name(values), wanted)
 
-    def _returned_gradients(self, args: Sequence[Any]) -> Any:
-        values, made = self._made_gradients(args)
-        return self._returned(made, values)
-
     def _filling_gradients(self, kernel: Callable[[], Callable[..., None]]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             values, made = self._made_gradients(args)
             kernel()(*values, *made)
-            return self._returned(made, values)
+            return _one_or_more(made)
 
         return call
 
     def _gradients_by_composition(self, composed: Callable[[], Callable[..., Any]], *args: Any) -> Any:
         values, wanted = self._values_and_wanted(args)
-        return self._returned(_tuple(composed()(*values, wanted)), values)
+        return _one_or_more(_tuple(composed()(*values, wanted)))
 
     def _fill_gradients_by_reference(self, *values: Any) -> None:
         count = len(self._backward_names)
@@ -408,7 +428,7 @@ class Operator:
                 value = value[i]
             if not want:
                 return value
-            value = self._empty_gradient(name, a, *place).zero_() if value is None else value.detach()
+            value = self._empty_gradient(name)(a, *place).zero_() if value is None else value.detach()
             leaves.append(value.requires_grad_())
             return value
 
@@ -439,134 +459,39 @@ class Operator:
             for want in wanted
         ]
 
-    # autograd
-
-    def _setup_context(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-        a = self._by_name(inputs[:-1]) if self._remembers or self._saves_only_if else None
-        made = output if isinstance(output, tuple) else (output,)
-        if self._keeps_all:
-            ctx.needed = needed = dict(zip(self.names, ctx.needs))
-            ctx.wanted = [needed[name] for name in self.differentiable]
-            ctx.saved_lengths = None
-            ctx.save_for_backward(*[inputs[i] for i, _ in self._kept], *[made[i] for i, _ in self._kept_results])
-        else:
-            self._save_what_is_needed(ctx, inputs, made, a)
-        ctx.settings = [inputs[i] for i in self._settings]
-        if self._remembers:
-            ctx.settings = [*(value(a) for value in self._remembers.values()), *ctx.settings]
-        if len(made) > 1:
-            ctx.set_materialize_grads(False)
-            only_if = self._saves_only_if
-            # What nothing was saved in has none either.
-            empty = (name for name in self._only_again if name in only_if and not only_if[name](a))
-            if without := {*self._without_gradient, *empty}:
-                results = zip(self.results, made, strict=True)
-                ctx.mark_non_differentiable(*(value for name, value in results if name in without))
-            if len(self._may_lack) < len(self._with_gradient):
-                ctx.made = [(value.shape, value.dtype) for value in made]
-        ctx.backend = inputs[-1]
-
-    def _save_what_is_needed(self, ctx: Any, inputs: Sequence[Any], made: Sequence[Any], a: Any) -> None:
-        wanted = ctx.needs
-        if self._lists:
-            wanted = in_lists(wanted, _lengths(inputs[:-1]))
-        by_name = dict(zip(self.names, wanted))
-        ctx.wanted = [by_name[name] for name in self.differentiable]
-        needed = {name: any(want) if isinstance(want, list) else want for name, want in by_name.items()}
-        ctx.needed = needed
-        only_if = self._saves_only_if
-        saved = [
-            inputs[i]
-            if any(map(needed.__getitem__, of)) and (self.names[i] not in only_if or only_if[self.names[i]](a))
-            else []
-            if self.parameters[i].is_list
-            else None
-            for i, of in self._kept
-        ]
-        saved += [
-            made[i]
-            if (name := self.results[i]) not in only_if or (any(map(needed.__getitem__, of)) and only_if[name](a))
-            else None
-            for i, of in self._kept_results
-        ]
-        ctx.saved_lengths = _lengths(saved) if self._lists else None
-        ctx.save_for_backward(*(flat(saved) if self._lists else saved))
-
-    def _arguments_saved(self, ctx: Any) -> list[Any]:
-        """The arguments of a recorded call, where all of them are kept."""
-        args: list[Any] = [None] * len(self.names)
-        for (place, _), value in zip(self._kept, ctx.saved_tensors):
-            args[place] = value
-        for place, value in zip(self._settings, ctx.settings[len(self._remembers) :], strict=True):
-            args[place] = value
-        return args
-
-    def _differentiate_again(self, ctx: Any, *grads: Tensor | None) -> Any:
-        return self._differentiate(ctx, *grads, again=True)
-
     def _run_again(self, more: Mapping[str, Tensor | None], *args: Any) -> Any:
         assert self._gradients_again is not None
         values, wanted = self._values_and_wanted(args[:-1])
-        found = self._gradients_again(Values(**vars(self._backward_by_name(values)), **more), wanted)
+        found = self._gradients_again(SimpleNamespace(**self._backward_by_name(values)._asdict(), **more), wanted)
         return found if found is NotImplemented else tuple(found)
 
-    def _differentiate(self, ctx: Any, *grads: Tensor | None, again: bool = False) -> Any:
-        gradients: list[Any] = [None] * (len(self.names) + 1)
-        for place, length in enumerate(ctx.lengths or ()):
-            if length is not None:
-                gradients[place] = [None] * length
-        by_result = dict(zip(self.results, grads, strict=True))
-        chosen = [by_result[name] for name in self._with_gradient]
-        for name in self._passed_on:
-            gradients[self.names.index(name)] = chosen[0] if ctx.needed[name] else None
-        wanted = sum(1 << bit for bit, name in enumerate(self.differentiable) if ctx.needed[name])
-        more = {f"grad_{name}": by_result[name] for name in self._only_again}
-        of_kept = any(grad is not None for grad in more.values())
-        if (all(grad is None for grad in chosen) and not of_kept) or not wanted:
-            return tuple(gradients)
-        saved = ctx.saved_tensors
-        if ctx.saved_lengths is not None:
-            saved = in_lists(saved, ctx.saved_lengths)
-        a = Values(**dict(zip(self._backward_names[len(chosen) :], (*saved, *ctx.settings), strict=True)))
-        for place, name in enumerate(self._with_gradient):
-            grad = chosen[place]
-            if grad is None and name not in self._may_lack and not of_kept:
-                like = next(other for other in chosen if other is not None)
-                shape, dtype = ctx.made[self.results.index(name)]
-                grad = like.new_zeros(shape, dtype=dtype)
-            chosen[place] = grad if grad is None else self._incoming(grad, a)
-        bits = [wanted] if len(self.differentiable) > 1 else []
-        lists = [want for want in ctx.wanted if isinstance(want, list)]
-        run = functools.partial(self._run_again, more) if again or of_kept else self._run_backward
-        found = run(*chosen, *saved, *ctx.settings, *bits, *lists, ctx.backend)
-        if found is NotImplemented:
-            return found
-        found = found if isinstance(found, tuple) else (found,)
-        for name, want, gradient in zip(self.differentiable, ctx.wanted, found, strict=True):
-            if isinstance(want, list):
-                gradient = [value if one else None for one, value in zip(want, gradient, strict=True)]
-            if ctx.needed[name]:
-                gradients[self.names.index(name)] = gradient
-        return tuple(gradients)
+
+def _named(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    """What makes values by name of values in order: kernels and meanings read ``a.x``."""
+    make: Callable[[Sequence[Any]], Any] = namedtuple("Values", names)._make  # type: ignore[attr-defined]
+    return make
 
 
-def _lengths(values: Sequence[Any]) -> list[int | None]:
-    """Those of lists, and None for what is none."""
-    return [len(value) if isinstance(value, (list, tuple)) else None for value in values]
+def _empty_like(name: str, a: Any, *place: int) -> Tensor:
+    """Uninitialised and contiguous, in the shape of an argument or of one in a list."""
+    like = getattr(a, name)
+    for i in place:
+        like = like[i]
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
-def _without_none(value: Any, args: Sequence[Any]) -> Any:
-    """A result with empty tensors in place of those that were not asked for."""
-    if isinstance(value, list):
-        return [_without_none(one, args) for one in value]
-    if value is not None:
-        return value
-    first = next(arg for arg in flat(args) if isinstance(arg, Tensor))
-    return first.new_empty((0,))
+def _one_or_more(values: Sequence[Any]) -> Any:
+    """Results as an operator returns them."""
+    return tuple(values) if len(values) > 1 else values[0]
+
+
+def _returned(made: Sequence[Any], args: Sequence[Any]) -> Any:
+    """Results as torch knows them."""
+    return library.without_none(_one_or_more(made), args)
 
 
 def _widened(values: Sequence[Any]) -> list[Any]:
@@ -595,6 +520,6 @@ def _of_shapes(formula: Callable[[Any], int], names: Sequence[str]) -> Callable[
     """A formula as torch's counter calls it, with shapes in place of tensors."""
 
     def count(*args: Any, **kwargs: Any) -> int:
-        return int(formula(Values(**dict(zip(names, args)))))
+        return int(formula(SimpleNamespace(**dict(zip(names, args)))))
 
     return count

@@ -89,9 +89,9 @@ def test_a_compiled_function_follows_the_choice_of_its_caller(monkeypatch) -> No
     ran: list[str] = []
     original = backends.run
 
-    def run(operator, arguments, values, wanted="", kind=None):
+    def run(operator, values, wanted="", *rest):
         ran.append(wanted)
-        return original(operator, arguments, values, wanted, kind)
+        return original(operator, values, wanted, *rest)
 
     monkeypatch.setattr(backends, "run", run)
 

@@ -29,10 +29,13 @@ __all__ = [
     "Arguments",
     "Implementation",
     "NoBackendError",
+    "by_name",
     "explain",
     "forced",
     "forget_kinds",
     "kind_of",
+    "kinds_depend_on",
+    "name_arguments",
     "reasons_against",
     "register",
     "register_composed",
@@ -88,8 +91,12 @@ _implementations: dict[str, dict[str, Implementation]] = {}
 _public_functions: dict[str, PublicFunction] = {}
 _composed: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 _warned: set[tuple[str, str]] = set()
-# Those of an operator that can serve one kind of arguments, in the order in which they are tried.
-_serving: dict[tuple[Any, ...], list[Implementation]] = {}
+# Those of an operator that can serve one kind of arguments, in the order in which they are tried, each with whether
+# users are told that it serves.
+_serving: dict[tuple[Any, ...], list[tuple[Implementation, bool]]] = {}
+_argument_names: dict[str, Sequence[str]] = {}
+# What decides beside the kind of arguments which kinds a backend serves.
+_state: Callable[[], Any] = lambda: None  # noqa: E731
 _asked_for = Choice("velm_kernels_backend")
 
 
@@ -272,40 +279,76 @@ def forget_kinds() -> None:
     _serving.clear()
 
 
-def _select_by_kind(operator: str, arguments: Arguments, kind: Sequence[Any]) -> Implementation:
-    """What :func:`select` takes where no backend was asked for, without asking again what holds for all arguments of a
-    kind."""
-    from velm_kernels.backends import cpu
+def kinds_depend_on(state: Callable[[], Any]) -> None:
+    """Tells that what backends say of a kind of arguments holds for one value of ``state()`` alone."""
+    global _state
+    _state = state
 
-    tried = order.of(operator, arguments)
-    key = (operator, tried, cpu.in_use(), *kind)
+
+def name_arguments(operator: str, names: Sequence[str]) -> None:
+    """Tells the names of an operator's arguments, in the order of its schema."""
+    _argument_names[operator] = names
+
+
+def by_name(operator: str, values: Sequence[Any]) -> Arguments:
+    """The arguments of ``operator`` by name."""
+    return dict(zip(_argument_names[operator], values, strict=True))
+
+
+def _select_by_kind(
+    operator: str, values: Sequence[Any], wanted: str, kind: Sequence[Any], arguments: Arguments | None
+) -> Implementation:
+    """What :func:`select` takes, without asking again what holds for all arguments of a kind."""
+    tried = None
+    if order.asks_arguments(operator):
+        arguments = arguments or by_name(operator, values)
+        tried = order.of(operator, arguments)
+    key = (operator, wanted, tried, _state(), *kind)
     serving = _serving.get(key)
     if serving is None:
-        found = _implementations.get(operator, {})
-        serving = [found[backend] for backend in tried if backend in found and not found[backend].of_kind(arguments)]
-        _serving[key] = serving
-    for implementation in serving:
-        if implementation.reasons is None or not implementation.reasons(arguments):
-            # What runs on plain torch because something else refused is told.
-            if implementation.backend in ("torch", "reference") and implementation.backend != tried[0]:
-                break
-            return implementation
-    return select(operator, arguments)
+        arguments = arguments or by_name(operator, values)
+        serving = _serving[key] = _that_serve(operator, wanted, arguments)
+    for implementation, told in serving:
+        if implementation.reasons is not None:
+            arguments = arguments or by_name(operator, values)
+            if implementation.reasons(arguments):
+                continue
+        if told:
+            break
+        return implementation
+    return select(operator, arguments or by_name(operator, values), wanted)
+
+
+def _that_serve(operator: str, wanted: str, arguments: Arguments) -> list[tuple[Implementation, bool]]:
+    found = _implementations.get(operator, {})
+    tried = (wanted,) if wanted else order.of(operator, arguments)
+    # What runs on plain torch because something else refused is told.
+    return [
+        (found[backend], backend in ("torch", "reference") and backend != tried[0])
+        for backend in tried
+        if backend in found and not found[backend].of_kind(arguments)
+    ]
 
 
 def run(
-    operator: str, arguments: Arguments, values: Sequence[Any], wanted: str = "", kind: Sequence[Any] | None = None
+    operator: str,
+    values: Sequence[Any],
+    wanted: str = "",
+    kind: Sequence[Any] | None = None,
+    arguments: Arguments | None = None,
 ) -> Any:
     """``operator`` on ``values`` by the implementation that :func:`select` takes, or if that turns out not to start, by
     the next one. Operators write nothing that a caller sees, so what was half done is dropped.
 
-    ``arguments`` are ``values`` by name; ``wanted`` is the backend that was asked for, in whose place no other comes;
-    ``kind`` is :func:`kind_of` the values, where that is known.
+    ``wanted`` is the backend that was asked for, in whose place no other comes; ``kind`` is :func:`kind_of` the values
+    and ``arguments`` are these by name, where that is known.
     """
-    if wanted or failures.some():
-        implementation = select(operator, arguments, wanted)
+    if failures.some():
+        implementation = select(operator, arguments or by_name(operator, values), wanted)
     else:
-        implementation = _select_by_kind(operator, arguments, kind_of(values) if kind is None else kind)
+        if kind is None:
+            kind = kind_of(values)
+        implementation = _select_by_kind(operator, values, wanted, kind, arguments)
     while True:
         try:
             return implementation.call(*values)
@@ -313,6 +356,7 @@ def run(
             failure = failures.of_call(error)
             if failure is None:
                 raise
+        arguments = arguments or by_name(operator, values)
         cause = failures.remember(operator, implementation.backend, arguments, failure)
         if wanted:
             text = f"{operator}: backend {wanted!r} was asked for, but {failure.reason}"

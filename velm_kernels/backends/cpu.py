@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, register, tensors_of
+from velm_kernels.backends import Arguments, kinds_depend_on, register, tensors_of
 from velm_kernels.backends.choice import Choice
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
@@ -125,6 +125,9 @@ def in_use() -> str | None:
     if _default is None:
         _default = _by_default()
     return _default
+
+
+kinds_depend_on(in_use)
 
 
 def _by_default() -> str | None:

@@ -167,7 +167,7 @@ def differentiable_gradients(
             tensor = args[place] if args[place].requires_grad else args[place].detach().requires_grad_()
             args[place] = tensor.view_as(tensor)
         given = args if ctx.lengths is None else in_lists(args, ctx.lengths)
-        results = by_meaning(operator, meaning, given, why, ctx.chosen_backend)
+        results = by_meaning(operator, meaning, given, why, ctx.backend)
         results = flat(results if isinstance(results, (tuple, list)) else (results,))
         pairs = [
             (result, grad)

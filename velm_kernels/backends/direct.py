@@ -11,70 +11,80 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 from velm_kernels import backends
 from velm_kernels.backends import Arguments
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _OTHERS = frozenset((bool, int, float, str, torch.dtype, type(None)))
+# Looking them up in torch's modules takes as long as calling them.
+_below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform = torch._C._functorch.peek_interpreter_stack
+_trace = torch._C._get_tracing_state
+_profiles = torch._C._autograd._profiler_enabled
 
-# By operator: the names of its arguments, what sees them before it runs, and how it is called to record a gradient.
-_names: dict[str, Sequence[str]] = {}
+# By operator: what sees its arguments before it runs, and how it is called to record a gradient.
 _checks: dict[str, Callable[[Arguments], None]] = {}
 _recording: dict[str, Callable[..., Any]] = {}
 
 
 def declare(name: str, arguments: Sequence[str], check: Callable[[Arguments], None] | None) -> None:
-    _names[name] = arguments
+    backends.name_arguments(name, arguments)
     if check is not None:
         _checks[name] = check
 
 
 def declare_autograd(name: str, record: Callable[..., Any]) -> None:
-    """Makes ``record(arguments, backend, kind)`` the call of ``velm::name`` that records a gradient."""
+    """Makes ``record(values, backend, kind, arguments)`` the call of ``velm::name`` that records a gradient."""
     _recording[name] = record
 
 
-def run(name: str, arguments: Arguments, backend: str, kind: list[Any] | None = None) -> Any:
-    """``velm::name`` by the backend that serves these arguments, below autograd. ``kind`` is ``backends.kind_of`` them,
-    where that is known."""
+def run(
+    name: str,
+    values: Sequence[Any],
+    backend: str,
+    kind: list[Any] | None = None,
+    arguments: Arguments | None = None,
+) -> Any:
+    """``velm::name`` by the backend that serves these arguments, below autograd, with None for results that were not
+    asked for. ``kind`` is ``backends.kind_of`` the values and ``arguments`` are these by name, where that is known."""
     check = _checks.get(name)
     if check is not None:
+        arguments = arguments or backends.by_name(name, values)
         check(arguments)
     # Of what is made inside, autograd would take a transposed result for a view of a tensor that it has not seen, and
     # the user could not change it in place.
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        return backends.run(name, arguments, tuple(arguments.values()), backend, kind)
-
-
-def run_values(name: str, values: Sequence[Any], backend: str) -> Any:
-    """:func:`run` for arguments in the order of the schema."""
-    return run(name, dict(zip(_names[name], values, strict=True)), backend)
+    with _below_autograd():
+        return backends.run(name, values, backend, kind, arguments)
 
 
 def call(name: str, arguments: Arguments) -> Any:
-    """``torch.ops.velm.<name>(*arguments.values(), forced())``: ``arguments`` are in the order of the schema."""
-    backend = backends.forced()
+    """``torch.ops.velm.<name>(*arguments.values(), forced())``: ``arguments`` are in the order of the schema. What is
+    not asked for among the results may be None."""
+    values = tuple(arguments.values())
     if _unnoticed():
         kind: list[Any] = []
-        needed = _gradients_of(arguments.values(), kind)
+        needed = _gradients_of(values, torch.is_grad_enabled(), kind)
         if needed is False:
-            return run(name, arguments, backend, kind)
+            return run(name, values, backends.forced(), kind, arguments)
         if needed and name in _recording:
-            return _recording[name](arguments, backend, kind)
-    return getattr(torch.ops.velm, name)(*arguments.values(), backend)
+            return _recording[name](values, backends.forced(), kind, arguments)
+    return getattr(torch.ops.velm, name)(*values, backends.forced())
 
 
 class _Operators:
-    """``ops.<name>(*values, backend)`` for ``torch.ops.velm.<name>(*values, backend)``."""
+    """``ops.<name>(*values, backend)`` for ``torch.ops.velm.<name>(*values, backend)``; what is not asked for among the
+    results may be None."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def operator(*args: Any) -> Any:
             kind: list[Any] = []
-            if _unnoticed() and _gradients_of(args, kind) is False:
-                *values, backend = args
-                return run(name, dict(zip(_names[name], values, strict=True)), backend, kind)
+            if _unnoticed() and _gradients_of(args, torch.is_grad_enabled(), kind) is False:
+                return run(name, args[:-1], args[-1], kind)
             return getattr(torch.ops.velm, name)(*args)
 
         setattr(self, name, operator)
@@ -88,33 +98,35 @@ def _unnoticed() -> bool:
     """Whether no compiler, mode, transform, trace or profiler sees the operators that are called now."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
         or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
+        or _trace() is not None
+        or _profiles()
     )
 
 
-def _gradients_of(values: Iterable[Any], kind: list[Any]) -> bool | None:
-    """Whether a gradient is to be recorded of one of ``values``; None if they are not all scalars and ordinary tensors
-    on a CPU or GPU. ``kind`` is extended to ``backends.kind_of(values)``."""
-    recording = torch.is_grad_enabled()
+def _gradients_of(values: Iterable[Any], recording: bool, kind: list[Any]) -> bool | None:
+    """Whether a gradient is to be recorded of one of ``values``, where gradients are recorded; None if they are not all
+    scalars and ordinary tensors on a CPU or GPU. ``kind`` is extended to ``backends.kind_of(values)``."""
     needed = False
     for value in values:
-        of = value.__class__
-        if of in _OTHERS:
+        if value is None:
             continue
-        if of in _PLAIN:
+        of = value.__class__
+        if of is Tensor or of is Parameter:
             kind.append(value.dtype)
             if not value.is_cpu:
                 if not value.is_cuda:
                     return None
                 kind.append(value.device)
-            needed = needed or (recording and value.requires_grad)
-        elif of in (list, tuple):
-            found = _gradients_of(value, kind)
+            if recording and value.requires_grad:
+                needed = True
+        elif of in _OTHERS:
+            continue
+        elif of is list or of is tuple:
+            found = _gradients_of(value, recording, kind)
             if found is None:
                 return None
             needed = needed or found

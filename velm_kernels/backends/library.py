@@ -30,10 +30,23 @@ def autograd_inside() -> Iterator[None]:
 class _Recorded(NamedTuple):
     """A call that records a gradient, as autograd's function is given it: what it need not look at."""
 
-    arguments: Arguments
+    values: Sequence[Any]
     backend: str
     kind: list[Any] | None
+    arguments: Arguments | None
     keyset: torch._C.DispatchKeySet | None
+
+
+def without_none(found: Any, args: Sequence[Any]) -> Any:
+    """Results of an operator as torch knows them: empty tensors in place of those that were not asked for."""
+    if isinstance(found, (list, tuple)):
+        if all(value.__class__ is torch.Tensor for value in found):
+            return found
+        return type(found)(without_none(value, args) for value in found)
+    if found is not None:
+        return found
+    first = next(arg for arg in derivatives.flat(args) if isinstance(arg, torch.Tensor))
+    return first.new_empty((0,))
 
 
 def declare(
@@ -66,8 +79,7 @@ def declare(
     direct.declare(name, names, check)
 
     def run(*args: Any) -> Any:
-        *values, backend = args
-        return direct.run_values(name, values, backend)
+        return without_none(direct.run(name, args[:-1], args[-1]), args)
 
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"velm::{name}", fake, lib=LIBRARY)
@@ -108,33 +120,42 @@ def register_autograd(
     # In the order of the schema.
     places = [place for place, of in enumerate(names) if of in leaves]
     has_lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)
+    # By what autograd says of the leaves, where none is a list.
+    known_needs: dict[tuple[bool, ...], tuple[bool, ...]] = {}
+
+    def needs_of(flags: tuple[bool, ...]) -> tuple[bool, ...]:
+        by_place = dict(zip(places, flags))
+        known_needs[flags] = found = tuple(by_place.get(place, False) for place in range(len(names)))
+        return found
+
+    def needs_in_lists(flags: Sequence[bool], lengths: Sequence[int | None]) -> tuple[bool, ...]:
+        left = iter(flags)
+        return tuple(
+            next(left) if place in places else False
+            for place, length in enumerate(lengths)
+            for _ in range(1 if length is None else length)
+        )
 
     def forward(ctx: Any, *args: Any) -> Any:
         call: _Recorded = args[-1]
-        inputs = tuple(call.arguments.values())
+        values, backend = call.values, call.backend
+        flags = ctx.needs_input_grad
         if has_lists:
-            ctx.lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in inputs]
-            flags = iter(ctx.needs_input_grad)
-            needs = [
-                next(flags) if place in places else False
-                for place, length in enumerate(ctx.lengths)
-                for _ in range(1 if length is None else length)
-            ]
+            ctx.lengths = tuple(len(value) if isinstance(value, (list, tuple)) else None for value in values)
+            ctx.needs = needs_in_lists(flags, ctx.lengths)
         else:
-            ctx.lengths, needs = None, [False] * len(inputs)
-            for place, need in zip(places, ctx.needs_input_grad):
-                needs[place] = need
-        ctx.needs = needs
-        with torch._C._AutoDispatchBelowAutograd():
-            if call.keyset is None:
-                # Not called by the dispatcher, because nobody listens to it.
-                result = direct.run(name, call.arguments, call.backend, call.kind)
-            else:
-                result = operator.redispatch(call.keyset & torch._C._after_autograd_keyset, *inputs, call.backend)
-            setup_context(ctx, (*inputs, call.backend), result)
-        ctx.chosen_backend = call.backend
+            ctx.lengths = None
+            ctx.needs = known_needs.get(flags) or needs_of(flags)
+        if call.keyset is None:
+            # Not called by the dispatcher, because nobody listens to it.
+            result = direct.run(name, values, backend, call.kind, call.arguments)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                result = operator.redispatch(call.keyset & torch._C._after_autograd_keyset, *values, backend)
+        ctx.backend = backend
+        setup_context(ctx, (*values, backend), result)
         if given is None:
-            derivatives.remember(ctx, derivatives.flat(inputs) if has_lists else inputs)
+            derivatives.remember(ctx, derivatives.flat(values) if has_lists else values)
         return result
 
     def every_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
@@ -148,7 +169,7 @@ def register_autograd(
             if ctx.lengths is not None:
                 found = derivatives.in_lists(found, ctx.lengths)
         else:
-            backends.warn_of_plain_torch(name, grads, why, ctx.chosen_backend)
+            backends.warn_of_plain_torch(name, grads, why, ctx.backend)
         chosen = [found[place] for place in places]
         if has_lists:
             # No gradient of a list is one of each of its tensors.
@@ -168,20 +189,20 @@ def register_autograd(
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
     def record(
-        arguments: Arguments,
+        values: Sequence[Any],
         backend: str,
         kind: list[Any] | None = None,
+        arguments: Arguments | None = None,
         keyset: torch._C.DispatchKeySet | None = None,
     ) -> Any:
-        values = list(arguments.values())
         chosen = [values[place] for place in places]
         if has_lists:
             chosen = derivatives.flat(chosen)
-        call = _Recorded(arguments, backend, kind, keyset)
+        call = _Recorded(values, backend, kind, arguments, keyset)
         if keyset is not None:
             return function.apply(*chosen, call)
         for value in chosen:
-            if isinstance(value, torch.Tensor) and is_wrapped(value):
+            if value is not None and isinstance(value, torch.Tensor) and is_wrapped(value):
                 return function.apply(*chosen, call)
         return apply_plain(*chosen, call)
 
@@ -191,8 +212,7 @@ def register_autograd(
             if why is not None:
                 return derivatives.by_meaning(name, meaning, args[:-1], why, args[-1])
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            *values, backend = args
-            return record(dict(zip(names, values, strict=True)), backend, keyset=keyset)
+            return record(args[:-1], args[-1], keyset=keyset)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 

@@ -60,6 +60,11 @@ def prefer_torch(
         _torch_is_best_on_cpu[operator] = on_cpu
 
 
+def asks_arguments(operator: str) -> bool:
+    """Whether the order depends on more than the devices of the arguments."""
+    return operator in _torch_is_best or operator in _torch_is_best_on_cpu
+
+
 def generation(capability: int) -> int:
     """The column of :data:`TABLE` for a compute capability; what is newer than all of them is taken for the newest that
     has its own matrix instructions."""
