@@ -43,7 +43,7 @@ EXPLORES = os.environ.get("VELM_TEST_EXPLORE") == "1"
 
 hypothesis.settings.register_profile(
     "velm",
-    max_examples=int(os.environ.get("VELM_TEST_EXAMPLES", "200" if EXPLORES else "30")),
+    max_examples=int(os.environ.get("VELM_TEST_EXAMPLES", "200" if EXPLORES else "12")),
     deadline=None,
     derandomize=not EXPLORES,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.differing_executors],
@@ -155,19 +155,30 @@ DEVICE_ON_HOST = pytest.param(
 CUDA_KERNELS = [*CUDA, DEVICE_ON_HOST]
 with_cuda = [] if INTERPRETED else [*TRITON, *CUDA_KERNELS]
 every_backend_with_cuda = pytest.mark.parametrize("backend", [*BACKENDS, *with_cuda], ids=str)
+# Of drawn sizes: the reference has no kernel whose sizes would matter, and is what they are compared with.
+every_kernel = pytest.mark.parametrize(
+    "backend", [*(backend for backend in BACKENDS if backend.name != "reference"), *with_cuda], ids=str
+)
 every_backend = pytest.mark.parametrize("backend", [*BACKENDS, *TRITON], ids=str)
 # For what happens in torch before an operator reaches its library: one CPU library is like another.
 ONCE = BACKENDS if INTERPRETED else [Backend("reference"), *CPU_BACKENDS[-1:]]
 every_backend_once = pytest.mark.parametrize("backend", [*ONCE, *with_cuda], ids=str)
 every_cpu_backend = pytest.mark.parametrize("backend", CPU_BACKENDS, ids=str)
+# For what takes long and depends on how work is divided: the baseline and the best, between which nothing is divided
+# otherwise. Numbers of every case are compared on all.
+first_and_last_cpu_backend = pytest.mark.parametrize(
+    "backend", CPU_BACKENDS if EXPLORES else list(dict.fromkeys([*CPU_BACKENDS[:1], *CPU_BACKENDS[-1:]])), ids=str
+)
 
 
-# Tests of what CMakeLists.txt leaves out of the emulated library, where avx512 serves for it.
+# Tests of kernels that multiply no bfloat16 as pairs: the code for avx512_bf16 is that for avx512, and the emulated
+# library does without it (CMakeLists.txt).
 WIDENING = re.compile(r"tests/(fusion|pooling)/|/test_(gated_residual|merge)\.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Not twice on the same code: where a test runs on avx512, the emulated set would add nothing."""
+    """Not twice on the same code: where one of these runs on avx512_bf16, avx512 adds nothing, and where it runs on
+    avx512, the emulated set."""
 
     def isa(item: pytest.Item) -> str | None:
         return getattr(getattr(item, "callspec", None) and item.callspec.params.get("backend"), "isa", None)
@@ -176,16 +187,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = {name: str(value) for name, value in item.callspec.params.items() if name != "backend"}
         return item.path, item.originalname, tuple(sorted(others.items()))
 
-    on_avx512 = {rest(item) for item in items if isa(item) == "avx512"}
-    twice = [
-        item
-        for item in items
-        if isa(item) in cpu.TEST_ONLY and WIDENING.search(item.path.as_posix()) and rest(item) in on_avx512
-    ]
+    kept_for = {"avx512": "avx512_bf16", **dict.fromkeys(cpu.TEST_ONLY, "avx512")}
+    of_widening = [item for item in items if isa(item) and WIDENING.search(item.path.as_posix())]
+    there = {(isa(item), rest(item)) for item in of_widening}
+    twice = {item for item in of_widening if (kept_for.get(str(isa(item))), rest(item)) in there}
     if twice:
-        dropped = set(twice)
-        items[:] = [item for item in items if item not in dropped]
-        config.hook.pytest_deselected(items=twice)
+        items[:] = [item for item in items if item not in twice]
+        config.hook.pytest_deselected(items=list(twice))
 
 
 @pytest.fixture(autouse=True)

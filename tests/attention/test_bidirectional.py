@@ -17,11 +17,12 @@ from tests.conftest import (
     INTERPRETED,
     Backend,
     every_backend_once,
-    every_backend_with_cuda,
     every_cpu_backend,
+    every_kernel,
+    first_and_last_cpu_backend,
 )
 from tests.numbers import assert_accurate
-from velm_kernels.attention.bidirectional_attention import canonical, reference
+from velm_kernels.attention.bidirectional_attention import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("query_a", "query_b", "value_a", "value_b")
@@ -125,7 +126,7 @@ ORDINARY: dict[str, Any] = {
 }
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 3),
@@ -193,7 +194,7 @@ def test_cuda_refuses_what_is_too_wide(backend: Backend) -> None:
         velm_kernels.bidirectional_attention(*tensors)
 
 
-@every_cpu_backend
+@first_and_last_cpu_backend
 @pytest.mark.parametrize("lengths", [(900, 110), (110, 900)], ids=str)
 def test_long_sequences_and_same_bits_for_any_number_of_threads(backend: Backend, lengths: tuple[int, int]) -> None:
     results = []
@@ -231,40 +232,16 @@ def test_rows_that_are_nearly_one_key(backend: Backend, lengths: tuple[int, int]
         assert_accurate(name, got[name], plain[name], exact[name], ulps=0.5)
 
 
-@every_backend_with_cuda
-def test_only_wanted_gradients(backend: Backend) -> None:
-    tensors = [torch.randn(2, 2, n, 8) for n in (5, 7, 5, 7)]
-
-    def gradients(wanted: list[bool]) -> list[Tensor | None]:
-        leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors, wanted)]
-        with backend.use():
-            sum(torch.cos(out).sum() for out in velm_kernels.bidirectional_attention(*leaves)).backward()
-        return [leaf.grad for leaf in leaves]
-
-    everything = gradients([True] * 4)
-    for wanted in range(4):
-        alone = gradients([i == wanted for i in range(4)])
-        assert [grad is not None for grad in alone] == [i == wanted for i in range(4)]
-        torch.testing.assert_close(alone[wanted], everything[wanted])
-
-
 @every_backend_once
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-def test_opcheck_and_compile(backend: Backend, dropout_p: float) -> None:
+def test_dropout_is_the_same_in_a_compiled_call(backend: Backend) -> None:
     tensors = [torch.randn(2, 2, n, d).requires_grad_() for n, d in ((5, 8), (7, 8), (5, 6), (7, 4))]
     mask_b = torch.rand(2, 7) > 0.5
 
     def loss(*tensors: Tensor) -> Tensor:
-        results = velm_kernels.bidirectional_attention(*tensors, mask_b=mask_b, dropout_p=dropout_p, seed=3)
+        results = velm_kernels.bidirectional_attention(*tensors, mask_b=mask_b, dropout_p=0.3, seed=3)
         return sum(result.square().sum() for result in results)
 
     with backend.use():
-        arguments = canonical(
-            *(t.detach().requires_grad_() for t in tensors), mask_b=mask_b, dropout_p=dropout_p, seed=3
-        )
-        torch.library.opcheck(
-            torch.ops.velm.bidirectional_attention_forward.default, (*arguments.values(), backend.name)
-        )
         eager = torch.autograd.grad(loss(*tensors), tensors)
         compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors), tensors)
     for ours, theirs in zip(compiled, eager):
@@ -298,7 +275,7 @@ def test_float64_is_exact_to_float64() -> None:
         results = velm_kernels.bidirectional_attention(*tensors, **masks, dropout_p=0.3, seed=1, return_logsumexp=True)
         return tuple(torch.where(torch.isinf(result), 0.0, result) for result in results)
 
-    assert torch.autograd.gradcheck(finite, tensors)
+    assert torch.autograd.gradcheck(finite, tensors, fast_mode=True)
 
 
 def test_flops() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_cpu_backend
+from tests.conftest import Backend, every_cpu_backend, first_and_last_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.attention.cross_attention import reference
 
@@ -50,17 +50,23 @@ def check(backend: Backend, query: Tensor, key: Tensor, value: Tensor, **options
         assert_accurate(name, ours, theirs, truth, query.dtype)
 
 
-@every_cpu_backend
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    # Rows of a key head: as many as the kernel has loops for, and numbers between.
-    ("group", "queries", "head_dim", "value_dim"),
-    [(1, 1, 128, 128), (2, 1, 64, 80), (1, 3, 80, 64), (4, 1, 128, 128), (5, 1, 33, 15), (4, 2, 64, 64)],
-)
-def test_numbers(
-    backend: Backend, dtype: torch.dtype, layout: str, group: int, queries: int, head_dim: int, value_dim: int
-) -> None:
+# Rows of a key head: as many as the kernel has loops for, and numbers between; head_dim and value_dim.
+SIZES = [(1, 1, 128, 128), (2, 1, 64, 80), (1, 3, 80, 64), (4, 1, 128, 128), (5, 1, 33, 15), (4, 2, 64, 64)]
+# All of them in each layout, and each in each dtype.
+DECODED = [
+    *((torch.float32, layout, sizes) for layout in LAYOUTS for sizes in SIZES),
+    *(
+        (dtype, list(LAYOUTS)[(place + shift) % len(LAYOUTS)], sizes)
+        for shift, dtype in enumerate((torch.bfloat16, torch.float16))
+        for place, sizes in enumerate(SIZES)
+    ),
+]
+
+
+@first_and_last_cpu_backend
+@pytest.mark.parametrize(("dtype", "layout", "sizes"), DECODED, ids=str)
+def test_numbers(backend: Backend, dtype: torch.dtype, layout: str, sizes: tuple[int, int, int, int]) -> None:
+    group, queries, head_dim, value_dim = sizes
     torch.manual_seed(group)
     query = heads_last(2, 3 * group, queries, head_dim).to(dtype)
     key, value = (converted(LAYOUTS[layout](2, 3, KEYS, dim), dtype) for dim in (head_dim, value_dim))
@@ -88,7 +94,7 @@ def test_blocks_of_which_some_heads_see_nothing(backend: Backend, layout: str) -
         assert_accurate(name, ours, theirs, truth, torch.float32)
 
 
-@every_cpu_backend
+@first_and_last_cpu_backend
 @pytest.mark.parametrize("layout", ["heads first", "heads last"])
 def test_same_bits_for_any_number_of_threads(backend: Backend, layout: str) -> None:
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda
+from tests.conftest import Backend, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.attention.gated_residual import reference
 
@@ -33,7 +33,7 @@ def run(function: Any, tensors: list[Tensor], row_mask: Tensor | None, upstream:
     return dict(zip(names, [out.detach(), *grads], strict=True))
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(
     leading=st.lists(st.integers(0, 40), max_size=3),
     dim=st.one_of(st.integers(1, 20), st.integers(1, 300)),

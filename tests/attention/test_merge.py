@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda
+from tests.conftest import Backend, every_backend_with_cuda, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.attention.merge_attention import reference
 
@@ -44,7 +44,7 @@ def exact_and_plain(outs: Tensor, lses: Tensor, upstream: tuple[Tensor, Tensor])
     return exact, run(reference.merge_attention, outs, lses, upstream)
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(
     shards=st.integers(1, 5),
     batch=st.integers(1, 3),

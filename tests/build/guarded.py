@@ -67,7 +67,7 @@ def sizes_of(case: Case) -> Iterator[dict[str, int]]:
     """From one element to more than vectors and blocks hold, most of them odd."""
     yield dict.fromkeys(case.sizes, 1)
     yield dict(case.sizes)
-    yield {name: 2 * size + 7 for name, size in case.sizes.items()}
+    yield case.crossing
     yield {name: min(size, 70) for name, size in case.larger.items()}
 
 

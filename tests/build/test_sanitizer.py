@@ -79,16 +79,14 @@ def test_catches_a_planted_fault(libraries: Path, index: int) -> None:
 
 
 def test_operators(libraries: Path) -> None:
+    """The cases of every operator: small sizes and those at which work is divided, no elements, any layout."""
     done = sanitized(
         libraries,
         # -s: what the sanitizer writes when it ends the process must not be left in a captured file.
         "-m", "pytest", "-s", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist",
-        "tests/attention", "tests/linear", "tests/fusion", "tests/pooling",
-        # torch.compile starts compilers, which do not like the preloaded runtime, and calls the same operators. The
-        # comparisons between numbers of threads take large matrices.
-        "-k", f"cpu-{ISA} and not compile and not opcheck and not number_of_threads",
+        "tests/every_operator/test_numbers.py", "tests/every_operator/test_tensors.py",
+        "-k", f"cpu-{ISA} and (test_numbers or any_size_may_be_0 or arguments_of_any_layout)",
         VELM_CPU_ISA=ISA,
-        VELM_TEST_EXAMPLES="5",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-8000:]
     assert " passed" in done.stdout

@@ -7,7 +7,7 @@ import torch.utils.flop_counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import CPU_BACKENDS, CUDA_KERNELS, INTERPRETED, Backend, every_cpu_backend, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels import explain
 from velm_kernels.backends import cpu, small
@@ -55,7 +55,7 @@ def _compare(got, inputs, wanted=(True,) * 4, plain=F.bilinear, exact=F.bilinear
             assert_accurate(name, value, eager[name], precise[name], inputs[0].dtype)
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(data=st.data())
 def test_any_shape(backend, data):
     # CUDA's tiles are of 64; what crosses them costs time there, and has a test of its own.

@@ -6,7 +6,7 @@ import torch.utils.flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend_with_cuda
+from tests.conftest import INTERPRETED, every_backend_with_cuda, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import bilinear_attention, bilinear_attention_pool
 from velm_kernels.fusion.bilinear_attention import reference
@@ -86,7 +86,7 @@ def _compare(got, plain, exact, dtype):
         assert_accurate(name, value, plain[name], exact[name], dtype)
 
 
-@every_backend_with_cuda
+@every_kernel
 @settings(max_examples=EXAMPLES)
 @given(data=st.data())
 def test_any_shape(backend, data):
@@ -117,7 +117,7 @@ def test_any_shape(backend, data):
     _compare(got, plain, exact, dtype)
 
 
-@every_backend_with_cuda
+@every_kernel
 @settings(max_examples=min(8, EXAMPLES))
 @given(data=st.data())
 def test_pool_of_any_shape(backend, data):

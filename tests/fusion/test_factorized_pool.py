@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend_with_cuda
+from tests.conftest import INTERPRETED, every_backend_with_cuda, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import factorized_pool
 from velm_kernels.fusion.dropout_residual.reference import kept
@@ -37,7 +37,7 @@ def _all_results(function, inputs, options, dtype=None, wanted=(True, True)):
     return {"out": out.detach(), "a": leaves[0].grad, "b": leaves[1].grad}
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(data=st.data())
 def test_any_shape(backend, data):
     small = INTERPRETED or backend.name == "device_on_host"

@@ -8,7 +8,7 @@ import torch.utils.flop_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import CUDA_KERNELS, INTERPRETED, Backend, every_cpu_backend, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import LowRankFusion, low_rank_fusion
 from velm_kernels.fusion.low_rank_fusion import op, products, reference
@@ -60,7 +60,7 @@ def _check(backend, tensors, wanted=None):
         assert_accurate(f"result {i}", a, b, c, a.dtype, ulps=8, floor=float(c.numel()) ** 0.5)
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(data=st.data())
 @settings(max_examples=5 if INTERPRETED else 15)
 def test_any_shape(backend, data):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend_with_cuda
+from tests.conftest import INTERPRETED, every_backend_with_cuda, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.fusion import FiLM, film, weighted_sum
 from velm_kernels.fusion.film import reference as film_reference
@@ -46,7 +46,7 @@ def _check(ours, meaning, inputs, wanted):
             assert_accurate(f"result {i}", value, rounded.to(dtype), expected, dtype, floor=floor)
 
 
-@every_backend_with_cuda
+@every_kernel
 @settings(max_examples=min(12, settings().max_examples))
 @given(data=st.data())
 def test_film_of_any_shape(backend, data):
@@ -85,7 +85,7 @@ def test_film_of_any_shape(backend, data):
     _check(ours, meaning, [x, gamma, beta], wanted)
 
 
-@every_backend_with_cuda
+@every_kernel
 @settings(max_examples=min(12, settings().max_examples))
 @given(data=st.data())
 def test_weighted_sum_of_any_shape(backend, data):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import INTERPRETED, every_backend_with_cuda
+from tests.conftest import INTERPRETED, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels import explain
 from velm_kernels.fusion import TensorFusion, tensor_fusion
@@ -33,7 +33,7 @@ def _all_results(function, tensors, dtype=None):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(data=st.data())
 def test_equals_the_materialised_product(backend, data):
     leading = data.draw(st.sampled_from([(), (5,), (2, 3)]), label="leading")

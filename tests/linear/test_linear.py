@@ -13,7 +13,7 @@ from hypothesis import given
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import BACKENDS, ONCE, TRITON, Backend, every_cpu_backend
+from tests.conftest import BACKENDS, ONCE, TRITON, Backend, first_and_last_cpu_backend
 from tests.numbers import assert_accurate
 from velm_kernels.linear.linear import reference
 from velm_kernels.products import PRODUCTS, use_product
@@ -146,7 +146,7 @@ def test_against_float64(backend: Backend, product: str, data: st.DataObject) ->
 LARGE = [(33, 401, 275), (131, 1601, 67), (2051, 35, 131), (4100, 9, 5), (97, 64, 529)]
 
 
-@every_cpu_backend
+@first_and_last_cpu_backend
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_and_rests(backend: Backend, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
@@ -169,7 +169,7 @@ def test_reference_is_the_formula(activation: str | None) -> None:
         torch.testing.assert_close(given, expected)
 
 
-@every_route
+@every_route_once
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (40, 0, 4), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_zero_sizes(backend: Backend, product: str, shape: tuple[int, int, int], activation: str | None) -> None:
@@ -217,7 +217,7 @@ def test_gradients_only_where_wanted(backend: Backend, product: str) -> None:
             assert [result.shape == (0,) for result in results] == [i != bit for i in range(3)]
 
 
-@every_cpu_backend
+@first_and_last_cpu_backend
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_for_any_number_of_threads(backend: Backend, dtype: torch.dtype) -> None:
     inputs, grad = random_inputs((2500,), 70, 130, dtype, residual=True)

@@ -11,23 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import velm_kernels
-from tests.conftest import Backend, every_backend
+from tests.conftest import Backend
 from tests.linear.test_linear import every_route_once, random_inputs, route
-
-
-@every_route_once
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(backend: Backend, product: str, dtype: torch.dtype) -> None:
-    values, grad = random_inputs((40,), 8, 12, dtype, residual=True)
-    x, weight, bias, residual = (value.requires_grad_() for value in values)
-    with route(backend, product):
-        for extra, activation, keeps in ((residual, "gelu", "z"), (None, "relu", ""), (None, "", "")):
-            arguments = (x, weight, bias, extra, activation, keeps, backend.name)
-            torch.library.opcheck(torch.ops.velm.linear_forward.default, arguments)
-        saved = torch.randn_like(grad)
-        x, weight = x.detach(), weight.detach()
-        for arguments in ((grad, x, weight, None, saved, "silu", "z", 7), (grad, None, weight, None, None, "", "", 1)):
-            torch.library.opcheck(torch.ops.velm.linear_backward.default, (*arguments, backend.name))
 
 
 @every_route_once
@@ -54,28 +39,6 @@ def test_compile_and_checkpoint_give_the_eager_gradients(
         ):
             for ours, theirs in zip(gradients(other), eager, strict=True):
                 assert torch.equal(ours, theirs)
-
-
-def test_export() -> None:
-    model = velm_kernels.MLP(8, 16)
-    x = torch.randn(2, 3, 8)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
-    assert "velm.linear_forward" in program.graph_module.code
-    # So few elements go to torch where nobody exports.
-    torch.testing.assert_close(program.module()(x), model(x))
-    assert program.module()(torch.randn(5, 3, 8)).shape == (5, 3, 8)
-
-
-@every_backend
-def test_autocast(backend: Backend) -> None:
-    layer = velm_kernels.Linear(8, 12, activation="gelu")
-    x, residual = torch.randn(40, 8, requires_grad=True), torch.randn(40, 12, requires_grad=True)
-    with backend.use(), torch.autocast("cpu", torch.bfloat16):
-        out, plain = layer(x), layer(x, residual)
-    assert out.dtype == torch.bfloat16
-    assert plain.dtype == torch.float32, "a float32 residual promotes, as it does in torch"
-    (out.float().sum() + plain.sum()).backward()
-    assert {tensor.grad.dtype for tensor in (x, residual, *layer.parameters())} == {torch.float32}
 
 
 def test_flops() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend
+from tests.conftest import Backend, every_backend_once, every_backend_with_cuda, every_cpu_backend, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.pooling.attention_pool import _canonical_rows, _folds, attention_pool, reference
 
@@ -64,7 +64,7 @@ def compare(
     return got
 
 
-@every_backend_with_cuda
+@every_kernel
 @settings(max_examples=min(12, settings().max_examples))
 @given(
     batch=st.integers(0, 3),
@@ -243,7 +243,7 @@ def test_same_bits_for_any_number_of_threads(backend: Backend, shared: bool, cou
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_float64_and_flops() -> None:
+def test_flops() -> None:
     tensors = inputs(torch.Generator().manual_seed(0), 2, 5, 1, 2, 3, 12, True)
     leaves = [tensor.requires_grad_() for tensor in tensors.values()]
     lengths = torch.tensor([3, 0])
@@ -251,7 +251,6 @@ def test_float64_and_flops() -> None:
     def call(*leaves: Tensor) -> Tensor:
         return attention_pool(**dict(zip(NAMES, leaves, strict=True)), heads=2, lengths=lengths)
 
-    assert torch.autograd.gradcheck(call, leaves)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         call(*leaves)
     # The query into the key weight, scores and pooled tokens, the value weight.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda
+from tests.conftest import Backend, every_backend_with_cuda, every_kernel
 from tests.numbers import assert_accurate
 from velm_kernels.pooling.pool import canonical_masked, reference
 from velm_kernels.pooling.pool.reference import MODES
@@ -61,7 +61,7 @@ def check(
     assert not got["out"][count == 0].any()
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(
     leading=st.lists(st.integers(0, 4), max_size=2),
     tokens=st.one_of(st.integers(0, 20), st.integers(120, 300)),
@@ -119,7 +119,7 @@ def test_masked_pool(
     )
 
 
-@every_backend_with_cuda
+@every_kernel
 @given(
     sizes=st.lists(st.one_of(st.integers(0, 9), st.integers(100, 300)), max_size=5),
     dim=st.integers(1, 70),

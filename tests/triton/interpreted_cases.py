@@ -38,31 +38,6 @@ def compare(function: Callable[..., Any], inputs: list[torch.Tensor], factor: fl
     return results[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gate_size", [1, 300])
-def test_gated_residual(dtype: torch.dtype, gate_size: int) -> None:
-    torch.manual_seed(0)
-    row_mask = torch.rand(3, 7) > 0.4
-    x = randn(3, 7, 300, dtype=dtype)
-    # wide open, where the slope of tanh is small
-    inputs = [randn(3, 7, 300, dtype=dtype), x, 3 + randn(gate_size, dtype=dtype)]
-    compare(lambda residual, x, gate: velm_kernels.gated_residual(residual, x, gate, row_mask), inputs)
-    compare(velm_kernels.gated_residual, inputs)
-
-
-def test_gated_residual_does_not_read_masked_rows() -> None:
-    torch.manual_seed(0)
-    row_mask = torch.rand(9) > 0.4
-    residual, x, gate = randn(9, 20), randn(9, 20), randn(20).requires_grad_()
-    x[~row_mask] = torch.nan
-    x.requires_grad_()
-    with velm_kernels.use_backend("triton"):
-        out = velm_kernels.gated_residual(residual, x, gate, row_mask)
-    assert torch.equal(out[~row_mask], residual[~row_mask])
-    grad_x, grad_gate = torch.autograd.grad(out.sum(), (x, gate))
-    assert grad_gate.isfinite().all() and (grad_x[~row_mask] == 0).all()
-
-
 @pytest.mark.parametrize("shards", [1, 3, 11])
 def test_merge_attention(shards: int) -> None:
     torch.manual_seed(0)
@@ -92,36 +67,12 @@ def test_rows_in_pieces_and_shared_by_programs(dims: tuple[int, int]) -> None:
     compare(velm_kernels.bidirectional_attention, sides)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_bidirectional_attention(masked: bool, dropout_p: float) -> None:
-    torch.manual_seed(0)
-    mask_a = torch.rand(2, 19) > 0.3 if masked else None
-    mask_b = torch.rand(2, 23) > 0.3 if masked else None
-    if mask_b is not None:
-        mask_b[1] = False
-
-    def function(*tensors: torch.Tensor) -> Any:
-        return velm_kernels.bidirectional_attention(
-            *tensors, mask_a=mask_a, mask_b=mask_b, dropout_p=dropout_p, seed=9, return_logsumexp=True
-        )
-
-    compare(function, [randn(2, 2, 19, 16), randn(2, 2, 23, 16), randn(2, 2, 19, 24), randn(2, 2, 23, 8)])
-
-
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "tanh"])
 @pytest.mark.parametrize("has_residual", [False, True])
 def test_linear(activation: str | None, has_residual: bool) -> None:
     torch.manual_seed(0)
     inputs = [randn(3, 7, 40), randn(19, 40) / 4, randn(19)] + [randn(3, 7, 19)] * has_residual
     compare(lambda x, weight, bias, residual=None: velm_kernels.linear(x, weight, bias, activation, residual), inputs)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_in_half_precision(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    inputs = [randn(21, 40, dtype=dtype), (randn(19, 40) / 4).to(dtype), randn(19, dtype=dtype)]
-    compare(lambda x, weight, bias: velm_kernels.linear(x, weight, bias, "gelu"), inputs)
 
 
 def test_few_queries_split_their_keys() -> None:

@@ -37,27 +37,26 @@ def interpreted(*arguments: str, examples: int = 3) -> None:
 
 
 @pytest.mark.slow
-def test_cross_attention() -> None:
-    interpreted("tests/attention/test_cross_attention.py", "-k", "triton")
+@pytest.mark.parametrize(
+    ("file", "which"),
+    [
+        ("test_numbers", "not varlen"),
+        # Without those that take longest here and run the kernels of others.
+        ("test_values", "not varlen and not ordinary and not bidirectional"),
+        ("test_tensors", "(any_size_may_be_0 or arguments_of_any_layout) and not varlen and not ordinary"),
+    ],
+)
+def test_every_operator(file: str, which: str) -> None:
+    interpreted(f"tests/every_operator/{file}.py", "-k", f"triton and {which}")
 
 
 @pytest.mark.slow
-def test_dropout_residual() -> None:
-    interpreted("tests/fusion", "-k", "triton")
-
-
-@pytest.mark.slow
-def test_pooling() -> None:
-    interpreted("tests/pooling", "-k", "triton and not compile", examples=5)
+def test_what_is_peculiar_to_an_operator() -> None:
+    """All but draws: the cases of every operator cross the borders of blocks, in any layout."""
+    folders = ("tests/attention", "tests/fusion", "tests/pooling")
+    interpreted(*folders, "-k", "triton and not compile and not opcheck", "-m", "not hypothesis")
 
 
 @pytest.mark.slow
 def test_kernels() -> None:
     interpreted("tests/triton/interpreted_cases.py")
-
-
-@pytest.mark.slow
-def test_every_operator() -> None:
-    # Without those that take longest here and run the kernels of others.
-    several = "not varlen and not ordinary and not bidirectional"
-    interpreted("tests/every_operator", "-k", f"triton and (test_numbers or test_values) and {several}")
