@@ -15,8 +15,9 @@ from torch import Tensor
 
 import velm_kernels
 from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda
-from tests.operators import CALLS, Call
+from tests.operators import CALLS, FOR_NUMBERS, Call
 from velm_kernels.attention.cross_attention import reference as attention_reference
+from velm_kernels.cases import incoming, results
 
 pytestmark = pytest.mark.quick
 
@@ -76,7 +77,7 @@ def failures(backend: Backend, call: Call, sizes: dict[str, int], places: int) -
     names = call.leaf_names(call.arguments(**sizes))
     of_all = itertools.product(enumerate(call.leaves(call.arguments(**sizes))), SPECIAL.items(), range(places))
     for (number, leaf), (special, value), place in of_all:
-        if (call.operator, names[number], special) in LEFT_OUT:
+        if (call.operator, names[number], special) in LEFT_OUT or (call.numbers_only and special != "nan"):
             continue
         both = []
         at = zlib.crc32(f"{call} {number} {special}{place or ''}".encode()) % max(1, leaf.numel())
@@ -102,12 +103,72 @@ def failures(backend: Backend, call: Call, sizes: dict[str, int], places: int) -
     return found
 
 
-@pytest.mark.parametrize("call", CALLS, ids=str)
+# Of what is called for its numbers alone not where dropout drops numbers that are not finite, of which it is not said
+# whether they are read; "two masks" has tests of its own. The interpreter tries masks that are the same for all rows.
+SOME = {"key_lengths", "relu", "outer"}
+TRIED = [
+    call
+    for call in FOR_NUMBERS
+    if not call.numbers_only or (call.name in SOME if INTERPRETED else call.name not in {"dropout", "two masks"})
+]
+
+
+@pytest.mark.parametrize("call", TRIED, ids=str)
 @every_backend_with_cuda
 def test_come_out_where_plain_torch_has_them(backend: Backend, call: Call) -> None:
     if {call.operator, str(call)} & NOT_YET.get(backend.name, set()):
         pytest.skip("not yet on this backend")
     found = failures(backend, call, {}, 1)
+    assert not found, "\n".join(found)
+
+
+def with_upstream(call: Call, arguments: dict[str, Any], changed: dict[int, Tensor], exact: bool) -> dict[str, Tensor]:
+    """The gradients of `call.run`, where other numbers come in backward for some of the results."""
+    if exact and "cross_attention" in call.operator:
+        arguments = arguments | {"not_finite": True}
+    given = call.requiring_gradients(arguments)
+    outs = call.exact(given) if exact else results(call.function(**given))
+    upstream = [
+        changed.get(place, weights).to(out.dtype) for place, (out, weights) in enumerate(zip(outs, incoming(outs)))
+    ]
+    wanted = [place for place, out in enumerate(outs) if out.requires_grad]
+    upstream = [upstream[place] for place in wanted]
+    found = torch.autograd.grad([outs[place] for place in wanted], call.leaves(given), upstream, materialize_grads=True)
+    return dict(zip(call.leaf_names(given), found, strict=True))
+
+
+@pytest.mark.parametrize("call", TRIED, ids=str)
+@every_backend_with_cuda
+def test_gradients_that_come_in(backend: Backend, call: Call) -> None:
+    """NaN and infinity in one of them reach the gradients that read it, as plain torch has them, and no others."""
+    if {call.operator, str(call)} & NOT_YET.get(backend.name, set()):
+        pytest.skip("not yet on this backend")
+    arguments, wide = call.arguments(), call.arguments(torch.float64)
+    with backend.use():
+        outs = results(call.function(**call.requiring_gradients(arguments)))
+        usual = with_upstream(call, arguments, {}, exact=False)
+    exact_usual = with_upstream(call, wide, {}, exact=True)
+    found = []
+    for (number, out), (special, value) in itertools.product(enumerate(outs), SPECIAL.items()):
+        if not out.requires_grad or out.numel() == 0:
+            continue
+        at = zlib.crc32(f"{call} {number} {special}".encode()) % out.numel()
+        changed = incoming(outs)[number]
+        changed.view(-1)[at] = value
+        with backend.use():
+            gradients = with_upstream(call, arguments, {number: changed}, exact=False)
+        exact = with_upstream(call, wide, {number: changed}, exact=True)
+        for name, got in gradients.items():
+            if (call.operator, name) in CONSTANT:
+                continue
+            where, true = f"{special} at {at} of what comes in for result {number}, {name}", exact[name]
+            # Of an infinity, which of its terms are NaN depends on the order of the products.
+            wrong = pattern(got, special != "nan") != pattern(true, special != "nan")
+            if wrong.any():
+                found.append(f"{where}: {got[wrong][:5].tolist()} for {true[wrong][:5].tolist()}, {wrong.sum()}x")
+            moved = (true == exact_usual[name]) & ~torch.isclose(got, usual[name], 1e-4, 1e-5)
+            if moved.any():
+                found.append(f"{where}: {moved.sum()} of {got.numel()} changed that do not read it")
     assert not found, "\n".join(found)
 
 

@@ -195,6 +195,19 @@ def test_extreme_values(backend: Backend, product: str, activation: str | None) 
 
 
 @every_route
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh"])
+def test_activations_that_are_closed_let_nothing_through(backend: Backend, product: str, activation: str) -> None:
+    """However large the numbers are that their slope, 0, is multiplied with."""
+    z = torch.tensor([-20.0, -1e20, -1e30, -1e38]) - 180.0
+    x = z[:, None].requires_grad_()
+    with route(backend, product):
+        out = velm_kernels.linear(x, torch.ones(1, 1), None, activation)
+        (grad,) = torch.autograd.grad(out, x, torch.full_like(out, 1e38))
+    torch.testing.assert_close(out[:, 0], torch.full((4,), -1.0 if activation == "tanh" else 0.0))
+    torch.testing.assert_close(grad[:, 0], torch.zeros(4))
+
+
+@every_route
 def test_gradients_only_where_wanted(backend: Backend, product: str) -> None:
     inputs, grad = random_inputs((40,), 9, 11, torch.float32, residual=True)
     with route(backend, product):

@@ -224,8 +224,10 @@ class Forward {
 
     void multiply(float* weights, int64_t count, int64_t full) const {
       for (int64_t i = 0; i < count; ++i)
-        for (int64_t j = i * kLd; j < i * kLd + full; j += kLanes)
-          simd::store(weights + j, simd::load(weights + j) * simd::load(factors_ + j));
+        for (int64_t j = i * kLd; j < i * kLd + full; j += kLanes) {
+          const Vec weight = simd::load(weights + j), factor = simd::load(factors_ + j);
+          simd::store(weights + j, simd::select(factor == simd::zero(), simd::zero(), weight * factor));
+        }
     }
 
     const Forward& f_;

@@ -354,6 +354,9 @@ class Backward {
                               [&](int64_t i, int64_t j, int64_t) { return j < wide && reads(i, j); });
     }
 
+    // What dropout leaves of x; nothing of a NaN that it drops.
+    static Vec kept(Vec x, Vec factor) { return simd::select(factor == simd::zero(), simd::zero(), x * factor); }
+
     // The sums of weights and of weights times their gradients of rows from `first` on, and of columns.
     template <bool Dropout>
     void add_sums(int64_t first, int64_t count, int64_t column, int64_t full, bool over_columns, bool over_rows) {
@@ -368,7 +371,7 @@ class Backward {
           if (over_columns) {
             const simd::VecMask seen = simd::load(visible_ + column + j) != simd::zero();
             const Vec weight = simd::exp(score - lse), upstream = simd::load(row_tile_ + at);
-            const Vec change = Dropout ? upstream * simd::load(row_factors_ + at) : upstream;
+            const Vec change = Dropout ? kept(upstream, simd::load(row_factors_ + at)) : upstream;
             weights += simd::select(seen, weight, simd::zero());
             sum += simd::select(seen, weight * change, simd::zero());
           }
@@ -376,7 +379,8 @@ class Backward {
             const Vec weight = simd::exp(score - simd::load(lse_ + column + j));
             const Vec upstream = simd::load(column_tile_ + at);
             add(inverse_ + column + j, weight);
-            add(column_sums_ + column + j, weight * (Dropout ? upstream * simd::load(column_factors_ + at) : upstream));
+            const Vec change = Dropout ? kept(upstream, simd::load(column_factors_ + at)) : upstream;
+            add(column_sums_ + column + j, weight * change);
           }
         }
         if (!over_columns) continue;
@@ -402,17 +406,17 @@ class Backward {
             const Vec weight = simd::select(seen, simd::exp(score - lse) * inverse, simd::zero());
             const Vec factor = Dropout ? simd::load(row_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(row_tile_ + at);
-            const Vec change = weight * ((Dropout ? upstream * factor : upstream) - delta);
+            const Vec change = weight * ((Dropout ? kept(upstream, factor) : upstream) - delta);
             gradient = simd::select(seen, change, simd::zero());
-            simd::store(row_tile_ + at, Dropout ? weight * factor : weight);
+            simd::store(row_tile_ + at, Dropout ? kept(weight, factor) : weight);
           }
           if (row) {
             const Vec weight = simd::exp(score - simd::load(lse_ + column + j)) * simd::load(inverse_ + column + j);
             const Vec factor = Dropout ? simd::load(column_factors_ + at) : Vec(1.0f);
             const Vec upstream = simd::load(column_tile_ + at);
-            gradient =
-                simd::fma(weight, (Dropout ? upstream * factor : upstream) - simd::load(delta_ + column + j), gradient);
-            simd::store(column_tile_ + at, Dropout ? weight * factor : weight);
+            gradient = simd::fma(
+                weight, (Dropout ? kept(upstream, factor) : upstream) - simd::load(delta_ + column + j), gradient);
+            simd::store(column_tile_ + at, Dropout ? kept(weight, factor) : weight);
           } else if (over_rows) {
             simd::store(column_tile_ + at, simd::zero());
           }

@@ -144,10 +144,11 @@ class Row {
 
   // z becomes the gradient of z.
   void gradient_of_sums(const T* grad) {
-    float scale = 1.0f, along = 0.0f;
+    float n = 1.0f, scale = 1.0f, along = 0.0f;
     if (options_.l2_norm) {
-      const float n = norm();
-      scale = n > 0 || n != n ? 1.0f / std::max(n, kEps) : 0.0f;
+      n = norm();
+      // In this order a norm of NaN stays.
+      scale = 1.0f / (n < kEps ? kEps : n);
       if (n > kEps || n != n) {
         Vec sum = zero();
         for_vectors(dim_, [&](int64_t o, auto left) VELM_INLINE_LAMBDA {
@@ -158,10 +159,15 @@ class Row {
     }
     constexpr float kLargest = std::numeric_limits<float>::max();
     for_vectors(dim_, [&](int64_t o, auto left) VELM_INLINE_LAMBDA {
-      const Vec z = load_some(z_ + o, left), r = root(z);
-      Vec g = fma(r, Vec(-along), load_some(grad + o, left)) * scale;
+      const Vec z = load_some(z_ + o, left), r = root(z), given = load_some(grad + o, left);
+      Vec g = given;
+      // Without the norm the others are not read, which may be NaN; nor is anything of a row of zeros.
+      if (options_.l2_norm) g = n == 0.0f ? zero() : fma(r, Vec(-along), given) * scale;
       if (options_.power_norm) g = select(z == zero(), zero(), g / (2.0f * stdx::abs(r)));
-      store_some(z_ + o, simd::detail::clamp_keep_nan(g, -kLargest, kLargest), left);
+      // What comes in infinite stays so.
+      const Vec sum = given + along;
+      g = select(sum - sum == zero(), simd::detail::clamp_keep_nan(g, -kLargest, kLargest), g);
+      store_some(z_ + o, g, left);
     });
   }
 

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
                     Global<T> grad_b, Shape shape) {
   auto& shared = static_shared<Storage>();
   const Row<T> row(a, b, seed, shape);
-  float scale = 1.0f, along = 0.0f;
+  float norm = 1.0f, scale = 1.0f, along = 0.0f;
   if (shape.l2_norm) {
     float sum = 0.0f, dot = 0.0f;
     for (int64_t o = threadIdx.x; o < shape.dim; o += kThreads) {
@@ -106,17 +106,21 @@ __global__ void __launch_bounds__(kThreads)
       sum += shape.power_norm ? fabsf(z) : z * z;
       dot += row.root(z) * to_float(grad[row.row * shape.dim + o]);
     }
-    const float norm = sqrtf(block_sum(sum, shared.norm));
+    norm = sqrtf(block_sum(sum, shared.norm));
     dot = block_sum(dot, shared.dot);
-    scale = norm == 0.0f ? 0.0f : 1.0f / (norm < kEps ? kEps : norm);
+    scale = 1.0f / (norm < kEps ? kEps : norm);
     along = norm <= kEps ? 0.0f : dot * scale * scale;
   }
   for (int64_t o = threadIdx.x; o < shape.dim; o += kThreads) {
     const float z = row.sum(o), r = row.root(z);
-    float g = (to_float(grad[row.row * shape.dim + o]) - r * along) * scale;
+    const float given = to_float(grad[row.row * shape.dim + o]);
+    float g = given;
+    // Without the norm the others are not read, which may be NaN; nor is anything of a row of zeros.
+    if (shape.l2_norm) g = norm == 0.0f ? 0.0f : (given - r * along) * scale;
     if (shape.power_norm) g = z == 0.0f ? 0.0f : g / (2.0f * fabsf(r));
-    // NaN compares false and stays.
-    g = g > kLargest ? kLargest : g < -kLargest ? -kLargest : g;
+    // What comes in infinite stays so, and NaN, which compares false.
+    if (fabsf(given) <= kLargest && fabsf(along) <= kLargest)
+      g = g > kLargest ? kLargest : g < -kLargest ? -kLargest : g;
     for (int64_t f = 0; f < shape.factor; ++f) {
       const int64_t c = row.column(o, f), at = row.row * shape.dim * shape.factor + c;
       const bool keeps = row.keeps(c);

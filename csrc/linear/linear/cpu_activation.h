@@ -49,14 +49,15 @@ struct NormalTail {
 };
 
 VELM_INLINE NormalTail normal_tail(Vec z) {
-  // From 12.5 on both vanish beside z in float32, and here neither is subnormal yet.
-  const Vec a = simd::least_keep_nan(simd::stdx::abs(z), 12.5f);
+  // Up to there neither is subnormal; from there on both vanish beside z in float32, and are 0, whatever they are
+  // multiplied with.
+  const Vec size = simd::stdx::abs(z), a = simd::least_keep_nan(size, 12.5f);
   // exp(t^2 / 2) * tail on [0, 5.5], to 3e-8 of max(tail, t * tail)
   const Vec t = simd::least_keep_nan(a, 5.5f);
   const Vec ratio = simd::polynomial(t, -2.442004058e-07f, 6.287181729e-06f, -7.276457848e-05f, 5.074461015e-04f,
                                      -2.429960456e-03f, 8.716888072e-03f, -2.514877621e-02f, 6.170242594e-02f,
                                      -1.327193090e-01f, 2.499556815e-01f, -3.989393456e-01f, 4.999999679e-01f);
-  const Vec bell = simd::exp2_in_range(kHalfLog2E * a * -a);
+  const Vec bell = simd::select(size > 12.5f, simd::zero(), simd::exp2_in_range(kHalfLog2E * a * -a));
   return {bell * ratio, bell};
 }
 
@@ -94,8 +95,8 @@ VELM_INLINE Vec activation_gradient(Vec grad, Vec saved) {
   } else if constexpr (A == kGelu) {
     const auto [tail, bell] = normal_tail(saved);
     const Vec distribution = simd::select(saved <= simd::zero(), tail, 1.0f - tail);
-    // The bell never gets to 0 here; of an infinity the derivative is NaN, infinity times 0.
-    return grad * simd::fma(kInverseSqrtTwoPi * saved, bell, simd::fma(saved, simd::zero(), distribution));
+    // Of an infinity the derivative is NaN, infinity times 0.
+    return grad * simd::fma(kInverseSqrtTwoPi * saved, bell, distribution);
   } else if constexpr (A == kGeluTanh) {
     const Vec square = saved * saved;
     const Vec t = simd::tanh(kSqrtTwoOverPi * saved * simd::fma(square, Vec(kGeluCubic), Vec(1.0f)));

@@ -56,7 +56,7 @@ def _grad_of_direction(
     """Gradients of the scores and of the values of one direction: ``dS = P * (dP - sum(P * dP))``, ``dV = P^T dO``."""
     if grad is None:
         grad = value.new_zeros(*scores.shape[:-1], value.shape[-1])
-    hidden = scores.new_zeros((), dtype=torch.bool)
+    hidden = scores.new_zeros((1, 1), dtype=torch.bool)
     if mask is not None:
         hidden = ~mask[:, None, None, :]
         value = value.masked_fill(hidden.transpose(-1, -2), 0.0)
@@ -70,7 +70,7 @@ def _grad_of_direction(
     if grad_logsumexp is not None:
         delta = delta - grad_logsumexp
     grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(hidden, 0.0)
-    return grad_scores, dropped.transpose(-1, -2) @ grad
+    return grad_scores, (dropped.transpose(-1, -2) @ grad).masked_fill(hidden.transpose(-1, -2), 0.0)
 
 
 def gradients(a: Any, wanted: Sequence[bool]) -> list[Tensor | None]:

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from velm_kernels.attention.triton_kernels.products import (
     add_weighted,
+    of_seen,
     product_of_rows,
     row_of,
     rows,
@@ -149,6 +150,8 @@ def grad_side_kernel(
         if grad_query is not None:
             b_ds = round_to(b_ds, query_y.dtype.element_ty)
             dq = add_weighted(dq, None, b_ds, qy, part, HEAD_DIM, BLOCK_D, PARTS, PRECISION)
+    if mask_x is not None:
+        dq, dv = of_seen(dq, b_open_x | b_live_x), of_seen(dv, b_open_x)
     if grad_query is not None:
         p_dq = row_of(grad_query, grad_query_strides, b, head, start_x)
         store_rows(p_dq, b_i, grad_query_strides.row, b_in_x, dq, scale, part, False, HEAD_DIM, BLOCK_D, PARTS, WIDE)

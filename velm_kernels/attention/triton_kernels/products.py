@@ -175,6 +175,15 @@ def add_seen(
 
 
 @triton.jit
+def of_seen(pieces, b_seen):
+    """`pieces`, but zeros in rows that are not `b_seen`: what they do not see, multiplied with 0, may have been NaN."""
+    kept = ()
+    for i in tl.static_range(len(pieces)):
+        kept += (tl.where(b_seen[:, None], pieces[i], 0.0),)
+    return kept
+
+
+@triton.jit
 def store_pieces(
     p_x,
     b_offset,

@@ -57,18 +57,21 @@ def factorized_pool_gradient(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of a and b, finite where those of the formula above are not: the gradient of a sum is 0 where the
-    sum is 0 under the root or its row under the norm, and no more than the largest number elsewhere."""
+    sum is 0 under the root or its row under the norm, and no more than the largest number elsewhere. What comes in
+    infinite stays so."""
     z, keep = factorized_sums(a, b, factor, layout, dropout_p, seed)
     root = z.sign() * z.abs().sqrt() if power_norm else z
+    largest = torch.where(grad.isfinite(), torch.finfo(grad.dtype).max, torch.inf)
     if l2_norm:
         norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
         u = root / norm.clamp_min(EPS)
         # In these orders a norm of NaN stays.
-        projected = torch.where(norm <= EPS, 0.0, u * (u * grad).sum(-1, keepdim=True))
+        along = (u * grad).sum(-1, keepdim=True)
+        projected = torch.where(norm <= EPS, 0.0, u * along)
+        largest = torch.where(along.isfinite(), largest, torch.inf)
         grad = torch.where(norm == 0, 0.0, (grad - projected) / norm.clamp_min(EPS))
     if power_norm:
         grad = torch.where(z == 0, 0.0, grad / (2 * root.abs()))
-    largest = torch.finfo(grad.dtype).max
     grad = grad.clamp(-largest, largest)
     if layout == "inner":
         grad = grad.repeat_interleave(factor, -1)

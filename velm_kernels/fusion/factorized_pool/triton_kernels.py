@@ -7,6 +7,8 @@ import triton.language as tl
 
 from velm_kernels.triton.kernels import round_to, to_int64
 
+LARGEST = tl.constexpr(float.fromhex("0x1.fffffep127"))
+
 
 @triton.jit
 def _products(p_a, p_b, seed, drop_below, keep_scale, b_row, b_c, b_ok):
@@ -143,6 +145,7 @@ def factorized_pool_backward_kernel(
     b_row = tl.where(b_in, b_row, 0)
     p_a = _rows(a, a_batch_stride, a_region_stride, regions, b_row)
     p_b = _rows(b, b_batch_stride, b_region_stride, regions, b_row)
+    b_norm = tl.full((BLOCK_M, 1), 1.0, tl.float32)
     b_scale = tl.full((BLOCK_M, 1), 1.0, tl.float32)
     b_along = tl.zeros((BLOCK_M, 1), tl.float32)
     if L2:
@@ -156,19 +159,23 @@ def factorized_pool_backward_kernel(
             b_sum += tl.abs(b_z) if POWER else b_z * b_z
             b_dot += _root(b_z, POWER) * b_g
         b_norm = tl.sqrt_rn(tl.sum(b_sum, 1)[:, None])
-        b_scale = tl.where(b_norm == 0.0, 0.0, 1.0 / tl.where(b_norm < 1e-12, 1e-12, b_norm))
+        b_scale = 1.0 / tl.where(b_norm < 1e-12, 1e-12, b_norm)
         b_along = tl.where(b_norm <= 1e-12, 0.0, tl.sum(b_dot, 1)[:, None] * b_scale * b_scale)
     for start in tl.range(0, dim, BLOCK_N):
         b_o = start + tl.arange(0, BLOCK_N)[None, :]
         b_ok = b_in & (b_o < dim)
         b_z = _sums(p_a, p_b, seed, drop_below, keep_scale, b_row, b_o, b_ok, dim, factor, INNER)
         b_root = _root(b_z, POWER)
-        b_g = tl.load(grad + b_row * dim + b_o, mask=b_ok, other=0.0).to(tl.float32)
-        b_g = (b_g - b_root * b_along) * b_scale
+        b_given = tl.load(grad + b_row * dim + b_o, mask=b_ok, other=0.0).to(tl.float32)
+        b_g = b_given
+        if L2:
+            # Nothing is read of a row of zeros.
+            b_g = tl.where(b_norm == 0.0, 0.0, (b_given - b_root * b_along) * b_scale)
         if POWER:
             b_g = tl.where(b_z == 0.0, 0.0, b_g / tl.where(b_z == 0.0, 1.0, 2.0 * tl.abs(b_root)))
-        # NaN compares false and stays.
-        b_g = tl.where(b_g > 3.4028234e38, 3.4028234e38, tl.where(b_g < -3.4028234e38, -3.4028234e38, b_g))
+        # What comes in infinite stays so, and NaN, which compares false.
+        b_limit = tl.where((tl.abs(b_given) < float("inf")) & (tl.abs(b_along) < float("inf")), LARGEST, float("inf"))
+        b_g = tl.where(b_g > b_limit, b_limit, tl.where(b_g < -b_limit, -b_limit, b_g))
         for f in tl.range(0, factor):
             if INNER:
                 b_c = b_o * factor + f

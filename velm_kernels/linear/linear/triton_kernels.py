@@ -34,10 +34,8 @@ def _activate(b_z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _slope(b_saved, ACTIVATION: tl.constexpr, FROM_VALUE: tl.constexpr):
-    """Derivative of the activation, from its value or else from z."""
-    if ACTIVATION == "relu":
-        return tl.where(b_saved <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == "tanh":
+    """Derivative of the activation, but relu's, from its value or else from z."""
+    if ACTIVATION == "tanh":
         b_tanh = b_saved if FROM_VALUE else tanh(b_saved)
         return 1.0 - b_tanh * b_tanh
     elif ACTIVATION == "gelu":
@@ -113,7 +111,11 @@ def linear_grad_kernel(
         b_at = to_int64(b_i)[:, None] * features + b_j[None, :]
         if saved is not None:
             b_saved = tl.load(saved + b_at, mask=b_ok, other=0.0).to(tl.float32)
-            b_g = b_g * _slope(b_saved, ACTIVATION, FROM_VALUE)
+            if ACTIVATION == "relu":
+                # Selected: 0 times infinity is NaN.
+                b_g = tl.where(b_saved <= 0.0, 0.0, b_g)
+            else:
+                b_g = b_g * _slope(b_saved, ACTIVATION, FROM_VALUE)
         if grad_z is not None:
             tl.store(grad_z + b_at, round_to(b_g, grad_z.dtype.element_ty), mask=b_ok)
         b_sum += b_g

@@ -9,6 +9,7 @@ from velm_kernels.attention.triton_kernels.products import (
     add_seen,
     add_weighted,
     has_nan,
+    of_seen,
     product_of_rows,
     report_nan,
     row_of,
@@ -252,6 +253,8 @@ def grad_key_value_kernel(
                 WIDE,
                 PRECISION,
             )
+    if (masks.lengths is not None) or (masks.key_mask is not None):
+        dk, dv = of_seen(dk, b_ok), of_seen(dv, b_ok)
     if (flags is not None) and not GUARDED:
         if WANTS_KEY and WANTS_VALUE:
             report_nan(flags, dk + dv, BLOCK_N)
