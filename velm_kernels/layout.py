@@ -72,6 +72,13 @@ def as_regions(
 
 def empty_heads_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised ``(batch, heads, rows, dim)`` whose memory is ``(batch, rows, heads, dim)``: what a module turns
-    into ``(batch, rows, heads * dim)`` without a copy."""
+    into ``(batch, rows, heads * dim)`` without a copy. Packed sequences, ``(tokens, heads, dim)``, are so anyway."""
+    if len(shape) == 3:
+        return like.new_empty(tuple(shape))
     batch, heads, rows, dim = shape
     return like.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+
+
+def empty_like_heads(like: Tensor, dim: int) -> Tensor:
+    """:func:`empty_heads_last` with the shape of ``like`` but for its last dimension."""
+    return empty_heads_last(like, (*like.shape[:-1], dim))

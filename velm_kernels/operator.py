@@ -39,7 +39,7 @@ from torch import Tensor
 from velm_kernels import backends
 from velm_kernels.backends import Arguments, direct, flops, library
 from velm_kernels.backends.derivatives import flat
-from velm_kernels.backends.kernels import Reasons, compositions, kernels, register
+from velm_kernels.backends.kernels import Reasons, compositions, givers, kernels, register
 from velm_kernels.backends.recording import Declared, Kept, Recording
 from velm_kernels.backends.schemas import Parameter, filled_by_kernel, parameters
 
@@ -69,6 +69,7 @@ class Operator:
         saves_only_if: arguments and results that are saved only where this says so of the arguments of forward by name;
             it is asked where a gradient needs them.
         remembers: what backward wants to know beside what is saved: ``{"SymInt tokens": lambda a: a.x.shape[1]}``.
+        forward_only: settings that backward does not want to know.
         gradients: ``(values, wanted)`` -> a gradient for each differentiable argument, None where it is not wanted, in
             whatever dtype and memory; ``values`` are those of backward by name, floating point in float32 or wider.
             For a list, ``wanted`` has a list too, and so has what is returned. Without it, autograd of ``reference`` at
@@ -88,6 +89,9 @@ class Operator:
             name.
         torch: the module with the functions ``<name>_forward`` and ``<name>_backward`` by torch's own operators, which
             fill what they are given too. Where it comes first, :mod:`velm_kernels.backends.order` says.
+        torch_gives: in its place where torch's operators give results that would have to be copied: the module with the
+            functions ``<name>_forward(values)`` and ``<name>_backward(values, wanted)``, which take values by name and
+            give results and gradients in the memory of ``shapes`` and ``gradient_shapes``.
         composed: the module with the functions ``<name>_forward`` and ``<name>_backward`` made of other operators: they
             are given the backend to call these with, then the values, backward at last what is wanted, and give
             results and gradients as ``reference`` and ``gradients`` do. ``reasons`` say for which backends.
@@ -114,6 +118,7 @@ class Operator:
         saves: Mapping[str, tuple[str, ...]] | tuple[str, ...] = (),
         saves_only_if: Mapping[str, Callable[[Any], bool]] | None = None,
         remembers: Mapping[str, Callable[[Any], Any]] | None = None,
+        forward_only: tuple[str, ...] = (),
         gradients: Callable[[Any, Sequence[Any]], Sequence[Any]] | None = None,
         backward: Callable[[Any, Sequence[Any], str], Sequence[Any]] | None = None,
         gradients_again: Callable[[Any, Sequence[Any]], Any] | None = None,
@@ -123,6 +128,7 @@ class Operator:
         cpu: bool | str = True,
         cuda: bool | str = True,
         torch: str = "",
+        torch_gives: str = "",
         composed: str = "",
         torch_alone: bool = False,
         reasons: Mapping[str, Reasons] | None = None,
@@ -140,6 +146,7 @@ class Operator:
         self.differentiable, self._passed_on = differentiable, passed_on
         self._shapes, self._reference = shapes, reference
         self._without_gradient, self._only_again, self._may_lack = without_gradient, only_again, may_lack
+        self._forward_only = forward_only
         self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
         self._gradients_again = gradients_again
@@ -147,7 +154,7 @@ class Operator:
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
         alone = torch_alone or bool(composed)
         given = {"triton": triton, "cpu": False if alone else cpu, "cuda": False if alone else cuda}
-        given |= {"torch": torch, "torch_alone": torch_alone, "composed": composed}
+        given |= {"torch": torch, "torch_gives": torch_gives, "torch_alone": torch_alone, "composed": composed}
         self._declare_forward(given, reasons or {}, check, flops)
         if differentiable:
             self._know_backward()
@@ -188,6 +195,15 @@ class Operator:
         choose = None if operator_for is None else lambda arguments: operator_for(arguments).forward
         backends.register_public(name, self.forward, canonical, plain, choose)
 
+    def named(self, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """The arguments of forward by name, and what stands behind them: what a kernel is to fill."""
+        return self._by_name(args[: len(self.names)]), args[len(self.names) :]
+
+    def named_backward(self, args: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
+        """The values of backward by name, and what stands behind them: what a kernel is to fill, or what is wanted."""
+        count = len(self._backward_names)
+        return self._backward_by_name(args[:count]), args[count:]
+
     def empty(self, a: Any) -> tuple[Tensor | None, ...]:
         """Uninitialised results for arguments by name."""
         made = self._shapes(a)
@@ -227,6 +243,8 @@ class Operator:
         )
         for backend, kernel in kernels(self.forward, given):
             register(self.forward, backend, self._filling(kernel), reasons.get(backend), given)
+        for backend, giver in givers(self.forward, given):
+            register(self.forward, backend, functools.partial(self._giving, giver), reasons.get(backend), given)
         for backend, composed in compositions(self.forward, given):
             run = functools.partial(self._by_composition, composed)
             backends.register(self.forward, backend, run, reasons.get(backend))
@@ -250,6 +268,9 @@ class Operator:
 
     def _by_composition(self, composed: Callable[[], Callable[..., Any]], *values: Any) -> Any:
         return _one_or_more(_tuple(composed()(*values)))
+
+    def _giving(self, giver: Callable[[], Callable[..., Any]], *values: Any) -> Any:
+        return _one_or_more(_tuple(giver()(self._by_name(values))))
 
     def _fill_by_reference(self, *values: Any) -> None:
         given, made = values[: len(self.names)], values[len(self.names) :]
@@ -299,7 +320,11 @@ class Operator:
             Parameter("Tensor?" if self.results[i] in self._saves_only_if else "Tensor", self.results[i])
             for i, _ in self._kept_results
         ]
-        self._settings = [i for i, parameter in enumerate(self.parameters) if not parameter.is_tensor]
+        self._settings = [
+            i
+            for i, parameter in enumerate(self.parameters)
+            if not parameter.is_tensor and parameter.name not in self._forward_only
+        ]
         settings = [*self._remembers, *(self.parameters[i] for i in self._settings)]
         self._backward_parameters = [*grads, *saved, *settings]
         self._backward_names = [parameter.name for parameter in self._backward_parameters]
@@ -319,6 +344,7 @@ class Operator:
         return Declared(
             names=self.names,
             results=self.results,
+            tensors=[i for i, parameter in enumerate(self.parameters) if parameter.is_tensor],
             kept=kept,
             settings=self._settings,
             remembers=list(self._remembers.values()),
@@ -358,6 +384,9 @@ class Operator:
         )
         for backend, kernel in kernels(self.backward, given):
             register(self.backward, backend, self._filling_gradients(kernel), reasons.get(backend), given)
+        for backend, giver in givers(self.backward, given):
+            giving = functools.partial(self._giving_gradients, giver)
+            register(self.backward, backend, giving, reasons.get(backend), given)
         for backend, composed in compositions(self.backward, given):
             run = functools.partial(self._gradients_by_composition, composed)
             backends.register(self.backward, backend, run, reasons.get(backend))
@@ -409,17 +438,24 @@ class Operator:
         values, wanted = self._values_and_wanted(args)
         return _one_or_more(_tuple(composed()(*values, wanted)))
 
+    def _giving_gradients(self, giver: Callable[[], Callable[..., Any]], *args: Any) -> Any:
+        values, wanted = self._values_and_wanted(args)
+        return _one_or_more(_tuple(giver()(self._backward_by_name(values), wanted)))
+
     def _fill_gradients_by_reference(self, *values: Any) -> None:
         count = len(self._backward_names)
         a, made = self._backward_by_name(_widened(values[:count])), values[count:]
         wanted = [[one is not None for one in to] if isinstance(to, list) else to is not None for to in made]
-        found = self._gradients(a, wanted) if self._gradients is not None else self._differentiated(a, wanted)
+        found = self._gradients(a, wanted) if self._gradients is not None else self.differentiated(a, wanted)
         for to, value in zip(flat(made), flat(found), strict=True):
             if to is not None:
                 to.copy_(value)
 
-    def _differentiated(self, a: Any, wanted: Sequence[Any]) -> Sequence[Any]:
-        """The gradients of the reference, by torch."""
+    def differentiated(
+        self, a: Any, wanted: Sequence[Any], reference: Callable[..., Any] | None = None
+    ) -> Sequence[Any]:
+        """The gradients of the reference, or of what stands in for it, by torch."""
+        reference = self._reference if reference is None else reference
         leaves: list[Tensor] = []
 
         def leaf(want: bool, name: str, *place: int) -> Any:
@@ -437,7 +473,7 @@ class Operator:
                 name: [leaf(one, name, i) for i, one in enumerate(want)] if isinstance(want, list) else leaf(want, name)
                 for name, want in zip(self.differentiable, wanted, strict=True)
             }
-            found = _tuple(self._reference(*(given.get(name, getattr(a, name, None)) for name in self.names)))
+            found = _tuple(reference(*(given.get(name, getattr(a, name, None)) for name in self.names)))
             by_result = dict(zip(self.results, found, strict=True))
             pairs = [
                 (by_result[result], getattr(a, name))

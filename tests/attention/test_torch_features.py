@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import velm_kernels
 from tests.attention.cases import Case
 from tests.conftest import Backend, every_backend_once
-from velm_kernels.attention.cross_attention import _canonical, _canonical_varlen
+from velm_kernels.attention.cross_attention import canonical
+from velm_kernels.attention.cross_attention_varlen import canonical as canonical_varlen
 
 FULL = Case(
     group=2, bias_shape=(False, True, True, True), masks=frozenset({"key_lengths", "key_ranges"}), norms=(True, True),
@@ -30,9 +31,9 @@ def leaves(case: Case) -> dict[str, torch.Tensor]:
 def test_opcheck(backend: Backend) -> None:
     dtype = torch.bfloat16
     case = Case(**{**FULL.__dict__, "dtype": dtype})
-    arguments = _canonical(**leaves(case), **case.masking(), **case.settings(), seed=3, return_key_mass=True)
-    plain = _canonical(**leaves(Case(dtype=dtype)))
-    packed = _canonical_varlen(
+    arguments = canonical(**leaves(case), **case.masking(), **case.settings(), seed=3, return_key_mass=True)
+    plain = canonical(**leaves(Case(dtype=dtype)))
+    packed = canonical_varlen(
         *(torch.randn(5, 2, 8, requires_grad=True) for _ in range(3)), torch.tensor([0, 2, 5]), torch.tensor([0, 5, 5])
     )
     with backend.use():

@@ -138,7 +138,7 @@ def test_backward_asks_for_itself(gpu) -> None:
         query = on_gpu(2, 8, 40, 64)
         arguments = velm_kernels.backends._public_functions["cross_attention"].canonical(query, query, query)
         logsumexp = on_gpu(2, 8, 40, dtype=torch.float32)
-        arguments |= {"grad_out": query, "out": query, "logsumexp": logsumexp, "grad_mask": 7}
+        arguments |= {"grad_out": query, "out": query, "logsumexp": logsumexp, "wanted": 7}
         for grad_logsumexp, expected in ((None, "torch"), (logsumexp, "triton")):
             arguments["grad_logsumexp"] = grad_logsumexp
             assert backends.select("attention_backward", arguments).backend == expected

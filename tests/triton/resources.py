@@ -36,7 +36,7 @@ from tests.triton import versions
 from tests.triton.compiling import SHARED_LIMIT, Resources, resources
 from velm_kernels.attention.bidirectional_attention import triton as triton_bidirectional
 from velm_kernels.attention.cross_attention import triton as triton_attention
-from velm_kernels.attention.cross_attention.op import SCALAR_NAMES, TENSOR_NAMES
+from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.gated_residual import triton as triton_gated_residual
 from velm_kernels.attention.merge_attention import triton as triton_merge_attention
 from velm_kernels.backends import triton as backend
@@ -163,11 +163,11 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> dict[str, Any]:
     """A call of attention_forward that needs everything a level has."""
     queries = queries or QUERIES
-    given: dict[str, Any] = dict.fromkeys(TENSOR_NAMES)
+    given: dict[str, Any] = dict.fromkeys(OPERATOR.names)
     for name, length in (("query", queries), ("key", TOKENS), ("value", TOKENS)):
         given[name] = _empty(BATCH, HEADS, length, dim, dtype=dtype)
     given |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "scale": dim**-0.5, "norm_eps": 1e-6}
-    given |= {"is_causal": True, "softcap": 0.0, "dropout_p": 0.0}
+    given |= {"is_causal": True, "softcap": 0.0, "dropout_p": 0.0, "return_key_mass": False}
     given["key_lengths"] = _empty(BATCH)
     given["key_mask"] = _empty(BATCH, TOKENS, dtype=torch.bool)
     if level == "loaded":
@@ -178,20 +178,30 @@ def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> di
     return given
 
 
+def _run(given: dict[str, Any], *wanted: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention forward, and backward for those gradients that are wanted; -> output and logsumexp."""
+    a, _ = OPERATOR.named(list(given.values()))
+    out, logsumexp, key_mass = OPERATOR.empty(a)
+    triton_attention.attention_forward(*given.values(), out, logsumexp, key_mass)
+    if wanted:
+        given = given | {"grad_out": out, "grad_logsumexp": logsumexp, "out": out, "logsumexp": logsumexp}
+        *names, _, _ = (argument.name for argument in torch.ops.velm.attention_backward.default._schema.arguments)
+        values = [given[name] for name in names]
+        b, _ = OPERATOR.named_backward(values)
+        grads = OPERATOR.empty_gradients(b, [name in wanted for name in OPERATOR.differentiable])
+        triton_attention.attention_backward(*values, *grads)
+    return out, logsumexp
+
+
 def attention(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, Launch]:
-    given = _arguments(level, dtype, dim)
-    tensors = [given[name] for name in TENSOR_NAMES]
-    scalars = [given[name] for name in SCALAR_NAMES]
+    given = _arguments(level, dtype, dim) | {"return_key_mass": True}
     with pretend(arch) as launches:
-        out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, True)
-        wanted = 7 if given["bias"] is None else 15
-        triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, wanted)
+        out, logsumexp = _run(given, *(name for name in ("query", "key", "value", "bias") if given[name] is not None))
         x = given["query"]
         mask, seed = given["key_mask"], given["seed"]
         both = (out, out, None, None, x, x, x, x, mask, mask, seed, out, out, logsumexp, logsumexp)
         triton_bidirectional.bidirectional_attention_backward(*both, given["scale"], given["dropout_p"], x, x, x, x)
-        few = _arguments(level, dtype, dim, queries=1)
-        triton_attention.attention_forward(*[few[name] for name in (*TENSOR_NAMES, *SCALAR_NAMES)], False)
+        _run(_arguments(level, dtype, dim, queries=1))
     return {launch.kind: launch for launch in launches}
 
 
@@ -202,16 +212,10 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
     mask, seed = _empty(rows, dtype=torch.bool), _empty(dtype=torch.int64)
     given = _arguments("loaded", dtype, WIDEST, queries=1)
     given |= {"query_norm_weight": _empty(WIDEST, dtype=dtype), "key_norm_weight": _empty(WIDEST, dtype=dtype)}
-    tensors = [given[name] for name in TENSOR_NAMES]
-    scalars = [given[name] for name in SCALAR_NAMES]
-    many = _arguments("plain", dtype, WIDEST)
-    many_tensors = [many[name] for name in TENSOR_NAMES]
     with pretend(arch) as launches:
         # With many queries for the delta of the result, with few for that of the products.
-        out, logsumexp, _ = triton_attention.attention_forward(*many_tensors, *scalars, False)
-        triton_attention.attention_backward(out, logsumexp, *many_tensors, out, logsumexp, *scalars, 1)
-        out, logsumexp, _ = triton_attention.attention_forward(*tensors, *scalars, False)
-        triton_attention.attention_backward(out, logsumexp, *tensors, out, logsumexp, *scalars, 63)
+        _run(_arguments("plain", dtype, WIDEST), "query")
+        out, logsumexp = _run(given, *OPERATOR.differentiable)
         outs, logsumexps = [out] * shards, [logsumexp] * shards
         triton_merge_attention.merge_attention_forward(outs, logsumexps, out, logsumexp)
         triton_merge_attention.merge_attention_backward(

@@ -1,7 +1,8 @@
 """Cross-modal attention: operators and modules."""
 
 from velm_kernels.attention.bidirectional_attention import bidirectional_attention
-from velm_kernels.attention.cross_attention import cross_attention, cross_attention_varlen
+from velm_kernels.attention.cross_attention import cross_attention
+from velm_kernels.attention.cross_attention_varlen import cross_attention_varlen
 from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.merge_attention import merge_attention
 from velm_kernels.attention.modules import BidirectionalAttention, CoAttention, CrossAttention, GatedCrossAttention

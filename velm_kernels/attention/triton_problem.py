@@ -52,6 +52,11 @@ def aligned_empty(shape: torch.Size, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty((*shape[:-1], cdiv(shape[-1], step) * step))[..., : shape[-1]]
 
 
+def aligned_like(x: torch.Tensor) -> torch.Tensor:
+    """`x`, which is contiguous, where its rows begin so, else memory of this kind."""
+    return x if x.shape[-1] * x.element_size() % 16 == 0 else aligned_empty(x.shape, x)
+
+
 def aligned_rows(bias: torch.Tensor, keys: int) -> torch.Tensor:
     """`bias` with rows that kernels can copy 16 bytes at a time: itself, or a copy where its strides are others, such
     as those of 577 keys behind one another. Element by element, its loads would take more registers and instructions
@@ -235,24 +240,25 @@ class Problem:
         return {"VALUE_DIM": self.value_dim, "BLOCK_DV": dimension_class(self.value_dim)}
 
 
-def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Problem:
-    value = unit_last_stride(given["value"])
-    packed = given["cu_seqlens_q"] is not None
+def prepare(a: Any, query: torch.Tensor, key: torch.Tensor) -> Problem:
+    """From the arguments of the operator attention by name, with `query` and `key` as their norms leave them."""
+    value = unit_last_stride(a.value)
+    packed = a.cu_seqlens_q is not None
     heads, kv_heads = query.shape[1], key.shape[1]
     if packed:
-        batch = given["cu_seqlens_q"].shape[0] - 1
+        batch = a.cu_seqlens_q.shape[0] - 1
         total_q, total_k = query.shape[0], key.shape[0]
-        queries, keys = min(given["max_seqlen_q"], total_q), min(given["max_seqlen_k"], total_k)
+        queries, keys = min(a.max_seqlen_q, total_q), min(a.max_seqlen_k, total_k)
     else:
         batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
         total_q, total_k = queries, keys
-    drops = given["dropout_p"] > 0
-    bias = None if given["bias"] is None else aligned_rows(given["bias"], keys)
-    key_mask, mask = (None if given[name] is None else pack_bits(given[name]) for name in ("key_mask", "mask"))
+    drops = a.dropout_p > 0
+    bias = None if a.bias is None else aligned_rows(a.bias, keys)
+    key_mask, mask = (None if bits is None else pack_bits(bits) for bits in (a.key_mask, a.mask))
     masks = Masks(
-        lengths=given["key_lengths"],
-        range_start=given["range_start"],
-        range_stop=given["range_stop"],
+        lengths=a.key_lengths,
+        range_start=a.range_start,
+        range_stop=a.range_stop,
         key_mask=key_mask,
         key_words=None if key_mask is None else key_mask.stride(0),
         mask=mask,
@@ -260,16 +266,17 @@ def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Pr
         bias=bias,
         **_masks_strides("bias", ("batch", "head", "row"), bias),
     )
-    softcap, scale = given["softcap"], given["scale"]
+    softcap, scale = a.softcap, a.scale
     if softcap > 0:
         scaling = Scaling(product=scale / softcap, cap=softcap)
     else:
         scaling = Scaling(product=scale, cap=None)
-    present = [name for name in ("key_lengths", "range_start", "key_mask", "mask", "bias") if given[name] is not None]
+    hiding = ("key_lengths", "range_start", "key_mask", "mask", "bias")
+    present = [name for name in hiding if getattr(a, name) is not None]
     present += [
         name
         for name, there in (
-            ("causal", given["is_causal"]),
+            ("causal", a.is_causal),
             ("softcap", softcap > 0),
             ("dropout", drops),
             ("packed", packed),
@@ -281,17 +288,15 @@ def prepare(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor) -> Pr
         key=key,
         value=value,
         masks=masks,
-        dropout=dropout_of(given["seed"], given["dropout_p"]) if drops else None,
+        dropout=dropout_of(a.seed, a.dropout_p) if drops else None,
         scaling=scaling,
-        sizes=Sizes(
-            heads, heads // kv_heads if kv_heads else 1, total_q, total_k, given["cu_seqlens_q"], given["cu_seqlens_k"]
-        ),
+        sizes=Sizes(heads, heads // kv_heads if kv_heads else 1, total_q, total_k, a.cu_seqlens_q, a.cu_seqlens_k),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,
         queries=queries,
         keys=keys,
-        causal=given["is_causal"],
+        causal=a.is_causal,
         packed=packed,
         variant=",".join(present),
     )

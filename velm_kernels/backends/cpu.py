@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, kinds_depend_on, register, tensors_of
+from velm_kernels.backends import Arguments, kinds_depend_on, tensors_of
 from velm_kernels.backends.choice import Choice
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
@@ -206,19 +206,3 @@ def reasons(operator: str, arguments: Arguments) -> list[str]:
     """Why the kernel cannot take ``arguments``: library, devices, dtypes."""
     found = common_reasons(arguments)
     return found if found or has(operator) else [f"the library for {in_use()} has no {operator}"]
-
-
-def register_cpu(
-    operator: str,
-    call: Callable[..., Any] | None = None,
-    more_reasons: Callable[[Arguments], list[str]] | None = None,
-) -> None:
-    """Registers the C++ implementation of ``operator`` under backend ``cpu``.
-
-    ``call`` prepares the arguments where the kernel wants more than the operator promises.
-    """
-
-    def of_kind(arguments: Arguments) -> list[str]:
-        return reasons(operator, arguments)
-
-    register(operator, "cpu", call or (lambda *args: op(operator)(*args)), more_reasons, of_kind)

@@ -10,13 +10,13 @@ import ctypes
 import functools
 import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, failures, register
+from velm_kernels.backends import Arguments, failures
 from velm_kernels.backends.cpu import DTYPES, define_all, library_directory, open_library
 
 NAMESPACES = {"cuda": "velm_cuda", "device_on_host": "velm_device_on_host"}
@@ -198,24 +198,6 @@ def _call(backend: str, operator: str, *args: Any) -> Any:
         if failure is None:
             raise
         raise failure from error
-
-
-def register_cuda(
-    operator: str,
-    more_reasons: Callable[[Arguments], list[str]] | None = None,
-    prepare: Callable[[tuple[Any, ...]], Iterable[Any]] = lambda args: args,
-) -> None:
-    """Registers the kernels of ``operator``, called with what ``prepare`` makes of the arguments, under the backends
-    ``cuda`` and ``device_on_host``."""
-    for backend in NAMESPACES:
-
-        def call(*args: Any, _backend: str = backend) -> Any:
-            return _call(_backend, operator, *prepare(args))
-
-        def why(arguments: Arguments, _backend: str = backend) -> list[str]:
-            return reasons(_backend, operator, arguments)
-
-        register(operator, backend, call, more_reasons, why)
 
 
 def launches() -> list[dict[str, str | int]]:

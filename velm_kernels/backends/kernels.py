@@ -33,6 +33,12 @@ def kernels(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable
             yield backend, by_torch
 
 
+def givers(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Callable[..., Any]]]]:
+    """(backend, what gives its function), for every backend that gives results in place of filling them."""
+    if given["torch_gives"]:
+        yield "torch", functools.partial(_imported, f"velm_kernels.{given['torch_gives']}", name)
+
+
 def compositions(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[], Callable[..., Any]]]]:
     """(backend, what gives the function made of other operators that are called with it)."""
     if given["composed"]:
@@ -42,8 +48,12 @@ def compositions(name: str, given: Mapping[str, Any]) -> Iterator[tuple[str, Cal
                 yield backend, lambda b=backend: functools.partial(_imported(module, name), b)  # type: ignore[misc]
 
 
+# Asked for at every call.
+_module = functools.cache(importlib.import_module)
+
+
 def _imported(module: str, name: str) -> Callable[..., Any]:
-    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    found: Callable[..., Any] = getattr(_module(module), name)
     return found
 
 

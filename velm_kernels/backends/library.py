@@ -54,12 +54,12 @@ def declare(
     arguments: str,
     returns: str,
     *,
+    kernel: Sequence[object],
     fake: Callable[..., Any],
     check: Callable[[Arguments], None] | None = None,
-    kernel: Sequence[object] | None = None,
 ) -> None:
-    """Declares ``velm::name`` with ``arguments`` and a trailing ``str backend``, and its C++ counterparts without.
-    These return the same, or, where ``kernel`` lists their arguments, fill the last of them and return nothing.
+    """Declares ``velm::name`` with ``arguments`` and a trailing ``str backend``, and its C++ counterparts, which take
+    the arguments ``kernel``, fill the last of them and return nothing.
 
     What is the size of a tensor among the arguments is a ``SymInt``.
 
@@ -69,10 +69,7 @@ def declare(
     schema = f"{name}({arguments}, str backend) -> {returns}"
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     # Sizes among the arguments: known by name only to who compiles or exports, numbers by the time a library is called.
-    of_library = f"{name}({arguments}) -> {returns}"
-    if kernel is not None:
-        of_library = f"{name}({', '.join(map(str, kernel))}) -> ()"
-    of_library = of_library.replace("SymInt ", "int ")
+    of_library = f"{name}({', '.join(map(str, kernel))}) -> ()".replace("SymInt ", "int ")
     cpu.declare(of_library)
     cuda.declare(of_library)
     names = [argument.name for argument in torch._C.parse_schema(f"velm::{schema}").arguments][:-1]
@@ -92,15 +89,15 @@ def register_autograd(
     *,
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     meaning: Callable[..., Any],
+    leaves: Sequence[str],
     differentiable_backward: Callable[..., tuple[Any, ...]] | None = None,
-    leaves: Sequence[str] | None = None,
     given: Callable[[Any], list[Any]] | None = None,
 ) -> None:
     """Makes ``backward`` the derivative of ``velm::name``, and ``meaning`` what its other derivatives are those of.
 
     ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens, but
     that ``ctx.needs`` stands for ``ctx.needs_input_grad``: a flag for each argument, of a list for each of its tensors.
-    ``leaves`` are the arguments that may have a gradient, by default all of them. Torch's own, in a call that records
+    ``leaves`` are the arguments that may have a gradient. Torch's own, in a call that records
     gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of attention
     that takes ten times as long as all the rest, and these operators have none. ``given`` makes the arguments of
     ``meaning`` from ``ctx`` where every tensor among them is saved; without it they are noted in every call.
@@ -115,8 +112,6 @@ def register_autograd(
     """
     operator: torch._ops.OpOverload = getattr(torch.ops.velm, name).default
     names = [argument.name for argument in operator._schema.arguments][:-1]
-    if leaves is None:
-        leaves = names
     # In the order of the schema.
     places = [place for place, of in enumerate(names) if of in leaves]
     has_lists = any(isinstance(argument.type, torch.ListType) for argument in operator._schema.arguments)

@@ -38,8 +38,9 @@ class Declared(NamedTuple):
     Attributes:
         names: of the arguments.
         results: names of the results.
+        tensors: places of the arguments that are tensors or lists of them.
         kept: arguments and results that backward reads, in its order.
-        settings: places of the arguments that are no tensors, which backward is called with.
+        settings: places of those that are no tensors and that backward is called with.
         remembers: from the arguments by name, what backward is called with before the settings.
         differentiable, passed_on, only_again, may_be_absent, without_gradient, may_lack: as of ``Operator``.
         lists: names of arguments that are lists of tensors.
@@ -54,6 +55,7 @@ class Declared(NamedTuple):
 
     names: Sequence[str]
     results: Sequence[str]
+    tensors: Sequence[int]
     kept: Sequence[Kept]
     settings: Sequence[int]
     remembers: Sequence[Callable[[Any], Any]]
@@ -145,7 +147,7 @@ class Recording:
             conditions=conditions,
             wanted=[*([bits] if len(of.differentiable) > 1 else []), *lists],
             any=bits != 0,
-            absent=[place for place in range(len(of.names)) if place not in of.settings and place not in places],
+            absent=[place for place in of.tensors if place not in places],
             passed_on=[of.names.index(name) for name in of.passed_on if needed[name]],
             gradients=[
                 (place, of.names.index(name), wanted[name] if name in of.lists else None)

@@ -128,7 +128,7 @@ def _attention_backward(given: dict[str, Any]) -> list[Way]:
     for dim in _attention_dims(given):
         inputs = _attention_inputs(given, dim)
         results = [
-            (inputs.get(name, "sum") if given["grad_mask"] & 1 << bit else None) for bit, name in enumerate(_GRADIENTS)
+            (inputs.get(name, "sum") if given["wanted"] & 1 << bit else None) for bit, name in enumerate(_GRADIENTS)
         ]
         ways.append((results, inputs | dict.fromkeys(("grad_out", "grad_logsumexp", "out", "logsumexp"), dim)))
     return ways

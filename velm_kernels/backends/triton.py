@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.backends import Arguments, devices, failures, register, tensors_of
+from velm_kernels.backends import Arguments, devices, failures, tensors_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Oldest architecture that the kernels are compiled for.
@@ -105,16 +105,6 @@ def common_reasons(arguments: Arguments) -> list[str]:
 def _first_tensor(arguments: Arguments) -> torch.Tensor:
     first = next(iter(arguments.values()))
     return first if isinstance(first, torch.Tensor) else tensors_of(arguments)[0][1]
-
-
-def register_triton(operator: str, module: str, more_reasons: Callable[[Arguments], list[str]] | None = None) -> None:
-    """Makes the function `operator` of `velm_kernels.<module>` the Triton implementation of the operator of that name.
-    The module, and triton with it, is imported at the first call."""
-
-    def call(*args: Any) -> Any:
-        return imported(f"velm_kernels.{module}", operator)(*args)
-
-    register(operator, "triton", call, more_reasons, common_reasons)
 
 
 def imported(module: str, function: str) -> Callable[..., Any]:

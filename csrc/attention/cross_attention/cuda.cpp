@@ -1,8 +1,5 @@
 // The attention operators on CUDA kernels.
 
-#include <algorithm>
-#include <tuple>
-
 #include "attention/cross_attention/cuda_norm.h"
 #include "attention/cuda_backward.h"
 #include "attention/cuda_tensors.h"
@@ -88,12 +85,12 @@ void set_problem(Attention& p, const Arguments& a, const Tensor& query, const Te
   p.is_causal = a.is_causal;
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
-    Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop,
-    MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_norm_weight,
-    MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k,
-    int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
-    double dropout_p, bool return_key_mass) {
+void attention_forward_op(Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start,
+                          MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
+                          MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
+                          MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, int64_t max_seqlen_q,
+                          int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
+                          double dropout_p, bool, Tensor out, Tensor logsumexp, MaybeTensor key_mass) {
   const Current current(query);
   const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
                     key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
@@ -101,24 +98,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_forward_op(
                     softcap,      norm_eps,     dropout_p};
   const Tensor query_normed = normed(query, query_norm_weight, norm_eps, current.stream());
   const Tensor key_normed = normed(key, key_norm_weight, norm_eps, current.stream());
-  Tensor out = empty_heads_last(query, value.size(value.dim() - 1));
-  Tensor logsumexp = empty_of_rows(query, query.size(1));
   AttentionForward p{};
   set_problem(p, a, query_normed, key_normed);
   p.out = rows_of(out);
   p.logsumexp = span_of(logsumexp);
   MaybeTensor shift;
-  if (return_key_mass) shift = empty_of_rows(query, query.size(1));
+  if (key_mass) shift = empty_of_rows(query, query.size(1));
   p.shift = span_of(shift);
   run_forward(p, query, current.stream());
-  if (!return_key_mass) return {out, logsumexp, new_empty(query, {0}, ScalarType::Float)};
-  Tensor key_mass = empty_of_rows(key, query.size(1));
-  attention_key_mass(p, p.logsumexp, p.shift, span_of(key_mass), current.stream());
-  return {out, logsumexp, key_mass};
+  if (key_mass) attention_key_mass(p, p.logsumexp, p.shift, span_of(*key_mass), current.stream());
 }
-
-// Bits of grad_mask.
-enum Wanted : int64_t { kQuery = 1, kKey = 2, kValue = 4, kBias = 8, kQueryNorm = 16, kKeyNorm = 32 };
 
 // Floats shaped and laid out like the gradient of x.
 Tensor wide_heads_last(const Tensor& x) {
@@ -127,9 +116,9 @@ Tensor wide_heads_last(const Tensor& x) {
   return torch::stable::transpose(new_empty(x, {x.size(0), x.size(2), x.size(1), dim}, ScalarType::Float), 1, 2);
 }
 
-// From the gradient of a norm's result to those of its argument and weight, of which either may be empty.
-void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, const Tensor& grad_x,
-                   const Tensor& grad_weight, double eps, Stream stream) {
+// From the gradient of a norm's result to those of its argument and weight that are wanted.
+void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, const MaybeTensor& grad_x,
+                   const MaybeTensor& grad_weight, double eps, Stream stream) {
   const bool packed = x.dim() == 3;
   RmsNormBackward p{};
   p.dtype = dtype_of(x);
@@ -141,7 +130,7 @@ void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, 
   p.x = rows_of(x);
   p.weight = span_of(weight);
   p.grad_y = rows_of(grad_y);
-  if (grad_x.dim() == x.dim()) p.grad_x = rows_of(grad_x);
+  if (grad_x) p.grad_x = rows_of(*grad_x);
   p.grad_weight = span_of(grad_weight);
   std::optional<Tensor> partials;
   if (p.grad_weight) {
@@ -151,12 +140,14 @@ void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, 
   rms_norm_backward(p, stream);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op(
-    Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths,
-    MaybeTensor range_start, MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
-    MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
-    MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal,
-    double scale, double softcap, double norm_eps, double dropout_p, int64_t grad_mask) {
+void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value,
+                           MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop,
+                           MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_norm_weight,
+                           MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
+                           MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t max_seqlen_q,
+                           int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
+                           double dropout_p, MaybeTensor grad_query, MaybeTensor grad_key, MaybeTensor grad_value,
+                           MaybeTensor grad_bias, MaybeTensor grad_query_norm, MaybeTensor grad_key_norm) {
   const Current current(query);
   const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
                     key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,
@@ -164,18 +155,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
                     softcap,      norm_eps,     dropout_p};
   const Tensor query_normed = normed(query, query_norm_weight, norm_eps, current.stream());
   const Tensor key_normed = normed(key, key_norm_weight, norm_eps, current.stream());
-  const auto wants = [&](int64_t bits) { return (grad_mask & bits) != 0; };
-  const auto gradient = [&](int64_t bit, const Tensor& x) {
-    return wants(bit) ? empty_heads_last(x, x.size(x.dim() - 1)) : nothing(x);
-  };
-  Tensor grad_query = gradient(kQuery, query), grad_key = gradient(kKey, key), grad_value = gradient(kValue, value);
-  Tensor grad_bias = wants(kBias) ? torch::stable::new_zeros(*bias, bias->sizes()) : nothing(query);
-  const auto of_weight = [&](int64_t bit, const MaybeTensor& weight) {
-    return wants(bit) ? new_empty(*weight, {weight->size(0)}) : nothing(query);
-  };
-  Tensor grad_query_norm = of_weight(kQueryNorm, query_norm_weight);
-  Tensor grad_key_norm = of_weight(kKeyNorm, key_norm_weight);
-
   AttentionBackward p{};
   set_problem(p, a, query_normed, key_normed);
   Tensor delta = empty_of_rows(query, query.size(1)), shift = empty_of_rows(query, query.size(1));
@@ -191,15 +170,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
   }
   // Through a norm, gradients stay in float32 until they are past it.
   MaybeTensor wide_query, wide_key;
-  if (query_norm_weight && wants(kQuery | kQueryNorm)) wide_query = wide_heads_last(query);
-  if (key_norm_weight && wants(kKey | kKeyNorm)) wide_key = wide_heads_last(key);
-  if (wide_query || wants(kQuery)) p.grad_query = rows_of(wide_query ? *wide_query : grad_query);
-  if (wide_key || wants(kKey)) p.grad_key = rows_of(wide_key ? *wide_key : grad_key);
+  if (query_norm_weight && (grad_query || grad_query_norm)) wide_query = wide_heads_last(query);
+  if (key_norm_weight && (grad_key || grad_key_norm)) wide_key = wide_heads_last(key);
+  const auto rows = [&](const MaybeTensor& t) { return t ? rows_of(*t) : RowSpan{}; };
+  p.grad_query = rows(wide_query ? wide_query : grad_query);
+  p.grad_key = rows(wide_key ? wide_key : grad_key);
   p.wide_grad_query = wide_query.has_value();
   p.wide_grad_key = wide_key.has_value();
-  if (wants(kValue)) p.grad_value = rows_of(grad_value);
+  p.grad_value = rows(grad_value);
   attention_delta(p, current.stream());
-  if (wants(kBias)) {
+  if (grad_bias) {
+    // Tiles that nobody sees are not visited.
+    torch::stable::zero_(*grad_bias);
     p.grad_bias = matrix_of(grad_bias);
     for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);
     const bool is_whole =
@@ -216,7 +198,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> attention_backward_op
   if (wide_query)
     norm_backward(query, *query_norm_weight, *wide_query, grad_query, grad_query_norm, norm_eps, current.stream());
   if (wide_key) norm_backward(key, *key_norm_weight, *wide_key, grad_key, grad_key_norm, norm_eps, current.stream());
-  return {grad_query, grad_key, grad_value, grad_bias, grad_query_norm, grad_key_norm};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from velm_kernels.attention.bidirectional_attention.triton_kernels import grad_side_kernel
-from velm_kernels.attention.cross_attention.op import SCALAR_NAMES, TENSOR_NAMES
+from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.cross_attention.triton import delta_of, forward
 from velm_kernels.attention.triton_problem import (
     NARROW_STRIDE,
@@ -40,9 +40,9 @@ def _direction(
     number: int,
 ) -> Problem:
     """One direction as ordinary attention with a key mask."""
-    given: dict[str, Any] = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES))
-    given.update(value=value, key_mask=mask, seed=seed, is_causal=False, scale=scale, softcap=0.0, dropout_p=dropout_p)
-    p = prepare(given, query, key)
+    nothing, _ = OPERATOR.named([None] * len(OPERATOR.names))
+    settings = {"is_causal": False, "scale": scale, "softcap": 0.0, "dropout_p": dropout_p}
+    p = prepare(nothing._replace(value=value, key_mask=mask, seed=seed, **settings), query, key)
     if seed is None:
         return p
     return replace(p, dropout=dropout_of(seed, dropout_p, number))

@@ -1,29 +1,24 @@
-"""Cross-attention: the public functions, and which backends serve their operators."""
+"""Attention of the queries of one modality to the keys and values of another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-from velm_kernels import backends, checks
-from velm_kernels.attention.cross_attention import reference_backend, small, torch_attention  # noqa: F401, registers itself
-from velm_kernels.attention.cross_attention.op import (
-    DIFFERENTIABLE,
-    SCALAR_NAMES,
-    TENSOR_NAMES,
-    backward,
-    save_for_backward,
-    saved_arguments,
+from velm_kernels import checks
+from velm_kernels.attention.cross_attention import small
+from velm_kernels.attention.cross_attention.arguments import (
+    MAX_HEAD_DIM,
+    NONE,
+    heads,
+    integers,
+    ranges,
+    results,
+    shared,
 )
-from velm_kernels.attention.cross_attention.small import MAX_HEAD_DIM
-from velm_kernels.backends import Arguments, cpu, cuda
-from velm_kernels.backends.direct import call
-from velm_kernels.backends.library import register_autograd
-from velm_kernels.backends.triton import register_triton
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.attention.cross_attention.op import OPERATOR
+from velm_kernels.backends import Arguments
 
 
 def cross_attention(
@@ -147,8 +142,8 @@ def cross_attention(
         if return_logsumexp is return_key_mass is hides is False and bias is None:
             plain = _plain_arguments(query, key, value, is_causal, scale)
             if plain is not None:
-                return _call(plain, return_logsumexp, return_key_mass)
-    arguments = _canonical(
+                return results(OPERATOR(plain), return_logsumexp, return_key_mass)
+    arguments = canonical(
         query,
         key,
         value,
@@ -168,7 +163,7 @@ def cross_attention(
         return_logsumexp=return_logsumexp,
         return_key_mass=return_key_mass,
     )
-    return _call(arguments, return_logsumexp, return_key_mass)
+    return results(OPERATOR(arguments), return_logsumexp, return_key_mass)
 
 
 def _by_torch(query: Any, key: Any, value: Any, **settings: Any) -> Any:
@@ -189,89 +184,7 @@ def _by_torch(query: Any, key: Any, value: Any, **settings: Any) -> Any:
     return small.attend_with_extras(query, key, value, scale, **asked)
 
 
-def cross_attention_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    *,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-    query_norm_weight: torch.Tensor | None = None,
-    key_norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    seed: int | torch.Tensor | None = None,
-    return_logsumexp: bool = False,
-    return_key_mass: bool = False,
-) -> Any:
-    """:func:`cross_attention` on sequences of different lengths packed one after the other, without padding.
-
-    Args:
-        query: ``(query_tokens, heads, head_dim)``, the sequences one after the other.
-        key, value: ``(key_tokens, kv_heads, head_dim)`` and ``(key_tokens, kv_heads, value_dim)``.
-        cu_seqlens_q, cu_seqlens_k: ``(sequences + 1,)`` integers: sequence s has the query tokens
-            cu_seqlens_q[s] to cu_seqlens_q[s + 1] and attends to the key tokens cu_seqlens_k[s] to
-            cu_seqlens_k[s + 1]. They start with 0, do not decrease and end with the number of tokens.
-        max_seqlen_q, max_seqlen_k: lengths of the longest sequences, by default the numbers of tokens (which is
-            right, but on a GPU launches more blocks than needed).
-        key_ranges: ``(start, stop)``, each ``(query_tokens,)``, counted within the sequence.
-
-    The other arguments are those of :func:`cross_attention`; queries and keys are counted within their sequence.
-
-    Returns:
-        ``(query_tokens, heads, value_dim)``; with extras a tuple with logsumexp ``(heads, query_tokens)`` and key_mass
-        ``(heads, key_tokens)``.
-
-    Raises:
-        ValueError, TypeError: as :func:`cross_attention`; also for lengths that do not fit the packed tokens.
-
-    Example:
-        >>> query = torch.randn(12, 8, 64)  # sequences of 5 and 7 queries
-        >>> key = value = torch.randn(50, 8, 64)  # with 30 and 20 keys
-        >>> bounds_q, bounds_k = torch.tensor([0, 5, 12]), torch.tensor([0, 30, 50])
-        >>> velm_kernels.cross_attention_varlen(query, key, value, bounds_q, bounds_k).shape
-        torch.Size([12, 8, 64])
-    """
-    arguments = _canonical_varlen(
-        query,
-        key,
-        value,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        key_ranges=key_ranges,
-        is_causal=is_causal,
-        scale=scale,
-        softcap=softcap,
-        query_norm_weight=query_norm_weight,
-        key_norm_weight=key_norm_weight,
-        norm_eps=norm_eps,
-        dropout_p=dropout_p,
-        seed=seed,
-        return_logsumexp=return_logsumexp,
-        return_key_mass=return_key_mass,
-    )
-    return _call(arguments, return_logsumexp, return_key_mass)
-
-
-def _call(arguments: Arguments, return_logsumexp: bool, return_key_mass: bool) -> Any:
-    out, logsumexp, key_mass = call("attention_forward", arguments)
-    results = [out]
-    if return_logsumexp:
-        results.append(logsumexp)
-    if return_key_mass:
-        results.append(key_mass.detach())
-    return results[0] if len(results) == 1 else tuple(results)
-
-
-def _canonical(
+def canonical(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -287,22 +200,22 @@ def _canonical(
     checks.tensor("query", query, dims=4, layout="(batch, heads, queries, head_dim)")
     checks.tensor("key", key, dims=4, layout="(batch, kv_heads, keys, head_dim)")
     checks.tensor("value", value, dims=4, layout="(batch, kv_heads, keys, value_dim)")
-    batch, heads, queries, head_dim = query.shape
+    batch, query_heads, queries, head_dim = query.shape
     kv_heads, keys = key.shape[1:3]
     checks.shape("key", key, "(batch, kv_heads, keys, head_dim)", (batch, kv_heads, keys, head_dim))
     checks.shape("value", value, "(batch, kv_heads, keys, value_dim)", (batch, kv_heads, keys, value.shape[3]))
-    query, key, value = _check_heads(query, key, value, heads, kv_heads)
+    query, key, value = heads(query, key, value)
 
     if key_lengths is not None:
-        key_lengths = _integers("key_lengths", key_lengths, query, "(batch,)", (batch,))
-    range_start, range_stop = _ranges(key_ranges, query, "(batch, queries)", (batch, queries))
+        key_lengths = integers("key_lengths", key_lengths, query, "(batch,)", (batch,))
+    range_start, range_stop = ranges(key_ranges, query, "(batch, queries)", (batch, queries))
     if key_mask is not None:
         checks.tensor("key_mask", key_mask)
         checks.dtype_in("key_mask", key_mask, (torch.bool,))
         checks.shape("key_mask", key_mask, "(batch, keys)", (batch, keys))
         checks.same_device("key_mask", key_mask, "query", query)
         key_mask = key_mask.contiguous()
-    layout, target = "(batch, heads, queries, keys)", (batch, heads, queries, keys)
+    layout, target = "(batch, heads, queries, keys)", (batch, query_heads, queries, keys)
     if mask is not None:
         checks.tensor("mask", mask)
         checks.dtype_in("mask", mask, (torch.bool,))
@@ -315,7 +228,7 @@ def _canonical(
         checks.dtype_in("bias", bias, (query.dtype, torch.float32))
         checks.same_device("bias", bias, "query", query)
         bias = checks.broadcastable("bias", bias, layout, target)
-    return {
+    return NONE | {
         "query": query,
         "key": key,
         "value": value,
@@ -325,24 +238,17 @@ def _canonical(
         "key_mask": key_mask,
         "mask": mask,
         "bias": bias,
-        **_settings(query, None, None, 0, 0, **settings),
+        **shared(query, **settings),
     }
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# What `_canonical` makes of query, key and value alone.
-_PLAIN_ARGUMENTS: Arguments = dict.fromkeys((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass")) | {
-    "max_seqlen_q": 0,
-    "max_seqlen_k": 0,
-    "softcap": 0.0,
-    "norm_eps": 1e-6,
-    "dropout_p": 0.0,
-    "return_key_mass": False,
-}
+# What `canonical` makes of query, key and value alone.
+_PLAIN_ARGUMENTS = NONE | {"softcap": 0.0, "norm_eps": 1e-6, "dropout_p": 0.0, "return_key_mass": False}
 
 
 def _plain_arguments(query: Any, key: Any, value: Any, is_causal: Any, scale: Any) -> Arguments | None:
-    """What :func:`_canonical` gives for these alone, in a fifth of its time, where nothing is wrong with them and
+    """What :func:`canonical` gives for these alone, in a fifth of its time, where nothing is wrong with them and
     nothing is to be done about them; else None."""
     if not (query.__class__ in _PLAIN and key.__class__ in _PLAIN and value.__class__ in _PLAIN):
         return None
@@ -369,183 +275,4 @@ def _plain_arguments(query: Any, key: Any, value: Any, is_causal: Any, scale: An
     return arguments
 
 
-def _canonical_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    *,
-    max_seqlen_q: int | None = None,
-    max_seqlen_k: int | None = None,
-    key_ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
-    **settings: Any,
-) -> Arguments:
-    """Checks the arguments of :func:`cross_attention_varlen` and gives those of its operator, in order."""
-    checks.tensor("query", query, dims=3, layout="(query_tokens, heads, head_dim)")
-    checks.tensor("key", key, dims=3, layout="(key_tokens, kv_heads, head_dim)")
-    checks.tensor("value", value, dims=3, layout="(key_tokens, kv_heads, value_dim)")
-    tokens, heads, head_dim = query.shape
-    key_tokens, kv_heads = key.shape[:2]
-    checks.shape("key", key, "(key_tokens, kv_heads, head_dim)", (key_tokens, kv_heads, head_dim))
-    checks.shape("value", value, "(key_tokens, kv_heads, value_dim)", (key_tokens, kv_heads, value.shape[2]))
-    query, key, value = _check_heads(query, key, value, heads, kv_heads)
-
-    checks.tensor("cu_seqlens_q", cu_seqlens_q, dims=1, layout="(sequences + 1,)")
-    if cu_seqlens_q.shape[0] < 1:
-        raise ValueError("cu_seqlens_q: expected (sequences + 1,) with at least the leading 0, given (0,)")
-    entries = (cu_seqlens_q.shape[0],)
-    cu_seqlens_q = _integers("cu_seqlens_q", cu_seqlens_q, query, "(sequences + 1,)", entries)
-    cu_seqlens_k = _integers("cu_seqlens_k", cu_seqlens_k, query, "(sequences + 1,)", entries)
-    range_start, range_stop = _ranges(key_ranges, query, "(query_tokens,)", (tokens,))
-    for name, given in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if given is not None:
-            checks.integer(name, given, 0, 2**31 - 1)
-    return {
-        "query": query,
-        "key": key,
-        "value": value,
-        "key_lengths": None,
-        "range_start": range_start,
-        "range_stop": range_stop,
-        "key_mask": None,
-        "mask": None,
-        "bias": None,
-        **_settings(
-            query,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            tokens if max_seqlen_q is None else max_seqlen_q,
-            key_tokens if max_seqlen_k is None else max_seqlen_k,
-            **settings,
-        ),
-    }
-
-
-def _check_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int, kv_heads: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    query, key, value = checks.autocast(query, key, value)
-    checks.dtype_in("query", query, checks.FLOAT_DTYPES)
-    for name, other in (("key", key), ("value", value)):
-        checks.dtype_in(name, other, (query.dtype,))
-        checks.same_device(name, other, "query", query)
-    if kv_heads == 0 or heads % kv_heads:
-        raise ValueError(
-            f"key: expected a number of kv_heads that divides the {heads} heads of query, given {kv_heads}"
-        )
-    for name, size in (("query", query.shape[-1]), ("value", value.shape[-1])):
-        if not 1 <= size <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: expected a last dimension from 1 to {MAX_HEAD_DIM}, given {size}")
-    return query, key, value
-
-
-def _integers(
-    name: str, given: torch.Tensor, query: torch.Tensor, layout: str, expected: tuple[int, ...]
-) -> torch.Tensor:
-    checks.tensor(name, given)
-    checks.dtype_in(name, given, checks.INTEGER_DTYPES)
-    checks.shape(name, given, layout, expected)
-    checks.same_device(name, given, "query", query)
-    return checks.as_int32(given)
-
-
-def _ranges(
-    key_ranges: tuple[torch.Tensor, torch.Tensor] | None, query: torch.Tensor, layout: str, expected: tuple[int, ...]
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if key_ranges is None:
-        return None, None
-    checks.ranges("key_ranges", key_ranges)
-    start = _integers("key_ranges[0]", key_ranges[0], query, layout, expected)
-    return start, _integers("key_ranges[1]", key_ranges[1], query, layout, expected)
-
-
-def _settings(
-    query: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    *,
-    is_causal: bool = False,
-    scale: float | None = None,
-    softcap: float | None = None,
-    query_norm_weight: torch.Tensor | None = None,
-    key_norm_weight: torch.Tensor | None = None,
-    norm_eps: float = 1e-6,
-    dropout_p: float = 0.0,
-    seed: int | torch.Tensor | None = None,
-    return_logsumexp: bool = False,
-    return_key_mass: bool = False,
-) -> Arguments:
-    """Checks the arguments that both layouts share; ``return_logsumexp`` costs the operator nothing and is not one."""
-    head_dim = query.shape[-1]
-    checks.flag("is_causal", is_causal)
-    checks.flag("return_logsumexp", return_logsumexp)
-    checks.flag("return_key_mass", return_key_mass)
-    scale = head_dim**-0.5 if scale is None else checks.number("scale", scale, -1e30, 1e30, described="a finite number")
-    if softcap is not None:
-        softcap = checks.number("softcap", softcap, 1e-30, 1e30, described="a number greater than 0")
-    norm_eps = checks.number("norm_eps", norm_eps, 1e-30, 1e30, described="a number greater than 0")
-    dropout_p = checks.probability("dropout_p", dropout_p)
-    weights = []
-    for name, weight in (("query_norm_weight", query_norm_weight), ("key_norm_weight", key_norm_weight)):
-        if weight is not None:
-            checks.tensor(name, weight)
-            checks.shape(name, weight, "(head_dim,)", (head_dim,))
-            checks.same_device(name, weight, "query", query)
-            if checks.autocast_enabled(query.device):
-                weight = weight.to(query.dtype)
-            checks.dtype_in(name, weight, (query.dtype,))
-            weight = weight.contiguous()
-        weights.append(weight)
-    return {
-        "query_norm_weight": weights[0],
-        "key_norm_weight": weights[1],
-        "seed": checks.seed_tensor(dropout_p, seed, query.device),
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "is_causal": is_causal,
-        "scale": scale,
-        "softcap": 0.0 if softcap is None else softcap,
-        "norm_eps": norm_eps,
-        "dropout_p": dropout_p,
-        "return_key_mass": return_key_mass,
-    }
-
-
-def unit_last_strides(args: tuple[Any, ...], large: tuple[int, ...]) -> list[Any]:
-    """``args`` with contiguous rows in the positions ``large``: what kernels rely on for everything they stream."""
-    found = list(args)
-    for index in large:
-        found[index] = unit_last_stride(found[index])
-    return found
-
-
-# What the kernels stream.
-_LARGE = {"attention_forward": (0, 1, 2), "attention_backward": (0, 2, 3, 4, 2 + len(TENSOR_NAMES))}
-
-
-def kernel_call(operator: str, op: Callable[[str], Callable[..., Any]]) -> Callable[..., Any]:
-    """The implementation of ``operator`` by kernels: ``op(operator)`` on arguments with contiguous rows."""
-    return lambda *args: op(operator)(*unit_last_strides(args, _LARGE[operator]))
-
-
-register_autograd(
-    "attention_forward",
-    backward,
-    setup_context=save_for_backward,
-    meaning=reference_backend.attention_forward,
-    leaves=DIFFERENTIABLE,
-    given=saved_arguments,
-)
-backends.register("attention_forward", "reference", reference_backend.attention_forward)
-backends.register("attention_backward", "reference", reference_backend.attention_backward)
-for _operator in ("attention_forward", "attention_backward"):
-    cpu.register_cpu(_operator, kernel_call(_operator, cpu.op))
-    register_triton(_operator, "attention.cross_attention.triton")
-    cuda.register_cuda(_operator, prepare=partial(unit_last_strides, large=_LARGE[_operator]))
-backends.register_public("cross_attention", "attention_forward", _canonical, _by_torch)
-backends.register_public("cross_attention_varlen", "attention_forward", _canonical_varlen)
+OPERATOR.serves("cross_attention", canonical, _by_torch)

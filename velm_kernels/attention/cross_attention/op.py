@@ -1,33 +1,28 @@
-"""The operators ``velm::attention_forward`` and ``velm::attention_backward``: schemas, result shapes, autograd.
-
-Tensors arrive as :func:`velm_kernels.cross_attention` describes them, in canonical form: integers as contiguous int32,
-mask and bias with four dimensions of which each may be 1, scalars without None (softcap 0 is none).
-"""
+"""The operator attention, which cross_attention and cross_attention_varlen call."""
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, flops
-from velm_kernels.backends.direct import ops
-from velm_kernels.backends.library import declare
+from velm_kernels.attention.cross_attention import reference, torch_attention
+from velm_kernels.backends import Arguments, order
+from velm_kernels.backends.schemas import parameters
+from velm_kernels.layout import empty_like_heads, product
+from velm_kernels.operator import Operator
 
-_TENSORS = (
+ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
     "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, "
+    "float scale, float softcap, float norm_eps, float dropout_p, bool return_key_mass"
 )
-_SIZES = "SymInt max_seqlen_q, SymInt max_seqlen_k"
-_SCALARS = f"{_SIZES}, bool is_causal, float scale, float softcap, float norm_eps, float dropout_p"
-TENSOR_NAMES = tuple(part.split()[-1] for part in _TENSORS.split(", "))
-SCALAR_NAMES = tuple(part.split()[-1] for part in _SCALARS.split(", "))
-
-# The tensors that backward can return a gradient for; bit i of grad_mask asks for the i-th.
-DIFFERENTIABLE = ("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight")
 
 
 def _check_values(arguments: Arguments) -> None:
@@ -45,7 +40,7 @@ def _check_values(arguments: Arguments) -> None:
             checks.values_between(name, arguments[ranges], 0, keys)
 
 
-def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen: int) -> int:
+def _check_packing(name: str, cu_seqlens: Tensor, tokens: int, max_seqlen: int) -> int:
     """The length of the longest sequence, where it may be read."""
     if not checks.reads_values(cu_seqlens):
         return max_seqlen
@@ -62,116 +57,75 @@ def _check_packing(name: str, cu_seqlens: torch.Tensor, tokens: int, max_seqlen:
     return longest
 
 
-def empty_like_heads(query: torch.Tensor, last: int) -> torch.Tensor:
-    """Memory in the order batch, queries, heads: merging the heads for the output projection is then free."""
-    if query.dim() == 3:
-        return query.new_empty(*query.shape[:2], last)
-    batch, heads, queries, _ = query.shape
-    return query.new_empty(batch, queries, heads, last).transpose(1, 2)
-
-
-def _fake_forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
-    names = TENSOR_NAMES[3:] + SCALAR_NAMES + ("return_key_mass",)
-    given = dict(zip(names, rest, strict=False))
-    if query.dim() == 3:
-        rows: tuple[int, ...] = (query.shape[1], query.shape[0])
-        mass: tuple[int, ...] = (query.shape[1], key.shape[0])
-    else:
-        rows, mass = tuple(query.shape[:3]), (*query.shape[:2], key.shape[2])
+def _results(a: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, keys = a.query.shape[:-1], a.key.shape[:-1]
+    # Of packed sequences (heads, tokens), else (batch, heads, tokens).
+    logsumexp, mass = (rows, (*rows[:2], keys[2])) if len(rows) == 3 else (rows[::-1], (rows[1], keys[0]))
+    dtype = torch.float64 if a.query.dtype == torch.float64 else torch.float32
     return (
-        empty_like_heads(query, value.shape[-1]),
-        query.new_empty(rows, dtype=extra_dtype(query)),
-        query.new_empty(mass if given["return_key_mass"] else (0,), dtype=extra_dtype(query)),
+        empty_like_heads(a.query, a.value.shape[-1]),
+        a.query.new_empty(logsumexp, dtype=dtype),
+        a.query.new_empty(mass, dtype=dtype) if a.return_key_mass else None,
     )
 
 
-def extra_dtype(query: torch.Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+def meaning(*values: Any, not_finite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    a, _ = OPERATOR.named(values)
+    return reference.attention(a, not_finite)
 
 
-def _fake_backward(grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *rest: Any) -> Any:
-    given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), rest, strict=False))
-    results = []
-    for bit, name in enumerate(DIFFERENTIABLE):
-        tensor = given[name]
-        if not given["grad_mask"] & (1 << bit):
-            results.append(grad_out.new_empty((0,)))
-        elif bit < 3:
-            results.append(empty_like_heads(tensor, tensor.shape[-1]))
-        else:
-            results.append(tensor.new_empty(tensor.shape))
-    return tuple(results)
+def gradients(a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    not_finite = a.grad_out.device.type == "cpu" and not bool(a.grad_out.isfinite().all())
+    found: Sequence[Tensor | None] = OPERATOR.differentiated(
+        a, wanted, functools.partial(meaning, not_finite=not_finite)
+    )
+    return found
 
 
-declare(
-    "attention_forward",
-    f"{_TENSORS}, {_SCALARS}, bool return_key_mass",
-    "(Tensor, Tensor, Tensor)",
-    fake=_fake_forward,
+def _incoming(grad: Tensor, a: Any) -> Tensor:
+    is_of_out = grad.dim() == a.query.dim()
+    if not is_of_out or grad.stride(-1) == 1 or grad.shape[-1] <= 1:
+        return grad
+    return torch.empty_like(a.out).copy_(grad)
+
+
+def _pairs(a: Any) -> int:
+    """Pairs of queries and keys as if nothing were masked, like torch's formula for its own attention."""
+    return product(a.query[:-1]) * (a.key[0] if len(a.query) == 3 else a.key[2])
+
+
+# query, key, value: any strides, as torch's attention takes them; the other backends see to neighbours in memory.
+# key_lengths, range_*, cu_seqlens_*: contiguous int32. key_mask: contiguous bool. mask, bias: four dimensions, of which
+# each may be 1, any strides. *_norm_weight: contiguous. softcap: 0 for none. seed: int64 scalar, given iff
+# dropout_p > 0. out and the gradients of query, key and value: in memory (batch, rows, heads, dim), or as packed ones;
+# what else there is contiguous. grad_out: last stride 1; grad_logsumexp: any strides.
+_TENSORS = tuple(parameter.name for parameter in parameters(ARGUMENTS) if parameter.is_tensor)
+OPERATOR = Operator(
+    "attention",
+    ARGUMENTS,
+    shapes=_results,
+    reference=meaning,
+    results=("out", "logsumexp", "key_mass"),
+    may_be_absent=("key_mass",),
+    differentiable=("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight"),
+    without_gradient=("key_mass",),
+    may_lack=("logsumexp",),
+    saves=(*_TENSORS, "out", "logsumexp"),
+    forward_only=("return_key_mass",),
+    gradients=gradients,
+    gradient_shapes={
+        name: lambda a, name=name: empty_like_heads(getattr(a, name), getattr(a, name).shape[-1])
+        for name in ("query", "key", "value")
+    },
+    incoming=_incoming,
+    triton="attention.cross_attention.triton",
+    cpu="attention.cross_attention.rows",
+    cuda="attention.cross_attention.rows",
+    torch_gives="attention.cross_attention.torch_attention",
+    reasons={"torch": torch_attention.why_not},
     check=_check_values,
+    flops=lambda a: 2 * _pairs(a) * (a.query[-1] + a.value[-1]),
+    backward_flops=lambda a: 2 * _pairs(a) * (3 * a.query[-1] + 2 * a.value[-1]),
 )
-declare(
-    "attention_backward",
-    f"Tensor grad_out, Tensor? grad_logsumexp, {_TENSORS}, Tensor out, Tensor logsumexp, {_SCALARS}, int grad_mask",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_backward,
-)
-
-
-def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    tensors = inputs[: len(TENSOR_NAMES)]
-    out, logsumexp, _ = output
-    ctx.save_for_backward(*tensors, out, logsumexp)
-    ctx.scalars = inputs[len(TENSOR_NAMES) : len(TENSOR_NAMES) + len(SCALAR_NAMES)]
-    ctx.backend = inputs[-1]
-    ctx.set_materialize_grads(False)
-
-
-def saved_arguments(ctx: Any) -> list[Any]:
-    """The arguments of forward, from what :func:`save_for_backward` saved of them."""
-    *tensors, _, _ = ctx.saved_tensors
-    return [*tensors, *ctx.scalars, False]
-
-
-def backward(ctx: Any, grad_out: torch.Tensor | None, grad_logsumexp: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    wanted = [ctx.needs[TENSOR_NAMES.index(name)] for name in DIFFERENTIABLE]
-    count = len(TENSOR_NAMES) + len(SCALAR_NAMES) + 2
-    if (grad_out is None and grad_logsumexp is None) or not any(wanted):
-        return (None,) * count
-    if grad_out is None:
-        grad_out = torch.zeros_like(saved[-2])
-    grads = ops.attention_backward(
-        grad_out,
-        grad_logsumexp,
-        *saved,
-        *ctx.scalars,
-        sum(1 << bit for bit, want in enumerate(wanted) if want),
-        ctx.backend,
-    )
-    results: list[torch.Tensor | None] = [None] * count
-    for name, want, grad in zip(DIFFERENTIABLE, wanted, grads, strict=True):
-        if want:
-            results[TENSOR_NAMES.index(name)] = grad
-    return tuple(results)
-
-
-def _flops_forward(query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """Multiply-adds of the two products as if nothing were masked, like torch's formula for its own attention."""
-    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
-    if len(query_shape) == 4:
-        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
-    return int(2 * rows * keys * (query_shape[-1] + value_shape[-1]))
-
-
-def _flops_backward(
-    grad_shape: Any, lse_shape: Any, query_shape: Any, key_shape: Any, value_shape: Any, *args: Any, **kwargs: Any
-) -> int:
-    rows, keys = (query_shape[0] * query_shape[1], key_shape[0])
-    if len(query_shape) == 4:
-        rows, keys = query_shape[0] * query_shape[1] * query_shape[2], key_shape[2]
-    return int(2 * rows * keys * (3 * query_shape[-1] + 2 * value_shape[-1]))
-
-
-flops.register("attention_forward", _flops_forward)
-flops.register("attention_backward", _flops_backward)
+order.prefer_torch(OPERATOR.forward, on_cpu=torch_attention.is_best_on_cpu)
+order.prefer_torch(OPERATOR.backward, on_cpu=torch_attention.is_best_backward_on_cpu)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from velm_kernels.philox import dropout_keep
+from velm_kernels.backends import derivatives
+from velm_kernels.philox import dropout_keep, dropout_keep_at
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -159,3 +162,67 @@ def cross_attention(
         weights = torch.where(keep, weights / (1 - dropout_p), zero)
     out = sums_of_rows(weights.to(value.dtype), value, visible, not_finite)
     return out, logsumexp.masked_fill(empty, -torch.inf), key_mass
+
+
+Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def attention(a: Any, not_finite: bool = False) -> Results:
+    """Output, logsumexp and key mass of the operator, from its arguments by name."""
+    settings = {name: getattr(a, name) for name in ("query_norm_weight", "key_norm_weight", "scale", "norm_eps")}
+    settings |= {"softcap": a.softcap or None, "dropout_p": a.dropout_p}
+    if a.cu_seqlens_q is None:
+        more = ("key_lengths", "key_mask", "mask", "bias", "is_causal", "seed")
+        settings |= {name: getattr(a, name) for name in more}
+        ranges = None if a.range_start is None else (a.range_start, a.range_stop)
+        return cross_attention(a.query, a.key, a.value, key_ranges=ranges, not_finite=not_finite, **settings)
+    if derivatives.readable(a.cu_seqlens_q) and derivatives.readable(a.cu_seqlens_k):
+        return _one_by_one_packed(a, settings | {"not_finite": not_finite})
+    return _all_at_once(a, settings)
+
+
+def _packed(a: Any, rows: slice, cols: slice) -> list[torch.Tensor]:
+    """Query, key and value of some packed tokens as those of a batch of one."""
+    return [tensor.transpose(0, 1)[None] for tensor in (a.query[rows], a.key[cols], a.value[cols])]
+
+
+def _one_by_one_packed(a: Any, settings: dict[str, Any]) -> Results:
+    """Packed sequences one after the other."""
+    outs = [a.query.new_zeros(0, a.query.shape[1], a.value.shape[2])]
+    logsumexps, masses = [a.query.new_zeros(a.query.shape[1], 0)], [a.query.new_zeros(a.query.shape[1], 0)]
+    offsets_q, offsets_k = a.cu_seqlens_q.tolist(), a.cu_seqlens_k.tolist()
+    for sequence in range(len(offsets_q) - 1):
+        rows, cols = (slice(*offsets[sequence : sequence + 2]) for offsets in (offsets_q, offsets_k))
+        ranges = None if a.range_start is None else (a.range_start[None, rows], a.range_stop[None, rows])
+        settings |= {"key_ranges": ranges, "is_causal": a.is_causal, "seed": a.seed, "first_batch": sequence}
+        out, logsumexp, mass = cross_attention(*_packed(a, rows, cols), **settings)
+        outs.append(out[0].transpose(0, 1))
+        logsumexps.append(logsumexp[0])
+        masses.append(mass[0])
+    return torch.cat(outs), torch.cat(logsumexps, 1), torch.cat(masses, 1)
+
+
+def _all_at_once(a: Any, settings: dict[str, Any]) -> Results:
+    """Packed sequences without reading where they begin: all queries and all keys, masked beyond their sequence."""
+    of_query, i = _within(a.cu_seqlens_q.long(), a.query.shape[0])
+    of_key, j = _within(a.cu_seqlens_k.long(), a.key.shape[0])
+    i, of_query = i[:, None], of_query[:, None]
+    mask = of_query == of_key
+    if a.is_causal:
+        mask = mask & (j <= i)
+    if a.range_start is not None:
+        mask = mask & (j >= a.range_start[:, None]) & (j < a.range_stop[:, None])
+    keep = None
+    if a.dropout_p > 0:
+        heads = torch.arange(a.query.shape[1], device=a.query.device)[:, None, None]
+        keep = dropout_keep_at(a.seed, i, j, of_query * a.query.shape[1] + heads, a.dropout_p)[None]
+    packed = _packed(a, slice(None), slice(None))
+    out, logsumexp, mass = cross_attention(*packed, mask=mask[None, None], keep=keep, **settings)
+    return out[0].transpose(0, 1), logsumexp[0], mass[0]
+
+
+def _within(bounds: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each token its sequence, and its place in it."""
+    token = torch.arange(tokens, device=bounds.device)
+    sequence = (token[:, None] >= bounds[1:]).sum(1)
+    return sequence, token - bounds[sequence]

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from velm_kernels import processors
-from velm_kernels.attention.cross_attention.op import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_NAMES, empty_like_heads
-from velm_kernels.backends import Arguments, cpu, failures, implementation, order, register
+from velm_kernels.backends import Arguments, cpu, failures, implementation
 from velm_kernels.backends.cpu import DTYPES
+from velm_kernels.layout import empty_like_heads
 
 _aten = torch.ops.aten
-_EXTRAS = tuple(name for name in TENSOR_NAMES if name not in ("query", "key", "value"))
+# Of the arguments, the tensors that torch's attention knows.
+_KNOWN = ("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsumexp")
 # cuDNN's backward has no wider heads on every GPU.
 CUDNN_WIDEST = 128
 CPU_SHORTEST = processors.TORCH_ATTENTION_KEYS
@@ -29,9 +30,13 @@ FEW_QUERIES = 4
 CACHED_KEY = 1 << 20
 
 
-def _reasons(arguments: Arguments) -> list[str]:
-    """Why torch's attention cannot serve both passes."""
-    given = [name for name in _EXTRAS if arguments[name] is not None]
+def why_not(arguments: Arguments) -> list[str]:
+    """Why torch's attention cannot serve these arguments, of forward or backward."""
+    if arguments.get("return_key_mass"):
+        return ["torch's attention has no key_mass"]
+    if arguments.get("grad_logsumexp") is not None:
+        return ["torch's attention takes no gradient of logsumexp"]
+    given = [name for name, value in arguments.items() if isinstance(value, Tensor) and name not in _KNOWN]
     given += ["softcap"] if arguments["softcap"] else []
     if given:
         return [f"torch's attention has no {', '.join(given)}"]
@@ -70,18 +75,6 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: f
     return None
 
 
-def forward_reasons(arguments: Arguments) -> list[str]:
-    if arguments["return_key_mass"]:
-        return ["torch's attention has no key_mass"]
-    return _reasons(arguments)
-
-
-def backward_reasons(arguments: Arguments) -> list[str]:
-    if arguments["grad_logsumexp"] is not None:
-        return ["torch's attention takes no gradient of logsumexp"]
-    return _reasons(arguments)
-
-
 def _of_heads(tensor: Tensor) -> Tensor:
     """``tensor`` in the memory that the operators promise: batch, queries, heads."""
     if tensor.transpose(1, 2).is_contiguous():
@@ -105,17 +98,15 @@ def _all_finite(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum().item())
 
 
-def _by_kernels(operator: str, args: Sequence[Any]) -> tuple[Tensor, ...]:
+def _by_kernels(operator: str, *args: Any) -> tuple[Tensor, ...]:
     """By this library's kernels for CPUs. Torch's multiply the values of later keys by 0, which leaves NaN and infinity
     as they are."""
     found: tuple[Tensor, ...] = implementation(operator, "cpu" if cpu.in_use() else "reference").call(*args)
     return found
 
 
-def attention_forward(*args: Any) -> tuple[Tensor, ...]:
-    given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
-    query, key, value = given["query"], given["key"], given["value"]
-    is_causal, scale = given["is_causal"], given["scale"]
+def attention_forward(a: Any) -> tuple[Tensor | None, ...]:
+    query, key, value, is_causal, scale = a.query, a.key, a.value, a.is_causal, a.scale
     try:
         if query.is_cpu:
             key, value = (_repeated(tensor, query.shape[1]) for tensor in (key, value))
@@ -123,7 +114,7 @@ def attention_forward(*args: Any) -> tuple[Tensor, ...]:
                 query, key, value, 0.0, is_causal, scale=scale
             )
             if is_causal and not _all_finite(out):
-                return _by_kernels("attention_forward", args)
+                return _by_kernels("attention_forward", *a)
         elif _kernel(query, key, value, is_causal, scale) == SDPBackend.CUDNN_ATTENTION:
             out, logsumexp, *_ = _aten._scaled_dot_product_cudnn_attention(
                 query, key, value, None, True, 0.0, is_causal, False, scale=scale
@@ -137,16 +128,13 @@ def attention_forward(*args: Any) -> tuple[Tensor, ...]:
         if failure is None:
             raise
         raise failure from error
-    return _of_heads(out), logsumexp.reshape(query.shape[:3]).contiguous(), logsumexp.new_empty((0,))
+    return _of_heads(out), logsumexp.reshape(query.shape[:3]).contiguous(), None
 
 
-def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), args, strict=True))
-    query, key, value = given["query"], given["key"], given["value"]
-    out, logsumexp = given["out"], given["logsumexp"]
-    is_causal, scale = given["is_causal"], given["scale"]
+def attention_backward(a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    query, key, value, out, logsumexp = a.query, a.key, a.value, a.out, a.logsumexp
+    is_causal, scale, grad_out = a.is_causal, a.scale, a.grad_out
     kv_heads, lengths = key.shape[1], (query.shape[2], key.shape[2])
-    given_grad = grad_out
     if grad_out.stride() != out.stride():
         grad_out = torch.empty_like(out).copy_(grad_out)
     try:
@@ -156,7 +144,8 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
                 grad_out, query, key, value, out, logsumexp, 0.0, is_causal, scale=scale
             )
             if is_causal and not all(map(_all_finite, grads)):
-                return _by_kernels("attention_backward", (given_grad, grad_logsumexp, *args))
+                mask = sum(1 << bit for bit, want in enumerate(wanted) if want)
+                return _by_kernels("attention_backward", *a, mask)
         else:
             # Of dropout, which there is none of.
             seed, offset = query.new_empty((2,), dtype=torch.int64), query.new_empty((), dtype=torch.int64)
@@ -178,11 +167,8 @@ def attention_backward(grad_out: Tensor, grad_logsumexp: Tensor | None, *args: A
         raise failure from error
     grad_query, *others = grads
     found = [grad_query, *(_summed(grad, kv_heads) for grad in others)]
-    wanted = [bool(given["grad_mask"] & (1 << bit)) for bit in range(len(DIFFERENTIABLE))]
-    return tuple(
-        _of_heads(found[bit]) if want and bit < len(found) else grad_out.new_empty((0,))
-        for bit, want in enumerate(wanted)
-    )
+    # It has no other arguments with a gradient.
+    return [_of_heads(found[bit]) if want else None for bit, want in enumerate(wanted)]
 
 
 def reads_keys_too_often(query: Tensor, key: Tensor) -> bool:
@@ -197,7 +183,7 @@ def reads_keys_too_often(query: Tensor, key: Tensor) -> bool:
     return heads >= 2 * key.shape[1] and queries <= FEW_QUERIES and key.numel() > CACHED_KEY
 
 
-def _is_best_on_cpu(arguments: Arguments) -> bool:
+def is_best_on_cpu(arguments: Arguments) -> bool:
     # In shorter rows torch's kernel loses NaN.
     if arguments["query"].dtype != torch.bfloat16 or arguments["key"].shape[-2] < CPU_SHORTEST:
         return False
@@ -206,14 +192,8 @@ def _is_best_on_cpu(arguments: Arguments) -> bool:
     return not processors.rules().bfloat16_attention
 
 
-def _is_best_backward_on_cpu(arguments: Arguments) -> bool:
+def is_best_backward_on_cpu(arguments: Arguments) -> bool:
     query, rules = arguments["query"], processors.rules()
     if query.dtype != torch.bfloat16 or rules.bfloat16_attention:
         return False
     return query.shape[-2] * arguments["key"].shape[-2] * query.shape[-1] > rules.bfloat16_attention_backward
-
-
-register("attention_forward", "torch", attention_forward, forward_reasons)
-register("attention_backward", "torch", attention_backward, backward_reasons)
-order.prefer_torch("attention_forward", on_cpu=_is_best_on_cpu)
-order.prefer_torch("attention_backward", on_cpu=_is_best_backward_on_cpu)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from velm_kernels.attention.cross_attention.op import DIFFERENTIABLE, SCALAR_NAMES, TENSOR_NAMES, empty_like_heads
+from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.cross_attention.triton_kernels.forward import (
     attention_forward_kernel,
     key_mass_kernel,
@@ -26,13 +26,13 @@ from velm_kernels.attention.cross_attention.triton_kernels.norm import rms_norm_
 from velm_kernels.attention.triton_kernels.tiles import Strides
 from velm_kernels.attention.triton_problem import (
     Problem,
-    aligned_empty,
+    aligned_like,
     matrix_strides,
     prepare,
     row_strides,
 )
 from velm_kernels.backends.triton import Config, dimension_class, launch, parts_of, sums_both
-from velm_kernels.layout import unit_last_stride
+from velm_kernels.layout import empty_like_heads, unit_last_stride
 from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 # Splitting over keys, where there are fewer than FEW_PROGRAMS, gives each split at least this many tiles.
@@ -67,17 +67,21 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.
 
 
 def rms_norm_backward(
-    x: torch.Tensor, weight: torch.Tensor, grad_y: torch.Tensor, eps: float, wants_x: bool, wants_weight: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    grad_y: torch.Tensor,
+    eps: float,
+    grad_x: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
     x = unit_last_stride(x)
     dim = x.shape[-1]
     heads, length, rows = x.shape[1], x.shape[0 if x.dim() == 3 else 2], x.numel() // dim
-    grad_x = empty_like_heads(x, dim) if wants_x else None
     config = norm_config(dim)
     blocks = cdiv(rows, config.block_m)
     steps = max(1, min(NORM_STEPS, blocks // FEW_PROGRAMS))
     programs = cdiv(blocks, steps)
-    partials = x.new_empty((programs, dim), dtype=torch.float32) if wants_weight else None
+    partials = None if grad_weight is None else x.new_empty((programs, dim), dtype=torch.float32)
     constants = {"DIM": dim, "BLOCK_M": config.block_m, "BLOCK_D": dimension_class(dim)}
     arguments = (
         x,
@@ -95,7 +99,8 @@ def rms_norm_backward(
         steps,
     )
     launch("rms_norm_backward", rms_norm_backward_kernel, programs, arguments, constants, config)
-    return grad_x, None if partials is None else sum_partials(partials, torch.empty_like(weight))
+    if partials is not None and grad_weight is not None:
+        sum_partials(partials, grad_weight)
 
 
 def few_rows(config: Config, rows: int, dtype: torch.dtype) -> Config:
@@ -207,13 +212,11 @@ def row_shift(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor | None:
     return shift
 
 
-def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
-    shape = (p.heads, p.sizes.keys) if p.packed else (p.batch, p.heads, p.keys)
-    mass = p.query.new_empty(shape, dtype=torch.float32)
+def key_mass(p: Problem, logsumexp: torch.Tensor, mass: torch.Tensor) -> None:
     if p.packed or p.is_empty:
         mass.zero_()
     if p.is_empty:
-        return mass
+        return
     strides = Strides(0 if p.packed else p.heads * p.keys, p.sizes.keys, 1)
     shift = row_shift(p, logsumexp)
 
@@ -237,21 +240,16 @@ def key_mass(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor:
         launch("key_mass", key_mass_kernel, p.batch * p.heads * blocks, arguments, p.constants(config), config)
 
     run(p.choose("key_mass", run))
-    return mass
 
 
-def attention_forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`velm::attention_forward` by Triton kernels."""
-    given = dict(zip((*TENSOR_NAMES, *SCALAR_NAMES, "return_key_mass"), args, strict=True))
-    query = rms_norm(given["query"], given["query_norm_weight"], given["norm_eps"])
-    key = rms_norm(given["key"], given["key_norm_weight"], given["norm_eps"])
-    p = prepare(given, query, key)
-    out = empty_like_heads(p.query, p.value_dim)
-    shape = (p.heads, p.sizes.queries) if p.packed else (p.batch, p.heads, p.queries)
-    logsumexp = p.query.new_empty(shape, dtype=torch.float32)
+def attention_forward(*args: Any) -> None:
+    a, (out, logsumexp, mass) = OPERATOR.named(args)
+    query = rms_norm(a.query, a.query_norm_weight, a.norm_eps)
+    key = rms_norm(a.key, a.key_norm_weight, a.norm_eps)
+    p = prepare(a, query, key)
     forward(p, out, logsumexp)
-    mass = key_mass(p, logsumexp) if given["return_key_mass"] else logsumexp.new_empty((0,))
-    return out, logsumexp, mass
+    if mass is not None:
+        key_mass(p, logsumexp, mass)
 
 
 @dataclass
@@ -356,14 +354,11 @@ def _delta_of_products(
     return delta
 
 
-def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor | None) -> torch.Tensor | None:
-    """Gradient of the (normed) query in `dtype`, None where that is None; fills `grad_bias` where given."""
+def grad_query(b: Backward, grad: torch.Tensor | None, grad_bias: torch.Tensor | None) -> None:
+    """Fills the gradients of the (normed) query and of the bias, of which either may be None."""
     p = b.p
-    grad = None
-    if dtype is not None:
-        grad = empty_like_heads(p.query.to(dtype) if p.query.dtype != dtype else p.query, p.head_dim)
-        if p.packed:
-            grad.zero_()
+    if grad is not None and p.packed:
+        grad.zero_()
     stored = p.query if grad is None else grad
 
     def run(config: Config) -> None:
@@ -391,19 +386,11 @@ def grad_query(b: Backward, dtype: torch.dtype | None, grad_bias: torch.Tensor |
         p.launch_guarded("grad_query", grad_query_kernel, programs, flags, arguments, constants, config)
 
     run(p.choose("grad_query", run))
-    return grad
 
 
-def grad_key_value(
-    b: Backward, key_dtype: torch.dtype | None, wants_value: bool
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of the (normed) key in `key_dtype` and of value; None where not wanted."""
+def grad_key_value(b: Backward, grad_key: torch.Tensor | None, grad_value: torch.Tensor | None) -> None:
+    """Fills the gradients of the (normed) key and of value, of which either may be None."""
     p = b.p
-    grad_key = grad_value = None
-    if key_dtype is not None:
-        grad_key = empty_like_heads(p.key.to(key_dtype) if p.key.dtype != key_dtype else p.key, p.head_dim)
-    if wants_value:
-        grad_value = empty_like_heads(p.value, p.value_dim)
     stored = [grad for grad in (grad_key, grad_value) if grad is not None]
     if p.packed:
         for grad in stored:
@@ -447,13 +434,11 @@ def grad_key_value(
                     p.launch_again(single, grad_key_value_kernel, programs, arguments, constants, config, "block_m")
 
     run(p.choose("grad_key_value", run))
-    return grad_key, grad_value
 
 
-def broadcast_grad_bias(b: Backward, bias: torch.Tensor) -> torch.Tensor:
-    """Gradient of a bias that broadcasts somewhere."""
+def broadcast_grad_bias(b: Backward, bias: torch.Tensor, grad: torch.Tensor) -> None:
+    """Fills the gradient of a bias that broadcasts somewhere."""
     p = b.p
-    grad = torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
     sums = [size == 1 and full > 1 for size, full in zip(bias.shape, (p.batch, p.heads, p.queries, p.keys))]
 
     def run(config: Config) -> None:
@@ -487,54 +472,51 @@ def broadcast_grad_bias(b: Backward, bias: torch.Tensor) -> torch.Tensor:
         sum_partials(partials, grad)
 
     run(p.choose("grad_bias", run))
-    return grad
 
 
-def attention_backward(
-    grad_out: torch.Tensor, grad_logsumexp: torch.Tensor | None, *args: Any
-) -> tuple[torch.Tensor, ...]:
-    """`velm::attention_backward` by Triton kernels."""
-    given = dict(zip((*TENSOR_NAMES, "out", "logsumexp", *SCALAR_NAMES, "grad_mask"), args, strict=True))
-    wants = {name: bool(given["grad_mask"] & (1 << bit)) for bit, name in enumerate(DIFFERENTIABLE)}
-    eps = given["norm_eps"]
-    query = rms_norm(given["query"], given["query_norm_weight"], eps)
-    key = rms_norm(given["key"], given["key_norm_weight"], eps)
-    p = prepare(given, query, key)
+def attention_backward(*args: Any) -> None:
+    a, grads = OPERATOR.named_backward(args)
+    to_query, to_key, to_value, to_bias, to_query_norm, to_key_norm = grads
+    query = rms_norm(a.query, a.query_norm_weight, a.norm_eps)
+    key = rms_norm(a.key, a.key_norm_weight, a.norm_eps)
+    p = prepare(a, query, key)
     if p.is_empty or p.keys == 0:
-        return tuple(
-            torch.zeros_like(given[name]) if wants[name] else grad_out.new_empty((0,)) for name in DIFFERENTIABLE
-        )
-    grad_out, logsumexp = unit_last_stride(grad_out), given["logsumexp"]
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        return
+    grad_out, logsumexp = unit_last_stride(a.grad_out), a.logsumexp
     shift = row_shift(p, logsumexp)
-    delta = delta_of(p, grad_out, grad_logsumexp, given["out"], logsumexp, shift)
-    b = Backward(p, grad_out, logsumexp, shift, delta, given["scale"])
-    grads: dict[str, torch.Tensor | None] = dict.fromkeys(DIFFERENTIABLE)
+    delta = delta_of(p, grad_out, a.grad_logsumexp, a.out, logsumexp, shift)
+    b = Backward(p, grad_out, logsumexp, shift, delta, a.scale)
 
-    bias = given["bias"]
-    full_grad_bias = None
-    if wants["bias"]:
-        if tuple(bias.shape) == (p.batch, p.heads, p.queries, p.keys):
+    whole_bias = None
+    if to_bias is not None:
+        if tuple(to_bias.shape) == (p.batch, p.heads, p.queries, p.keys):
             # Tiles that nobody sees are not visited.
-            full_grad_bias = aligned_empty(bias.shape, bias).zero_()
+            whole_bias = aligned_like(to_bias).zero_()
         else:
-            grads["bias"] = broadcast_grad_bias(b, bias)
+            broadcast_grad_bias(b, a.bias, to_bias)
 
-    def inner_dtype(side: str) -> torch.dtype | None:
-        """Gradients that still pass through a norm stay in float32."""
-        if not (wants[side] or wants[f"{side}_norm_weight"]):
+    def before_norm(x: torch.Tensor, weight: torch.Tensor | None, *wanted: torch.Tensor | None) -> torch.Tensor | None:
+        """Where the gradient of a side goes: one that still passes through a norm stays in float32."""
+        if weight is None:
+            return wanted[0]
+        if all(grad is None for grad in wanted):
             return None
-        return p.dtype if given[f"{side}_norm_weight"] is None else torch.float32
+        return empty_like_heads(x.new_empty(x.shape, dtype=torch.float32), x.shape[-1])
 
-    if inner_dtype("query") is not None or full_grad_bias is not None:
-        grads["query"] = grad_query(b, inner_dtype("query"), full_grad_bias)
-        if full_grad_bias is not None:
-            grads["bias"] = full_grad_bias.contiguous()
-    if inner_dtype("key") is not None or wants["value"]:
-        grads["key"], grads["value"] = grad_key_value(b, inner_dtype("key"), wants["value"])
-    for side in ("query", "key"):
-        weight, inner = given[f"{side}_norm_weight"], grads[side]
+    inner_query = before_norm(a.query, a.query_norm_weight, to_query, to_query_norm)
+    inner_key = before_norm(a.key, a.key_norm_weight, to_key, to_key_norm)
+    if inner_query is not None or whole_bias is not None:
+        grad_query(b, inner_query, whole_bias)
+    if whole_bias is not None and whole_bias is not to_bias:
+        to_bias.copy_(whole_bias)
+    if inner_key is not None or to_value is not None:
+        grad_key_value(b, inner_key, to_value)
+    for x, weight, inner, grad, grad_weight in (
+        (a.query, a.query_norm_weight, inner_query, to_query, to_query_norm),
+        (a.key, a.key_norm_weight, inner_key, to_key, to_key_norm),
+    ):
         if weight is not None and inner is not None:
-            grads[side], grads[f"{side}_norm_weight"] = rms_norm_backward(
-                given[side], weight, inner, eps, wants[side], wants[f"{side}_norm_weight"]
-            )
-    return tuple(grad_out.new_empty((0,)) if grad is None else grad for grad in grads.values())
+            rms_norm_backward(x, weight, inner, a.norm_eps, grad, grad_weight)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.attention.cross_attention import cross_attention, cross_attention_varlen
+from velm_kernels.attention.cross_attention import cross_attention
+from velm_kernels.attention.cross_attention_varlen import cross_attention_varlen
 from velm_kernels.backends import Arguments, cuda, derivatives, forced, register_composed
 from velm_kernels.backends.small import ANY, in_float32, takes_torch
 from velm_kernels.layout import product, unit_last_stride
