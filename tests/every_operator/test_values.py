@@ -17,7 +17,7 @@ import velm_kernels
 from tests.conftest import INTERPRETED, Backend, every_backend_with_cuda
 from tests.operators import CALLS, FOR_NUMBERS, Call
 from velm_kernels.attention.cross_attention import reference as attention_reference
-from velm_kernels.cases import incoming, results
+from velm_kernels.cases import Draw, incoming, results
 
 pytestmark = pytest.mark.quick
 
@@ -222,6 +222,55 @@ HIDING = [
 def test_do_not_reach_rows_that_hide_them(backend: Backend, call: Call) -> None:
     found = failures(backend, call, {"batch": 2, "heads": 1, "queries": 20, "keys": 35}, 1)
     assert not found, "\n".join(found)
+
+
+def _closed_by_masks(draw: Draw, batch: int, a: int, b: int, **sizes: int) -> dict[str, Any]:
+    """Bidirectional attention of entries that have every kind of mask: some rows of each side are closed, all of a, all
+    of b, all of both."""
+    given = TWO_WAYS.make(draw, batch=batch, a=a, b=b, **sizes)
+    of_entry = torch.arange(batch)[:, None]
+    return given | {
+        "mask_a": (torch.arange(a) % 3 != 1) & (of_entry % 2 == 0),
+        "mask_b": (torch.arange(b) % 4 != 2) & (of_entry % 4 < 2),
+    }
+
+
+TWO_WAYS = next(call for call in CALLS if call.operator == "bidirectional_attention")
+
+
+# Both sides of the head_dim from which CUDA's gradients of float32 are those of two passes, and, for the queries of b,
+# of the lengths from which several blocks share the other side.
+@pytest.mark.parametrize(("a", "b", "head_dim"), [(5, 9, 16), (20, 35, 16), (5, 9, 150), (530, 5, 16)])
+@every_backend_with_cuda
+def test_do_not_reach_rows_that_both_masks_hide_them_from(backend: Backend, a: int, b: int, head_dim: int) -> None:
+    """A row that the other side may not attend to is a query and no key: a row that is neither its key is not read."""
+    if INTERPRETED and (a > 20 or head_dim > 16):
+        pytest.skip("the interpreter takes minutes")
+    call = replace(TWO_WAYS, make=_closed_by_masks)
+    sizes = {"batch": 4, "heads": 1, "a": a, "b": b, "head_dim": head_dim}
+
+    def all_results(arguments: dict[str, Any], exact: bool) -> dict[str, Tensor]:
+        found, given = call.run(arguments, exact), call.requiring_gradients(arguments)
+        # The gradients of one direction alone are others than its share.
+        outs = call.exact(given) if exact else call.function(**given)
+        for number in (0, 1):
+            grads = torch.autograd.grad(
+                outs[number].sum(), call.leaves(given), retain_graph=True, materialize_grads=True
+            )
+            found |= {f"{name} of {number}": grad for name, grad in zip(call.leaf_names(given), grads, strict=True)}
+        return found
+
+    for side, row in (("query_a", 1), ("query_b", 2)):
+        for value in (math.nan, math.inf):
+            both = []
+            for dtype in (torch.float32, torch.float64):
+                arguments = call.arguments(dtype, **sizes)
+                arguments[side][:, :, row, 3] = value
+                with backend.use():
+                    both.append(all_results(arguments, exact=dtype == torch.float64))
+            for name, got in both[0].items():
+                assert torch.equal(got.isfinite(), both[1][name].isfinite()), (side, value, name)
+                torch.testing.assert_close(got, both[1][name].to(got.dtype), rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
 # Both sides of the sizes up to which backward sums the weights of rows (csrc/attention/cuda_backward.h).

@@ -17,6 +17,7 @@
 
 #include "attention/cuda_columns.h"
 #include "attention/cuda_masks.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_splits.h"
 #include "device/launch.h"
 #include "device/products.h"
@@ -242,19 +243,46 @@ __global__ void __launch_bounds__(kThreads, 2)
       // A row that neither attends nor is attended to: zero times what others are may be NaN.
       total[j][i] = live[i / 2] || open[i / 2] ? total[j][i] * scale : 0.0f;
     }
+  // A row that y may not attend to sees what its mask shows and nothing else; its tiles multiply the rest by 0.
+  const bool may_be_spoiled[2] = {!open[0] && fabsf(logsumexp[0]) < kInfinity && fabsf(delta[0]) < kInfinity,
+                                  !open[1] && fabsf(logsumexp[1]) < kInfinity && fabsf(delta[1]) < kInfinity};
+  const SpoiledRows spoiled(total, may_be_spoiled);
+  const auto partial_row = [&](int query) {
+    return partials.out + (split * partials.rows + rows_x + query) * partials.stride;
+  };
   if (splits > 1) {
     store_wide_rows<kDim>(total, x.head_dim, [&](int row) {
       const int query = first_row + warp_row + row;
-      return query < x.queries ? partials.out + (split * partials.rows + rows_x + query) * partials.stride
-                               : Global<float>(nullptr);
+      return query < x.queries ? partial_row(query) : Global<float>(nullptr);
     });
-    return;
+  } else {
+    const Shared<T> stage = shared.query;
+    store_rows<T, kDim>(stage + warp_row * kDim, total, x.head_dim, grad_width, [&](int row) {
+      const int query = first_row + warp_row + row;
+      return query < x.queries ? grad.at(index, head, query) : Global<T>(nullptr);
+    });
   }
-  const Shared<T> stage = shared.query;
-  store_rows<T, kDim>(stage + warp_row * kDim, total, x.head_dim, grad_width, [&](int row) {
+  if (!spoiled.any() || !x.key_mask) return;
+
+  __syncwarp();
+  const Sequence s(x, index);
+#pragma unroll 1
+  for (int row = 0; row < 16; ++row) {
     const int query = first_row + warp_row + row;
-    return query < x.queries ? grad.at(index, head, query) : Global<T>(nullptr);
-  });
+    if (query >= x.queries || !spoiled.has(row)) continue;
+    RowSum<kDim> sum;
+#pragma unroll 1
+    for (int key = begin; key < end && !sum.is_nan(x.head_dim); ++key) {
+      const PairScore pair = score_of(x, s, index, head, query, key);
+      if (pair.score != kHidden)
+        sum.add(grad_of_score(x, s, index, head, query, key, pair, up_x.grad_out, up_x.of_rows),
+                x.key.at(index, head, key), x.head_dim);
+    }
+    if (splits > 1)
+      sum.put(partial_row(query), x.head_dim, scale);
+    else
+      sum.put(grad.at(index, head, query), x.head_dim, scale);
+  }
 }
 
 // One thread for kWide numbers of a row.

@@ -11,7 +11,7 @@
 
 #include "attention/cuda_forward.h"
 
-#include "attention/cross_attention/cuda_repair.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_masks.h"
 #include "attention/cuda_splits.h"
 #include "device/launch.h"

@@ -2,7 +2,7 @@
 // heads that share it. Their sums are in one order whatever runs beside them, so that the results have the same bits
 // every time.
 
-#include "attention/cross_attention/cuda_repair.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_backward.h"
 #include "attention/cuda_columns.h"
 #include "device/launch.h"

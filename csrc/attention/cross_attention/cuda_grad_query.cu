@@ -2,7 +2,7 @@
 // keys. The gradient of a score is p * (dp - delta), see cuda_backward.h; values come before their keys, so that of dp
 // and the scores the one can be finished before the other is begun.
 
-#include "attention/cross_attention/cuda_repair.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_backward.h"
 #include "attention/cuda_masks.h"
 #include "device/launch.h"

@@ -18,6 +18,8 @@ namespace {
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 // Rows and tokens of a tile, and columns of a step.
 constexpr int kRows = 16, kTokens = 32, kColumns = 32;
+// Sums of a product.
+constexpr int kSums = 4;
 // Tokens whose gradients a thread adds up for its column.
 constexpr int kTokensBackward = 16;
 // Blocks that share the tokens of a segment.
@@ -53,7 +55,8 @@ __global__ void __launch_bounds__(kThreads, 4)
   const int64_t split = blockIdx.x / row_blocks % splits, segment = blockIdx.x / row_blocks / splits;
   const int64_t begin = tokens.begin(segment), end = last_token(tokens, segment);
   for (int64_t first = begin + split * kTokens; first < end; first += int64_t{splits} * kTokens) {
-    float sum[kRows / kWarps] = {};
+    // Each product in four sums: of one, as long as a row, the weights would have the rounding of every step.
+    float sum[kRows / kWarps][kSums] = {};
     for (int64_t column = 0; column < dim; column += kColumns) {
       const bool in = column + lane < dim;
       for (int i = warp; i < kRows; i += kWarps) {
@@ -70,12 +73,15 @@ __global__ void __launch_bounds__(kThreads, 4)
         shared.x[i][lane] = value;
       }
       __syncthreads();
-      for (int c = 0; c < kColumns; ++c) {
-        const float of_token = shared.x[lane][c];
+      for (int first_column = 0; first_column < kColumns; first_column += kSums) {
 #pragma unroll
-        for (int i = 0; i < kRows / kWarps; ++i) {
-          const float of_row = shared.a[warp * (kRows / kWarps) + i][c];
-          sum[i] = fmaf(of_row, of_token, sum[i]);
+        for (int k = 0; k < kSums; ++k) {
+          const float of_token = shared.x[lane][first_column + k];
+#pragma unroll
+          for (int i = 0; i < kRows / kWarps; ++i) {
+            const float of_row = shared.a[warp * (kRows / kWarps) + i][first_column + k];
+            sum[i][k] = fmaf(of_row, of_token, sum[i][k]);
+          }
         }
       }
       __syncthreads();
@@ -83,7 +89,9 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int i = 0; i < kRows / kWarps; ++i) {
       const int64_t row = first_row + warp * (kRows / kWarps) + i;
-      if (row < rows && first + lane < end) weights[row_of_weights(tokens, segment, row, rows) + first + lane] = sum[i];
+      if (row < rows && first + lane < end)
+        weights[row_of_weights(tokens, segment, row, rows) + first + lane] =
+            (sum[i][0] + sum[i][1]) + (sum[i][2] + sum[i][3]);
     }
   }
 }
@@ -119,7 +127,9 @@ __global__ void __launch_bounds__(kThreads, 8)
 
 // Of one row: scores to weights, and gradients of weights to those of scores. What is taken off the gradients, the sum
 // of weight * gradient, is that of grad * out too, but `out` may be of 16 bits: where nearly all weight is on one token
-// no more than its rounding would be left. Both sums are those of the weights as they are computed here.
+// no more than its rounding would be left. Both sums are those of the weights as they are computed here, and of
+// gradients less that of the largest weight (`center`): what is left is a sum of what the other tokens have, with all
+// its digits.
 __global__ void __launch_bounds__(kThreads, 8)
     softmax_backward_kernel(Global<float> weights, Global<float> grad_weights, ReadOnly<float> logsumexp, Tokens tokens,
                             int64_t rows, unsigned row_blocks) {
@@ -128,19 +138,37 @@ __global__ void __launch_bounds__(kThreads, 8)
   const int64_t number = segment * rows + row, at = row_of_weights(tokens, segment, row, rows);
   const float lse = logsumexp[number];
   const int64_t begin = tokens.begin(segment), end = last_token(tokens, segment);
+  float largest = -INFINITY, center = 0.0f;
+  for (int64_t n = begin + threadIdx.x; n < end; n += 32) {
+    const float score = counts(tokens, segment, n) ? static_cast<float>(weights[at + n]) : -INFINITY;
+    if (score > largest) {
+      largest = score;
+      center = grad_weights[at + n];
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, largest, step);
+    const float of_other = __shfl_xor_sync(0xffffffffu, center, step);
+    // Of equal scores all lanes take the same.
+    if (other > largest || (other == largest && (threadIdx.x & step))) center = of_other;
+    largest = fmaxf(largest, other);
+  }
+  // Of an infinite one nothing can be taken off.
+  if (!(fabsf(center) < INFINITY)) center = 0.0f;
   float total = 0.0f, product = 0.0f;
   for (int64_t n = begin + threadIdx.x; n < end; n += 32) {
     if (!counts(tokens, segment, n)) continue;
     const float weight = expf(weights[at + n] - lse);
     total += weight;
-    product = fmaf(weight, grad_weights[at + n], product);
+    product = fmaf(weight, grad_weights[at + n] - center, product);
   }
   const float scale = 1.0f / warp_sum(total), delta = warp_sum(product) * scale;
   for (int64_t n = begin + threadIdx.x; n < end; n += 32) {
     float weight = 0.0f, slope = 0.0f;
     if (counts(tokens, segment, n)) {
       weight = expf(weights[at + n] - lse) * scale;
-      slope = weight * (grad_weights[at + n] - delta);
+      slope = weight * ((grad_weights[at + n] - center) - delta);
     }
     weights[at + n] = weight;
     grad_weights[at + n] = slope;
@@ -284,7 +312,7 @@ void pooled(const AttentionPool& p, const Grid& grid, const Span& weights, const
 }  // namespace
 
 void attention_pool_forward(const AttentionPool& p, Stream stream) {
-  if (p.segments == 0 || p.rows == 0 || p.dim == 0) return;
+  if (p.segments == 0 || p.rows == 0) return;
   const Grid grid(p);
   with_type(p.dtype, [&](auto t) {
     using T = decltype(t);
@@ -292,7 +320,8 @@ void attention_pool_forward(const AttentionPool& p, Stream stream) {
     launch<softmax_kernel>(static_cast<unsigned>(p.segments) * grid.softmax_blocks, dim3(32, kWarps), 0, stream,
                            global<float>(p.weights), global<float>(p.logsumexp), tokens_of(p), p.rows,
                            grid.softmax_blocks);
-    pooled<T, T>(p, grid, p.weights, p.out, stream);
+    // Without features there is still a logsumexp, which tells whether a row saw anything.
+    if (p.dim != 0) pooled<T, T>(p, grid, p.weights, p.out, stream);
   });
 }
 

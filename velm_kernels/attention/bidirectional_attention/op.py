@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from velm_kernels.attention.bidirectional_attention import reference
 from velm_kernels.backends import Arguments, cuda
 from velm_kernels.layout import empty_heads_last, unit_last_stride
 from velm_kernels.operator import Operator
-from velm_kernels.philox import dropout_keep
 
 SIDES = ("query_a", "query_b", "value_a", "value_b")
 
@@ -44,57 +42,6 @@ def meaning(
     )
 
 
-def _grad_of_direction(
-    scores: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    grad: Tensor | None,
-    grad_logsumexp: Tensor | None,
-    dropout_p: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the scores and of the values of one direction: ``dS = P * (dP - sum(P * dP))``, ``dV = P^T dO``."""
-    if grad is None:
-        grad = value.new_zeros(*scores.shape[:-1], value.shape[-1])
-    hidden = scores.new_zeros((1, 1), dtype=torch.bool)
-    if mask is not None:
-        hidden = ~mask[:, None, None, :]
-        value = value.masked_fill(hidden.transpose(-1, -2), 0.0)
-    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0.0)
-    grad_weights = (grad @ value.transpose(-1, -2)).masked_fill(hidden, 0.0)
-    dropped = weights
-    if keep is not None:
-        dropped = torch.where(keep, weights / (1 - dropout_p), 0.0)
-        grad_weights = torch.where(keep, grad_weights / (1 - dropout_p), 0.0)
-    delta = (weights * grad_weights).sum(-1)
-    if grad_logsumexp is not None:
-        delta = delta - grad_logsumexp
-    grad_scores = (weights * (grad_weights - delta[..., None])).masked_fill(hidden, 0.0)
-    return grad_scores, (dropped.transpose(-1, -2) @ grad).masked_fill(hidden.transpose(-1, -2), 0.0)
-
-
-def gradients(a: Any, wanted: Sequence[bool]) -> list[Tensor | None]:
-    scores = a.query_a @ a.query_b.transpose(-1, -2) * a.scale
-    batch, heads, length_a, length_b = scores.shape
-    keep_a = keep_b = None
-    if a.seed is not None:
-        keep_a = dropout_keep(a.seed, batch, heads, length_a, length_b, a.dropout_p, direction=0)
-        keep_b = dropout_keep(a.seed, batch, heads, length_b, length_a, a.dropout_p, direction=1)
-    grad_a, grad_value_b = _grad_of_direction(
-        scores, a.value_b, a.mask_b, keep_a, a.grad_out_a, a.grad_logsumexp_a, a.dropout_p
-    )
-    grad_b, grad_value_a = _grad_of_direction(
-        scores.transpose(-1, -2), a.value_a, a.mask_a, keep_b, a.grad_out_b, a.grad_logsumexp_b, a.dropout_p
-    )
-    grad_scores = (grad_a + grad_b.transpose(-1, -2)) * a.scale
-    return [
-        grad_scores @ a.query_b if wanted[0] else None,
-        grad_scores.transpose(-1, -2) @ a.query_a if wanted[1] else None,
-        grad_value_a if wanted[2] else None,
-        grad_value_b if wanted[3] else None,
-    ]
-
-
 def _too_wide(arguments: Arguments) -> list[str]:
     names = ("query_a", "value_a", "value_b")
     return [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
@@ -124,7 +71,6 @@ OPERATOR = Operator(
     may_lack=("out_a", "out_b", "logsumexp_a", "logsumexp_b"),
     differentiable=SIDES,
     saves=(*SIDES, "mask_a", "mask_b", "seed", "out_a", "out_b", "logsumexp_a", "logsumexp_b"),
-    gradients=gradients,
     gradient_shapes={
         name: lambda a, name=name: empty_heads_last(getattr(a, name), getattr(a, name).shape) for name in SIDES
     },

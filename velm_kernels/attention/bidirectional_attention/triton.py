@@ -92,11 +92,37 @@ def _grad_side(
     stored = [row_strides(grad) for grad in wanted]
     far = max(stride for found in (*strides, *stored) for stride in found)
 
+    def arguments(
+        grad_query: torch.Tensor | None, grad_value: torch.Tensor | None, flags: torch.Tensor | None, blocks: int
+    ) -> tuple[Any, ...]:
+        return (
+            *tensors,
+            x["logsumexp"],
+            y["logsumexp"],
+            x["delta"],
+            y["delta"],
+            x["mask"],
+            y["mask"],
+            *(None if side["mask"] is None else side["mask"].stride(0) for side in (x, y)),
+            *(dropout_of(seed, dropout_p, side["number"]) for side in (x, y)),
+            grad_query,
+            grad_value,
+            flags,
+            *strides,
+            *(None if grad is None else row_strides(grad) for grad in (grad_query, grad_value)),
+            heads,
+            length_x,
+            length_y,
+            scale,
+            blocks,
+        )
+
     def run(config: Config) -> None:
         blocks = cdiv(length_x, config.block_m)
         constants = {
             "HAS_X": x["has_gradient"],
             "HAS_Y": y["has_gradient"],
+            "GUARDED": False,
             "HEAD_DIM": head_dim,
             "DIM_X": value.shape[3],
             "DIM_Y": y["value"].shape[3],
@@ -114,27 +140,22 @@ def _grad_side(
             passes = {"grad_side_query": (grad_query, None), "grad_side_value": (None, grad_value)}
         for kind, grads in passes.items():
             parts = max(parts_of(config, query.dtype, grad.shape[-1]) for grad in grads if grad is not None)
-            arguments = (
-                *tensors,
-                x["logsumexp"],
-                y["logsumexp"],
-                x["delta"],
-                y["delta"],
-                x["mask"],
-                y["mask"],
-                *(None if side["mask"] is None else side["mask"].stride(0) for side in (x, y)),
-                *(dropout_of(seed, dropout_p, side["number"]) for side in (x, y)),
-                *grads,
-                *strides,
-                *(None if grad is None else row_strides(grad) for grad in grads),
-                heads,
-                length_x,
-                length_y,
-                scale,
-                blocks,
-            )
             programs = batch * heads * blocks * parts
-            launch(kind, grad_side_kernel, programs, arguments, constants | {"PARTS": parts}, config)
+            constants["PARTS"] = parts
+            # Where rows of x that are no keys do not see, as queries, what others see as keys.
+            hides = x["mask"] is not None and y["has_gradient"] and (y["mask"] is not None or not x["has_gradient"])
+            flags = (
+                query.new_empty((programs * config.block_m,), dtype=torch.int8)
+                if hides and grads[0] is not None
+                else None
+            )
+            launch(kind, grad_side_kernel, programs, arguments(*grads, flags, blocks), constants, config)
+            if flags is not None:
+                # It rarely has anything to do: smaller tiles, which cost nothing.
+                again = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
+                of_x = constants | {"HAS_Y": False, "GUARDED": True, "BLOCK_N": again.block_n}
+                given = arguments(grads[0], None, flags, blocks)
+                launch("grad_side_guarded", grad_side_kernel, programs, given, of_x, again)
 
     widest = max(head_dim, value.shape[3], y["value"].shape[3])
     shape = (batch, heads, length_x, length_y)

@@ -7,8 +7,10 @@ import triton.language as tl
 
 from velm_kernels.attention.triton_kernels.products import (
     add_weighted,
+    has_nan,
     of_seen,
     product_of_rows,
+    report_nan,
     row_of,
     rows,
     store_rows,
@@ -45,6 +47,7 @@ def grad_side_kernel(
     dropout_y,
     grad_query,
     grad_value,
+    flags,
     query_x_strides,
     query_y_strides,
     value_x_strides,
@@ -60,6 +63,7 @@ def grad_side_kernel(
     row_blocks,
     HAS_X: tl.constexpr,
     HAS_Y: tl.constexpr,
+    GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_X: tl.constexpr,
     DIM_Y: tl.constexpr,
@@ -76,7 +80,14 @@ def grad_side_kernel(
 
     Direction x is attention of x over y (out_x = P_x value_y), direction y that of y over x (out_y = P_y value_x);
     HAS_X and HAS_Y say which of them has gradients, PARTS how many programs share the columns of a result. The masks
-    are bits, 64 rows in a word."""
+    are bits, 64 rows in a word.
+
+    A row of x that y may not attend to sees the rows of y that mask_y shows and no others, but its tiles multiply the
+    others by 0. Where that has made NaN (`report_nan`), a GUARDED launch, of direction x alone, reads what mask_y shows
+    and replaces it."""
+    if GUARDED:  # noqa: SIM102
+        if not has_nan(flags, BLOCK_M):
+            return
     part = tl.program_id(0) % PARTS
     rest = tl.program_id(0) // PARTS
     block = rest % row_blocks
@@ -117,8 +128,13 @@ def grad_side_kernel(
         b_lse_y = tl.load(logsumexp_y + rows_y + b_y, mask=b_in_y, other=-float("inf"))
         b_delta_y = tl.load(delta_y + rows_y + b_y, mask=b_in_y, other=0.0)
         b_live_y = (b_lse_y != -float("inf")) | (b_delta_y != 0.0)
+        b_read_y = b_in_y & False
+        if HAS_X:
+            b_read_y = b_open_y
+        if HAS_Y:
+            b_read_y = b_read_y | b_live_y
         p_qy = row_of(query_y, query_y_strides, b, head, start_y)
-        qy = rows(p_qy, b_j, query_y_strides.row, b_open_y | b_live_y, HEAD_DIM, BLOCK_D, WIDE)
+        qy = rows(p_qy, b_j, query_y_strides.row, b_read_y, HEAD_DIM, BLOCK_D, WIDE)
         # [BM, BN]
         b_s = product_of_rows(qx, qy, HEAD_DIM, BLOCK_D, PRECISION) * scale
         b_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -153,8 +169,14 @@ def grad_side_kernel(
     if mask_x is not None:
         dq, dv = of_seen(dq, b_open_x | b_live_x), of_seen(dv, b_open_x)
     if grad_query is not None:
+        b_stored = b_in_x
+        if GUARDED:
+            b_stored = b_in_x & (b_open_x == 0)
+        elif flags is not None:
+            report_nan(flags, dq, BLOCK_M)
         p_dq = row_of(grad_query, grad_query_strides, b, head, start_x)
-        store_rows(p_dq, b_i, grad_query_strides.row, b_in_x, dq, scale, part, False, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        stride = grad_query_strides.row
+        store_rows(p_dq, b_i, stride, b_stored, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
     if grad_value is not None:
         p_dv = row_of(grad_value, grad_value_strides, b, head, start_x)
         store_rows(p_dv, b_i, grad_value_strides.row, b_in_x, dv, 1.0, part, False, DIM_X, BLOCK_X, PARTS, WIDE)

@@ -256,7 +256,7 @@ def _folded(
     if tokens is None:
         pooled = torch.softmax(rows @ x.transpose(1, 2), -1) @ x
     else:
-        pooled, logsumexp = OPERATOR(_canonical_rows(x, rows, **tokens))
+        pooled, _ = OPERATOR(_canonical_rows(x, rows, **tokens))
     batch = pooled.shape[0]
     pooled = pooled.view(batch, heads, queries, dim).transpose(0, 1).reshape(heads, batch * queries, dim)
     values = torch.bmm(pooled, _heads_of(value_weight, heads).transpose(1, 2))
@@ -265,12 +265,20 @@ def _folded(
         .permute(1, 2, 0, 3)
         .reshape(batch, queries, len(value_weight))
     )
-    if value_bias is None:
-        return out
-    if tokens is None:
-        return out + value_bias
-    # All rows of scores of a segment are empty or none is.
-    return out + torch.where(logsumexp[:, :1, None] == -torch.inf, 0.0, value_bias)
+    if value_bias is not None:
+        out = out + value_bias
+    some = None if tokens is None else _sees_some(x, **tokens)
+    # Nothing of a weight or a bias, NaN or not, reaches a segment without tokens.
+    return out if some is None else torch.where(some[:, None, None], out, 0.0)
+
+
+def _sees_some(x: Tensor, lengths: Tensor | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """Which segments have a token that counts, or None where all have."""
+    if cu_seqlens is not None:
+        return cu_seqlens[1:] > cu_seqlens[:-1]
+    if lengths is None and mask is None and x.shape[1]:
+        return None
+    return live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device).any(1)
 
 
 def _ordinary(

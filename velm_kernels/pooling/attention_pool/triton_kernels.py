@@ -112,12 +112,26 @@ def softmax_kernel(weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
 def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOCK: tl.constexpr):
     """Of one row: scores to weights, and gradients of weights to those of scores. What is taken off them is the sum of
     the very same products: that of the gradient with the result, which is rounded, leaves little of the difference
-    where one token has nearly all of the weight. Weights are divided by their sum, as the logsumexp is rounded too."""
+    where one token has nearly all of the weight. All of them less that of the largest weight, `center`: what is left is
+    a sum of what the other tokens have, with all its digits. Weights are divided by their sum, as the logsumexp is
+    rounded too."""
     segment, row = tl.program_id(0) // rows, tl.program_id(0) % rows
     lse = tl.load(logsumexp + to_int64(segment) * rows + row)
     start, count = _token_range(tokens, segment)
     p_row = _weight_rows(weights, tokens, segment, row, rows) + start
     p_grad = _weight_rows(grad_weights, tokens, segment, row, rows) + start
+    b_largest = tl.full((BLOCK,), -float("inf"), tl.float32)
+    b_center = tl.zeros((BLOCK,), tl.float32)
+    for first in tl.range(0, count, BLOCK):
+        b_token = first + tl.arange(0, BLOCK)
+        b_live = _live(tokens, segment, b_token, count)
+        b_score = tl.load(p_row + b_token, mask=b_live, other=float("-inf"))
+        b_larger = b_score > b_largest
+        b_largest = tl.where(b_larger, b_score, b_largest)
+        b_center = tl.where(b_larger, tl.load(p_grad + b_token, mask=b_larger, other=0.0), b_center)
+    center = tl.sum(tl.where(tl.arange(0, BLOCK) == tl.argmax(b_largest, 0), b_center, 0.0), 0)
+    # Of an infinite one nothing can be taken off.
+    center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
     b_sum = tl.zeros((BLOCK,), tl.float32)
     b_delta = tl.zeros((BLOCK,), tl.float32)
     for first in tl.range(0, count, BLOCK):
@@ -126,7 +140,7 @@ def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOC
         b_score = tl.load(p_row + b_token, mask=b_live, other=float("-inf"))
         b_weight = tl.where(b_live, tl.exp(b_score - lse), 0.0)
         b_sum += b_weight
-        b_delta += b_weight * tl.load(p_grad + b_token, mask=b_live, other=0.0)
+        b_delta += b_weight * (tl.load(p_grad + b_token, mask=b_live, other=center) - center)
         tl.store(p_row + b_token, b_weight, mask=b_token < count)
     total = tl.sum(b_sum, 0)
     delta = tl.sum(b_delta, 0) / total
@@ -134,7 +148,7 @@ def softmax_backward_kernel(weights, grad_weights, logsumexp, tokens, rows, BLOC
         b_token = first + tl.arange(0, BLOCK)
         b_live = _live(tokens, segment, b_token, count)
         b_weight = tl.where(b_live, tl.load(p_row + b_token, mask=b_live, other=0.0) / total, 0.0)
-        b_grad = tl.load(p_grad + b_token, mask=b_live, other=0.0)
+        b_grad = tl.load(p_grad + b_token, mask=b_live, other=center) - center
         tl.store(p_row + b_token, b_weight, mask=b_token < count)
         tl.store(p_grad + b_token, tl.where(b_live, b_weight * (b_grad - delta), 0.0), mask=b_token < count)
 
