@@ -29,7 +29,7 @@ def product(sizes: Iterable[int]) -> int:
 
 def as_matrix(x: Tensor) -> Tensor:
     """``(rows, dim)`` of ``(..., dim)``, neighbours in a row next to each other; also for ``dim`` 0."""
-    return unit_last_stride(x.reshape(product(x.shape[:-1]), x.shape[-1]))
+    return unit_last_stride(x if x.dim() == 2 else x.reshape(product(x.shape[:-1]), x.shape[-1]))
 
 
 def with_regions(inputs: Sequence[Tensor], most_dims: int | None = None) -> list[Tensor]:
@@ -61,6 +61,8 @@ def as_regions(
     ``(batch, 1, dim)`` where it is the same for all regions, unless ``repeated``: then it is expanded. ``own`` are its
     leading dimensions where they are not those of its shape, see :func:`leading_dims`.
     """
+    if own is None and len(batch) == len(regions) == 1 and tuple(x.shape[:-1]) == (*batch, *regions):
+        return unit_last_stride(x)
     dim, own = x.shape[-1], tuple(x.shape[:-1] if own is None else own)
     own = (1,) * (len(batch) + len(regions) - len(own)) + own
     count = product(regions)
@@ -70,13 +72,19 @@ def as_regions(
     return unit_last_stride(x.reshape(product(batch), count, dim))
 
 
+def empty_like(x: Tensor) -> Tensor:
+    """Uninitialised, in the shape and dtype of ``x`` and contiguous: half of the time of ``x.new_empty(x.shape)``."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def empty_heads_last(like: Tensor, shape: Sequence[int]) -> Tensor:
     """Uninitialised ``(batch, heads, rows, dim)`` whose memory is ``(batch, rows, heads, dim)``: what a module turns
     into ``(batch, rows, heads * dim)`` without a copy. Packed sequences, ``(tokens, heads, dim)``, are so anyway."""
     if len(shape) == 3:
         return like.new_empty(tuple(shape))
     batch, heads, rows, dim = shape
-    return like.new_empty((batch, rows, heads, dim)).transpose(1, 2)
+    row = heads * dim
+    return like.new_empty_strided((batch, heads, rows, dim), (rows * row, dim, row, 1))
 
 
 def empty_like_heads(like: Tensor, dim: int) -> Tensor:

@@ -42,6 +42,7 @@ from velm_kernels.backends.derivatives import flat
 from velm_kernels.backends.kernels import Reasons, compositions, givers, kernels, register
 from velm_kernels.backends.recording import Declared, Kept, Recording
 from velm_kernels.backends.schemas import Parameter, filled_by_kernel, parameters
+from velm_kernels.layout import empty_like
 
 Empty = Callable[[Any], Any]
 
@@ -513,7 +514,7 @@ def _empty_like(name: str, a: Any, *place: int) -> Tensor:
     like = getattr(a, name)
     for i in place:
         like = like[i]
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
+    return empty_like(like)
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:

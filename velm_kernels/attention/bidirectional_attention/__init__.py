@@ -97,13 +97,14 @@ def canonical(
 ) -> Arguments:
     """Checks the arguments of :func:`bidirectional_attention` and returns those of the operator."""
     tensors = {"query_a": query_a, "query_b": query_b, "value_a": value_a, "value_b": value_b}
-    for name, value in tensors.items():
-        checks.tensor(name, value, dims=4, layout="(batch, heads, sequence, head_dim)")
-        checks.dtype_in(name, value, checks.FLOAT_DTYPES)
-        checks.same_device(name, value, "query_a", query_a)
-    tensors = dict(zip(tensors, checks.autocast(*tensors.values()), strict=True))
-    for name, value in tensors.items():
-        checks.dtype_in(name, value, (tensors["query_a"].dtype,))
+    if not (checks.ordinary(*tensors.values()) and all(value.dim() == 4 for value in tensors.values())):
+        for name, value in tensors.items():
+            checks.tensor(name, value, dims=4, layout="(batch, heads, sequence, head_dim)")
+            checks.dtype_in(name, value, checks.FLOAT_DTYPES)
+            checks.same_device(name, value, "query_a", query_a)
+        tensors = dict(zip(tensors, checks.autocast(*tensors.values()), strict=True))
+        for name, value in tensors.items():
+            checks.dtype_in(name, value, (tensors["query_a"].dtype,))
     batch, heads, a, head_dim = query_a.shape
     b = query_b.shape[2]
     if head_dim == 0:

@@ -77,9 +77,10 @@ def plain(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = N
 
 def canonical(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Arguments:
     """Checks the arguments of :func:`gated_residual` and returns those of the operator: rows of a matrix."""
-    for name, value in (("residual", residual), ("x", x), ("gate", gate)):
-        checks.dtype_in(name, checks.tensor(name, value), checks.FLOAT_DTYPES)
-        checks.same_device(name, value, "residual", residual)
+    if x is None or gate is None or not checks.ordinary(residual, x, gate):
+        for name, value in (("residual", residual), ("x", x), ("gate", gate)):
+            checks.dtype_in(name, checks.tensor(name, value), checks.FLOAT_DTYPES)
+            checks.same_device(name, value, "residual", residual)
     if residual.dim() == 0:
         raise ValueError("residual: expected (..., dim), given ()")
     checks.shape("x", x, "the shape of residual", residual.shape)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.attention.gated_residual.reference import gated_residual
+from velm_kernels.layout import empty_like
 from velm_kernels.operator import Operator
 
 
@@ -34,7 +35,10 @@ def gradients(a: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, Tensor | N
 
 
 def _empty(a: Any) -> Tensor:
-    out: Tensor = a.x.new_empty(a.x.shape, dtype=torch.promote_types(a.residual.dtype, a.x.dtype))
+    residual, x = a.residual.dtype, a.x.dtype
+    if residual == x:
+        return empty_like(a.x)
+    out: Tensor = a.x.new_empty(a.x.shape, dtype=torch.promote_types(residual, x))
     return out
 
 

@@ -69,11 +69,12 @@ def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
 def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
     """Checks the arguments of :func:`bilinear` and returns those of the operator: rows of matrices, or for the folded
     operator ``x (batch, dx)`` and ``y (batch, regions, dy)``."""
-    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
-    others = {"y": y, "weight": weight} | ({} if bias is None else {"bias": bias})
-    for name, value in others.items():
-        checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
-        checks.same_device(name, value, "x", x)
+    if y is None or weight is None or not checks.ordinary(x, y, weight, bias):
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+        others = {"y": y, "weight": weight} | ({} if bias is None else {"bias": bias})
+        for name, value in others.items():
+            checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
+            checks.same_device(name, value, "x", x)
     checks.tensor("weight", weight, dims=3, layout="(out, dx, dy)")
     out, dx, dy = weight.shape
     for name, value, dim in (("x", x, dx), ("y", y, dy)):

@@ -53,12 +53,15 @@ def canonical(
     x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.1, seed: int | Tensor | None = None
 ) -> Arguments:
     """Checks the arguments of :func:`dropout_residual` and returns those of the operator: rows of a matrix."""
-    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    is_ordinary = checks.ordinary(x, residual)
+    if not is_ordinary:
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     if x.dim() == 0:
         raise ValueError("x: expected (..., dim), given ()")
     if residual is not None:
-        checks.dtype_in("residual", checks.tensor("residual", residual), (x.dtype,))
-        checks.same_device("residual", residual, "x", x)
+        if not is_ordinary:
+            checks.dtype_in("residual", checks.tensor("residual", residual), (x.dtype,))
+            checks.same_device("residual", residual, "x", x)
         checks.shape("residual", residual, "the shape of x", x.shape)
     dropout_p = checks.probability("dropout_p", dropout_p)
     return {

@@ -98,9 +98,11 @@ def canonical(
     if x.dim() < 2:
         raise ValueError(f"x: expected {layout}, given {tuple(x.shape)}")
     batch, dim = x.shape[0], x.shape[1 if channels_first else -1]
+    is_ordinary = checks.ordinary(x, gamma, beta)
     for name, value in (("gamma", gamma), ("beta", beta)):
-        checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
-        checks.same_device(name, value, "x", x)
+        if not is_ordinary:
+            checks.dtype_in(name, checks.tensor(name, value), (x.dtype,))
+            checks.same_device(name, value, "x", x)
         if tuple(value.shape) not in ((batch, dim), (dim,)):
             raise ValueError(
                 f"{name}: expected (batch, dim) = {(batch, dim)} or (dim,) = {(dim,)}, given {tuple(value.shape)}"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from velm_kernels.fusion.film.reference import film
+from velm_kernels.layout import empty_like
 from velm_kernels.operator import Operator
 
 
@@ -26,10 +27,10 @@ def gradients(a: Any, wanted: Sequence[bool]) -> tuple[Tensor | None, ...]:
 
 def empty_like_rows(x: Tensor, regions_contiguous: bool) -> Tensor:
     """Uninitialised, of x's shape; contiguous, with ``regions_contiguous`` in the order (batch, dim, regions)."""
-    batch, regions, dim = x.shape
     if regions_contiguous:
+        batch, regions, dim = x.shape
         return x.new_empty((batch, dim, regions)).transpose(1, 2)
-    return x.new_empty((batch, regions, dim))
+    return empty_like(x)
 
 
 def _incoming(grad: Tensor, a: Any) -> Tensor:

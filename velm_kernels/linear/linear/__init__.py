@@ -155,12 +155,15 @@ def canonical(
     residual: Tensor | None = None,
 ) -> Arguments:
     """Checks the arguments of :func:`linear` and returns those of the operator."""
-    checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
+    is_ordinary = weight is not None and checks.ordinary(x, weight, bias)
+    if not is_ordinary:
+        checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     if x.dim() == 0:
         raise ValueError("x: expected (..., in_features), given ()")
     checks.tensor("weight", weight, dims=2, layout="(out_features, in_features)")
-    checks.dtype_in("weight", weight, (x.dtype,))
-    checks.same_device("weight", weight, "x", x)
+    if not is_ordinary:
+        checks.dtype_in("weight", weight, (x.dtype,))
+        checks.same_device("weight", weight, "x", x)
     out_features, in_features = weight.shape
     if x.shape[-1] != in_features:
         raise ValueError(
@@ -168,8 +171,9 @@ def canonical(
             f"given {tuple(x.shape)}"
         )
     if bias is not None:
-        checks.dtype_in("bias", checks.tensor("bias", bias), (x.dtype,))
-        checks.same_device("bias", bias, "x", x)
+        if not is_ordinary:
+            checks.dtype_in("bias", checks.tensor("bias", bias), (x.dtype,))
+            checks.same_device("bias", bias, "x", x)
         checks.shape("bias", bias, "(out_features,)", (out_features,))
     checks.choice("activation", activation, ACTIVATIONS[1:], or_none=True)
     if residual is not None:

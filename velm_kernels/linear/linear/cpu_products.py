@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from velm_kernels.backends import cpu
+from velm_kernels.layout import empty_like
 from velm_kernels.linear.linear.torch_products import product, product_backward
-from velm_kernels.products import own_product
+from velm_kernels.products import own_product_of
 
 # out = activation(z + bias) + residual. saved, if given, receives what backward needs: z + bias, or where
 # reference.from_value says so the activation's value. One of out and saved may be z itself. All are
@@ -45,7 +46,7 @@ def linear_forward(
     out: Tensor,
     kept: Tensor | None,
 ) -> None:
-    if own_product(x.shape[0], x.shape[1], weight.shape[0], x.dtype, x.device, kept is not None):
+    if min(weight.shape) and own_product_of(x.shape[0], x.dtype):
         kernel("linear_forward")(x, weight, bias, residual, activation, keeps, out, kept)
         return
     x, weight = _readable(x), _readable(weight)
@@ -73,13 +74,13 @@ def linear_backward(
     grad_bias: Tensor | None,
 ) -> None:
     in_features = next((t.shape[1] for t in (x, weight) if t is not None), 0)
-    if own_product(grad.shape[0], in_features, grad.shape[1], grad.dtype, grad.device, True):
+    if in_features and grad.shape[1] and own_product_of(grad.shape[0], grad.dtype):
         kernel("linear_backward")(grad, x, weight, out, kept, activation, keeps, grad_x, grad_weight, grad_bias)
         return
     saved = out if kept is None else kept
     grad_z = grad
     if saved is not None and (grad_x is not None or grad_weight is not None):
-        grad_z = grad.new_empty(grad.shape)
+        grad_z = empty_like(grad)
     if grad_z is not grad or grad_bias is not None:
         of_z = None if grad_z is grad else grad_z
         kernel("linear_epilogue_backward")(grad, saved, activation, of_z, grad_bias)

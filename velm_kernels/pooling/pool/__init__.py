@@ -244,16 +244,18 @@ def canonical_masked(
             raise ValueError(f"x: expected (..., tokens, dim), given {tuple(x.shape)}")
         leading, spatial = tuple(x.shape[:-2]), (x.shape[-2],)
         tokens, dim = x.shape[-2:]
-        rows = x.reshape(product(leading), tokens, dim)
+        rows = x if len(leading) == 1 else x.reshape(product(leading), tokens, dim)
     if lengths is not None:
         lengths = checked_integers("lengths", lengths, x, "the leading dimensions of x", leading)
     if mask is not None:
         layout = "(batch, *spatial)" if channels_first else "(..., tokens)"
         mask = checked_mask(mask, x, layout, leading + spatial, rows.shape[0], tokens)
     # Which of the two last strides is 1; with one column or one token either may be said to be.
-    by_token = rows.stride(1) == 1 and rows.stride(2) != 1 and dim > 1
-    if not by_token and rows.stride(2) != 1 and dim > 1:
-        rows = rows.contiguous()
+    by_token = False
+    if rows.stride(2) != 1 and dim > 1:
+        by_token = rows.stride(1) == 1
+        if not by_token:
+            rows = rows.contiguous()
     return {
         "x": rows,
         "lengths": lengths,
