@@ -100,7 +100,9 @@ def _remembering(call: Callable[..., Any]) -> Callable[..., Any]:
             results.append(call(*args))
         # Autograd wants tensors that are nobody's yet.
         made = results[0]
-        return made.detach() if isinstance(made, Tensor) else type(made)(one.detach() for one in made)
+        return (
+            made.detach() if isinstance(made, Tensor) else tuple(None if one is None else one.detach() for one in made)
+        )
 
     return again
 

@@ -71,6 +71,16 @@ def _pooled(mode: str) -> Callable[..., dict[str, Any]]:
     return lambda n, normal: {"x": normal(4, n, 8), "lengths": _lengths(4, n), "mode": mode}
 
 
+def _masked(mode: str) -> Callable[..., dict[str, Any]]:
+    # The last row has no token.
+    def make(n: int, normal: Any) -> dict[str, Any]:
+        mask = (torch.arange(n) + torch.arange(4)[:, None]) % 3 > 0
+        mask[3] = False
+        return {"x": normal(4, n, 8), "mask": mask, "mode": mode}
+
+    return make
+
+
 def _of_queries(shape: tuple[int, ...]) -> Callable[..., dict[str, Any]]:
     def make(n: int, normal: Any) -> dict[str, Any]:
         weights = {name: 0.3 * normal(16, 12) for name in ("key_weight", "value_weight")}
@@ -125,6 +135,7 @@ CALLS: dict[str, Small] = {
     "masked_pool": Small("masked_pool", lambda n, draw: {"x": draw(2, n, 8)}, 3, 20000),
     **{f"masked_pool {mode}": Small("masked_pool", _pooled(mode), 5, 9000) for mode in
        ("mean", "sum", "max", "logsumexp")},
+    **{f"masked_pool {mode} by mask": Small("masked_pool", _masked(mode), 5, 9000) for mode in ("mean", "sum")},
     "segment_pool": Small(
         "segment_pool", lambda n, draw: {"x": draw(n, 8), "cu_seqlens": torch.tensor([0, 0, n // 3, n])}, 7, 140000
     ),
@@ -323,7 +334,7 @@ def test_small_calls_do_not_read_what_is_masked(name: str, value: float) -> None
     if "lengths" in clean:
         poisoned["x"][torch.arange(clean["x"].shape[1]) >= clean["lengths"][:, None]] = value
     else:
-        poisoned["x"][~clean["row_mask"]] = value
+        poisoned["x"][~clean.get("mask", clean.get("row_mask"))] = value
     assert not poisoned["x"].isfinite().all()
     (out, grads), (expected, expected_grads) = (differentiated(call, given) for given in (poisoned, clean))
     assert torch.equal(out, expected) and all(map(torch.equal, grads, expected_grads))

@@ -56,17 +56,19 @@ def is_plain(value: Any) -> bool:
     return cls is torch.Tensor or cls is torch.nn.Parameter or (cls.__module__, cls.__qualname__) in _STAND_INS
 
 
-def ordinary(*values: Any) -> bool:
-    """Whether all ``values``, but those that are None, are tensors of no subclass on the CPU, of one of the floating
-    dtypes, without autocast: then nothing is wrong with their types, dtypes and devices.
+def ordinary(*values: Any, or_none: Any = None) -> bool:
+    """Whether all ``values``, and ``or_none`` if it is not None, are tensors of no subclass on the CPU, of one of the
+    floating dtypes, without autocast: then nothing is wrong with their types, dtypes and devices.
 
     Asked once for several arguments it takes a part of the time that the checks of each take."""
+    if or_none is not None:
+        values = (*values, or_none)
     first = values[0]
-    if first is None or first.__class__ not in _PLAIN or first.dtype not in FLOAT_DTYPES:
+    if first.__class__ not in _PLAIN or first.dtype not in FLOAT_DTYPES:
         return False
     dtype = first.dtype
     for value in values:
-        if value is not None and (value.__class__ not in _PLAIN or value.dtype != dtype or not value.is_cpu):
+        if value.__class__ not in _PLAIN or value.dtype != dtype or not value.is_cpu:
             return False
     return not torch.is_autocast_enabled("cpu")
 

@@ -77,7 +77,7 @@ def plain(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = N
 
 def canonical(residual: Tensor, x: Tensor, gate: Tensor, row_mask: Tensor | None = None) -> Arguments:
     """Checks the arguments of :func:`gated_residual` and returns those of the operator: rows of a matrix."""
-    if x is None or gate is None or not checks.ordinary(residual, x, gate):
+    if not checks.ordinary(residual, x, gate):
         for name, value in (("residual", residual), ("x", x), ("gate", gate)):
             checks.dtype_in(name, checks.tensor(name, value), checks.FLOAT_DTYPES)
             checks.same_device(name, value, "residual", residual)

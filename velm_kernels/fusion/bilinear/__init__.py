@@ -69,7 +69,7 @@ def _leading(x: Tensor, y: Tensor) -> tuple[int, ...]:
 def canonical(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None = None) -> Arguments:
     """Checks the arguments of :func:`bilinear` and returns those of the operator: rows of matrices, or for the folded
     operator ``x (batch, dx)`` and ``y (batch, regions, dy)``."""
-    if y is None or weight is None or not checks.ordinary(x, y, weight, bias):
+    if not checks.ordinary(x, y, weight, or_none=bias):
         checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
         others = {"y": y, "weight": weight} | ({} if bias is None else {"bias": bias})
         for name, value in others.items():

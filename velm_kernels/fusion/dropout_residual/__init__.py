@@ -53,7 +53,7 @@ def canonical(
     x: Tensor, residual: Tensor | None = None, dropout_p: float = 0.1, seed: int | Tensor | None = None
 ) -> Arguments:
     """Checks the arguments of :func:`dropout_residual` and returns those of the operator: rows of a matrix."""
-    is_ordinary = checks.ordinary(x, residual)
+    is_ordinary = checks.ordinary(x, or_none=residual)
     if not is_ordinary:
         checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     if x.dim() == 0:

@@ -129,7 +129,7 @@ def canonical(
     seed: int | Tensor | None = None,
 ) -> Arguments:
     """Checks the arguments of :func:`factorized_pool` and returns those of the operator, ``(batch, regions, ...)``."""
-    if b is None or not checks.ordinary(a, b):
+    if not checks.ordinary(a, b):
         checks.dtype_in("a", checks.tensor("a", a), checks.FLOAT_DTYPES)
         checks.dtype_in("b", checks.tensor("b", b), (a.dtype,))
         checks.same_device("b", b, "a", a)

@@ -155,7 +155,7 @@ def canonical(
     residual: Tensor | None = None,
 ) -> Arguments:
     """Checks the arguments of :func:`linear` and returns those of the operator."""
-    is_ordinary = weight is not None and checks.ordinary(x, weight, bias)
+    is_ordinary = checks.ordinary(x, weight, or_none=bias)
     if not is_ordinary:
         checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
     if x.dim() == 0:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import Arguments, derivatives
+from velm_kernels.backends import Arguments
 from velm_kernels.backends.small import ANY, in_float32, takes_torch, values_of
 from velm_kernels.layout import product, unit_last_stride
 from velm_kernels.pooling.pool.op import OPERATOR
 from velm_kernels.pooling.pool.reference import MODES
 from velm_kernels.pooling.tokens import checked_cu_seqlens, checked_integers, checked_mask
+from velm_kernels.processors import NEVER
 
 # Elements of x up to which torch's form is the faster one, without a gradient and with one, see
 # velm_kernels.backends.small; rows shorter than others.
@@ -95,7 +95,7 @@ def plain_masked(
     *,
     channels_first: bool = False,
 ) -> Tensor | None:
-    if mask is not None or channels_first is not False or p.__class__ is not float or mode.__class__ is not str:
+    if channels_first is not False or p.__class__ is not float or mode.__class__ is not str:
         return None
     limits = SMALL.get(mode)
     if limits is None or not takes_torch(limits[0], x, dtype=ANY, recorded=limits[1]):
@@ -103,6 +103,11 @@ def plain_masked(
     shape = x.shape
     if len(shape) < 2 or 0 in shape or not x.is_contiguous():
         return None
+    if mask is not None:
+        # Rows without a token, which cannot be told sooner than computed, have no gradient in the other modes.
+        if lengths is not None or mode not in ("mean", "sum") or not takes_torch(NEVER, mask, dtype=torch.bool):
+            return None
+        return _of_shown(x, mask, mode) if mask.shape == shape[:-1] else None
     if lengths is None:
         return _of_tokens(x, mode)
     known = values_of(lengths)
@@ -118,35 +123,32 @@ def plain_masked(
     short = [(row, length) for row, length in enumerate(known) if length < tokens]
     if len(short) > FEW_ROWS:
         return None
+    if x.requires_grad and torch.is_grad_enabled():
+        shown = torch.arange(tokens, device=x.device) < lengths.unsqueeze(-1)
+        if mode in ("mean", "sum"):
+            return _of_shown(x, shown, mode)
+        return _of_tokens(torch.where(shown.unsqueeze(-1), x, -torch.inf), mode)
     # Sooner than any mask.
     filled = x.clone()
-    filling = 0.0 if mode in ("mean", "sum") else -torch.inf
-    if filled.requires_grad and not derivatives.other_modes():
-        # Not a node of the graph for every row.
-        _fill(filled.detach(), short, filling)
-        filled.register_hook(lambda grad: _cleared(grad, short))
-    else:
-        _fill(filled, short, filling)
+    rows, filling = filled.view(-1, *shape[-2:]), 0.0 if mode in ("mean", "sum") else -torch.inf
+    for row, length in short:
+        rows[row, length:] = filling
     if mode != "mean":
         return _of_tokens(filled, mode)
     counts = lengths.unsqueeze(-1) if least else lengths.unsqueeze(-1).clamp(min=1)
-    if filled.requires_grad:
-        # As in plain torch, and without gradients in two dtypes.
-        return filled.sum(-2) / counts
     return (filled.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
 
 
-def _fill(x: Tensor, short: Sequence[tuple[int, int]], filling: float) -> Tensor:
-    """Fills ``x`` behind the length of each short row, given as (row, length)."""
-    rows = x.view(-1, *x.shape[-2:])
-    for row, length in short:
-        rows[row, length:] = filling
-    return x
-
-
-def _cleared(grad: Tensor | None, short: Sequence[tuple[int, int]]) -> Tensor | None:
-    """A gradient of what :func:`_fill` filled; autograd has None where no result depends on it."""
-    return None if grad is None else _fill(grad.clone(memory_format=torch.contiguous_format), short, 0.0)
+def _of_shown(x: Tensor, shown: Tensor, mode: str) -> Tensor:
+    """The mean or sum of the tokens where ``shown`` is True."""
+    seen = torch.where(shown.unsqueeze(-1), x, 0.0)
+    if mode == "sum":
+        return seen.sum(-2)
+    counts = shown.sum(-1, keepdim=True).clamp(min=1)
+    if x.requires_grad and torch.is_grad_enabled():
+        # As in plain torch, and without gradients in two dtypes.
+        return seen.sum(-2) / counts
+    return (seen.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
 
 
 def _of_tokens(x: Tensor, mode: str) -> Tensor:
