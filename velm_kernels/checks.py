@@ -222,7 +222,7 @@ def leading(name: str, value: torch.Tensor, like_name: str, like: torch.Tensor, 
 
 def number(name: str, value: Any, low: float, high: float, *, described: str) -> float:
     if value.__class__ is float and low <= value < high:
-        return value  # type: ignore[no-any-return]
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         raise TypeError(f"{name}: expected a number, given {describe(value)}")
     if not low <= value < high:  # type: ignore[operator]

@@ -24,6 +24,8 @@ SMALL = {
     "max": (1 << 16, 1 << 17),
     "logsumexp": (1 << 15, 1 << 17),
 }
+# The same where rows of the mean or sum have different lengths: torch's form hides what is not read beforehand.
+SMALL_RAGGED = 1 << 13, 1 << 17
 FEW_ROWS = 16
 # The same for segments, and for one alone.
 SMALL_SEGMENTS, SMALL_SEGMENT = 1 << 19, 1 << 20
@@ -107,7 +109,9 @@ def plain_masked(
         # Rows without a token, which cannot be told sooner than computed, have no gradient in the other modes.
         if lengths is not None or mode not in ("mean", "sum") or not takes_torch(NEVER, mask, dtype=torch.bool):
             return None
-        return _of_shown(x, mask, mode) if mask.shape == shape[:-1] else None
+        if mask.shape != shape[:-1] or x.numel() > SMALL_RAGGED[torch.is_grad_enabled() and x.requires_grad]:
+            return None
+        return _of_shown(x, mask, mask.sum(-1, keepdim=True).clamp(min=1), mode)
     if lengths is None:
         return _of_tokens(x, mode)
     known = values_of(lengths)
@@ -118,7 +122,10 @@ def plain_masked(
         return None
     if least == most:
         return _of_tokens(x if most == tokens else x.narrow(-2, 0, most), mode if most else "sum")
-    if least == 0 and mode not in ("mean", "sum"):
+    if mode in ("mean", "sum"):
+        if x.numel() > SMALL_RAGGED[torch.is_grad_enabled() and x.requires_grad]:
+            return None
+    elif least == 0:
         return None
     short = [(row, length) for row, length in enumerate(known) if length < tokens]
     if len(short) > FEW_ROWS:
@@ -126,7 +133,7 @@ def plain_masked(
     if x.requires_grad and torch.is_grad_enabled():
         shown = torch.arange(tokens, device=x.device) < lengths.unsqueeze(-1)
         if mode in ("mean", "sum"):
-            return _of_shown(x, shown, mode)
+            return _of_shown(x, shown, _counts(lengths, least), mode)
         return _of_tokens(torch.where(shown.unsqueeze(-1), x, -torch.inf), mode)
     # Sooner than any mask.
     filled = x.clone()
@@ -135,16 +142,19 @@ def plain_masked(
         rows[row, length:] = filling
     if mode != "mean":
         return _of_tokens(filled, mode)
-    counts = lengths.unsqueeze(-1) if least else lengths.unsqueeze(-1).clamp(min=1)
-    return (filled.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
+    return (filled.sum(-2, dtype=torch.float32) / _counts(lengths, least)).to(x.dtype)
 
 
-def _of_shown(x: Tensor, shown: Tensor, mode: str) -> Tensor:
-    """The mean or sum of the tokens where ``shown`` is True."""
+def _counts(lengths: Tensor, least: int) -> Tensor:
+    """By what the sums of rows of these lengths are divided; the shortest has the length ``least``."""
+    return lengths.unsqueeze(-1) if least else lengths.unsqueeze(-1).clamp(min=1)
+
+
+def _of_shown(x: Tensor, shown: Tensor, counts: Tensor, mode: str) -> Tensor:
+    """The mean or sum of the tokens where ``shown`` is True, ``counts`` of them."""
     seen = torch.where(shown.unsqueeze(-1), x, 0.0)
     if mode == "sum":
         return seen.sum(-2)
-    counts = shown.sum(-1, keepdim=True).clamp(min=1)
     if x.requires_grad and torch.is_grad_enabled():
         # As in plain torch, and without gradients in two dtypes.
         return seen.sum(-2) / counts
