@@ -3,6 +3,7 @@ what does not read that position has the same bits as without it."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import zlib
@@ -68,27 +69,45 @@ def computes_anew(backend: Backend, call: Call) -> bool:
     return backend.name == "reference" or ("cross_attention" in call.operator and backend.name != "cpu")
 
 
+Sizes = tuple[tuple[str, int], ...]
+
+
+def with_special(
+    call: Call, sizes: Sizes, dtype: torch.dtype, number: int | None, special: str, at: int
+) -> dict[str, Any]:
+    """The arguments of the case with a special value at one position of one of them, or as they are."""
+    arguments = call.arguments(dtype, **dict(sizes))
+    changed = [x.contiguous().clone() for x in call.leaves(arguments)]
+    if number is not None:
+        changed[number].view(-1)[at] = SPECIAL[special]
+    return call.with_leaves(arguments, changed)
+
+
+@functools.cache
+def exactly(call: Call, sizes: Sizes, number: int | None, special: str, at: int, device: str) -> dict[str, Tensor]:
+    """By the written meaning in float64, for all backends of ``device``, where tensors are made."""
+    return call.run(with_special(call, sizes, torch.float64, number, special, at), exact=True)
+
+
 def failures(backend: Backend, call: Call, sizes: dict[str, int], places: int) -> list[str]:
     """What is wrong with each special value in each argument, at some places of it."""
+    by_name, device = tuple(sizes.items()), backend.device
     with backend.use():
         usual = call.run(call.arguments(**sizes))
-    exact_usual = call.run(call.arguments(torch.float64, **sizes), exact=True)
+    exact_usual = exactly(call, by_name, None, "", 0, device)
     found = []
     names = call.leaf_names(call.arguments(**sizes))
-    of_all = itertools.product(enumerate(call.leaves(call.arguments(**sizes))), SPECIAL.items(), range(places))
-    for (number, leaf), (special, value), place in of_all:
+    of_all = itertools.product(enumerate(call.leaves(call.arguments(**sizes))), SPECIAL, range(places))
+    for (number, leaf), special, place in of_all:
         if (call.operator, names[number], special) in LEFT_OUT or (call.numbers_only and special != "nan"):
             continue
-        both = []
         at = zlib.crc32(f"{call} {number} {special}{place or ''}".encode()) % max(1, leaf.numel())
-        for exact in (False, True):
-            arguments = call.arguments(torch.float64 if exact else torch.float32, **sizes)
-            changed = [x.contiguous().clone() for x in call.leaves(arguments)]
-            changed[number].view(-1)[at] = value
-            with backend.use():
-                both.append(call.run(call.with_leaves(arguments, changed), exact))
-        for name, got in both[0].items():
-            true, before, true_before = both[1][name], usual[name], exact_usual[name]
+        arguments = with_special(call, by_name, torch.float32, number, special, at)
+        with backend.use():
+            computed = call.run(arguments)
+        exact = exactly(call, by_name, number, special, at, device)
+        for name, got in computed.items():
+            true, before, true_before = exact[name], usual[name], exact_usual[name]
             if (call.operator, name) in CONSTANT:
                 continue
             where = f"{special} at {at} of argument {number}, {name}"
@@ -137,17 +156,28 @@ def with_upstream(call: Call, arguments: dict[str, Any], changed: dict[int, Tens
     return dict(zip(call.leaf_names(given), found, strict=True))
 
 
+@functools.cache
+def exact_gradients(call: Call, number: int | None, special: str, at: int, device: str) -> dict[str, Tensor]:
+    """Those of the written meaning where a special value comes in for one result, or none does."""
+    wide = call.arguments(torch.float64)
+    changed: dict[int, Tensor] = {}
+    if number is not None:
+        changed[number] = incoming(call.exact(wide))[number]
+        changed[number].view(-1)[at] = SPECIAL[special]
+    return with_upstream(call, wide, changed, exact=True)
+
+
 @pytest.mark.parametrize("call", TRIED, ids=str)
 @every_backend_with_cuda
 def test_gradients_that_come_in(backend: Backend, call: Call) -> None:
     """NaN and infinity in one of them reach the gradients that read it, as plain torch has them, and no others."""
     if {call.operator, str(call)} & NOT_YET.get(backend.name, set()):
         pytest.skip("not yet on this backend")
-    arguments, wide = call.arguments(), call.arguments(torch.float64)
+    arguments = call.arguments()
     with backend.use():
         outs = results(call.function(**call.requiring_gradients(arguments)))
         usual = with_upstream(call, arguments, {}, exact=False)
-    exact_usual = with_upstream(call, wide, {}, exact=True)
+    exact_usual = exact_gradients(call, None, "", 0, backend.device)
     found = []
     for (number, out), (special, value) in itertools.product(enumerate(outs), SPECIAL.items()):
         if not out.requires_grad or out.numel() == 0:
@@ -157,7 +187,7 @@ def test_gradients_that_come_in(backend: Backend, call: Call) -> None:
         changed.view(-1)[at] = value
         with backend.use():
             gradients = with_upstream(call, arguments, {number: changed}, exact=False)
-        exact = with_upstream(call, wide, {number: changed}, exact=True)
+        exact = exact_gradients(call, number, special, at, backend.device)
         for name, got in gradients.items():
             if (call.operator, name) in CONSTANT:
                 continue
