@@ -165,14 +165,15 @@ def test_segments_are_masked_rows(backend: Backend, mode: str) -> None:
 @every_backend_with_cuda
 @pytest.mark.parametrize("layout", ["contiguous", "channels first"])
 def test_the_first_of_equal_ones_gets_the_gradient(backend: Backend, layout: str) -> None:
-    x = torch.zeros(2, 30, 20)
+    """Also of those that are added up apart: more than are reduced at a time."""
+    x = torch.zeros(2, 300, 20)
     x[0, 7:, :] = 2.0
     x[0, 3, 4] = x[0, 9, 4] = 5.0
     x[1, :, :] = -torch.inf
     x[1, 20:22, 3] = torch.nan
-    mask = torch.ones(2, 30, dtype=torch.bool)
+    mask = torch.ones(2, 300, dtype=torch.bool)
     mask[0, 3] = mask[1, :6] = False
-    expected = torch.zeros(2, 30, 20)
+    expected = torch.zeros(2, 300, 20)
     expected[0, 7] = expected[1, 6] = 1.0
     expected[0, 7, 4], expected[0, 9, 4] = 0.0, 1.0
     expected[1, 6, 3], expected[1, 20, 3] = 0.0, 1.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -51,14 +53,14 @@ def _unread_sequences(arguments: Arguments) -> Arguments:
 
 
 def _meaning(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, is_causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **given: Any
 ) -> Tensor:
     outs = [query[:0, :, :1] * key[:0, :1, :1].sum(0) * value.sum((0, 1))]
     bounds_q, bounds_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for number in range(len(bounds_q) - 1):
         rows, columns = (slice(*bounds[number : number + 2]) for bounds in (bounds_q, bounds_k))
         parts = (tensor.transpose(0, 1)[None] for tensor in (query[rows], key[columns], value[columns]))
-        outs.append(reference.cross_attention(*parts, is_causal=is_causal)[0][0].transpose(0, 1))
+        outs.append(reference.cross_attention(*parts, **given)[0][0].transpose(0, 1))
     return torch.cat(outs)
 
 

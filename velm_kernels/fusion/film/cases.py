@@ -9,7 +9,8 @@ from velm_kernels.fusion.film import reference
 
 
 def _regions(draw: Draw, batch: int, regions: int, dim: int) -> Arguments:
-    return {"x": draw(batch, regions, dim), "gamma": draw(batch, dim), "beta": 3 * draw(batch, dim)}
+    given = {"gamma": draw(batch, dim), "beta": 3 * draw(batch, dim), "gamma_offset": 0.5}
+    return {"x": draw(batch, regions, dim), **given}
 
 
 def _pixels(draw: Draw, batch: int, height: int, width: int, dim: int) -> Arguments:
@@ -40,6 +41,6 @@ CASES = [
         _meaning,
         ("x", "gamma", "beta"),
         sizes={"batch": 2, "height": 3, "width": 4, "dim": 12},
-        larger={"batch": 3, "height": 25, "width": 12, "dim": 90},
+        larger={"batch": 3, "height": 25, "width": 30, "dim": 40},
     ),
 ]
