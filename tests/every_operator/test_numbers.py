@@ -23,8 +23,6 @@ DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What CUDA does not have: linear, and pixel_shuffle_tokens, which is made of it.
 NOT_THERE = {"linear", "pixel_shuffle_tokens"}
-# torch's products of complex numbers round differently at the end of what a thread computes.
-NOT_THE_SAME = {"compact_bilinear"}
 
 
 def skip_what_is_not_there(backend: Backend, call: Call) -> None:
@@ -101,8 +99,6 @@ def test_work_that_is_divided(backend: Backend, call: Call) -> None:
         with backend.use():
             runs.append(call.run(given))
     assert not (found := faults(expected, runs[0], "one thread")), "\n".join(found)
-    if call.operator in NOT_THE_SAME:
-        return
     for other in runs[1:]:
         assert all(torch.equal(value, other[name]) for name, value in runs[0].items())
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from velm_kernels.backends import cpu
+
 # Elements of sketches of one input that are worked on at a time: enough to hide what a transform costs whatever its
 # size, few enough for memory to be used again and not asked of the system anew.
 ELEMENTS_ON_CPU, ELEMENTS = 2**21, 2**24
@@ -42,7 +44,7 @@ def compact_bilinear_forward(
         spectrum_a, spectrum_b = _spectra(backend, a, b, (index_x, sign_x), (index_y, sign_y), dim)
         # Written over the larger of the two.
         larger, other = (spectrum_a, spectrum_b) if a.shape[1] >= b.shape[1] else (spectrum_b, spectrum_a)
-        result = torch.fft.irfft(larger.mul_(other), n=dim)
+        result = torch.fft.irfft(_multiply(backend, larger, other, larger), n=dim)
         if result.shape == out.shape and result.dtype == out.dtype:
             return result
         out[entries, some] = result
@@ -57,6 +59,17 @@ def _spectra(
     sketches = torch.ops.velm.count_sketches_forward(rows_x, *hashes_x, rows_y, *hashes_y, dim, backend)
     a, b = torch.fft.rfft(sketches).split([len(rows_x), len(rows_y)])
     return a.unflatten(0, x.shape[:2]), b.unflatten(0, y.shape[:2])
+
+
+def _multiply(backend: str, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """The products of spectra ``(entries, regions or 1, frequencies)``, summed where ``out`` has one region alone."""
+    if backend == "cpu":
+        cpu.op("multiply_spectra")(*(torch.view_as_real(value) for value in (a, b, out)))
+    elif out.shape[1] == max(a.shape[1], b.shape[1]):
+        torch.mul(a, b, out=out)
+    else:
+        torch.sum(a * b, 1, keepdim=True, out=out)
+    return out
 
 
 def compact_bilinear_backward(
@@ -88,11 +101,7 @@ def compact_bilinear_backward(
         for share, value, want, other in zip(shares, inputs, wanted, reversed(spectra)):
             if not want:
                 continue
-            share = share.view(*value.shape[:2], -1)
-            if value.shape[1] == spectrum.shape[1]:
-                torch.mul(spectrum, other, out=share)
-            else:
-                torch.sum(spectrum * other, 1, keepdim=True, out=share)
+            _multiply(backend, spectrum, other, share.view(*value.shape[:2], -1))
         back = torch.fft.irfft(products, n=dim).split(counts)
         for total, value, want, result, place, sign in zip(totals, inputs, wanted, back, places, (sign_x, sign_y)):
             if want:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from velm_kernels import checks
-from velm_kernels.backends import ON_REQUEST, ORDER, Arguments, reasons_against
+from velm_kernels.backends import ON_REQUEST, ORDER, Arguments, cpu, reasons_against
 from velm_kernels.fusion.compact_bilinear import reference
 from velm_kernels.fusion.count_sketches.op import OPERATOR as COUNT_SKETCHES
 from velm_kernels.fusion.count_sketches.reference import count_sketch
@@ -39,6 +39,9 @@ def _check(arguments: Arguments) -> None:
 def _why_no_sketches(backend: str, arguments: Arguments) -> list[str]:
     return reasons_against(COUNT_SKETCHES.forward, {name: arguments[name] for name in _INPUTS}, backend)[backend]
 
+
+# Real and imaginary parts in turn; float32, contiguous.
+cpu.declare("multiply_spectra(Tensor a, Tensor b, Tensor(a!) out) -> ()")
 
 # x: (batch, regions, dx) or (batch, 1, dx), y the same with dy, one dtype, last stride 1; index: int32, sign: float32,
 # contiguous, of the features. Results and gradients are contiguous.
