@@ -200,6 +200,28 @@ def test_varlen_is_each_sequence_alone(
         assert_accurate(name, ours, theirs, truth, dtype, floor=floors.get(name, 0.0))
 
 
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@every_backend_with_cuda
+def test_rows_that_attend_to_nearly_one_key(backend: Backend, dtype: torch.dtype, rows: str) -> None:
+    """What is left of their gradients is a difference of nearly equal numbers; where rows are many, one of them was
+    rounded to 16 bits, as those of plain torch are."""
+    queries, keys = (1, 50) if rows == "few" else (70, 40 if INTERPRETED else 300)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"query": (1, 2, queries, 64), "key": (1, 2, keys, 64), "value": (1, 2, keys, 64)}
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    nearest = torch.randint(keys, (1, 2, queries, 1), generator=generator)
+    tensors["bias"] = torch.full((1, 2, queries, keys), -8.0).scatter(3, nearest, 0.0).to(dtype)
+    upstream = [torch.randn(1, 2, queries, 64, generator=generator), torch.zeros(1, 2, queries)]
+    exact = run(reference.cross_attention, {name: x.double() for name, x in tensors.items()}, upstream)
+    plain = run(reference.cross_attention, tensors, upstream)
+    with backend.use():
+        extras = {"return_logsumexp": True, "return_key_mass": True}
+        got = run(velm_kernels.cross_attention, tensors, upstream, **extras)
+    for name in ("grad_query", "grad_key", "grad_bias"):
+        assert_accurate(name, got[name], plain[name], exact[name], dtype)
+
+
 @every_backend_with_cuda
 def test_expanded_inputs(backend: Backend) -> None:
     """One query set for the whole batch (Q-Former) and one key for all heads arrive as stride 0."""

@@ -52,12 +52,6 @@ inline bool is_absent(float weight) {
   return weight == 0.0f && std::signbit(weight);
 }
 
-// exp(lse - total), which is the softmax of the logsumexps: NaN where one of them is +inf.
-VELM_INLINE Vec weight_of(Vec lse, Vec total) {
-  const Vec weight = select(total == Vec(kInfinity), Vec(kNaN), simd::exp(lse - total));
-  return mark_absent(lse, weight);
-}
-
 template <class T>
 void forward(const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps, const Tensor& out,
              const Tensor& logsumexp) {
@@ -144,9 +138,20 @@ void backward(const Tensor& grad_out, const std::optional<Tensor>& grad_logsumex
                int64_t b, int64_t first, int lanes) mutable {
       for (int64_t h = 0; h < shape.heads; ++h) {
         const int64_t offset = shape.lse_row(b, h) + first;
+        float* w = weights.data() + static_cast<size_t>(h) * shards * kLanes;
+        // exp(lse - total), which is the softmax of the logsumexps but for the rounding of the total: that is as large
+        // as the last place of a large number, and divided out. NaN where one of them is +inf.
+        const Vec all = load_first(total + offset, lanes);
+        Vec sum = zero();
+        for (size_t s = 0; s < shards; ++s) {
+          const Vec lse = load_first(lses[s] + offset, lanes);
+          const Vec e = select(lse == Vec(-kInfinity), zero(), simd::exp(lse - all));
+          sum += e;
+          store(w + s * kLanes, e);
+        }
+        const Vec inverse = select(all == Vec(kInfinity), Vec(kNaN), 1.0f / sum);
         for (size_t s = 0; s < shards; ++s)
-          store(weights.data() + (static_cast<size_t>(h) * shards + s) * kLanes,
-                weight_of(load_first(lses[s] + offset, lanes), load_first(total + offset, lanes)));
+          store(w + s * kLanes, mark_absent(load_first(lses[s] + offset, lanes), load(w + s * kLanes) * inverse));
       }
       for (int i = 0; i < lanes; ++i) {
         for (int64_t h = 0; h < shape.heads; ++h) {

@@ -130,8 +130,11 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
   float mine = -kInfinity;
   if (lane < a.shards) mine = a.shard[lane].logsumexp[row];
   const float total = logsumexp[row];
-  // NaN where one of them is infinity, as their softmax is.
-  const float weight = mine == -kInfinity ? 0.0f : total == kInfinity ? total - total : expf(mine - total);
+  // The softmax of the logsumexps but for the rounding of the total, which is as large as the last place of a large
+  // number, and divided out. NaN where one of them is infinity.
+  float weight = mine == -kInfinity ? 0.0f : total == kInfinity ? total - total : expf(mine - total);
+  const float sum = warp_sum(weight);
+  weight = mine == -kInfinity ? 0.0f : weight / sum;
   const unsigned present = __ballot_sync(kAll, mine != -kInfinity);
 
   const auto from = row_of(grad, at);

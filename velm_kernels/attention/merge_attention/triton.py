@@ -49,7 +49,7 @@ def merge_attention_backward(
     rows, shards = logsumexp.numel(), len(logsumexps)
     wants_lses = any(to is not None for to in grad_logsumexps)
     products = logsumexp.new_empty((shards, rows)) if wants_lses else None
-    constants = {"DIM": dim, "BLOCK_M": ROWS.block_m, "BLOCK_D": dimension_class(dim)}
+    constants = {"SHARDS": shards, "DIM": dim, "BLOCK_M": ROWS.block_m, "BLOCK_D": dimension_class(dim)}
     for shard, lse in enumerate(logsumexps):
         grad = grad_outs[shard]
         if grad is None and products is None:
@@ -58,6 +58,7 @@ def merge_attention_backward(
             grad_out,
             outs[shard] if wants_lses else None,
             lse,
+            tuple(logsumexps),
             logsumexp,
             grad,
             None if products is None else products[shard],

@@ -65,7 +65,8 @@ def merge_kernel(
 
 @triton.jit
 def _merge_weight(b_lse, b_total):
-    """exp(b_lse - b_total); 0 of a shard without keys, and NaN of the others where one is infinite."""
+    """exp(b_lse - b_total); 0 of a shard without keys, and NaN of the others where one is infinite. Divided by the sum
+    over all shards nothing is left of the rounding of the total, which is as large as its last place."""
     b_weight = tl.where(b_total == float("inf"), float("nan"), tl.exp(b_lse - b_total))
     return tl.where(b_lse == -float("inf"), 0.0, b_weight)
 
@@ -75,6 +76,7 @@ def merge_backward_kernel(
     grad_out,
     out,
     shard_logsumexp,
+    logsumexps,
     logsumexp,
     grad_shard,
     products,
@@ -84,6 +86,7 @@ def merge_backward_kernel(
     heads,
     queries,
     rows,
+    SHARDS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -101,7 +104,11 @@ def merge_backward_kernel(
     b_do = tl.load(p_do[:, None] + b_d[None, :], mask=b_ok, other=0.0).to(tl.float32)
     if grad_shard is not None:
         b_total = tl.load(logsumexp + b_row, mask=b_in & b_live, other=0.0)
-        b_weight = _merge_weight(b_lse, b_total)
+        b_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for shard in tl.static_range(SHARDS):
+            b_other = tl.load(logsumexps[shard] + b_row, mask=b_in & b_live, other=-float("inf"))
+            b_sum += _merge_weight(b_other, b_total)
+        b_weight = _merge_weight(b_lse, b_total) / tl.where(b_sum == 0.0, 1.0, b_sum)
         p_grad = _row_pointers(grad_shard, grad_shard_strides, b_row, heads, queries)
         tl.store(
             p_grad[:, None] + b_d[None, :],
@@ -123,17 +130,21 @@ def merge_logsumexp_backward_kernel(
     b_row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_in = b_row < rows
     b_total = tl.load(logsumexp + b_row, mask=b_in, other=-float("inf"))
+    b_sum = tl.zeros((BLOCK,), tl.float32)
     b_mean = tl.zeros((BLOCK,), tl.float32)
     for shard in tl.range(0, SHARDS):
         b_at = to_int64(shard) * rows + b_row
         b_weight = _merge_weight(tl.load(logsumexps + b_at, mask=b_in, other=-float("inf")), b_total)
+        b_sum += b_weight
         b_mean += b_weight * tl.load(products + b_at, mask=b_in, other=0.0)
+    b_inverse = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_mean = b_mean * b_inverse
     if grad_logsumexp is not None:
         b_mean -= tl.load(grad_logsumexp + b_row, mask=b_in, other=0.0)
     for shard in tl.range(0, SHARDS):
         b_at = to_int64(shard) * rows + b_row
         b_lse = tl.load(logsumexps + b_at, mask=b_in, other=-float("inf"))
         b_product = tl.load(products + b_at, mask=b_in, other=0.0)
-        b_grad = _merge_weight(b_lse, b_total) * (b_product - b_mean)
+        b_grad = _merge_weight(b_lse, b_total) * b_inverse * (b_product - b_mean)
         b_grad = tl.where(b_lse == -float("inf"), 0.0, b_grad)
         tl.store(grad_logsumexps + b_at, b_grad, mask=b_in)
