@@ -16,14 +16,15 @@ from velm_kernels.attention.triton_kernels.tiles import (
     Strides,
     pack_bits_kernel,
 )
-from velm_kernels.backends.triton import Config, choose, dimension_class, launch, piece, precision
+from velm_kernels.backends.triton import Config, architecture, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
 from velm_kernels.triton.launches import cdiv
 
-# Columns of a row that GUARDED launches multiply at a time.
-GUARDED_PIECE = 64
 # Offsets inside one tile are 32-bit up to this row stride.
 NARROW_STRIDE = 1 << 23
+# Columns of a row that GUARDED launches multiply at a time; of rows that are wider than two of these, half of a row
+# where they sum over queries.
+GUARDED_PIECE = 64
 
 
 def row_strides(x: torch.Tensor) -> Strides:
@@ -205,11 +206,16 @@ class Problem:
         anything to do: smaller tiles that are not prefetched, rows in pieces and more warps make room for adding rows
         one by one, and cost nothing."""
         num_warps = 8 if self.dtype == torch.float32 or sums_over == "block_m" else config.num_warps
+        if sums_over == "block_m" and self.dtype != torch.float32 and config.block_n >= 64:
+            # Four warps read tensor memory; with eight, some of 128 registers were spilled.
+            num_warps = 4 if architecture(self.device) == 100 else num_warps
         # Of the few rows of decoding, what is prefetched is not held in registers.
         num_stages = config.num_stages if config.block_m < 32 and sums_over == "block_n" else 1
         smaller = {sums_over: max(16, getattr(config, sums_over) // 2)}
         config = replace(config, **smaller, num_warps=num_warps, num_stages=num_stages)
-        pieces = {name: min(constants[name], GUARDED_PIECE) for name in ("BLOCK_D", "BLOCK_DV")}
+        widths = {name: constants[name] for name in ("BLOCK_D", "BLOCK_DV")}
+        halves = {name: width // 2 if sums_over == "block_m" else 0 for name, width in widths.items()}
+        pieces = {name: min(width, max(GUARDED_PIECE, halves[name])) for name, width in widths.items()}
         constants = constants | pieces | {"GUARDED": True, "FIRST_PART": 2}
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
