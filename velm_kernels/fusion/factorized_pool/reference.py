@@ -61,7 +61,8 @@ def factorized_pool_gradient(
     infinite stays so."""
     z, keep = factorized_sums(a, b, factor, layout, dropout_p, seed)
     root = z.sign() * z.abs().sqrt() if power_norm else z
-    largest = torch.where(grad.isfinite(), torch.finfo(grad.dtype).max, torch.inf)
+    # Not ``torch.where`` of two numbers: these would be float32.
+    largest = torch.full_like(grad, torch.finfo(grad.dtype).max).masked_fill(~grad.isfinite(), torch.inf)
     if l2_norm:
         norm = torch.linalg.vector_norm(root, dim=-1, keepdim=True)
         u = root / norm.clamp_min(EPS)
