@@ -90,7 +90,9 @@ BFLOAT16 = torch.bfloat16
     ("sizes", "dtype", "node"),
     [
         ((2, 3, 5, 20, 16), torch.float32, by_torch._KERNEL_NODE),
-        ((1, 2, 64, 64, 64), torch.float32, "UnsafeViewBackward"),
+        ((1, 2, 64, 64, 64), torch.float32, by_torch._KERNEL_NODE),
+        ((1, 2, 96, 96, 64), torch.float32, "UnsafeViewBackward"),
+        ((1, 2, 300, 300, 64), torch.float32, "velm"),
         ((2, 3, 5, 9, 16), torch.float32, "UnsafeViewBackward"),
         ((2, 32, 96, 96, 32), torch.float32, "velm"),
         ((1, 2, 2, 20, 16), BFLOAT16, by_torch._KERNEL_NODE),
@@ -98,6 +100,8 @@ BFLOAT16 = torch.bfloat16
         ((1, 2, 16, 64, 64), BFLOAT16, "ToCopyBackward"),
         ((1, 2, 160, 130, 128), BFLOAT16, "UnsafeViewBackward"),
         ((1, 1, 300, 300, 16), BFLOAT16, "velm"),
+        ((1, 8, 96, 96, 64), BFLOAT16, "UnsafeViewBackward"),
+        ((1, 8, 97, 97, 64), BFLOAT16, "velm"),
     ],
 )
 def test_gradients_on_every_side_of_the_rule(sizes: Any, dtype: torch.dtype, node: str, ran: list[str]) -> None:

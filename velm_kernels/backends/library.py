@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,16 +25,6 @@ def autograd_inside() -> Iterator[None]:
         for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
         yield
-
-
-class _Recorded(NamedTuple):
-    """A call that records a gradient, as autograd's function is given it: what it need not look at."""
-
-    values: Sequence[Any]
-    backend: str
-    kind: list[Any] | None
-    arguments: Arguments | None
-    keyset: torch._C.DispatchKeySet | None
 
 
 def without_none(found: Any, args: Sequence[Any]) -> Any:
@@ -132,8 +122,7 @@ def register_autograd(
         )
 
     def forward(ctx: Any, *args: Any) -> Any:
-        call: _Recorded = args[-1]
-        values, backend = call.values, call.backend
+        values, backend, kind, arguments, keyset = args[-1]
         flags = ctx.needs_input_grad
         if has_lists:
             ctx.lengths = tuple(len(value) if isinstance(value, (list, tuple)) else None for value in values)
@@ -141,12 +130,12 @@ def register_autograd(
         else:
             ctx.lengths = None
             ctx.needs = known_needs.get(flags) or needs_of(flags)
-        if call.keyset is None:
+        if keyset is None:
             # Not called by the dispatcher, because nobody listens to it.
-            result = direct.run(name, values, backend, call.kind, call.arguments)
+            result = direct.run(name, values, backend, kind, arguments)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                result = operator.redispatch(call.keyset & torch._C._after_autograd_keyset, *values, backend)
+                result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *values, backend)
         ctx.backend = backend
         setup_context(ctx, (*values, backend), result)
         if given is None:
@@ -193,7 +182,8 @@ def register_autograd(
         chosen = [values[place] for place in places]
         if has_lists:
             chosen = derivatives.flat(chosen)
-        call = _Recorded(values, backend, kind, arguments, keyset)
+        # What the function need not look at: autograd passes on what is no tensor.
+        call = values, backend, kind, arguments, keyset
         if keyset is not None:
             return function.apply(*chosen, call)
         for value in chosen:

@@ -6,6 +6,7 @@ wanted, is found out at the first call that wants these and kept.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,7 @@ class Plan(NamedTuple):
     Attributes:
         none: a gradient of None for every argument and the backend, of a list for each of its tensors.
         places: of what is kept among arguments, backend and results; None for what no wanted gradient needs.
+        keep: takes what is kept from these.
         conditions: (place in what is kept, condition) where there is one.
         wanted: how backward is told which gradients to compute; empty where it has one alone.
         any: whether it is to compute one.
@@ -89,10 +91,11 @@ class Plan(NamedTuple):
 
     none: Sequence[Any]
     places: Sequence[int | None]
+    keep: Callable[[Sequence[Any]], Sequence[Any]]
     conditions: Sequence[tuple[int, Condition]]
     wanted: Sequence[Any]
     any: bool
-    absent: Sequence[int]
+    absent: Sequence[int | None]
     passed_on: Sequence[int]
     gradients: Sequence[tuple[int, int, Sequence[bool] | None]]
 
@@ -107,6 +110,7 @@ class Recording:
         # Of those with a gradient, which backward takes zeros of in place of None.
         self._filled = [of.results[place] not in of.may_lack for place in self._with_gradient]
         self._fills = any(self._filled)
+        self._settings = _those_at(of.settings)
         self._one_result = len(of.results) == 1
         # Kept ones that backward takes whether or not they were asked for.
         self._may_be_absent = [
@@ -144,6 +148,7 @@ class Recording:
                 None if length is None else [None] * length for length in (*(lengths or (None,) * len(of.names)), None)
             ],
             places=places,
+            keep=_those_at(places),
             conditions=conditions,
             wanted=[*([bits] if len(of.differentiable) > 1 else []), *lists],
             any=bits != 0,
@@ -164,22 +169,19 @@ class Recording:
         ctx.plan = plan = self._plan(ctx)
         made = output if output.__class__ is tuple else (output,)
         everything = (*inputs, *made)
-        saved = [None if place is None else everything[place] for place in plan.places]
-        settings = [inputs[place] for place in of.settings]
-        absent: Sequence[int | None] = plan.absent
-        a = None
+        saved, settings, absent, a = plan.keep(everything), self._settings(inputs), plan.absent, None
         if self._asks:
             a = of.by_name(inputs[:-1])
             for place, condition in plan.conditions:
                 if not condition(a):
-                    saved[place] = None
+                    saved = [*saved[:place], None, *saved[place + 1 :]]
                     absent = (*absent, plan.places[place])
             if of.remembers:
                 settings = [*[value(a) for value in of.remembers], *settings]
         ctx.settings = settings
         for place in self._may_be_absent:
             if saved[place] is None:
-                saved[place] = made[0].new_empty((0,))
+                saved = [*saved[:place], made[0].new_empty((0,)), *saved[place + 1 :]]
         if of.lists:
             saved = [[] if value is None and kept.is_list else value for kept, value in zip(of.kept, saved)]
             ctx.saved_lengths = [len(value) if isinstance(value, (list, tuple)) else None for value in saved]
@@ -190,8 +192,6 @@ class Recording:
                 for place in absent
                 if place is not None and (value := everything[place]) is not None
             }
-        else:
-            ctx.absent = {}
         ctx.save_for_backward(*saved)
         if not self._one_result:
             self._setup_results(ctx, made, a)
@@ -203,10 +203,13 @@ class Recording:
             # What nothing was saved in has none either.
             if name in self._conditions and not self._conditions[name](a):
                 without = (*without, self._of.results.index(name))
-        if without:
-            ctx.mark_non_differentiable(*[value for place in without if (value := made[place]) is not None])
+        if without and (given := [made[place] for place in without if made[place] is not None]):
+            ctx.mark_non_differentiable(*given)
         if self._fills:
-            ctx.made = [None if value is None else (value.shape, value.dtype) for value in made]
+            ctx.made = [
+                (made[place].shape, made[place].dtype) if filled else None
+                for place, filled in zip(self._with_gradient, self._filled)
+            ]
 
     def arguments(self, ctx: Any) -> list[Any]:
         """The arguments of a recorded call, none of which is a list, with zeros for those that are not saved."""
@@ -217,7 +220,7 @@ class Recording:
                 args[place] = value
         for place, value in zip(of.settings, ctx.settings[len(of.remembers) :], strict=True):
             args[place] = value
-        for place, absent in ctx.absent.items():
+        for place, absent in getattr(ctx, "absent", {}).items():
             args[place] = absent.stand_in()
         return args
 
@@ -252,7 +255,7 @@ class Recording:
                 if of_kept or not self._filled[place]:
                     continue
                 assert like is not None
-                shape, dtype = ctx.made[self._with_gradient[place]]
+                shape, dtype = ctx.made[place]
                 grad = like.new_zeros(shape, dtype=dtype)
             chosen[place] = grad.contiguous() if of.incoming is None else of.incoming(grad, a)
         if again or of_kept:
@@ -270,3 +273,10 @@ class Recording:
                 gradient = [value if one else None for one, value in zip(which, gradient, strict=True)]
             gradients[of_argument] = gradient
         return gradients
+
+
+def _those_at(places: Sequence[int | None]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What takes the values at ``places`` from a sequence, and None for a place that is None."""
+    if len(places) > 1 and None not in places:
+        return operator.itemgetter(*places)
+    return lambda values: [None if place is None else values[place] for place in places]

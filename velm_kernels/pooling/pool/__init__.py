@@ -27,6 +27,8 @@ SMALL = {
 # The same where rows of the mean or sum have different lengths: torch's form hides what is not read beforehand.
 SMALL_RAGGED = 1 << 13, 1 << 17
 FEW_ROWS = 16
+# A number would become a tensor at every call.
+_ZERO = torch.zeros(())
 # The same for segments, and for one alone.
 SMALL_SEGMENTS, SMALL_SEGMENT = 1 << 19, 1 << 20
 
@@ -111,7 +113,7 @@ def plain_masked(
             return None
         if mask.shape != shape[:-1] or x.numel() > SMALL_RAGGED[torch.is_grad_enabled() and x.requires_grad]:
             return None
-        return _of_shown(x, mask, mask.sum(-1, keepdim=True).clamp(min=1), mode)
+        return _of_shown(x, mask, mask.sum(-1, keepdim=True).clamp_min_(1), mode)
     if lengths is None:
         return _of_tokens(x, mode)
     known = values_of(lengths)
@@ -152,10 +154,10 @@ def _counts(lengths: Tensor, least: int) -> Tensor:
 
 def _of_shown(x: Tensor, shown: Tensor, counts: Tensor, mode: str) -> Tensor:
     """The mean or sum of the tokens where ``shown`` is True, ``counts`` of them."""
-    seen = torch.where(shown.unsqueeze(-1), x, 0.0)
+    seen = torch.where(shown.unsqueeze(-1), x, _ZERO)
     if mode == "sum":
         return seen.sum(-2)
-    if x.requires_grad and torch.is_grad_enabled():
+    if x.dtype is torch.float32 or (x.requires_grad and torch.is_grad_enabled()):
         # As in plain torch, and without gradients in two dtypes.
         return seen.sum(-2) / counts
     return (seen.sum(-2, dtype=torch.float32) / counts).to(x.dtype)
