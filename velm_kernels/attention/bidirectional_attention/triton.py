@@ -25,7 +25,7 @@ from velm_kernels.attention.triton_problem import (
     prepare,
     row_strides,
 )
-from velm_kernels.backends.triton import Config, choose, launch, parts_of, piece, precision, sums_both
+from velm_kernels.backends.triton import Config, architecture, choose, launch, parts_of, piece, precision, sums_both
 from velm_kernels.layout import unit_last_stride
 
 
@@ -151,9 +151,12 @@ def _grad_side(
             )
             launch(kind, grad_side_kernel, programs, arguments(*grads, flags, blocks), constants, config)
             if flags is not None:
-                # It rarely has anything to do: smaller tiles, which cost nothing.
+                # It rarely has anything to do: smaller tiles and rows in halves, which cost nothing.
                 again = replace(config, block_n=max(16, config.block_n // 2), num_stages=1)
+                if query.dtype == torch.float32 and architecture(query.device) == 80:
+                    again = replace(again, num_warps=8, num_stages=2)
                 of_x = constants | {"HAS_Y": False, "GUARDED": True, "BLOCK_N": again.block_n}
+                of_x |= {name: min(constants[name], 128) for name in ("BLOCK_D", "BLOCK_X", "BLOCK_Y")}
                 given = arguments(grads[0], None, flags, blocks)
                 launch("grad_side_guarded", grad_side_kernel, programs, given, of_x, again)
 

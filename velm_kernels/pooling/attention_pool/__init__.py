@@ -46,9 +46,9 @@ def attention_pool(
     Where there are few queries, neither keys nor values are formed. For each head, ``q (W_k x) = (W_k^T q) x``: the
     query is folded into the key weight, the softmax over its products with the tokens pools the tokens themselves, and
     the value weight is applied to what was pooled. The key bias adds the same to all scores of a row, which the softmax
-    does not see; its gradient is 0. Which way is taken is counted: with M queries, H heads and tokens of width d,
-    folding needs ``2 M H d`` operations per token and the ordinary way ``(d + M) (e + v)``, with the widths e and v of
-    keys and values; for e = v = d that is M against the width of a head. The ordinary way is
+    does not see: it is not read, and its gradient is 0. Which way is taken is counted: with M queries, H heads and
+    tokens of width d, folding needs ``2 M H d`` operations per token and the ordinary way ``(d + M) (e + v)``, with the
+    widths e and v of keys and values; for e = v = d that is M against the width of a head. The ordinary way is
     :func:`velm_kernels.linear` (with backend ``cuda`` torch's) and :func:`velm_kernels.cross_attention`.
 
     Args:
@@ -94,8 +94,8 @@ def attention_pool(
     else:
         out = _ordinary(x, query, key_weight, value_weight, value_bias, heads, tokens, scale)
     if key_bias is not None and key_bias.requires_grad:
-        # The softmax does not see it: its gradient is 0, not None.
-        out = out + 0.0 * key_bias.sum()
+        # The softmax does not see it: its gradient is 0, not None. None of its values is read, which may be NaN.
+        out = out + key_bias[:0].sum()
     return out
 
 
@@ -141,8 +141,8 @@ def plain(
     else:
         out = _folded(x, query, key_weight, value_weight, value_bias, heads, None, 1.0)
     if key_bias is not None and key_bias.requires_grad:
-        # The softmax does not see it: its gradient is 0, not None.
-        out = out + 0.0 * key_bias.sum()
+        # The softmax does not see it: its gradient is 0, not None. None of its values is read, which may be NaN.
+        out = out + key_bias[:0].sum()
     return out
 
 

@@ -35,7 +35,8 @@ def _masked(queries: int) -> Callable[..., Arguments]:
 def _unread(arguments: Arguments) -> Arguments:
     x, mask = arguments["x"], arguments["mask"]
     live = mask & (torch.arange(x.shape[1], device=x.device) < arguments["lengths"][:, None])
-    return arguments | {"x": x.masked_fill(~live[..., None], torch.nan)}
+    hidden = {"x": x.masked_fill(~live[..., None], torch.nan)}
+    return arguments | hidden | {"key_bias": torch.full_like(arguments["key_bias"], torch.nan)}
 
 
 def _packed(draw: Draw, segments: int, tokens: int, dim: int, head_dim: int) -> Arguments:
