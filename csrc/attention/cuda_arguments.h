@@ -89,21 +89,19 @@ struct Sequence {
 };
 
 template <class T>
-inline Rows<T> rows_of(const RowSpan& rows) {
-  return {global<T>(rows.data), rows.batch, rows.head, rows.row};
+inline Rows<T> rows_of(const View& view) {
+  return {global<T>(view), view.stride[0], view.stride[1], view.stride[2]};
 }
 
 template <class T>
-inline Matrix<T> matrix_of(const MatrixSpan& matrix, bool given) {
-  Matrix<T> m{};
-  if (!given) return m;
-  m.data = global<const T>(matrix.data);
-  std::copy(matrix.stride, matrix.stride + 4, m.stride);
+inline Matrix<T> matrix_of(const View& view) {
+  Matrix<T> m{global<const T>(view), {}};
+  std::copy(view.stride, view.stride + 4, m.stride);
   return m;
 }
 
-inline int copy_width(const RowSpan& rows, Dtype dtype) {
-  return copy_width(rows.data, {rows.batch, rows.head, rows.row}, dtype);
+inline int copy_width(const View& rows) {
+  return copy_width(rows, {rows.stride[0], rows.stride[1], rows.stride[2]}, rows.dtype);
 }
 
 template <class T>
@@ -112,25 +110,26 @@ inline Inputs<T> inputs_of(const Attention& p) {
   a.query = rows_of<const T>(p.query);
   a.key = rows_of<const T>(p.key);
   a.value = rows_of<const T>(p.value);
-  a.query_width = copy_width(p.query, p.dtype);
-  a.key_width = copy_width(p.key, p.dtype);
-  a.value_width = copy_width(p.value, p.dtype);
-  a.heads = static_cast<int>(p.heads);
-  a.group = static_cast<int>(p.heads / p.kv_heads);
-  a.queries = static_cast<int>(p.queries);
-  a.keys = static_cast<int>(p.keys);
-  a.head_dim = static_cast<int>(p.head_dim);
-  a.value_dim = static_cast<int>(p.value_dim);
+  a.query_width = copy_width(p.query);
+  a.key_width = copy_width(p.key);
+  a.value_width = copy_width(p.value);
+  a.heads = static_cast<int>(p.heads());
+  a.group = static_cast<int>(p.heads() / p.kv_heads());
+  a.queries = static_cast<int>(p.queries());
+  a.keys = static_cast<int>(p.keys());
+  a.head_dim = static_cast<int>(p.head_dim());
+  a.value_dim = static_cast<int>(p.value_dim());
   a.lengths = global<const int32_t>(p.key_lengths);
   a.range_start = global<const int32_t>(p.range_start);
   a.range_stop = global<const int32_t>(p.range_stop);
   a.cu_seqlens_q = global<const int32_t>(p.cu_seqlens_q);
   a.cu_seqlens_k = global<const int32_t>(p.cu_seqlens_k);
   a.key_mask = global<const unsigned char>(p.key_mask);
-  a.mask = matrix_of<unsigned char>(p.mask, true);
-  const bool is_wide = p.bias.dtype != p.dtype;
-  a.bias = matrix_of<T>(p.bias, !is_wide);
-  a.wide_bias = matrix_of<float>(p.bias, is_wide);
+  a.mask = matrix_of<unsigned char>(p.mask);
+  if (p.bias.dtype == p.dtype())
+    a.bias = matrix_of<T>(p.bias);
+  else
+    a.wide_bias = matrix_of<float>(p.bias);
   a.seed = global<const int64_t>(p.seed);
   a.direction = p.direction;
   a.drop_below = static_cast<uint32_t>(p.dropout_p * 4294967296.0);
@@ -138,7 +137,7 @@ inline Inputs<T> inputs_of(const Attention& p) {
   a.product = static_cast<float>(p.softcap > 0 ? p.scale / p.softcap : p.scale);
   a.cap = static_cast<float>(p.softcap);
   // The largest of products is the largest of scores only if the scale is positive.
-  a.scales = p.softcap > 0 || p.bias.data || !(a.product > 0.0f);
+  a.scales = p.softcap > 0 || p.bias || !(a.product > 0.0f);
   a.unit = a.scales ? 1.0f : a.product;
   a.unit_base_2 = static_cast<float>((a.scales ? 1.0 : p.scale) * 1.4426950408889634);
   a.causal = p.is_causal;

@@ -7,17 +7,15 @@
 namespace velm::cuda {
 
 struct AttentionBackward : Attention {
-  RowSpan out, grad_out;
+  View out, grad_out;
   // Floats of rows, as the forward pass leaves them; `delta` and `shift` are filled by attention_delta.
   Span logsumexp, delta, shift;
-  // Null for none; its last stride is in `row`.
-  RowSpan grad_logsumexp;
-  // Where a gradient goes on through a norm it is kept in float32. Null gradients are not wanted.
-  RowSpan grad_query, grad_key, grad_value;
-  bool wide_grad_query, wide_grad_key;
+  // (batch, heads, queries, 1), or null.
+  View grad_logsumexp;
+  // Null gradients are not wanted. Where that of queries or keys goes on through a norm it is in float32.
+  View grad_query, grad_key, grad_value;
   // Contiguous, in the type of the bias; zeros before.
-  MatrixSpan grad_bias;
-  int64_t bias_size[4];
+  View grad_bias;
 };
 
 // With p the weights and dp = grad_out . value the gradient of a score is p * (dp - delta), where delta = sum of p dp -
@@ -34,7 +32,7 @@ struct AttentionBackward : Attention {
 void attention_delta(const AttentionBackward& problem, Stream stream);
 // Whether it is: where all rows of a key head fit in a block, or all keys in a few tiles.
 inline bool attention_sums_rows(const AttentionBackward& p) {
-  return p.heads / p.kv_heads * p.longest_queries <= 64 || p.longest_keys <= 256;
+  return p.heads() / p.kv_heads() * p.longest_queries <= 64 || p.longest_keys <= 256;
 }
 // These need delta and shift.
 // Also the gradient of the bias, which here must broadcast nowhere.

@@ -6,7 +6,7 @@
 namespace velm::cuda {
 
 struct AttentionForward : Attention {
-  RowSpan out;
+  View out;
   // Floats (batch, heads, queries), or (heads, queries) of packed sequences.
   Span logsumexp;
   // As many floats, or none: what the logsumexp, as a float, is short of (cuda_backward.h).

@@ -1,17 +1,37 @@
 // From the tensors of attention operators to what their kernels take.
 #pragma once
 
+#include <algorithm>
+
 #include "attention/cuda_forward.h"
-#include "device/tensor.h"
+#include "device/tensor_view.h"
 
 namespace velm::cuda {
 
 using device::span_of;
 using device::Tensor;
+using device::view_of;
 
-inline RowSpan rows_of(const Tensor& t) {
-  if (t.dim() == 3) return {span_of(t), 0, t.stride(1), t.stride(0)};
-  return {span_of(t), t.stride(0), t.stride(1), t.stride(2)};
+// (batch, heads, rows, dim), of which (rows, heads, dim) of packed rows is one batch entry.
+inline View rows_of(const Tensor& t) {
+  View rows = view_of(t);
+  if (t.dim() == 3) {
+    std::swap(rows.size[1], rows.size[2]);
+    std::swap(rows.stride[1], rows.stride[2]);
+  }
+  return rows;
+}
+inline View rows_of(const std::optional<Tensor>& t) {
+  return t ? rows_of(*t) : View{};
+}
+
+// (batch, heads, rows, 1) of one number per row, (batch, heads, rows), or (heads, rows) of packed rows.
+inline View numbers_of(const std::optional<Tensor>& t) {
+  if (!t) return {};
+  View numbers = view_of(*t);
+  std::rotate(numbers.size, numbers.size + 1, numbers.size + 4);
+  std::rotate(numbers.stride, numbers.stride + 1, numbers.stride + 4);
+  return numbers;
 }
 
 // Uninitialised (batch, heads, rows, dim), in memory (batch, rows, heads, dim); (rows, heads, dim) of packed rows.

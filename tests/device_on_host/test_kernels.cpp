@@ -116,11 +116,17 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
 }
 
+// (1, heads, rows, dim), contiguous.
+template <class T>
+View heads_of(std::vector<T>& x, Dtype dtype, int64_t heads, int64_t rows, int64_t dim) {
+  return {span(x), dtype, {1, heads, rows, dim}, {heads * rows * dim, rows * dim, dim, 1}};
+}
+
 // Attention of `queries` to the keys that a mask and causality show, after a norm of the queries, forward and backward,
 // with a bias of each key.
 template <class T>
 void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
-  const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return RowSpan{span(x), rows * dim, rows * dim, dim}; };
+  const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return heads_of(x, dtype, 1, rows, dim); };
   auto raw = random_values<T>(queries * dim), key = random_values<T>(keys * dim), value = random_values<T>(keys * dim);
   auto weight = random_values<T>(dim), grad = random_values<T>(queries * dim);
   auto bias = random_values<float>(keys);
@@ -134,20 +140,17 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
     for (size_t d = 0; d < static_cast<size_t>(dim); ++d)
       key[j * static_cast<size_t>(dim) + d] = value[j * static_cast<size_t>(dim) + d] = from_float<T>(NAN);
   }
-  RmsNorm norm{dtype, 1, 1, queries, dim, 1e-5, rows_of(raw, queries), rows_of(query, queries), span(weight)};
-  rms_norm(norm, nullptr);
+  rms_norm({rows_of(raw, queries), rows_of(query, queries), span(weight), 1e-5}, nullptr);
 
   const auto set = [&](Attention& p) {
-    p.dtype = dtype;
-    p.batch = p.heads = p.kv_heads = 1;
-    p.queries = p.longest_queries = queries;
-    p.keys = p.longest_keys = keys;
-    p.head_dim = p.value_dim = dim;
+    p.batch = 1;
+    p.longest_queries = queries;
+    p.longest_keys = keys;
     p.query = rows_of(query, queries);
     p.key = rows_of(key, keys);
     p.value = rows_of(value, keys);
     p.key_mask = span(mask);
-    p.bias = {span(bias), Dtype::float32, {0, 0, 0, 1}};
+    p.bias = {span(bias), Dtype::float32, {1, 1, 1, keys}, {0, 0, 0, 1}};
     p.scale = 0.5;
     p.softcap = 3;
     p.is_causal = true;
@@ -175,9 +178,7 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   attention_grad_query(b, nullptr);
   attention_grad_key(b, nullptr);
   attention_grad_value(b, nullptr);
-  b.grad_bias = {span(grad_bias), Dtype::float32, {0, 0, 0, 1}};
-  b.bias_size[0] = b.bias_size[1] = b.bias_size[2] = 1;
-  b.bias_size[3] = keys;
+  b.grad_bias = {span(grad_bias), Dtype::float32, {1, 1, 1, keys}, {0, 0, 0, 1}};
   std::vector<float> partials(static_cast<size_t>(attention_bias_partials(b)));
   attention_grad_bias(b, span(partials), nullptr);
   for (const auto& launch : device_on_host::take_launches()) {
@@ -249,16 +250,13 @@ void check_split_keys() {
   std::vector<T> out(query.size());
   std::vector<float> lse(static_cast<size_t>(heads)), partials;
   AttentionForward p{};
-  p.dtype = Dtype::float16;
-  p.batch = p.kv_heads = p.queries = p.longest_queries = 1;
-  p.heads = heads;
-  p.keys = p.longest_keys = keys;
-  p.head_dim = p.value_dim = dim;
-  p.query = {span(query), heads * dim, dim, dim};
-  p.key = {span(key), keys * dim, keys * dim, dim};
-  p.value = {span(value), keys * dim, keys * dim, dim};
+  p.query = heads_of(query, Dtype::float16, heads, 1, dim);
+  p.key = heads_of(key, Dtype::float16, 1, keys, dim);
+  p.value = heads_of(value, Dtype::float16, 1, keys, dim);
+  p.batch = p.longest_queries = 1;
+  p.longest_keys = keys;
   p.scale = 0.5;
-  p.out = {span(out), heads * dim, dim, dim};
+  p.out = heads_of(out, Dtype::float16, heads, 1, dim);
   p.logsumexp = span(lse);
   partials.resize(static_cast<size_t>(attention_forward_partials(p)));
   CHECK(!partials.empty());
@@ -308,15 +306,12 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
   Side a = side(rows_a), b = side(rows_b);
   std::vector<T> grad_query(a.query.size());
   const auto rows_of = [&](std::vector<T>& x) {
-    const auto count = static_cast<int64_t>(x.size());
-    return RowSpan{span(x), count, count, dim};
+    return heads_of(x, dtype, 1, static_cast<int64_t>(x.size()) / dim, dim);
   };
   const auto set = [&](Attention& p, Side& from, Side& to) {
-    p.dtype = dtype;
-    p.batch = p.heads = p.kv_heads = 1;
-    p.queries = p.longest_queries = from.rows;
-    p.keys = p.longest_keys = to.rows;
-    p.head_dim = p.value_dim = dim;
+    p.batch = 1;
+    p.longest_queries = from.rows;
+    p.longest_keys = to.rows;
     p.query = rows_of(from.query);
     p.key = rows_of(to.query);
     p.value = rows_of(to.value);

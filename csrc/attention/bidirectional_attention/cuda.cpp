@@ -27,18 +27,14 @@ struct Settings {
 // Attention of `query` over `key` and `value`, of which `mask` says what may be attended.
 void set_direction(Attention& p, const Tensor& query, const Tensor& key, const Tensor& value, const MaybeTensor& mask,
                    const Settings& settings, uint32_t direction) {
-  p.dtype = dtype_of(query);
-  p.batch = query.size(0);
-  p.heads = p.kv_heads = query.size(1);
-  p.queries = p.longest_queries = query.size(2);
-  p.keys = p.longest_keys = key.size(2);
-  p.head_dim = query.size(3);
-  p.value_dim = value.size(3);
-  if (p.queries > INT32_MAX || p.keys > INT32_MAX)
-    throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 tokens");
   p.query = rows_of(query);
   p.key = rows_of(key);
   p.value = rows_of(value);
+  p.batch = query.size(0);
+  p.longest_queries = p.queries();
+  p.longest_keys = p.keys();
+  if (p.queries() > INT32_MAX || p.keys() > INT32_MAX)
+    throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 tokens");
   p.key_mask = span_of(mask);
   p.scale = settings.scale;
   if (settings.dropout_p > 0) p.seed = span_of(settings.seed);
@@ -90,9 +86,7 @@ struct Direction {
     p.logsumexp = span_of(logsumexp);
     p.delta = span_of(delta);
     p.shift = span_of(shift);
-    if (grad_logsumexp)
-      p.grad_logsumexp = {span_of(*grad_logsumexp), grad_logsumexp->stride(0), grad_logsumexp->stride(1),
-                          grad_logsumexp->stride(2)};
+    p.grad_logsumexp = numbers_of(grad_logsumexp);
     attention_delta(p, stream);
   }
 };

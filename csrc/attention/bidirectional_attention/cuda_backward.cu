@@ -309,7 +309,7 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 Upstream<T> upstream_of(const AttentionBackward& p) {
-  return {rows_of<const T>(p.grad_out), copy_width(p.grad_out, p.dtype), statistics_of(p)};
+  return {rows_of<const T>(p.grad_out), copy_width(p.grad_out), statistics_of(p)};
 }
 
 struct Grid {
@@ -320,39 +320,45 @@ struct Grid {
 template <class T, class F>
 void with_grid(const AttentionBackward& x, const AttentionBackward& y, const F& f) {
   constexpr int kMost = sizeof(T) == 4 ? 128 : 256;
-  with_dim<kMost>(std::max({x.head_dim, x.value_dim, y.value_dim}), [&](auto dim) {
+  with_dim<kMost>(std::max({x.head_dim(), x.value_dim(), y.value_dim()}), [&](auto dim) {
     constexpr int kRows = Shape<sizeof(T), decltype(dim)::value>::kRows;
-    const int64_t row_blocks = (x.queries + kRows - 1) / kRows, blocks = x.batch * x.heads * row_blocks;
-    const int splits = split_count(blocks, std::min<int64_t>(x.queries, kRows), x.keys);
+    const int64_t row_blocks = (x.queries() + kRows - 1) / kRows, blocks = x.batch * x.heads() * row_blocks;
+    const int splits = split_count(blocks, std::min<int64_t>(x.queries(), kRows), x.keys());
     f(dim, Grid{row_blocks, blocks * splits, splits});
   });
 }
 
 bool has_no_room(const AttentionBackward& x, const AttentionBackward& y) {
-  return x.dtype == Dtype::float32 && std::max({x.head_dim, x.value_dim, y.value_dim}) > 128;
+  return x.dtype() == Dtype::float32 && std::max({x.head_dim(), x.value_dim(), y.value_dim()}) > 128;
 }
 
 // Floats of one part of the partial sums.
 int64_t part_size(const AttentionBackward& x) {
-  return x.batch * x.heads * x.queries * partial_stride(x.head_dim);
+  return x.batch * x.heads() * x.queries() * partial_stride(x.head_dim());
 }
 
 template <class T>
 void add_parts(const AttentionBackward& x, const Span& partial_sums, int count, Stream stream) {
-  const Partials partials{global<float>(partial_sums), x.batch * x.heads * x.queries, partial_stride(x.head_dim)};
+  const Partials partials{global<float>(partial_sums), x.batch * x.heads() * x.queries(), partial_stride(x.head_dim())};
   const int64_t threads = partials.rows * (partials.stride / kWide);
   if (threads == 0) return;
   launch<add_splits_kernel<T>>(static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
-                               partials, count, rows_of<T>(x.grad_query), static_cast<int>(x.heads),
-                               static_cast<int>(x.queries), static_cast<int>(x.head_dim));
+                               partials, count, rows_of<T>(x.grad_query), static_cast<int>(x.heads()),
+                               static_cast<int>(x.queries()), static_cast<int>(x.head_dim()));
 }
 
 void add_directions(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums, Stream stream) {
-  const int64_t row = partial_stride(x.head_dim), head = x.queries * row;
+  const int64_t row = partial_stride(x.head_dim()), head = x.queries() * row;
   const auto bytes = static_cast<std::size_t>(part_size(x)) * sizeof(float);
   AttentionBackward as_queries = x, as_keys = y;
-  as_queries.grad_query = {{partial_sums.data, bytes}, x.heads * head, head, row};
-  as_keys.grad_key = {{static_cast<char*>(partial_sums.data) + bytes, bytes}, x.heads * head, head, row};
+  const auto part = [&](int number) {
+    return View{{static_cast<char*>(partial_sums.data) + number * bytes, bytes},
+                Dtype::float32,
+                {x.batch, x.heads(), x.queries(), x.head_dim()},
+                {x.heads() * head, head, row, 1}};
+  };
+  as_queries.grad_query = part(0);
+  as_keys.grad_key = part(1);
   attention_grad_query(as_queries, stream);
   attention_grad_key(as_keys, stream);
   add_parts<float>(x, partial_sums, 2, stream);
@@ -363,7 +369,7 @@ void add_directions(const AttentionBackward& x, const AttentionBackward& y, cons
 int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const AttentionBackward& y) {
   if (has_no_room(x, y)) return 2 * part_size(x);
   int64_t count = 0;
-  with_type(x.dtype, [&](auto t) {
+  with_type(x.dtype(), [&](auto t) {
     with_grid<decltype(t)>(x, y, [&](auto, const Grid& grid) {
       if (grid.splits > 1) count = grid.splits * part_size(x);
     });
@@ -374,7 +380,7 @@ int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const Atte
 void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums,
                               Stream stream) {
   if (has_no_room(x, y)) return add_directions(x, y, partial_sums, stream);
-  with_type(x.dtype, [&](auto t) {
+  with_type(x.dtype(), [&](auto t) {
     using T = decltype(t);
     with_grid<T>(x, y, [&](auto dim, const Grid& grid) {
       constexpr int kDim = decltype(dim)::value;
@@ -383,12 +389,11 @@ void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackwar
         throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 blocks");
       Partials partials{};
       if (grid.splits > 1)
-        partials = {global<float>(partial_sums), x.batch * x.heads * x.queries, partial_stride(x.head_dim)};
+        partials = {global<float>(partial_sums), x.batch * x.heads() * x.queries(), partial_stride(x.head_dim())};
       launch<grad_side_kernel<T, kDim>>(static_cast<unsigned>(grid.blocks), kThreads, sizeof(Storage<T, kDim>), stream,
                                         inputs_of<T>(x), inputs_of<T>(y), upstream_of<T>(x), upstream_of<T>(y),
-                                        rows_of<T>(x.grad_query), copy_width(x.grad_query, x.dtype),
-                                        static_cast<float>(x.scale), static_cast<int>(grid.row_blocks), grid.splits,
-                                        partials);
+                                        rows_of<T>(x.grad_query), copy_width(x.grad_query), static_cast<float>(x.scale),
+                                        static_cast<int>(grid.row_blocks), grid.splits, partials);
       if (grid.splits > 1) add_parts<T>(x, partial_sums, grid.splits, stream);
     });
   });

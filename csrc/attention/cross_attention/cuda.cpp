@@ -23,61 +23,32 @@ struct Arguments {
   bool packed() const { return cu_seqlens_q.has_value(); }
 };
 
-MatrixSpan matrix_of(const MaybeTensor& t) {
-  MatrixSpan m;
-  if (!t) return m;
-  m.data = span_of(*t);
-  if (t->scalar_type() != ScalarType::Bool) m.dtype = dtype_of(*t);
-  for (int d = 0; d < 4; ++d) m.stride[d] = t->size(d) == 1 ? 0 : t->stride(d);
-  return m;
-}
-
 // x itself where there is no weight.
 Tensor normed(const Tensor& x, const MaybeTensor& weight, double eps, Stream stream) {
   if (!weight) return x;
-  const bool packed = x.dim() == 3;
   Tensor y = empty_heads_last(x, x.size(x.dim() - 1));
-  RmsNorm p{};
-  p.dtype = dtype_of(x);
-  p.batch = packed ? 1 : x.size(0);
-  p.heads = x.size(1);
-  p.rows = x.size(packed ? 0 : 2);
-  p.dim = x.size(x.dim() - 1);
-  p.eps = eps;
-  p.x = rows_of(x);
-  p.y = rows_of(y);
-  p.weight = span_of(*weight);
-  rms_norm(p, stream);
+  rms_norm({rows_of(x), rows_of(y), span_of(*weight), eps}, stream);
   return y;
 }
 
 // With query and key as the norms leave them.
 void set_problem(Attention& p, const Arguments& a, const Tensor& query, const Tensor& key) {
-  const bool packed = a.packed();
-  const int rows = packed ? 0 : 2, last = packed ? 2 : 3;
-  p.dtype = dtype_of(query);
-  p.batch = packed ? a.cu_seqlens_q->numel() - 1 : query.size(0);
-  p.heads = query.size(1);
-  p.kv_heads = key.size(1);
-  p.queries = query.size(rows);
-  p.keys = key.size(rows);
-  p.head_dim = query.size(last);
-  p.value_dim = a.value.size(last);
-  p.longest_queries = packed ? a.max_seqlen_q : p.queries;
-  p.longest_keys = packed ? a.max_seqlen_k : p.keys;
-  if (p.queries > INT32_MAX || p.keys > INT32_MAX)
-    throw std::runtime_error("velm: attention: more than 2^31 - 1 tokens");
   p.query = rows_of(query);
   p.key = rows_of(key);
   p.value = rows_of(a.value);
+  p.batch = a.packed() ? a.cu_seqlens_q->numel() - 1 : query.size(0);
+  p.longest_queries = a.packed() ? a.max_seqlen_q : p.queries();
+  p.longest_keys = a.packed() ? a.max_seqlen_k : p.keys();
+  if (p.queries() > INT32_MAX || p.keys() > INT32_MAX)
+    throw std::runtime_error("velm: attention: more than 2^31 - 1 tokens");
   p.key_lengths = span_of(a.key_lengths);
   p.range_start = span_of(a.range_start);
   p.range_stop = span_of(a.range_stop);
   p.cu_seqlens_q = span_of(a.cu_seqlens_q);
   p.cu_seqlens_k = span_of(a.cu_seqlens_k);
   p.key_mask = span_of(a.key_mask);
-  p.mask = matrix_of(a.mask);
-  p.bias = matrix_of(a.bias);
+  p.mask = view_of(a.mask);
+  p.bias = view_of(a.bias);
   if (a.dropout_p > 0) p.seed = span_of(a.seed);
   p.scale = a.scale;
   p.softcap = a.softcap;
@@ -119,18 +90,12 @@ Tensor wide_heads_last(const Tensor& x) {
 // From the gradient of a norm's result to those of its argument and weight that are wanted.
 void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, const MaybeTensor& grad_x,
                    const MaybeTensor& grad_weight, double eps, Stream stream) {
-  const bool packed = x.dim() == 3;
   RmsNormBackward p{};
-  p.dtype = dtype_of(x);
-  p.batch = packed ? 1 : x.size(0);
-  p.heads = x.size(1);
-  p.rows = x.size(packed ? 0 : 2);
-  p.dim = x.size(x.dim() - 1);
   p.eps = eps;
   p.x = rows_of(x);
   p.weight = span_of(weight);
   p.grad_y = rows_of(grad_y);
-  if (grad_x) p.grad_x = rows_of(*grad_x);
+  p.grad_x = rows_of(grad_x);
   p.grad_weight = span_of(grad_weight);
   std::optional<Tensor> partials;
   if (p.grad_weight) {
@@ -163,38 +128,30 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
   p.logsumexp = span_of(logsumexp);
   p.delta = span_of(delta);
   p.shift = span_of(shift);
-  if (grad_logsumexp) {
-    const Tensor& g = *grad_logsumexp;
-    p.grad_logsumexp = g.dim() == 2 ? RowSpan{span_of(g), 0, g.stride(0), g.stride(1)}
-                                    : RowSpan{span_of(g), g.stride(0), g.stride(1), g.stride(2)};
-  }
+  p.grad_logsumexp = numbers_of(grad_logsumexp);
   // Through a norm, gradients stay in float32 until they are past it.
   MaybeTensor wide_query, wide_key;
   if (query_norm_weight && (grad_query || grad_query_norm)) wide_query = wide_heads_last(query);
   if (key_norm_weight && (grad_key || grad_key_norm)) wide_key = wide_heads_last(key);
-  const auto rows = [&](const MaybeTensor& t) { return t ? rows_of(*t) : RowSpan{}; };
-  p.grad_query = rows(wide_query ? wide_query : grad_query);
-  p.grad_key = rows(wide_key ? wide_key : grad_key);
-  p.wide_grad_query = wide_query.has_value();
-  p.wide_grad_key = wide_key.has_value();
-  p.grad_value = rows(grad_value);
+  p.grad_query = rows_of(wide_query ? wide_query : grad_query);
+  p.grad_key = rows_of(wide_key ? wide_key : grad_key);
+  p.grad_value = rows_of(grad_value);
   attention_delta(p, current.stream());
   if (grad_bias) {
     // Tiles that nobody sees are not visited.
     torch::stable::zero_(*grad_bias);
-    p.grad_bias = matrix_of(grad_bias);
-    for (int d = 0; d < 4; ++d) p.bias_size[d] = bias->size(d);
-    const bool is_whole =
-        bias->size(0) == p.batch && bias->size(1) == p.heads && bias->size(2) == p.queries && bias->size(3) == p.keys;
+    p.grad_bias = view_of(grad_bias);
+    const int64_t* size = p.grad_bias.size;
+    const bool is_whole = size[0] == p.batch && size[1] == p.heads() && size[2] == p.queries() && size[3] == p.keys();
     if (!is_whole) {
       const Tensor partials = new_empty(query, {attention_bias_partials(p)}, ScalarType::Float);
       attention_grad_bias(p, span_of(partials), current.stream());
       p.grad_bias = {};
     }
   }
-  if (p.grad_query.data || p.grad_bias.data) attention_grad_query(p, current.stream());
-  if (p.grad_key.data) attention_grad_key(p, current.stream());
-  if (p.grad_value.data) attention_grad_value(p, current.stream());
+  if (p.grad_query || p.grad_bias) attention_grad_query(p, current.stream());
+  if (p.grad_key) attention_grad_key(p, current.stream());
+  if (p.grad_value) attention_grad_value(p, current.stream());
   if (wide_query)
     norm_backward(query, *query_norm_weight, *wide_query, grad_query, grad_query_norm, norm_eps, current.stream());
   if (wide_key) norm_backward(key, *key_norm_weight, *wide_key, grad_key, grad_key_norm, norm_eps, current.stream());

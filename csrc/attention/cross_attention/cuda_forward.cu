@@ -11,8 +11,8 @@
 
 #include "attention/cuda_forward.h"
 
-#include "attention/cuda_repair.h"
 #include "attention/cuda_masks.h"
+#include "attention/cuda_repair.h"
 #include "attention/cuda_splits.h"
 #include "device/launch.h"
 #include "device/products.h"
@@ -353,24 +353,25 @@ __global__ void __launch_bounds__(kThreads)
 
 Grid grid_of(const AttentionForward& p) {
   // Heads that share a key head share a block where one head alone would not fill it.
-  const int64_t group = p.heads / p.kv_heads;
+  const int64_t group = p.heads() / p.kv_heads();
   const bool shares = group > 1 && p.longest_queries < kRows;
   const int64_t rows = shares ? p.longest_queries * group : p.longest_queries;
-  Grid grid{static_cast<int>((rows + kRows - 1) / kRows), static_cast<int>(shares ? p.kv_heads : p.heads), shares, 1};
+  Grid grid{static_cast<int>((rows + kRows - 1) / kRows), static_cast<int>(shares ? p.kv_heads() : p.heads()), shares,
+            1};
   grid.splits = split_count(grid.blocks(p.batch), std::min<int64_t>(rows, kRows), p.longest_keys);
   return grid;
 }
 
 // Of packed sequences all tokens are one batch entry.
 int64_t rows_of_all(const AttentionForward& p) {
-  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
+  return (p.cu_seqlens_q ? 1 : p.batch) * p.heads() * p.queries();
 }
 
 }  // namespace
 
 int64_t attention_forward_partials(const AttentionForward& p) {
   const int splits = grid_of(p).splits;
-  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p.value_dim) + 2);
+  return splits == 1 ? 0 : splits * rows_of_all(p) * (partial_stride(p.value_dim()) + 2);
 }
 
 void attention_forward(const AttentionForward& p, Stream stream) {
@@ -378,19 +379,19 @@ void attention_forward(const AttentionForward& p, Stream stream) {
   const int64_t blocks = grid.blocks(p.batch);
   if (blocks == 0) return;
   if (blocks > 0x7fffffff) throw std::runtime_error("velm: attention_forward: more than 2^31 - 1 blocks of queries");
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     const auto out = rows_of<T>(p.out);
     const auto logsumexp = global<float>(p.logsumexp), shift = global<float>(p.shift);
-    const int out_width = copy_width(p.out, p.dtype);
+    const int out_width = copy_width(p.out);
     Partials partials{};
     auto split_logsumexp = logsumexp, split_shift = shift;
     if (grid.splits > 1) {
-      partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p.value_dim)};
+      partials = {global<float>(p.partials), rows_of_all(p), partial_stride(p.value_dim())};
       split_logsumexp = partials.out + grid.splits * partials.rows * partials.stride;
       split_shift = split_logsumexp + grid.splits * partials.rows;
     }
-    with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
+    with_dim(std::max(p.head_dim(), p.value_dim()), [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
       launch<forward_kernel<T, kDim>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T, kDim>), stream,
                                       inputs_of<T>(p), out, split_logsumexp, split_shift, out_width, grid, partials);
@@ -398,8 +399,8 @@ void attention_forward(const AttentionForward& p, Stream stream) {
     if (grid.splits > 1)
       launch<merge_splits_kernel<T>>(static_cast<unsigned>((partials.rows + kWarps - 1) / kWarps), kThreads, 0, stream,
                                      partials, ReadOnly<float>(split_logsumexp), ReadOnly<float>(split_shift),
-                                     grid.splits, out, logsumexp, shift, static_cast<int>(p.heads),
-                                     static_cast<int>(p.queries), static_cast<int>(p.value_dim), out_width);
+                                     grid.splits, out, logsumexp, shift, static_cast<int>(p.heads()),
+                                     static_cast<int>(p.queries()), static_cast<int>(p.value_dim()), out_width);
   });
 }
 

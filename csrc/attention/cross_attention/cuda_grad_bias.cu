@@ -190,17 +190,17 @@ __global__ void __launch_bounds__(kThreads)
 
 Plan plan_of(const AttentionBackward& p, int keys_of_tile) {
   const auto divide_up = [](int64_t x, int64_t y) { return (x + y - 1) / y; };
-  const int64_t* size = p.bias_size;
+  const int64_t* size = p.grad_bias.size;
   Plan plan{};
-  plan.sums_rows = size[2] == 1 && p.queries > 1;
-  plan.sums_columns = size[3] == 1 && p.keys > 1;
-  const auto row_tiles = static_cast<int>(divide_up(p.queries, kRows));
-  const auto column_tiles = static_cast<int>(divide_up(p.keys, keys_of_tile));
+  plan.sums_rows = size[2] == 1 && p.queries() > 1;
+  plan.sums_columns = size[3] == 1 && p.keys() > 1;
+  const auto row_tiles = static_cast<int>(divide_up(p.queries(), kRows));
+  const auto column_tiles = static_cast<int>(divide_up(p.keys(), keys_of_tile));
   plan.heads = static_cast<int>(size[1]);
   plan.row_tiles = plan.sums_rows ? 1 : row_tiles;
   plan.column_tiles = plan.sums_columns ? 1 : column_tiles;
   plan.batch_steps = size[0] == 1 ? static_cast<int>(p.batch) : 1;
-  plan.head_steps = size[1] == 1 ? static_cast<int>(p.heads) : 1;
+  plan.head_steps = size[1] == 1 ? static_cast<int>(p.heads()) : 1;
   plan.row_steps = plan.sums_rows ? row_tiles : 1;
   plan.column_steps = plan.sums_columns ? column_tiles : 1;
   const int64_t tiles = size[0] * size[1] * plan.row_tiles * plan.column_tiles;
@@ -215,7 +215,7 @@ Plan plan_of(const AttentionBackward& p, int keys_of_tile) {
 
 template <class F>
 void with_shape(const AttentionBackward& p, const F& f) {
-  with_type(p.dtype, [&](auto t) { with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) { f(t, dim); }); });
+  with_type(p.dtype(), [&](auto t) { with_dim(std::max(p.head_dim(), p.value_dim()), [&](auto dim) { f(t, dim); }); });
 }
 
 Plan plan_of(const AttentionBackward& p) {
@@ -239,7 +239,7 @@ void attention_grad_bias(const AttentionBackward& p, const Span& partials, Strea
     constexpr int kDim = decltype(dim)::value;
     Gradients<T> g{};
     g.grad_out = rows_of<const T>(p.grad_out);
-    g.grad_out_width = copy_width(p.grad_out, p.dtype);
+    g.grad_out_width = copy_width(p.grad_out);
     g.of_rows = statistics_of(p);
     g.partials = global<float>(partials);
     launch<grad_bias_kernel<T, kDim>>(static_cast<unsigned>(plan.blocks), kThreads, sizeof(Storage<T, kDim>), stream,
@@ -248,7 +248,7 @@ void attention_grad_bias(const AttentionBackward& p, const Span& partials, Strea
   with_type(p.grad_bias.dtype, [&](auto b) {
     using B = decltype(b);
     launch<sum_partials_kernel<B>>(static_cast<unsigned>((plan.elements + kThreads - 1) / kThreads), kThreads, 0,
-                                   stream, global<const float>(partials), global<B>(p.grad_bias.data), plan.splits,
+                                   stream, global<const float>(partials), global<B>(p.grad_bias), plan.splits,
                                    plan.elements);
   });
 }

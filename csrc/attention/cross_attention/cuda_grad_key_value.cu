@@ -2,9 +2,9 @@
 // heads that share it. Their sums are in one order whatever runs beside them, so that the results have the same bits
 // every time.
 
-#include "attention/cuda_repair.h"
 #include "attention/cuda_backward.h"
 #include "attention/cuda_columns.h"
+#include "attention/cuda_repair.h"
 #include "device/launch.h"
 #include "device/products.h"
 
@@ -224,11 +224,11 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
 
 template <int kKind, class T>
 void run(const AttentionBackward& p, const Gradients<T>& g, Stream stream) {
-  with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
+  with_dim(std::max(p.head_dim(), p.value_dim()), [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     using Of = Shape<sizeof(T), kDim, kKind>;
     const int64_t key_blocks = (p.longest_keys + Of::kBlockRows - 1) / Of::kBlockRows;
-    const int64_t blocks = p.batch * p.kv_heads * key_blocks;
+    const int64_t blocks = p.batch * p.kv_heads() * key_blocks;
     if (blocks == 0) return;
     launch<grad_key_value_kernel<T, kDim, kKind>>(static_cast<unsigned>(blocks), Of::kBlockThreads,
                                                   sizeof(Storage<T, kDim, kKind>), stream, inputs_of<T>(p), g,
@@ -240,7 +240,7 @@ template <class T>
 Gradients<T> gradients_of(const AttentionBackward& p) {
   Gradients<T> g{};
   g.grad_out = rows_of<const T>(p.grad_out);
-  g.grad_out_width = copy_width(p.grad_out, p.dtype);
+  g.grad_out_width = copy_width(p.grad_out);
   g.of_rows = statistics_of(p);
   return g;
 }
@@ -248,27 +248,27 @@ Gradients<T> gradients_of(const AttentionBackward& p) {
 }  // namespace
 
 void attention_grad_key(const AttentionBackward& p, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Gradients<T> g = gradients_of<T>(p);
     g.scale = static_cast<float>(p.scale);
-    if (p.wide_grad_key)
-      g.wide_to = rows_of<float>(p.grad_key);
-    else
+    if (p.grad_key.dtype == p.dtype())
       g.to = rows_of<T>(p.grad_key);
-    g.to_width = copy_width(p.grad_key, p.dtype);
+    else
+      g.wide_to = rows_of<float>(p.grad_key);
+    g.to_width = copy_width(p.grad_key);
     run<kKeyGradient>(p, g, stream);
   });
 }
 
 void attention_grad_value(const AttentionBackward& p, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Gradients<T> g = gradients_of<T>(p);
     g.of_rows.delta = nullptr;
     g.scale = p.seed ? static_cast<float>(1.0 / (1.0 - p.dropout_p)) : 1.0f;
     g.to = rows_of<T>(p.grad_value);
-    g.to_width = copy_width(p.grad_value, p.dtype);
+    g.to_width = copy_width(p.grad_value);
     run<kValueGradient>(p, g, stream);
   });
 }

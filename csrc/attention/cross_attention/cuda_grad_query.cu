@@ -2,9 +2,9 @@
 // keys. The gradient of a score is p * (dp - delta), see cuda_backward.h; values come before their keys, so that of dp
 // and the scores the one can be finished before the other is begun.
 
-#include "attention/cuda_repair.h"
 #include "attention/cuda_backward.h"
 #include "attention/cuda_masks.h"
+#include "attention/cuda_repair.h"
 #include "device/launch.h"
 #include "device/products.h"
 
@@ -198,39 +198,39 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
 }  // namespace
 
 void attention_grad_query(const AttentionBackward& p, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto dim, bool wants_query, bool wants_bias) {
       constexpr int kDim = decltype(dim)::value;
       using Of = Shape<sizeof(T), kDim>;
       const int64_t row_blocks = (p.longest_queries + Of::kBlockRows - 1) / Of::kBlockRows;
-      const int64_t blocks = p.batch * p.heads * row_blocks;
+      const int64_t blocks = p.batch * p.heads() * row_blocks;
       if (blocks == 0) return;
       Gradients<T> g{};
       g.grad_out = rows_of<const T>(p.grad_out);
-      g.grad_out_width = copy_width(p.grad_out, p.dtype);
+      g.grad_out_width = copy_width(p.grad_out);
       g.of_rows = statistics_of(p);
       if (wants_query) {
         g.wants_query = true;
         g.scale = static_cast<float>(p.scale);
-        if (p.wide_grad_query)
-          g.wide_query = rows_of<float>(p.grad_query);
-        else
+        if (p.grad_query.dtype == p.dtype())
           g.query = rows_of<T>(p.grad_query);
-        g.query_width = copy_width(p.grad_query, p.dtype);
+        else
+          g.wide_query = rows_of<float>(p.grad_query);
+        g.query_width = copy_width(p.grad_query);
       }
       if (wants_bias) {
-        if (p.grad_bias.dtype == p.dtype)
-          g.bias = global<T>(p.grad_bias.data);
+        if (p.grad_bias.dtype == p.dtype())
+          g.bias = global<T>(p.grad_bias);
         else
-          g.wide_bias = global<float>(p.grad_bias.data);
+          g.wide_bias = global<float>(p.grad_bias);
         std::copy(p.grad_bias.stride, p.grad_bias.stride + 4, g.bias_stride);
       }
       launch<grad_query_kernel<T, kDim>>(static_cast<unsigned>(blocks), Of::kBlockThreads, sizeof(Storage<T, kDim>),
                                          stream, inputs_of<T>(p), g, static_cast<int>(row_blocks));
     };
-    with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
-      const bool wants_query = bool(p.grad_query.data), wants_bias = bool(p.grad_bias.data);
+    with_dim(std::max(p.head_dim(), p.value_dim()), [&](auto dim) {
+      const bool wants_query = bool(p.grad_query), wants_bias = bool(p.grad_bias);
       // The softcap stands between the two gradients.
       if (wants_query && wants_bias && p.softcap > 0) {
         run(dim, false, true);

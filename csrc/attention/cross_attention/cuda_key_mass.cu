@@ -112,9 +112,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 void attention_key_mass(const Attention& p, const Span& logsumexp, const Span& shift, const Span& key_mass,
                         Stream stream) {
-  const int64_t key_blocks = (p.longest_keys + kRows - 1) / kRows, blocks = p.batch * p.heads * key_blocks;
+  const int64_t key_blocks = (p.longest_keys + kRows - 1) / kRows, blocks = p.batch * p.heads() * key_blocks;
   if (blocks == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     launch<key_mass_kernel<T>>(static_cast<unsigned>(blocks), kThreads, sizeof(Storage<T>), stream, inputs_of<T>(p),
                                RowStatistics{global<const float>(logsumexp), global<const float>(shift), nullptr},

@@ -122,29 +122,34 @@ __global__ void __launch_bounds__(kThreads)
   grad_weight[column] = from_float<T>(static_cast<float>(sum));
 }
 
-int64_t backward_blocks(const RmsNormBackward& p) {
-  return std::min<int64_t>((p.batch * p.heads * p.rows + kWarps - 1) / kWarps, kMostBlocks);
+int64_t rows_in(const View& x) {
+  return x.size[0] * x.size[1] * x.size[2];
 }
 
-bool fits(const RowSpan& rows, Dtype dtype, int width) {
-  return is_aligned(rows.data, dtype, rows.batch, width) && rows.head % width == 0 && rows.row % width == 0;
+int64_t backward_blocks(const RmsNormBackward& p) {
+  return std::min<int64_t>((rows_in(p.x) + kWarps - 1) / kWarps, kMostBlocks);
+}
+
+bool fits(const View& rows, int width) {
+  return is_aligned(rows, rows.dtype, rows.stride[0], width) && rows.stride[1] % width == 0 &&
+         rows.stride[2] % width == 0;
 }
 
 }  // namespace
 
 void rms_norm(const RmsNorm& p, Stream stream) {
-  const int64_t count = p.batch * p.heads * p.rows;
+  const int64_t count = rows_in(p.x);
   if (count == 0) return;
   constexpr int kWide = 4;
-  const bool is_wide = p.dim % kWide == 0 && fits(p.x, p.dtype, kWide) && fits(p.y, p.dtype, kWide) &&
-                       is_aligned(p.weight, p.dtype, 0, kWide);
-  with_type(p.dtype, [&](auto t) {
+  const bool is_wide =
+      p.x.size[3] % kWide == 0 && fits(p.x, kWide) && fits(p.y, kWide) && is_aligned(p.weight, p.x.dtype, 0, kWide);
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto width) {
       launch<norm_kernel<T, decltype(width)::value>>(
           static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, stream, rows_of<const T>(p.x),
-          global<const T>(p.weight), rows_of<T>(p.y), count, static_cast<int>(p.heads), static_cast<int>(p.rows),
-          static_cast<int>(p.dim), static_cast<float>(p.eps));
+          global<const T>(p.weight), rows_of<T>(p.y), count, static_cast<int>(p.x.size[1]),
+          static_cast<int>(p.x.size[2]), static_cast<int>(p.x.size[3]), static_cast<float>(p.eps));
     };
     if (is_wide)
       run(std::integral_constant<int, kWide>{});
@@ -154,22 +159,23 @@ void rms_norm(const RmsNorm& p, Stream stream) {
 }
 
 int64_t rms_norm_partials(const RmsNormBackward& p) {
-  return backward_blocks(p) * kWarps * p.dim;
+  return backward_blocks(p) * kWarps * p.x.size[3];
 }
 
 void rms_norm_backward(const RmsNormBackward& p, Stream stream) {
-  const int64_t count = p.batch * p.heads * p.rows, blocks = backward_blocks(p);
-  with_type(p.dtype, [&](auto t) {
+  const int64_t count = rows_in(p.x), blocks = backward_blocks(p);
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     if (count > 0)
       launch<norm_backward_kernel<T>>(static_cast<unsigned>(blocks), kThreads, 0, stream, rows_of<const T>(p.x),
                                       global<const T>(p.weight), rows_of<const float>(p.grad_y), rows_of<T>(p.grad_x),
-                                      global<float>(p.partials), count, static_cast<int>(p.heads),
-                                      static_cast<int>(p.rows), static_cast<int>(p.dim), static_cast<float>(p.eps));
+                                      global<float>(p.partials), count, static_cast<int>(p.x.size[1]),
+                                      static_cast<int>(p.x.size[2]), static_cast<int>(p.x.size[3]),
+                                      static_cast<float>(p.eps));
     if (p.grad_weight)
-      launch<norm_finish_kernel<T>>(static_cast<unsigned>((p.dim + kThreads - 1) / kThreads), kThreads, 0, stream,
+      launch<norm_finish_kernel<T>>(static_cast<unsigned>((p.x.size[3] + kThreads - 1) / kThreads), kThreads, 0, stream,
                                     global<const float>(p.partials), global<T>(p.grad_weight), blocks * kWarps,
-                                    static_cast<int>(p.dim));
+                                    static_cast<int>(p.x.size[3]));
   });
 }
 

@@ -5,27 +5,24 @@
 
 namespace velm::cuda {
 
+// Of (batch, heads, rows, dim).
 struct RmsNorm {
-  Dtype dtype;
-  int64_t batch, heads, rows, dim;
-  double eps;
-  RowSpan x, y;
+  View x, y;
   Span weight;
+  double eps;
 };
 
 // y = weight * x / sqrt(mean(x^2) + eps), rounded to the type of x.
 void rms_norm(const RmsNorm& problem, Stream stream);
 
 struct RmsNormBackward {
-  Dtype dtype;
-  int64_t batch, heads, rows, dim;
-  double eps;
-  RowSpan x;
+  View x;
   Span weight;
+  double eps;
   // Floats.
-  RowSpan grad_y;
+  View grad_y;
   // Null gradients are not wanted.
-  RowSpan grad_x;
+  View grad_x;
   Span grad_weight;
   // Floats, as many as rms_norm_partials says.
   Span partials;

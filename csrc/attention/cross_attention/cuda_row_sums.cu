@@ -150,22 +150,22 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
 }
 
 void sum_rows(const AttentionBackward& p, bool only_far, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
-    with_dim(std::max(p.head_dim, p.value_dim), [&](auto dim) {
+    with_dim(std::max(p.head_dim(), p.value_dim()), [&](auto dim) {
       constexpr int kDim = decltype(dim)::value;
       using Of = Shape<sizeof(T), kDim>;
-      const int64_t group = p.heads / p.kv_heads;
+      const int64_t group = p.heads() / p.kv_heads();
       Sums<T> g{};
       g.grad_out = rows_of<const T>(p.grad_out);
-      g.grad_out_width = copy_width(p.grad_out, p.dtype);
+      g.grad_out_width = copy_width(p.grad_out);
       g.grad_logsumexp = rows_of<const float>(p.grad_logsumexp);
       g.logsumexp = global<const float>(p.logsumexp);
       g.delta = global<float>(p.delta);
       g.shift = global<float>(p.shift);
       g.only_far = only_far;
       g.shares = group > 1 && p.longest_queries < Of::kBlockRows;
-      g.heads = static_cast<int>(g.shares ? p.kv_heads : p.heads);
+      g.heads = static_cast<int>(g.shares ? p.kv_heads() : p.heads());
       const int64_t rows = g.shares ? p.longest_queries * group : p.longest_queries;
       g.row_blocks = static_cast<int>((rows + Of::kBlockRows - 1) / Of::kBlockRows);
       const int64_t blocks = p.batch * g.heads * g.row_blocks;
@@ -206,18 +206,18 @@ __global__ void __launch_bounds__(kThreads)
 
 void attention_delta(const AttentionBackward& p, Stream stream) {
   // Of packed sequences all tokens are one batch entry.
-  const int64_t count = (p.cu_seqlens_q ? 1 : p.batch) * p.heads * p.queries;
+  const int64_t count = (p.cu_seqlens_q ? 1 : p.batch) * p.heads() * p.queries();
   if (count == 0) return;
   if (attention_sums_rows(p)) return sum_rows(p, false, stream);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     launch<delta_kernel<T>>(static_cast<unsigned>((count + kWarps - 1) / kWarps), kThreads, 0, stream,
                             rows_of<const T>(p.out), rows_of<const T>(p.grad_out),
                             rows_of<const float>(p.grad_logsumexp), global<const float>(p.logsumexp),
-                            global<float>(p.delta), global<float>(p.shift), count, static_cast<int>(p.heads),
-                            static_cast<int>(p.queries), static_cast<int>(p.value_dim));
+                            global<float>(p.delta), global<float>(p.shift), count, static_cast<int>(p.heads()),
+                            static_cast<int>(p.queries()), static_cast<int>(p.value_dim()));
   });
-  if (p.bias.data) sum_rows(p, true, stream);
+  if (p.bias) sum_rows(p, true, stream);
 }
 
 }  // namespace velm::cuda
