@@ -94,10 +94,10 @@ test: lint
 triton-versions: setup
 	$(RUN) -m tests.triton.versions --jobs $(MAX_JOBS) $(TRITON_ARGS)
 
-# Numbers, special values and derivatives of every operator, on the best library of this processor.
+# Numbers and special values of every operator, on the reference and the best library of this processor.
 quick: setup
 	OMP_NUM_THREADS=1 VELM_TEST_EXAMPLES=3 VELM_CPU_ISA=$$($(RUN) -c "from velm_kernels.backends import cpu; print(cpu.usable()[-1])") \
-	  $(RUN) -m pytest -n $(shell nproc) --dist worksteal -m quick $(PYTEST_ARGS)
+	  $(RUN) -m pytest -n $(shell nproc) --dist worksteal -m quick -k "not device_on_host" $(PYTEST_ARGS)
 
 explore: setup
 	OMP_NUM_THREADS=1 VELM_TEST_EXPLORE=1 $(RUN) -m pytest -n $(shell nproc) --dist worksteal -m "not slow" \

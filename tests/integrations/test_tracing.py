@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import velm_kernels
+from tests.conftest import EXPLORES
 
 from . import models
 from .models import tensors
@@ -47,8 +48,17 @@ def _traced(wrapped: nn.Module, inputs: dict[str, Tensor]) -> Any:
         return torch.jit.trace(wrapped, tuple(inputs.values()), check_trace=False)
 
 
+# ViLT draws patches at random. What a patched model traces is the same whichever attention it would have computed
+# itself: one of the two, unless more is asked for.
+TRACED = sorted(
+    name
+    for name in ALL.keys() - {"vilt"}
+    if EXPLORES or not (name.endswith("eager") and name.removesuffix("eager") + "sdpa" in ALL)
+)
+
+
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(ALL.keys() - {"vilt"}))  # which draws patches at random
+@pytest.mark.parametrize("name", TRACED)
 def test_a_trace_serves_other_values(name: str) -> None:
     """The example has no sample of padding only, the call has one (for which Grounding DINO gives NaN)."""
     wrapped, inputs = _built(name)

@@ -30,7 +30,7 @@ CASES = [
         reference.gated_residual,
         ("residual", "x", "gate"),
         sizes={"batch": 3, "rows": 5, "dim": 12},
-        larger={"batch": 3, "rows": 1500, "dim": 300},
+        larger={"batch": 3, "rows": 130, "dim": 530},
         published={"gated-residual": {"batch": 4, "rows": 512, "dim": 4096}} if name == "scalar" else {},
         unread=_unread,
         numbers_only=name == "scalar",
