@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import velm_kernels
 from tests.numbers import assert_accurate, relative_rms
+from velm_kernels import cases
 from velm_kernels.backends import triton as triton_backend
 
 pytestmark = pytest.mark.skipif(not triton_backend.is_interpreted(), reason="needs TRITON_INTERPRET=1")
@@ -51,6 +53,30 @@ def test_merge_attention(shards: int) -> None:
         return velm_kernels.merge_attention(list(tensors[:shards]), list(tensors[shards:]))
 
     compare(function, [*outs, *logsumexps])
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("gated_residual", {"rows": 40}),
+        ("gated_residual-scalar", {"rows": 40}),
+        ("linear-gelu", {"rows": 100}),
+        ("cross_attention-norms", {"queries": 40}),
+    ],
+)
+def test_programs_that_take_several_steps(name: str, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of large tensors do, of which there are more than a device runs at a time."""
+    case = next(case for case in cases.every() if str(case) == name)
+    expected = cases.expected(case, case.arguments(**sizes), torch.float32)
+    with velm_kernels.use_backend("triton"):
+        # Its launches are imported by the first call.
+        case.run(expected.arguments)
+        for module in list(sys.modules.values()):
+            if hasattr(module, "FEW_PROGRAMS"):
+                monkeypatch.setattr(module, "FEW_PROGRAMS", 1)
+        got = case.run(expected.arguments)
+    for result, (error, limit) in expected.errors(got).items():
+        assert error <= limit, (result, error, limit)
 
 
 @pytest.mark.parametrize("dims", [(136, 72), (72, 136)])
