@@ -41,9 +41,9 @@ struct Inputs {
   ReadOnly<int32_t> lengths, range_start, range_stop, cu_seqlens_q, cu_seqlens_k;
   ReadOnly<unsigned char> key_mask;
   Matrix<unsigned char> mask;
-  // One of the two.
+  // One of the two: the bias has the type of the others, or is float32.
   Matrix<T> bias;
-  Matrix<float> wide_bias;
+  Matrix<float> float_bias;
   ReadOnly<int64_t> seed;
   uint32_t direction;
   // A random word below this drops its weight.
@@ -58,7 +58,7 @@ struct Inputs {
   float unit, unit_base_2;
   bool causal;
 
-  DEVICE_INLINE bool hides_within_rows() const { return key_mask || mask.data || bias.data || wide_bias.data; }
+  DEVICE_INLINE bool hides_within_rows() const { return key_mask || mask.data || bias.data || float_bias.data; }
 };
 
 // One batch entry, or one packed sequence, kept inside of the tensors whatever the offsets say.
@@ -129,7 +129,7 @@ inline Inputs<T> inputs_of(const Attention& p) {
   if (p.bias.dtype == p.dtype())
     a.bias = matrix_of<T>(p.bias);
   else
-    a.wide_bias = matrix_of<float>(p.bias);
+    a.float_bias = matrix_of<float>(p.bias);
   a.seed = global<const int64_t>(p.seed);
   a.direction = p.direction;
   a.drop_below = static_cast<uint32_t>(p.dropout_p * 4294967296.0);

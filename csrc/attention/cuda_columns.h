@@ -110,7 +110,7 @@ struct KeyBlock {
 
   // Whether something but lengths, ranges and causality hides keys of the warp, or there is a bias.
   DEVICE_INLINE bool hides() const {
-    return !__all_sync(kAll, open[0] && open[1]) || a.mask.data || a.bias.data || a.wide_bias.data;
+    return !__all_sync(kAll, open[0] && open[1]) || a.mask.data || a.bias.data || a.float_bias.data;
   }
 
   // kHidden where a query does not see a key, and the bias added elsewhere. `key` is the first of the warp.
@@ -136,10 +136,10 @@ struct KeyBlock {
       hide<kTiles>(s, a.mask.data + (a.mask.row(index, head, query) + first * a.mask.stride[3]), a.mask.stride);
     if (a.bias.data)
       add_bias<kTiles, T>(s, a.bias.data + (a.bias.row(index, head, query) + first * a.bias.stride[3]), a.bias.stride);
-    if (a.wide_bias.data)
-      add_bias<kTiles, float>(s,
-                              a.wide_bias.data + (a.wide_bias.row(index, head, query) + first * a.wide_bias.stride[3]),
-                              a.wide_bias.stride);
+    if (a.float_bias.data)
+      add_bias<kTiles, float>(
+          s, a.float_bias.data + (a.float_bias.row(index, head, query) + first * a.float_bias.stride[3]),
+          a.float_bias.stride);
   }
 
  private:

@@ -237,10 +237,10 @@ DEVICE_INLINE void mask_scores(float (&s)[kTiles][4], const Inputs<T>& a, RowsOf
     if (a.bias.data)
       add_bias<kTiles, T>(s, 2 * half, a.bias.data + (a.bias.row(index, head, query) + key * a.bias.stride[3]),
                           a.bias.stride[3]);
-    if (a.wide_bias.data)
+    if (a.float_bias.data)
       add_bias<kTiles, float>(s, 2 * half,
-                              a.wide_bias.data + (a.wide_bias.row(index, head, query) + key * a.wide_bias.stride[3]),
-                              a.wide_bias.stride[3]);
+                              a.float_bias.data + (a.float_bias.row(index, head, query) + key * a.float_bias.stride[3]),
+                              a.float_bias.stride[3]);
   }
 }
 

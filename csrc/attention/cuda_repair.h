@@ -13,7 +13,7 @@ namespace velm::cuda {
 // Whether a row may see what another one of its batch entry and head does not.
 template <class T>
 DEVICE_INLINE bool hides_from_some(const Inputs<T>& a) {
-  return a.causal || a.range_start || a.mask.data || a.bias.data || a.wide_bias.data;
+  return a.causal || a.range_start || a.mask.data || a.bias.data || a.float_bias.data;
 }
 
 // Which of the 16 rows of a warp, as matrix instructions lay them out, have NaN in their results and are to be computed
@@ -78,9 +78,9 @@ DEVICE_INLINE PairScore score_of(const Inputs<T>& a, const Sequence& s, int inde
   }
   if (a.bias.data)
     found.score = biased(found.score, a.bias.data + (a.bias.row(index, head, query) + key * a.bias.stride[3]));
-  if (a.wide_bias.data)
+  if (a.float_bias.data)
     found.score =
-        biased(found.score, a.wide_bias.data + (a.wide_bias.row(index, head, query) + key * a.wide_bias.stride[3]));
+        biased(found.score, a.float_bias.data + (a.float_bias.row(index, head, query) + key * a.float_bias.stride[3]));
   return found;
 }
 

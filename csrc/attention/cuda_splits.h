@@ -13,11 +13,11 @@ struct Partials {
   int stride;
 };
 // Floats of one access to them.
-constexpr int kWide = 4;
+constexpr int kVector = 4;
 constexpr int kMostSplits = 32;
 
 inline int partial_stride(int64_t dim) {
-  return static_cast<int>((dim + kWide - 1) / kWide * kWide);
+  return static_cast<int>((dim + kVector - 1) / kVector * kVector);
 }
 
 // In how many parts `blocks` blocks of `rows` rows each take the `length` keys or queries before them: as many as make

@@ -285,25 +285,25 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// One thread for kWide numbers of a row.
+// One thread for kVector numbers of a row.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     add_splits_kernel(const Partials partials, int splits, const Rows<T> grad, int heads, int queries, int dim) {
-  const int of_row = partials.stride / kWide;
+  const int of_row = partials.stride / kVector;
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, at = i / of_row;
   if (at >= partials.rows) return;
-  const int column = static_cast<int>(i % of_row) * kWide;
-  float total[kWide] = {};
+  const int column = static_cast<int>(i % of_row) * kVector;
+  float total[kVector] = {};
 #pragma unroll 4
   for (int s = 0; s < splits; ++s) {
-    const auto x = load<kWide>(partials.out + (s * partials.rows + at) * partials.stride + column);
+    const auto x = load<kVector>(partials.out + (s * partials.rows + at) * partials.stride + column);
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) total[k] += x[k];
+    for (int k = 0; k < kVector; ++k) total[k] += x[k];
   }
   const Global<T> to = grad.at(static_cast<int>(at / queries / heads), static_cast<int>(at / queries % heads),
                                static_cast<int>(at % queries));
 #pragma unroll
-  for (int k = 0; k < kWide; ++k)
+  for (int k = 0; k < kVector; ++k)
     if (column + k < dim) to[column + k] = from_float<T>(total[k]);
 }
 
@@ -340,7 +340,7 @@ int64_t part_size(const AttentionBackward& x) {
 template <class T>
 void add_parts(const AttentionBackward& x, const Span& partial_sums, int count, Stream stream) {
   const Partials partials{global<float>(partial_sums), x.batch * x.heads() * x.queries(), partial_stride(x.head_dim())};
-  const int64_t threads = partials.rows * (partials.stride / kWide);
+  const int64_t threads = partials.rows * (partials.stride / kVector);
   if (threads == 0) return;
   launch<add_splits_kernel<T>>(static_cast<unsigned>((threads + kThreads - 1) / kThreads), kThreads, 0, stream,
                                partials, count, rows_of<T>(x.grad_query), static_cast<int>(x.heads()),

@@ -81,7 +81,7 @@ void attention_forward_op(Tensor query, Tensor key, Tensor value, MaybeTensor ke
 }
 
 // Floats shaped and laid out like the gradient of x.
-Tensor wide_heads_last(const Tensor& x) {
+Tensor floats_heads_last(const Tensor& x) {
   const int64_t dim = x.size(x.dim() - 1);
   if (x.dim() == 3) return new_empty(x, {x.size(0), x.size(1), dim}, ScalarType::Float);
   return torch::stable::transpose(new_empty(x, {x.size(0), x.size(2), x.size(1), dim}, ScalarType::Float), 1, 2);
@@ -130,11 +130,11 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
   p.shift = span_of(shift);
   p.grad_logsumexp = numbers_of(grad_logsumexp);
   // Through a norm, gradients stay in float32 until they are past it.
-  MaybeTensor wide_query, wide_key;
-  if (query_norm_weight && (grad_query || grad_query_norm)) wide_query = wide_heads_last(query);
-  if (key_norm_weight && (grad_key || grad_key_norm)) wide_key = wide_heads_last(key);
-  p.grad_query = rows_of(wide_query ? wide_query : grad_query);
-  p.grad_key = rows_of(wide_key ? wide_key : grad_key);
+  MaybeTensor float_query, float_key;
+  if (query_norm_weight && (grad_query || grad_query_norm)) float_query = floats_heads_last(query);
+  if (key_norm_weight && (grad_key || grad_key_norm)) float_key = floats_heads_last(key);
+  p.grad_query = rows_of(float_query ? float_query : grad_query);
+  p.grad_key = rows_of(float_key ? float_key : grad_key);
   p.grad_value = rows_of(grad_value);
   attention_delta(p, current.stream());
   if (grad_bias) {
@@ -152,9 +152,9 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
   if (p.grad_query || p.grad_bias) attention_grad_query(p, current.stream());
   if (p.grad_key) attention_grad_key(p, current.stream());
   if (p.grad_value) attention_grad_value(p, current.stream());
-  if (wide_query)
-    norm_backward(query, *query_norm_weight, *wide_query, grad_query, grad_query_norm, norm_eps, current.stream());
-  if (wide_key) norm_backward(key, *key_norm_weight, *wide_key, grad_key, grad_key_norm, norm_eps, current.stream());
+  if (float_query)
+    norm_backward(query, *query_norm_weight, *float_query, grad_query, grad_query_norm, norm_eps, current.stream());
+  if (float_key) norm_backward(key, *key_norm_weight, *float_key, grad_key, grad_key_norm, norm_eps, current.stream());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

@@ -325,27 +325,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   const Global<T> to = out.at(batch, head, query);
-  for (int first = 0; first < dim; first += 32 * kWide) {
-    const int column = first + lane * kWide;
-    float total[kWide] = {};
+  for (int first = 0; first < dim; first += 32 * kVector) {
+    const int column = first + lane * kVector;
+    float total[kVector] = {};
 #pragma unroll 4
     for (int s = 0; s < splits; ++s) {
       const float w = __shfl_sync(kAll, weight, s);
       // What saw nothing has left nothing.
       if (!(seen >> s & 1) || column >= dim) continue;
-      const auto x = load<kWide>(partials.out + (s * partials.rows + at) * partials.stride + column);
+      const auto x = load<kVector>(partials.out + (s * partials.rows + at) * partials.stride + column);
 #pragma unroll
-      for (int k = 0; k < kWide; ++k) total[k] = fmaf(w, x[k], total[k]);
+      for (int k = 0; k < kVector; ++k) total[k] = fmaf(w, x[k], total[k]);
     }
     if (column >= dim) continue;
-    Vector<T, kWide> result;
+    Vector<T, kVector> result;
 #pragma unroll
-    for (int k = 0; k < kWide; ++k) result[k] = from_float<T>(total[k]);
-    if (out_width == 16 && column + kWide <= dim) {
+    for (int k = 0; k < kVector; ++k) result[k] = from_float<T>(total[k]);
+    if (out_width == 16 && column + kVector <= dim) {
       store(to + column, result);
     } else {
 #pragma unroll
-      for (int k = 0; k < kWide; ++k)
+      for (int k = 0; k < kVector; ++k)
         if (column + k < dim) to[column + k] = result[k];
     }
   }

@@ -42,7 +42,7 @@ struct Gradients {
   RowStatistics of_rows;
   // One of the two.
   Rows<T> to;
-  Rows<float> wide_to;
+  Rows<float> float_to;
   int to_width;
   float scale;
 };
@@ -180,10 +180,10 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
     for (int i = 0; i < 4; ++i) total[j][i] = is_seen[i / 2] ? total[j][i] * g.scale : 0.0f;
   const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
   const SpoiledRows spoiled(total, is_seen);
-  if (g.wide_to.data) {
+  if (g.float_to.data) {
     store_wide_rows<kDim>(total, dim, [&](int row) {
       const int key = warp_key + row;
-      return key < s.keys ? g.wide_to.at(s.batch, kv_head, s.first_key + key) : Global<float>(nullptr);
+      return key < s.keys ? g.float_to.at(s.batch, kv_head, s.first_key + key) : Global<float>(nullptr);
     });
   } else {
     const Shared<T> stage = shared.key;
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
                 dim);
       }
     }
-    if (g.wide_to.data)
-      sum.put(g.wide_to.at(s.batch, kv_head, s.first_key + key), dim, g.scale);
+    if (g.float_to.data)
+      sum.put(g.float_to.at(s.batch, kv_head, s.first_key + key), dim, g.scale);
     else
       sum.put(g.to.at(s.batch, kv_head, s.first_key + key), dim, g.scale);
   }
@@ -255,7 +255,7 @@ void attention_grad_key(const AttentionBackward& p, Stream stream) {
     if (p.grad_key.dtype == p.dtype())
       g.to = rows_of<T>(p.grad_key);
     else
-      g.wide_to = rows_of<float>(p.grad_key);
+      g.float_to = rows_of<float>(p.grad_key);
     g.to_width = copy_width(p.grad_key);
     run<kKeyGradient>(p, g, stream);
   });

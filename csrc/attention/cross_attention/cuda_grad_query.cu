@@ -34,12 +34,12 @@ struct Gradients {
   RowStatistics of_rows;
   // One of the two.
   Rows<T> query;
-  Rows<float> wide_query;
+  Rows<float> float_query;
   int query_width;
   float scale;
   bool wants_query;
   Global<T> bias;
-  Global<float> wide_bias;
+  Global<float> float_bias;
   int64_t bias_stride[4];
 };
 
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
       }
     };
     if (g.bias) store_bias(g.bias, from_float<T>);
-    if (g.wide_bias) store_bias(g.wide_bias, from_float<float>);
+    if (g.float_bias) store_bias(g.float_bias, from_float<float>);
     if (g.wants_query) {
       constexpr unsigned kEverything = (1u << 2 * kTiles) - 1;
       if (__all_sync(kAll, (seen & kEverything) == kEverything))
@@ -161,10 +161,10 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
   const bool has_weights[2] = {fabsf(logsumexp[0]) < kInfinity && fabsf(delta[0]) < kInfinity,
                                fabsf(logsumexp[1]) < kInfinity && fabsf(delta[1]) < kInfinity};
   const SpoiledRows spoiled(grad, has_weights);
-  if (g.wide_query.data) {
+  if (g.float_query.data) {
     store_wide_rows<kDim>(grad, a.head_dim, [&](int row) {
       const int query = shared.rows.query[warp_row + row];
-      return query < 0 ? Global<float>(nullptr) : g.wide_query.at(s.batch, head, s.first_query + query);
+      return query < 0 ? Global<float>(nullptr) : g.float_query.at(s.batch, head, s.first_query + query);
     });
   } else {
     const Shared<T> stage = shared.query;
@@ -188,8 +188,8 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
         sum.add(grad_of_score(a, s, index, head, query, key, pair, g.grad_out, g.of_rows),
                 a.key.at(s.batch, kv_head, s.first_key + key), a.head_dim);
     }
-    if (g.wide_query.data)
-      sum.put(g.wide_query.at(s.batch, head, s.first_query + query), a.head_dim, g.scale);
+    if (g.float_query.data)
+      sum.put(g.float_query.at(s.batch, head, s.first_query + query), a.head_dim, g.scale);
     else
       sum.put(g.query.at(s.batch, head, s.first_query + query), a.head_dim, g.scale);
   }
@@ -216,14 +216,14 @@ void attention_grad_query(const AttentionBackward& p, Stream stream) {
         if (p.grad_query.dtype == p.dtype())
           g.query = rows_of<T>(p.grad_query);
         else
-          g.wide_query = rows_of<float>(p.grad_query);
+          g.float_query = rows_of<float>(p.grad_query);
         g.query_width = copy_width(p.grad_query);
       }
       if (wants_bias) {
         if (p.grad_bias.dtype == p.dtype())
           g.bias = global<T>(p.grad_bias);
         else
-          g.wide_bias = global<float>(p.grad_bias);
+          g.float_bias = global<float>(p.grad_bias);
         std::copy(p.grad_bias.stride, p.grad_bias.stride + 4, g.bias_stride);
       }
       launch<grad_query_kernel<T, kDim>>(static_cast<unsigned>(blocks), Of::kBlockThreads, sizeof(Storage<T, kDim>),

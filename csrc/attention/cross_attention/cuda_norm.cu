@@ -140,9 +140,9 @@ bool fits(const View& rows, int width) {
 void rms_norm(const RmsNorm& p, Stream stream) {
   const int64_t count = rows_in(p.x);
   if (count == 0) return;
-  constexpr int kWide = 4;
-  const bool is_wide =
-      p.x.size[3] % kWide == 0 && fits(p.x, kWide) && fits(p.y, kWide) && is_aligned(p.weight, p.x.dtype, 0, kWide);
+  constexpr int kVector = 4;
+  const bool in_vectors = p.x.size[3] % kVector == 0 && fits(p.x, kVector) && fits(p.y, kVector) &&
+                          is_aligned(p.weight, p.x.dtype, 0, kVector);
   with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto width) {
@@ -151,8 +151,8 @@ void rms_norm(const RmsNorm& p, Stream stream) {
           global<const T>(p.weight), rows_of<T>(p.y), count, static_cast<int>(p.x.size[1]),
           static_cast<int>(p.x.size[2]), static_cast<int>(p.x.size[3]), static_cast<float>(p.eps));
     };
-    if (is_wide)
-      run(std::integral_constant<int, kWide>{});
+    if (in_vectors)
+      run(std::integral_constant<int, kVector>{});
     else
       run(std::integral_constant<int, 1>{});
   });

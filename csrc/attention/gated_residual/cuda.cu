@@ -21,7 +21,7 @@ constexpr int kThreads = 128, kMostWidth = 8;
 // many as these, or of fewer rows as leave so many blocks.
 constexpr int kRowsForward = 16, kRowsBackward = 32, kLeastBlocks = 256;
 // Rows that are read before the first is written.
-constexpr int kAhead = 2;
+constexpr int kRowsAtOnce = 2;
 // Rows whose products are added in one float before the next level, and the least of a thread backward; row blocks are
 // as many as fill a device.
 constexpr int kRowsASum = 16, kMostRowBlocks = 1024;
@@ -47,13 +47,13 @@ DEVICE_INLINE float tanh_slope(float x) {
 }
 
 // The next rows of a thread, and which of them are masked and so not read.
-struct Ahead {
-  int64_t row[kAhead];
-  bool is_row[kAhead], is_open[kAhead];
+struct NextRows {
+  int64_t row[kRowsAtOnce];
+  bool is_row[kRowsAtOnce], is_open[kRowsAtOnce];
 
-  DEVICE_INLINE Ahead(int64_t first, int64_t end, const ReadOnly<unsigned char>& row_mask) {
+  DEVICE_INLINE NextRows(int64_t first, int64_t end, const ReadOnly<unsigned char>& row_mask) {
 #pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
+    for (int n = 0; n < kRowsAtOnce; ++n) {
       row[n] = first + n * int64_t{blockDim.y};
       is_row[n] = row[n] < end;
       is_open[n] = is_row[n] && (!row_mask || row_mask[row[n]]);
@@ -72,25 +72,25 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int k = 0; k < Width; ++k) tanh_gate[k] = tanhf(gate.at(column + k));
   const int64_t first = int64_t{blockIdx.x / column_blocks} * (blockDim.y * rows_a_thread) + threadIdx.y;
-  for (int i = 0; i < rows_a_thread; i += kAhead) {
-    const Ahead rows_ahead(first + i * int64_t{blockDim.y}, rows, row_mask);
-    Vector<R, Width> r[kAhead];
-    Vector<X, Width> b[kAhead];
+  for (int i = 0; i < rows_a_thread; i += kRowsAtOnce) {
+    const NextRows next(first + i * int64_t{blockDim.y}, rows, row_mask);
+    Vector<R, Width> r[kRowsAtOnce];
+    Vector<X, Width> b[kRowsAtOnce];
 #pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (rows_ahead.is_row[n]) r[n] = load<Width>(residual + (rows_ahead.row[n] * residual_stride + column));
-      if (rows_ahead.is_open[n]) b[n] = load<Width>(x + (rows_ahead.row[n] * x_stride + column));
+    for (int n = 0; n < kRowsAtOnce; ++n) {
+      if (next.is_row[n]) r[n] = load<Width>(residual + (next.row[n] * residual_stride + column));
+      if (next.is_open[n]) b[n] = load<Width>(x + (next.row[n] * x_stride + column));
     }
 #pragma unroll
-    for (int n = 0; n < kAhead; ++n) {
-      if (!rows_ahead.is_row[n]) return;
+    for (int n = 0; n < kRowsAtOnce; ++n) {
+      if (!next.is_row[n]) return;
       Vector<O, Width> result;
       // An infinite gate must not reach a row that is masked.
 #pragma unroll
       for (int k = 0; k < Width; ++k)
-        result[k] = from_float<O>(rows_ahead.is_open[n] ? fmaf(tanh_gate[k], to_float(b[n][k]), to_float(r[n][k]))
-                                                        : to_float(r[n][k]));
-      store(out + (rows_ahead.row[n] * dim + column), result);
+        result[k] = from_float<O>(next.is_open[n] ? fmaf(tanh_gate[k], to_float(b[n][k]), to_float(r[n][k]))
+                                                  : to_float(r[n][k]));
+      store(out + (next.row[n] * dim + column), result);
     }
   }
 }
@@ -118,28 +118,28 @@ __global__ void __launch_bounds__(kThreads, 6)
     for (int k = 0; k < Width; ++k) tanh_gate[k] = tanhf(gate.at(column + k));
     for (int64_t block = begin + threadIdx.y; block < end; block += kRowsASum * int64_t{blockDim.y}) {
       float sum[Width] = {};
-      for (int i = 0; i < kRowsASum; i += kAhead) {
-        const Ahead rows_ahead(block + i * int64_t{blockDim.y}, end, row_mask);
-        Vector<G, Width> g[kAhead];
-        Vector<X, Width> b[kAhead];
+      for (int i = 0; i < kRowsASum; i += kRowsAtOnce) {
+        const NextRows next(block + i * int64_t{blockDim.y}, end, row_mask);
+        Vector<G, Width> g[kRowsAtOnce];
+        Vector<X, Width> b[kRowsAtOnce];
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
-          if (!rows_ahead.is_open[n]) continue;
-          g[n] = load<Width>(grad + (rows_ahead.row[n] * dim + column));
-          if (partials) b[n] = load<Width>(x + (rows_ahead.row[n] * x_stride + column));
+        for (int n = 0; n < kRowsAtOnce; ++n) {
+          if (!next.is_open[n]) continue;
+          g[n] = load<Width>(grad + (next.row[n] * dim + column));
+          if (partials) b[n] = load<Width>(x + (next.row[n] * x_stride + column));
         }
 #pragma unroll
-        for (int n = 0; n < kAhead; ++n) {
-          if (!rows_ahead.is_row[n]) break;
+        for (int n = 0; n < kRowsAtOnce; ++n) {
+          if (!next.is_row[n]) break;
           Vector<X, Width> result;
 #pragma unroll
           for (int k = 0; k < Width; ++k)
-            result[k] = from_float<X>(rows_ahead.is_open[n] ? tanh_gate[k] * to_float(g[n][k]) : 0.0f);
-          if (partials && rows_ahead.is_open[n]) {
+            result[k] = from_float<X>(next.is_open[n] ? tanh_gate[k] * to_float(g[n][k]) : 0.0f);
+          if (partials && next.is_open[n]) {
 #pragma unroll
             for (int k = 0; k < Width; ++k) sum[k] = fmaf(to_float(g[n][k]), to_float(b[n][k]), sum[k]);
           }
-          if (grad_x) store(grad_x + (rows_ahead.row[n] * dim + column), result);
+          if (grad_x) store(grad_x + (next.row[n] * dim + column), result);
         }
       }
 #pragma unroll
@@ -257,7 +257,7 @@ void gated_residual_forward(const GatedResidual& p, Stream stream) {
       const auto run = [&](auto width) {
         constexpr int kWide = decltype(width)::value;
         Tile tile = tile_of(p, kWide);
-        const int of_thread = rows_a_thread(p, tile, kRowsForward, kAhead);
+        const int of_thread = rows_a_thread(p, tile, kRowsForward, kRowsAtOnce);
         tile.row_blocks = divide_up(p.rows, int64_t{tile.block.y} * of_thread);
         launch<forward_kernel<R, X, O, kWide>>(
             tile.blocks(), tile.block, 0, stream, global<const R>(p.residual), global<const X>(p.x), gate_of(p),
