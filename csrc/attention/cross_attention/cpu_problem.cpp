@@ -32,12 +32,6 @@ Rows rows_of(const Tensor& t, bool varlen) {
   return rows;
 }
 
-Tensor new_heads_last(const Tensor& like, int64_t last) {
-  if (like.dim() == 3) return torch::stable::new_empty(like, {like.size(0), like.size(1), last});
-  return torch::stable::transpose(torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), last}), 1,
-                                  2);
-}
-
 namespace {
 
 Scores scores_of(const std::optional<Tensor>& t) {

@@ -135,7 +135,5 @@ bool Problem::any_seen(int64_t b, int64_t h, int64_t i, const F& f) const {
 ScalarType dtype_of(const Tensor& t);
 // Rows of a (B, H, N, D) tensor or of a packed (T, H, D) one.
 Rows rows_of(const Tensor& t, bool varlen);
-// A new tensor (B, H, N, last) with memory in the order (B, N, H, last); a packed one is contiguous.
-Tensor new_heads_last(const Tensor& like, int64_t last);
 
 }  // namespace velm::attention
