@@ -90,18 +90,18 @@ struct Problem {
   int64_t chunks() const { return std::max<int64_t>(1, (rows.length + chunk() - 1) / chunk()); }
   int64_t padded_columns() const { return padded(columns.length); }
 
-  // Factors of dropout for the weights of row over columns: f[i * ld + j], i < count, j < wide (rounded up to a
+  // Factors of dropout for the weights of row over columns: f[i * ld + j], i < count, j < width (rounded up to a
   // vector). Needs first_column % 4 == 0.
   void row_factors(float* f, int64_t ld, int64_t index, int64_t first_row, int64_t count, int64_t first_column,
-                   int64_t wide) const {
+                   int64_t width) const {
     for (int64_t i = 0; i < count; ++i) {
-      for (int64_t j = 0; j < wide; j += 4 * kLanes) {
+      for (int64_t j = 0; j < width; j += 4 * kLanes) {
         simd::VecUint c[4] = {simd::VecUint(static_cast<uint32_t>(first_row + i)), quad_numbers((first_column + j) / 4),
                               simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 1u : 0u)};
         simd::philox(c, seed);
         float words[4][kLanes];
         for (int w = 0; w < 4; ++w) simd::store(words[w], factor(c[w]));
-        const int64_t stop = std::min<int64_t>(4 * kLanes, round_up(wide, kLanes) - j);
+        const int64_t stop = std::min<int64_t>(4 * kLanes, round_up(width, kLanes) - j);
         for (int64_t k = 0; k < stop; ++k) f[i * ld + j + k] = words[k & 3][k >> 2];
       }
     }
@@ -109,9 +109,9 @@ struct Problem {
 
   // The same for the weights of columns over rows, f[i * ld + j] for row i and column j. Needs first_row % 4 == 0.
   void column_factors(float* f, int64_t ld, int64_t index, int64_t first_row, int64_t count, int64_t first_column,
-                      int64_t wide) const {
+                      int64_t width) const {
     for (int64_t i = 0; i < count; i += 4) {
-      for (int64_t j = 0; j < wide; j += kLanes) {
+      for (int64_t j = 0; j < width; j += kLanes) {
         simd::VecUint c[4] = {quad_numbers(first_column + j), simd::VecUint(static_cast<uint32_t>((first_row + i) / 4)),
                               simd::VecUint(static_cast<uint32_t>(index)), simd::VecUint(swapped ? 0u : 1u)};
         simd::philox(c, seed);
@@ -167,10 +167,10 @@ inline bool pack_rows(WordFor<T>* out, int64_t ld, const Rows<const T>& rows, in
   for (int64_t i = 0; i < count; ++i, out += ld) {
     const T* from = read(first + i) ? rows.at(batch, head, first + i) : nullptr;
     for (int64_t d = 0; d < dim; d += kStep) {
-      const int wide = static_cast<int>(std::min(kStep, dim - d));
-      const auto words = from == nullptr ? typename Format::Words(0)
-                         : wide == kStep ? Format::neighbours(from + d)
-                                         : Format::neighbours(from + d, wide);
+      const int width = static_cast<int>(std::min(kStep, dim - d));
+      const auto words = from == nullptr  ? typename Format::Words(0)
+                         : width == kStep ? Format::neighbours(from + d)
+                                          : Format::neighbours(from + d, width);
       if constexpr (Format::kDepth == 1) bad = simd::fma(words, simd::zero(), bad);
       simd::store_words(out + d / Format::kDepth, words);
     }
@@ -192,10 +192,10 @@ inline bool pack_together(WordFor<T>* out, int64_t ld, const Rows<const T>& rows
       from[step] = there ? rows.at(batch, head, first + i + step) : nullptr;
     }
     for (int64_t d = 0; d < dim; d += kLanes) {
-      const int wide = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
+      const int width = static_cast<int>(std::min<int64_t>(kLanes, dim - d));
       Vec x[Format::kDepth];
       simd::unroll<Format::kDepth>([&](auto step) VELM_INLINE_LAMBDA {
-        x[step] = from[step] ? simd::load_first(from[step] + d, wide) : simd::zero();
+        x[step] = from[step] ? simd::load_first(from[step] + d, width) : simd::zero();
         bad = simd::fma(x[step], simd::zero(), bad);
       });
       simd::store_words(out + d, Format::together(x));
@@ -213,15 +213,15 @@ inline void pack_transposed(WordFor<T>* out, int64_t ld, const Rows<const T>& ro
   constexpr int64_t kStep = kLanes * Format::kDepth;
   for (int64_t j = 0; j < count; j += kLanes) {
     for (int64_t d = 0; d < dim; d += kStep) {
-      const int wide = static_cast<int>(std::min(kStep, dim - d));
+      const int width = static_cast<int>(std::min(kStep, dim - d));
       typename Format::Words block[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
-        block[i] = j + i < count && read(j + i) ? Format::neighbours(rows.at(batch, head, j + i) + d, wide)
+        block[i] = j + i < count && read(j + i) ? Format::neighbours(rows.at(batch, head, j + i) + d, width)
                                                 : typename Format::Words(0);
         if constexpr (Format::kDepth == 1) block[i] *= factor;
       }
       simd::transpose(block);
-      for (int i = 0; i < words_of<T>(wide); ++i) simd::store_words(out + (d / Format::kDepth + i) * ld + j, block[i]);
+      for (int i = 0; i < words_of<T>(width); ++i) simd::store_words(out + (d / Format::kDepth + i) * ld + j, block[i]);
     }
   }
 }

@@ -270,9 +270,9 @@ class Backward {
       std::fill(grad_values_, grad_values_ + count * k_.ld_row_value_, 0.0f);
 
       for (int64_t column = 0; column < columns.length; column += kColumns) {
-        const int64_t wide = std::min(kColumns, columns.length - column), full = round_up(wide, kLanes);
+        const int64_t width = std::min(kColumns, columns.length - column), full = round_up(width, kLanes);
         const bool over_columns =
-            rows_active && std::any_of(visible_ + column, visible_ + column + wide, [](float x) { return x != 0; });
+            rows_active && std::any_of(visible_ + column, visible_ + column + width, [](float x) { return x != 0; });
         if (!over_rows && !over_columns) continue;
         if (k_.sums_first_) use_tile(first / kRows * k_.column_tiles() + column / kColumns);
         const bool computes = pass == Pass::sum || !k_.sums_first_;
@@ -286,8 +286,8 @@ class Backward {
           simd::product_wide<false, simd::Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_,
                                                        row_words_, grad_columns_ + column, ld_);
         if (p_.dropout) {
-          if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, wide);
-          if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, wide);
+          if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, width);
+          if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, width);
         }
         if (pass == Pass::sum) {
           if (p_.dropout)
@@ -309,19 +309,19 @@ class Backward {
         const auto either = [&](int64_t i, int64_t j) { return row_reads(i, j) || column_reads(i, j); };
         const auto turned = [](const auto& reads) { return [&reads](int64_t j, int64_t i) { return reads(i, j); }; };
         if (grad_value && over_columns)
-          to_columns(grads_finite, grad_value + column * k_.ld_column_value_, k_.ld_column_value_, wide, column_dim,
+          to_columns(grads_finite, grad_value + column * k_.ld_column_value_, k_.ld_column_value_, width, column_dim,
                      words_.over_rows(row_tile_, count, full), count, grads_together_, turned(row_reads));
         if (grad_query)
-          to_columns(queries_finite, grad_query + column * k_.ld_query_, k_.ld_query_, wide, query_dim,
+          to_columns(queries_finite, grad_query + column * k_.ld_query_, k_.ld_query_, width, query_dim,
                      words_.over_rows(scores_, count, full), count, queries_together_, turned(either));
         if (wants_query)
           to_rows(query_columns_finite_, grad_queries_, k_.ld_query_, count, query_dim,
-                  words_.over_columns(scores_, count, full), wide, query_rows_ + column / kDepth * k_.ld_query_,
+                  words_.over_columns(scores_, count, full), width, query_rows_ + column / kDepth * k_.ld_query_,
                   either);
         if (wants_value && over_rows)
           to_rows(grad_columns_finite_, grad_values_, k_.ld_row_value_, count, row_dim,
-                  words_.over_columns(column_tile_, count, full), wide, grad_rows_ + column / kDepth * k_.ld_row_value_,
-                  column_reads);
+                  words_.over_columns(column_tile_, count, full), width,
+                  grad_rows_ + column / kDepth * k_.ld_row_value_, column_reads);
       }
       if (pass == Pass::sum) return;
       for (int64_t i = 0; i < count; ++i) {
@@ -335,23 +335,23 @@ class Backward {
 
     // Adds to rows of columns, or of rows, what a tile of weights or gradients of scores makes of the others.
     template <class Reads>
-    void to_columns(bool finite, float* c, int64_t ld, int64_t wide, int64_t dim, const Word* tile, int64_t count,
+    void to_columns(bool finite, float* c, int64_t ld, int64_t width, int64_t dim, const Word* tile, int64_t count,
                     const Word* rows, const Reads& reads) const {
       if (finite)
-        simd::product_wide<true, simd::Start::add>(c, ld, wide, dim, tile, kLd, words_of<T>(count), rows, ld);
+        simd::product_wide<true, simd::Start::add>(c, ld, width, dim, tile, kLd, words_of<T>(count), rows, ld);
       else
-        simd::product_of_some(c, ld, wide, dim, tile, 1, kLd, words_of<T>(count), rows, ld, nullptr,
+        simd::product_of_some(c, ld, width, dim, tile, 1, kLd, words_of<T>(count), rows, ld, nullptr,
                               [&](int64_t j, int64_t i, int64_t) { return i < count && reads(j, i); });
     }
     template <class Reads>
-    void to_rows(bool finite, float* c, int64_t ld, int64_t count, int64_t dim, const Word* tile, int64_t wide,
+    void to_rows(bool finite, float* c, int64_t ld, int64_t count, int64_t dim, const Word* tile, int64_t width,
                  const Word* columns, const Reads& reads) const {
       if (finite)
-        simd::product_wide<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(wide), columns,
-                                                    ld);
+        simd::product_wide<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(width),
+                                                    columns, ld);
       else
-        simd::product_of_some(c, ld, count, dim, tile, kLdOverColumns, 1, words_of<T>(wide), columns, ld, nullptr,
-                              [&](int64_t i, int64_t j, int64_t) { return j < wide && reads(i, j); });
+        simd::product_of_some(c, ld, count, dim, tile, kLdOverColumns, 1, words_of<T>(width), columns, ld, nullptr,
+                              [&](int64_t i, int64_t j, int64_t) { return j < width && reads(i, j); });
     }
 
     // What dropout leaves of x; nothing of a NaN that it drops.

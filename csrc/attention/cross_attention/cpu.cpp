@@ -25,7 +25,7 @@ Arguments apply_norms(Arguments a) {
   return a;
 }
 
-Tensor new_wide_heads_last(const Tensor& like) {
+Tensor new_floats_heads_last(const Tensor& like) {
   if (like.dim() == 3) return new_empty(like, {like.size(0), like.size(1), like.size(2)}, ScalarType::Float);
   return torch::stable::transpose(
       new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)}, ScalarType::Float), 1, 2);
@@ -77,20 +77,20 @@ void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor quer
     for (int d = first; d < 3; ++d) g.grad_logsumexp_stride[d] = grad_logsumexp->stride(d - first);
   }
   // Through a norm, gradients stay in fp32 until the norm's own backward.
-  MaybeTensor wide_query, wide_key;
-  if (query_norm_weight && (grad_query || grad_query_norm)) wide_query = new_wide_heads_last(query);
-  if (key_norm_weight && (grad_key || grad_key_norm)) wide_key = new_wide_heads_last(key);
+  MaybeTensor float_query, float_key;
+  if (query_norm_weight && (grad_query || grad_query_norm)) float_query = new_floats_heads_last(query);
+  if (key_norm_weight && (grad_key || grad_key_norm)) float_key = new_floats_heads_last(key);
   const auto rows = [&](const MaybeTensor& t) { return t ? rows_of(*t, p.varlen) : Rows{}; };
-  g.grad_query = rows(wide_query ? wide_query : grad_query);
-  g.grad_key = rows(wide_key ? wide_key : grad_key);
+  g.grad_query = rows(float_query ? float_query : grad_query);
+  g.grad_key = rows(float_key ? float_key : grad_key);
   g.grad_value = rows(grad_value);
-  MaybeTensor wide_bias;
+  MaybeTensor float_bias;
   if (grad_bias) {
     for (int d = 0; d < 4; ++d) g.bias_size[d] = bias->size(d);
     const int64_t partials = bias_partials(p, g.bias_size);
     if (partials > 1 || p.bias.dtype != ScalarType::Float) {
-      wide_bias = new_empty(query, {partials * bias->numel()}, ScalarType::Float);
-      g.grad_bias = static_cast<float*>(torch::stable::zero_(*wide_bias).mutable_data_ptr());
+      float_bias = new_empty(query, {partials * bias->numel()}, ScalarType::Float);
+      g.grad_bias = static_cast<float*>(torch::stable::zero_(*float_bias).mutable_data_ptr());
     } else {
       g.grad_bias = static_cast<float*>(torch::stable::zero_(*grad_bias).mutable_data_ptr());
     }
@@ -98,14 +98,14 @@ void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor quer
 
   backward(p, g);
 
-  if (wide_bias) convert_bias_gradient(*grad_bias, g.grad_bias);
+  if (float_bias) convert_bias_gradient(*grad_bias, g.grad_bias);
   const auto through_norm = [&](const Tensor& x, const MaybeTensor& weight, const MaybeTensor& grad_y,
                                 const MaybeTensor& grad_x, const MaybeTensor& grad_weight) {
     if (grad_y)
       rms_norm_backward(x, *weight, norm_eps, p.varlen, *grad_y, rows(grad_x), grad_weight ? &*grad_weight : nullptr);
   };
-  through_norm(query, query_norm_weight, wide_query, grad_query, grad_query_norm);
-  through_norm(key, key_norm_weight, wide_key, grad_key, grad_key_norm);
+  through_norm(query, query_norm_weight, float_query, grad_query, grad_query_norm);
+  through_norm(key, key_norm_weight, float_key, grad_key, grad_key_norm);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 #include <cmath>
 
 #include "attention/cross_attention/cpu_backward_plan.h"
+#include "attention/cross_attention/cpu_backward_tiles.h"
 #include "attention/cross_attention/cpu_bias_gradient.h"
 #include "attention/cross_attention/cpu_forward.h"
 #include "attention/cross_attention/cpu_scores.h"
@@ -24,8 +25,6 @@ namespace {
 constexpr int64_t kKeptTiles = 1 << 20;
 // Rows of a key head that are few: reading their keys takes longer than the products.
 constexpr int64_t kFewRows = 64;
-// Floats of score tiles that a job may keep from one of its pairs to the next.
-constexpr int64_t kTileFloats = 1 << 18;
 
 void write_grad_query(const Problem& p, const Gradients& g, const Panel& panel, const float* dq) {
   alignas(64) float factor[kPanel];
@@ -46,7 +45,8 @@ class Worker {
         offsets_(offsets),
         inverse_(inverse),
         partial_(partial),
-        scratch_(memory_, p, kChunk, true) {
+        scratch_(memory_, p, kChunk, true),
+        tiles_(p, g, plan, memory_, scratch_.additive) {
     want_scores_ = g.grad_query.data || g.grad_key.data || g.grad_bias;
     head_words_ = words_of<Format>(p.head_dim);
     value_words_ = words_of<Format>(p.value_dim);
@@ -78,21 +78,9 @@ class Worker {
   }
 
   void run(const Job& job) {
-    prepare_tiles(job);
+    tiles_.begin(job);
     for (const Pair& pair : job.pairs) run_pair(job, pair);
-    if (!sums_) return;
-    for (size_t i = 0; i < tiles_.size(); ++i) {
-      if (!tiles_[i].summed) continue;
-      Panel& panel = panels_[i % panels_.size()];
-      const int64_t first = (first_chunk_ + static_cast<int64_t>(i / panels_.size())) * kChunk;
-      const int64_t count = std::min(kChunk, p_.keys - first);
-      const float* sum = sums_ + static_cast<int64_t>(i) * kChunk * kPanel;
-      if (panel.vectors == 2) {
-        add_bias_gradient<2>(job.grad_bias, g_.bias_size, panel, sum, first, count);
-      } else {
-        add_bias_gradient<1>(job.grad_bias, g_.bias_size, panel, sum, first, count);
-      }
-    }
+    tiles_.add_to_bias_gradient(job, panels_);
   }
 
  private:
@@ -117,64 +105,6 @@ class Worker {
 
   // What a pass over the keys is for.
   enum class Pass { sum, differentiate };
-
-  // A tile of scores that all pairs of a job have in common: its bias, and the sum of its gradients.
-  struct Tile {
-    bool known = false, visible = true, summed = false;
-  };
-
-  // Decides which tiles the pairs of a job share. They then are transposed once, not for every pair.
-  void prepare_tiles(const Job& job) {
-    shared_ = sums_ = nullptr;
-    if (job.pairs.size() < 2) return;
-    const int64_t chunks = (p_.keys + kChunk - 1) / kChunk, panels = panel_count(p_, job.pairs[0].b);
-    first_chunk_ = job.split * chunks / plan_.splits;
-    const int64_t tiles = ((job.split + 1) * chunks / plan_.splits - first_chunk_) * panels;
-    if (tiles * kChunk * kPanel > kTileFloats) return;
-    tiles_.assign(static_cast<size_t>(tiles), Tile{});
-    bool batches = false, heads = false;
-    for (const Pair& pair : job.pairs) {
-      batches = batches || pair.b != job.pairs[0].b;
-      heads = heads || pair.kv_head != job.pairs[0].kv_head;
-    }
-    const auto differs = [&](const Scores& x) {
-      return x && ((batches && x.stride[0] != 0) || (heads && x.stride[1] != 0));
-    };
-    if (scratch_.additive && !differs(p_.bias) && !differs(p_.mask)) {
-      if (!shared_memory_) shared_memory_ = memory_.take(kTileFloats);
-      shared_ = shared_memory_;
-    }
-    if (job.grad_bias && g_.bias_size[3] > 1) {
-      if (!sums_memory_) sums_memory_ = memory_.take(kTileFloats);
-      sums_ = sums_memory_;
-    }
-  }
-
-  // What is added to the products of keys [from, to) of the block, if anything; false where it hides them all.
-  template <int V>
-  bool find_additive(const float*& additive, const Panel& panel, const KeyBlockOf<Format>& block, int64_t from,
-                     int64_t to, int64_t tile) {
-    additive = scratch_.additive;
-    if (!additive) return true;
-    if (!shared_) return additive_tile<V>(scratch_.additive, p_, panel, block.first + from, block.first + to);
-    float* values = shared_ + tile * kChunk * kPanel;
-    if (!tiles_[tile].known)
-      tiles_[tile].visible = additive_tile<V>(values, p_, panel, block.first, block.first + block.count);
-    tiles_[tile].known = true;
-    additive = values + from * V * kLanes;
-    return tiles_[tile].visible;
-  }
-
-  // The gradients of scores of keys [from, from + n) of the block go into the sum of their tile.
-  template <int V>
-  void sum_scores(int64_t tile, int64_t from, int64_t n, const float* ds) {
-    float* sum = sums_ + tile * kChunk * kPanel;
-    if (!tiles_[tile].summed) std::fill_n(sum, kChunk * kPanel, 0.0f);
-    tiles_[tile].summed = true;
-    sum += from * V * kLanes;
-    for (int64_t at = 0; at < n * V * kLanes; at += kLanes)
-      simd::store(sum + at, simd::load(sum + at) + simd::load(ds + at));
-  }
 
   void run_pair(const Job& job, const Pair& pair) {
     const int64_t rows = p_.group * p_.query_count(pair.b);
@@ -325,13 +255,14 @@ class Worker {
         if (a >= z) continue;
         if (!keep_all_) pack_panel(i, 0);
         const int64_t panels = static_cast<int64_t>(panels_.size());
-        const int64_t tile = (first / kChunk - first_chunk_) * panels + static_cast<int64_t>(i);
+        const int64_t tile = tiles_.number(first / kChunk, panels, static_cast<int64_t>(i));
         float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * p_.head_dim;
         Piece piece = piece_at(a, z, keep_all_ ? i : 0, first / kChunk * panels + static_cast<int64_t>(i));
         const auto run = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
           const float* additive = nullptr;
-          if ((weighs || is_special(prepared_[i], block)) && !find_additive<V>(additive, panel, block, a, z, tile)) {
+          if ((weighs || is_special(prepared_[i], block)) &&
+              !tiles_.template find_additive<V>(additive, panel, block, a, z, tile)) {
             // Kept for the next pass.
             if (pass == Pass::sum && keeps_tiles_) {
               for (float* kept : {piece.weights, piece.ds, piece.dropped, piece.tanh})
@@ -492,8 +423,8 @@ class Worker {
         }
       });
     }
-    if (sums_) {
-      sum_scores<V>(tile, from, n, piece.ds);
+    if (tiles_.sums()) {
+      tiles_.template add<V>(tile, from, n, piece.ds);
     } else if (g_.grad_bias) {
       add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, piece.ds, block.first + from, n);
     }
@@ -575,10 +506,7 @@ class Worker {
   std::vector<char> v_finite_;  // of the chunks of a pair
   std::vector<Panel> panels_;
   std::vector<Prepared> prepared_;
-  // of the job
-  float *shared_memory_ = nullptr, *sums_memory_ = nullptr, *shared_ = nullptr, *sums_ = nullptr;
-  int64_t first_chunk_ = 0;
-  std::vector<Tile> tiles_;  // [chunk][panel]
+  SharedTiles<Format> tiles_;
 };
 
 // Adds the partial gradients of the queries up, in the order of the key splits.

@@ -157,15 +157,16 @@ std::vector<Item> make_items(const Problem& p, bool keeps) {
   for (int64_t b = 0; b < batches; ++b) {
     const int64_t rows = p.group * p.query_count(b);
     if (panels_of(b) == 0) continue;
-    const int64_t tall = even_part(panels_of(b), per_item) * kPanel;
+    const int64_t rows_at_once = even_part(panels_of(b), per_item) * kPanel;
     const int64_t others = across_batch ? p.batch : p.kv_heads, lines = across_batch ? p.kv_heads : 1;
-    const int64_t columns_at_once = even_part(others, std::max<int64_t>(1, per_item * kPanel / tall));
+    const int64_t columns_at_once = even_part(others, std::max<int64_t>(1, per_item * kPanel / rows_at_once));
     for (int64_t line = 0; line < lines; ++line) {
       for (int64_t at = 0; at < others; at += columns_at_once) {
-        for (int64_t r = 0; r < rows; r += tall) {
+        for (int64_t r = 0; r < rows; r += rows_at_once) {
           Item& item = items.emplace_back();
           for (int64_t i = at; i < std::min(others, at + columns_at_once); ++i)
-            item.push_back({across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, tall), r / tall});
+            item.push_back(
+                {across_batch ? i : b, across_batch ? line : i, r, std::min(rows - r, rows_at_once), r / rows_at_once});
         }
       }
     }

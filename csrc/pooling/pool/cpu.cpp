@@ -208,7 +208,7 @@ struct State {
 // How far ahead, in bytes, columns of rows that come from memory are asked for. Arithmetic on a few columns fills what
 // a core can hold of waiting instructions, so that it does not get to the loads of later ones by itself. Adding is too
 // little to get into the way.
-constexpr int64_t kAhead = 256;
+constexpr int64_t kPrefetchBytes = 256;
 
 template <int R, bool kFromMemory, class Reduce>
 void add_rows(const Reduce& reduce, const float* const* row, const int32_t* token, int64_t begin, int64_t end,
@@ -220,7 +220,8 @@ void add_rows(const Reduce& reduce, const float* const* row, const int32_t* toke
     unroll<R>([&](auto r) VELM_INLINE_LAMBDA {
       const float* at = rows[r] + (c - begin);
       x[r] = load(at);
-      if (kFromMemory && !std::is_same_v<Reduce, Add>) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+      if (kFromMemory && !std::is_same_v<Reduce, Add>)
+        __builtin_prefetch(reinterpret_cast<const char*>(at) + kPrefetchBytes);
     });
     Vec a = load(state.a + c), b = Reduce::kHasB ? load(state.b + c) : zero();
     reduce.template step<R>(x, token, a, b);
