@@ -30,7 +30,7 @@ KERNEL_RECORDED, KERNEL_RECORDED_16_BITS = 1 << 19, 1 << 12
 # Scores in float32 above which they are too much memory to form: 2.6 ms for 2^18, by this library 2.4 ms.
 FORMED_FLOAT32 = 1 << 17
 # Multiply-adds, and elements of key, up to which 16 bits become float32 for a gradient.
-WIDENED_WORK, WIDENED_KEY = 1 << 21, 1 << 17
+WIDENED_WORK, WIDENED_KEY = 1 << 21, 1 << 14
 
 _KERNEL_NODE = "ScaledDotProductFlashAttentionForCpuBackward"
 _INTEGERS = frozenset(checks.INTEGER_DTYPES)
