@@ -10,6 +10,7 @@ from torch import Tensor
 
 import velm_kernels
 from benchmarks.harness import Case, Inputs, published
+from velm_kernels.fusion.dropout_residual.reference import dropout_residual
 
 
 def bilinear_case(name: str, batch: int, dx: int, dy: int, out: int, regions: int = 0) -> Case:
@@ -198,6 +199,30 @@ def film_case(name: str, batch: int, regions: int, dim: int, channels_first: boo
         traffic=2 * size + 2 * batch * dim,
         backward_flops=4 * size,
         backward_traffic=3 * size + 4 * batch * dim,
+        work=size,
+    )
+
+
+def dropout_residual_case(rows: int, dim: int, dropout_p: float = 0.1) -> Case:
+    def make(generator: torch.Generator) -> Inputs:
+        return {name: torch.randn(rows, dim, generator=generator, dtype=torch.float64) for name in ("x", "residual")}
+
+    size = float(rows * dim)
+    return Case(
+        operator="dropout_residual",
+        name="dropout-residual",
+        shape=f"{rows} x {dim}",
+        make=make,
+        wanted=("x", "residual"),
+        ways={
+            "eager": lambda x, residual: residual + F.dropout(x, dropout_p),
+            "velm": lambda x, residual: velm_kernels.dropout_residual(x, residual, dropout_p, seed=1),
+        },
+        meaning=lambda x, residual: dropout_residual(x, residual, torch.tensor(1), dropout_p),
+        flops=2 * size,
+        traffic=3 * size,
+        backward_flops=size,
+        backward_traffic=2 * size,
         work=size,
     )
 

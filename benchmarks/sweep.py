@@ -107,6 +107,7 @@ def _fusion() -> Iterator[Case]:
         for width in WIDTHS:
             yield fusion.film_case("film", rows, 1, width, False)
             yield fusion.weighted_sum_case("weighted-sum", rows, 1, width, 3)
+            yield fusion.dropout_residual_case(rows, width)
             for factor, layout, normalized in ((1, "inner", True), (5, "inner", True), (5, "outer", False)):
                 yield fusion.factorized_case("factorized", rows, factor, width, layout, normalized)
             if width <= 1024:
