@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import re
 import subprocess
 import tempfile
@@ -82,6 +84,26 @@ def source(launch: Launch) -> ASTSource:
         constants[(names.index(name),)] = value
     ordered = {name: signature[name] for name in names}
     return ASTSource(fn=launch.kernel, signature=ordered, constexprs=constants, attrs=attributes)
+
+
+def digest(kernel: Any) -> str:
+    """Tells the source text of a kernel, with all that it calls and the constants that it knows, from any other."""
+    found: dict[str, str] = {}
+
+    def visit(function: Any) -> None:
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name in found:
+            return
+        found[name] = inspect.getsource(function)
+        for used in function.__code__.co_names:
+            value = function.__globals__.get(used)
+            if inspect.isfunction(inner := getattr(value, "fn", None)):
+                visit(inner)
+            elif isinstance(value, triton.language.constexpr):
+                found[f"{name}.{used}"] = repr(value.value)
+
+    visit(kernel.fn)
+    return hashlib.sha256("\n".join(map(str, sorted(found.items()))).encode()).hexdigest()[:8]
 
 
 def compile_for(launch: Launch, arch: int) -> Any:

@@ -4,16 +4,18 @@
     python -m tests.triton.resources --write         writes it
     ... --arch 80 --dim 64 --dtype float16 --kernel forward    restricts either to some instances
     ... --missing                                    only instances that have no row yet
+    ... --stale                                      only those without a row of these sources
 
 `resources.csv` has a row for each kernel, level, element type, head dimension and architecture: block sizes, warps and
 pipeline stages, registers a thread, bytes of spilled registers, bytes of shared memory a block, the fraction of a
-multiprocessor's threads that can be resident, the matrix instructions in the PTX, and the version of Triton that
-compiled it. Other versions are asked only whether every instance compiles, fits and spills nothing
-(`python -m tests.triton.versions`, which keeps the answers in versions.csv).
+multiprocessor's threads that can be resident, the matrix instructions in the PTX, the version of Triton that compiled
+it, and the digest of the source text that it compiled: where there is none, the row is older than digests, and where it
+is another one than that of the sources now, `--stale` compiles it again. Other versions are asked only whether every
+instance compiles, fits and spills nothing (`python -m tests.triton.versions`, which keeps the answers in versions.csv).
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
-do at once, as what does less needs no more; the second launches of "plain" kernels and of those for keys and values,
-which do nothing but where there is NaN, are left out. Kernels whose block sizes are fixed are compiled for rows of 256.
+do at once, as what does less needs no more; of kernels over queries the second launches of "plain" ones, which do
+nothing but where there is NaN, are left out. Kernels whose block sizes are fixed are compiled for rows of 256.
 bfloat16 instances differ from the float16 ones in the names of instructions alone, and are left out.
 """
 
@@ -33,7 +35,7 @@ import torch
 import triton
 
 from tests.triton import versions
-from tests.triton.compiling import SHARED_LIMIT, Resources, resources
+from tests.triton.compiling import SHARED_LIMIT, Resources, digest, resources
 from velm_kernels.attention.bidirectional_attention import triton as triton_bidirectional
 from velm_kernels.attention.cross_attention import triton as triton_attention
 from velm_kernels.attention.cross_attention.op import OPERATOR
@@ -68,9 +70,12 @@ SHARED_ENTRY = {
     "decode_guarded": "forward",
     "grad_query_guarded": "grad_query",
     "grad_key": "grad_key_value",
+    "grad_key_guarded": "grad_key_value",
     "grad_value": "grad_key_value",
+    "grad_value_guarded": "grad_key_value",
     "grad_side_query": "grad_side",
     "grad_side_value": "grad_side",
+    "grad_side_guarded": "grad_side",
 }
 ATTENTION = (
     ("forward", "plain"),
@@ -90,8 +95,13 @@ ATTENTION = (
     ("grad_value", "plain"),
     ("grad_key", "loaded"),
     ("grad_value", "loaded"),
+    ("grad_key_guarded", "plain"),
+    ("grad_key_guarded", "loaded"),
+    ("grad_value_guarded", "plain"),
+    ("grad_value_guarded", "loaded"),
     ("grad_side_query", "loaded"),
     ("grad_side_value", "loaded"),
+    ("grad_side_guarded", "loaded"),
 )
 # Kernels of two kinds of sums, and of one of them where the registers hold no more.
 TOGETHER = ("grad_key_value", "grad_side")
@@ -150,7 +160,7 @@ IN_16_BITS = ("delta_of_products",)
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
-COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)), "triton")
+COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)), "triton", "sources")
 
 # Few enough for one query to be split over its keys.
 BATCH, HEADS, QUERIES, TOKENS = 4, 16, 1024, 1024
@@ -328,6 +338,12 @@ def launch_of(key: Key) -> Launch:
     return _launches(level if is_attention else None, getattr(torch, dtype), dim, arch)[kind]
 
 
+@cache
+def sources_of(key: Key) -> str:
+    """The digest of the sources of an instance as they are now."""
+    return digest(launch_of(key).kernel)
+
+
 def measure(key: Key) -> tuple[str, Resources]:
     launch = launch_of(key)
     c = launch.config
@@ -356,7 +372,7 @@ def record(key: Key, now: Resources, found: list[str]) -> None:
     if version in versions.OLDER:
         table = versions.read()
         cells = table.setdefault(key, {})
-        cells[version] = "" if found else f"{blocks_and_warps(key)}:{now.registers}"
+        cells[version] = "" if found else f"{blocks_and_warps(key)}:{now.registers}:{sources_of(key)}"
         versions.write(table, list(instances(ARCHITECTURES, DTYPES, DIMENSIONS)))
 
 
@@ -379,14 +395,34 @@ def read() -> dict[Key, tuple[str, Resources]]:
     return table
 
 
-def write(table: dict[Key, tuple[str, Resources]]) -> None:
+def read_sources() -> dict[Key, str]:
+    """instance -> the digest of the sources that its row is of"""
+    with FILE.open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        (r["kernel"], r["level"], r["dtype"], int(r["head_dim"]), int(r["arch"])): r.get("sources", "") for r in rows
+    }
+
+
+def is_stale(key: Key) -> bool:
+    """Whether this version of Triton has compiled other sources than these, as far as its table knows."""
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version in versions.OLDER:
+        cell = versions.read().get(key, {}).get(version, "").split(":")
+        return cell[0] != blocks_and_warps(key) or cell[2:] != [sources_of(key)]
+    config = launch_of(key).config
+    blocks = f"{config.block_m}x{config.block_n}x{config.num_stages}"
+    return key not in read() or read()[key][0] != blocks or read_sources()[key] != sources_of(key)
+
+
+def write(table: dict[Key, tuple[str, Resources]], sources: dict[Key, str]) -> None:
     order = {key: i for i, key in enumerate(instances(ARCHITECTURES, DTYPES, DIMENSIONS))}
     with FILE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for key in sorted((key for key in table if key in order), key=order.__getitem__):
             blocks, found = table[key]
-            writer.writerow((*key, blocks, *astuple(found), triton.__version__))
+            writer.writerow((*key, blocks, *astuple(found), triton.__version__, sources.get(key, "")))
 
 
 def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
@@ -419,6 +455,7 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="*", default=DTYPES)
     parser.add_argument("--kernel", nargs="*")
     parser.add_argument("--missing", action="store_true")
+    parser.add_argument("--stale", action="store_true")
     parser.add_argument("--jobs", type=int, default=2)
     chosen = parser.parse_args()
     table, failed = read(), []
@@ -427,6 +464,9 @@ def main() -> int:
         keys = [key for key in keys if key[0] in chosen.kernel]
     if chosen.missing:
         keys = [key for key in keys if key not in table]
+    if chosen.stale:
+        keys = [key for key in keys if is_stale(key)]
+    sources = read_sources()
     with ProcessPoolExecutor(chosen.jobs) as pool:
         for key, (blocks, now, why_not) in zip(keys, pool.map(measure_or_say_why, keys)):
             if now is None:
@@ -439,8 +479,9 @@ def main() -> int:
             print(*key, blocks, *astuple(now), *found, flush=True)
             record(key, now, found)
             table[key] = blocks, now
+            sources[key] = sources_of(key)
             if chosen.write:
-                write(table)
+                write(table, sources)
     print(f"Triton {triton.__version__}: {len(keys)} instances, {len(failed)} complaints")
     print(*failed, sep="\n")
     return bool(failed)

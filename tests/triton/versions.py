@@ -7,8 +7,9 @@ Versions are installed by pip beside the environment's own, each into a folder o
 compiled kernels are kept too: a second run compiles only what has changed, and one that was interrupted goes on.
 
 `versions.csv` says by which blocks (block_m x block_n x stages x warps) each older version compiled an instance without
-complaints, and the registers a thread; a run writes it as it goes. A field is empty where the version complained. Of
-the newest version resources.csv says more.
+complaints, the registers a thread and the digest of the sources, which is not there where the row is older than
+digests; a run writes it as it goes, with `--stale` of what is not of these sources. A field is empty where the version
+complained, and where it was not asked yet about one of `NEWEST_FIRST`. Of the newest version resources.csv says more.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ ROOT = Path(__file__).parents[2]
 SUPPORTED = ("3.6", "3.7", "3.8", "3.9")
 OLDER = SUPPORTED[:-1]
 FILE = Path(__file__).with_name("versions.csv")
+# Second launches, which do nothing but where there is NaN: older versions have compiled some of them.
+NEWEST_FIRST = ("grad_key_guarded", "grad_value_guarded", "grad_side_guarded")
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
 
 
 def read() -> dict[Key, dict[str, str]]:
-    """instance -> {version: "64x32x2x8:168", or "" where it has not been compiled}"""
+    """instance -> {version: "64x32x2x8:168:0badf00d", or "" where it has not been compiled}"""
     table = {}
     if FILE.exists():
         with FILE.open() as file:

@@ -17,6 +17,7 @@ from velm_kernels.attention.bidirectional_attention.triton_kernels import grad_s
 from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.cross_attention.triton import delta_of, forward
 from velm_kernels.attention.triton_problem import (
+    GUARDED_PIECE,
     NARROW_STRIDE,
     Problem,
     cdiv,
@@ -156,7 +157,8 @@ def _grad_side(
                 if query.dtype == torch.float32 and architecture(query.device) == 80:
                     again = replace(again, num_warps=8, num_stages=2)
                 of_x = constants | {"HAS_Y": False, "GUARDED": True, "BLOCK_N": again.block_n}
-                of_x |= {name: min(constants[name], 128) for name in ("BLOCK_D", "BLOCK_X", "BLOCK_Y")}
+                for name in ("BLOCK_D", "BLOCK_X", "BLOCK_Y"):
+                    of_x[name] = min(constants[name], max(GUARDED_PIECE, constants[name] // 2))
                 given = arguments(grads[0], None, flags, blocks)
                 launch("grad_side_guarded", grad_side_kernel, programs, given, of_x, again)
 
