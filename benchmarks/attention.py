@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -273,8 +274,8 @@ def cases() -> list[Case]:
     """At the sizes of the operators' own cases, but for images of eight different sizes."""
     size = published()
 
-    def case(name: str, **form: bool) -> Case:
-        sizes = dict(size[name])
+    def case(name: str, **form: Any) -> Case:
+        sizes: dict[str, Any] = dict(size[name])
         kv_heads = sizes.pop("heads")
         return attention_case(name, heads=kv_heads * sizes.pop("group"), kv_heads=kv_heads, **sizes, **form)
 

@@ -222,9 +222,9 @@ def check_numbers(
         except Exception as error:
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
-        errors[name] = error, limit = max(found, key=lambda pair: pair[0] / pair[1] if pair[1] else math.inf)
-        if not error <= limit:
-            failures[name] = f"relative RMS error {error:.2e} is above {limit:.2e}"
+        errors[name] = off, limit = max(found, key=lambda pair: pair[0] / pair[1] if pair[1] else math.inf)
+        if not off <= limit:
+            failures[name] = f"relative RMS error {off:.2e} is above {limit:.2e}"
     return errors, "float64" if exact_dtype == torch.float64 else "float32 eager", failures
 
 
