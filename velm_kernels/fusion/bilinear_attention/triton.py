@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from velm_kernels.backends.triton import Config, launch, precision
+from velm_kernels.backends.triton import Config, architecture, launch, precision
 from velm_kernels.fusion.bilinear_attention.reference import live_rows
 from velm_kernels.fusion.bilinear_attention.triton_kernels import (
     joint_kernel,
@@ -99,7 +100,9 @@ class _Pairs:
             self.column_blocks,
         )
         grid = self.batch * row_blocks * self.column_blocks
-        launch("bilinear_attention_side", side_kernel, grid, arguments, self.constants, TILE)
+        # A second stage of wide rows spills on sm_120.
+        tile = replace(TILE, num_stages=1) if architecture(self.v.device) == 120 else TILE
+        launch("bilinear_attention_side", side_kernel, grid, arguments, self.constants, tile)
 
     def joint(self, weights: torch.Tensor, out: torch.Tensor) -> None:
         """The features of pairs summed with weights, (batch, glimpses, k)."""
