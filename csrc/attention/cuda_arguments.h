@@ -100,10 +100,6 @@ inline Matrix<T> matrix_of(const View& view) {
   return m;
 }
 
-inline int copy_width(const View& rows) {
-  return copy_width(rows, {rows.stride[0], rows.stride[1], rows.stride[2]}, rows.dtype);
-}
-
 template <class T>
 inline Inputs<T> inputs_of(const Attention& p) {
   Inputs<T> a{};

@@ -9,7 +9,7 @@ namespace velm::cuda {
 struct AttentionBackward : Attention {
   View out, grad_out;
   // Floats of rows, as the forward pass leaves them; `delta` and `shift` are filled by attention_delta.
-  Span logsumexp, delta, shift;
+  View logsumexp, delta, shift;
   // (batch, heads, queries, 1), or null.
   View grad_logsumexp;
   // Null gradients are not wanted. Where that of queries or keys goes on through a norm it is in float32.
@@ -40,11 +40,11 @@ void attention_grad_query(const AttentionBackward& problem, Stream stream);
 void attention_grad_key(const AttentionBackward& problem, Stream stream);
 void attention_grad_value(const AttentionBackward& problem, Stream stream);
 // Of any bias; with as many floats as attention_bias_partials says.
-void attention_grad_bias(const AttentionBackward& problem, const Span& partials, Stream stream);
+void attention_grad_bias(const AttentionBackward& problem, const View& partials, Stream stream);
 int64_t attention_bias_partials(const AttentionBackward& problem);
 
 // Floats (batch, heads, keys), or (heads, keys) of packed sequences; with what attention_forward leaves.
-void attention_key_mass(const Attention& problem, const Span& logsumexp, const Span& shift, const Span& key_mass,
+void attention_key_mass(const Attention& problem, const View& logsumexp, const View& shift, const View& key_mass,
                         Stream stream);
 
 }  // namespace velm::cuda

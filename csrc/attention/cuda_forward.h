@@ -8,11 +8,11 @@ namespace velm::cuda {
 struct AttentionForward : Attention {
   View out;
   // Floats (batch, heads, queries), or (heads, queries) of packed sequences.
-  Span logsumexp;
+  View logsumexp;
   // As many floats, or none: what the logsumexp, as a float, is short of (cuda_backward.h).
-  Span shift;
+  View shift;
   // As many floats as attention_forward_partials says.
-  Span partials;
+  View partials;
 };
 
 // Not 0 where there are few blocks of queries (each of 64 queries of a head, or, of less, of all heads that share a key

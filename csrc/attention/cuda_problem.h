@@ -6,7 +6,6 @@
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
 using device::View;
 
@@ -16,11 +15,11 @@ struct Attention {
   // Batch entries or packed sequences, and the most rows that one of them has.
   int64_t batch, longest_queries, longest_keys;
   // Integers of 32 bits, and one byte per key.
-  Span key_lengths, range_start, range_stop, cu_seqlens_q, cu_seqlens_k, key_mask;
+  View key_lengths, range_start, range_stop, cu_seqlens_q, cu_seqlens_k, key_mask;
   // They broadcast to (batch, heads, queries, keys).
   View mask, bias;
   // One integer of 64 bits; without it there is no dropout.
-  Span seed;
+  View seed;
   double scale, softcap, dropout_p;
   bool is_causal;
   // Of two that draw their dropout from one seed, which one.

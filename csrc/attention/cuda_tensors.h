@@ -4,11 +4,10 @@
 #include <algorithm>
 
 #include "attention/cuda_forward.h"
-#include "device/tensor_view.h"
+#include "device/tensor.h"
 
 namespace velm::cuda {
 
-using device::span_of;
 using device::Tensor;
 using device::view_of;
 
@@ -53,7 +52,7 @@ inline void run_forward(AttentionForward p, const Tensor& like, Stream stream) {
   std::optional<Tensor> partials;
   if (const int64_t count = attention_forward_partials(p)) {
     partials = torch::stable::new_empty(like, {count}, device::ScalarType::Float);
-    p.partials = span_of(*partials);
+    p.partials = view_of(*partials);
   }
   attention_forward(p, stream);
 }

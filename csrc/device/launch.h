@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/language.h"
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::device {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/language.h"
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::device {
 
@@ -17,8 +17,8 @@ struct alignas(sizeof(T) * N) Vector {
 #if defined(__CUDACC__)
 
 template <class T>
-inline T* global(const Span& span) {
-  return static_cast<T*>(span.data);
+inline T* global(const View& view) {
+  return static_cast<T*>(view.data);
 }
 
 template <int Bytes>
@@ -67,8 +67,8 @@ DEVICE_INLINE void store(T* p, const Vector<T, N>& vector) {
 #else
 
 template <class T>
-inline Global<T> global(const Span& span) {
-  return Global<T>(static_cast<T*>(span.data), {static_cast<const char*>(span.data), span.bytes});
+inline Global<T> global(const View& view) {
+  return Global<T>(static_cast<T*>(view.data), {static_cast<const char*>(view.data), view.bytes});
 }
 
 template <int N, class T, device_on_host::Space S>

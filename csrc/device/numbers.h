@@ -4,11 +4,11 @@
 #include <stdexcept>
 
 #include "device/language.h"
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::device {
 
-// Calls f with a value of the element type of `dtype`.
+// Calls f with a value of the type of numbers `dtype`.
 template <class F>
 void with_type(Dtype dtype, const F& f) {
   switch (dtype) {
@@ -18,6 +18,8 @@ void with_type(Dtype dtype, const F& f) {
       return f(__half{});
     case Dtype::bfloat16:
       return f(__nv_bfloat16{});
+    default:
+      break;
   }
   throw std::runtime_error("velm: expected float32, bfloat16 or float16");
 }

@@ -11,7 +11,7 @@
 #include <optional>
 #include <stdexcept>
 
-#include "device/span.h"
+#include "device/view.h"
 
 #if defined(VELM_DEVICE_ON_HOST)
 #define VELM_DISPATCH_KEY CPU
@@ -34,24 +34,42 @@ inline Dtype dtype_of(ScalarType type) {
       return Dtype::float16;
     case ScalarType::BFloat16:
       return Dtype::bfloat16;
+    case ScalarType::Bool:
+      return Dtype::boolean;
+    case ScalarType::Int:
+      return Dtype::int32;
+    case ScalarType::Long:
+      return Dtype::int64;
     default:
-      throw std::runtime_error("velm: expected float32, bfloat16 or float16");
+      throw std::runtime_error("velm: expected float32, bfloat16 or float16, and integers of 32 or 64 bits");
   }
 }
+
 inline Dtype dtype_of(const Tensor& t) {
   return dtype_of(t.scalar_type());
 }
 
-// No stride of a tensor is negative, so that the last element lies at the end.
-inline Span span_of(const Tensor& t) {
-  if (t.numel() == 0) return {};
+// Of at most four dimensions.
+inline View view_of(const Tensor& t) {
+  View view;
+  view.dtype = dtype_of(t);
+  const int64_t dims = t.dim(), first = 4 - dims;
+  if (first < 0) throw std::runtime_error("velm: expected at most four dimensions");
+  // No stride of a tensor is negative, so that the last element lies at the end.
   int64_t last = 0;
-  for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
-  const auto bytes = static_cast<std::size_t>(t.element_size()) * static_cast<std::size_t>(last + 1);
-  return {const_cast<void*>(t.const_data_ptr()), bytes};
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t size = t.size(i), stride = size == 1 ? 0 : t.stride(i);
+    view.size[first + i] = size;
+    view.stride[first + i] = stride;
+    last += (size - 1) * stride;
+  }
+  if (t.numel() == 0) return view;
+  view.data = const_cast<void*>(t.const_data_ptr());
+  view.bytes = bytes_of(view.dtype) * static_cast<std::size_t>(last + 1);
+  return view;
 }
-inline Span span_of(const std::optional<Tensor>& t) {
-  return t ? span_of(*t) : Span{};
+inline View view_of(const std::optional<Tensor>& t) {
+  return t ? view_of(*t) : View{};
 }
 
 inline Tensor nothing(const Tensor& like) {

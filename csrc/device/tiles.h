@@ -54,7 +54,7 @@ class Ring {
 };
 
 // The widest copy in bytes, of 16, 4 and the size of an element, that divides where all rows begin.
-inline int copy_width(const Span& rows, std::initializer_list<int64_t> strides, Dtype dtype) {
+inline int copy_width(const View& rows, std::initializer_list<int64_t> strides, Dtype dtype) {
   const auto bytes = static_cast<int64_t>(bytes_of(dtype));
   for (const int width : {16, 4}) {
     bool divides = reinterpret_cast<uintptr_t>(rows.data) % static_cast<unsigned>(width) == 0;
@@ -62,6 +62,10 @@ inline int copy_width(const Span& rows, std::initializer_list<int64_t> strides, 
     if (divides) return width;
   }
   return static_cast<int>(bytes);
+}
+
+inline int copy_width(const View& rows) {
+  return copy_width(rows, {rows.stride[0], rows.stride[1], rows.stride[2]}, rows.dtype);
 }
 
 // Begins to copy the rows of a tile, zeros where `pointer_to(row)` is null. `width` is that of a copy in bytes: 16, or

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class From, class T>
-void add(const Global<const From>& partials, const Span& bias, const Span& to, int64_t count, int64_t stride,
+void add(const Global<const From>& partials, const View& bias, const View& to, int64_t count, int64_t stride,
          int64_t elements, int64_t period, Stream stream) {
   if (elements == 0) return;
   launch<sum_partials_kernel<From, T>>(static_cast<unsigned>((elements + kAcross - 1) / kAcross), dim3(kAcross, kDown),
@@ -49,14 +49,14 @@ void add(const Global<const From>& partials, const Span& bias, const Span& to, i
 
 }  // namespace
 
-void sum_parts(const Span& partials, const Span& bias, const Span& to, Dtype dtype, int64_t parts, int64_t elements,
+void sum_parts(const View& partials, const View& bias, const View& to, Dtype dtype, int64_t parts, int64_t elements,
                int64_t period, Stream stream) {
   with_type(dtype, [&](auto t) {
     add<float, decltype(t)>(global<const float>(partials), bias, to, parts, elements, elements, period, stream);
   });
 }
 
-void sum_rows(const Span& rows, const Span& to, Dtype dtype, int64_t count, int64_t stride, int64_t elements,
+void sum_rows(const View& rows, const View& to, Dtype dtype, int64_t count, int64_t stride, int64_t elements,
               Stream stream) {
   with_type(dtype, [&](auto t) {
     using T = decltype(t);

@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-void add_parts(const Span& parts, int64_t offset, const Span& to, int64_t outer, int64_t count, int64_t inner,
+void add_parts(const View& parts, int64_t offset, const View& to, int64_t outer, int64_t count, int64_t inner,
                int64_t stride, Stream stream) {
   if (outer * inner == 0) return;
   auto from = global<const float>(parts);
@@ -79,9 +79,9 @@ void with_width(bool fits, const F& run) {
 }
 
 template <class T>
-bool is_wide(const Span& span, Dtype dtype, int64_t a, int64_t b) {
+bool is_wide(const View& view, Dtype dtype, int64_t a, int64_t b) {
   constexpr int kWidth = 16 / sizeof(T);
-  return is_aligned(span, dtype, a, kWidth) && b % kWidth == 0;
+  return is_aligned(view, dtype, a, kWidth) && b % kWidth == 0;
 }
 
 }  // namespace

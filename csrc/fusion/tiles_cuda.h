@@ -2,7 +2,7 @@
 #pragma once
 
 #include "device/products.h"
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
@@ -64,8 +64,8 @@ inline int64_t divide_up(int64_t a, int64_t b) {
 }
 
 // The widest copies, in bytes, of rows with these strides.
-inline int width_of(const Span& span, Dtype dtype, int64_t stride, int64_t other = 0) {
-  return copy_width(span, {other, stride}, dtype);
+inline int width_of(const View& view, Dtype dtype, int64_t stride, int64_t other = 0) {
+  return copy_width(view, {other, stride}, dtype);
 }
 
 // What a lane has of one side of a matrix instruction: words of two 16-bit elements, or floats.

@@ -26,7 +26,7 @@ struct Tokens {
   }
 };
 
-// Of a problem that has the spans bounds, lengths and mask.
+// Of a problem that has the views bounds, lengths and mask.
 template <class Problem>
 Tokens tokens_of(const Problem& p) {
   return {global<const int32_t>(p.bounds), global<const int32_t>(p.lengths), global<const unsigned char>(p.mask),

@@ -26,23 +26,23 @@ void check_bilinear(Dtype dtype, int64_t rows, int64_t dx, int64_t dy, int64_t o
   p.out = p.grad_stride = out;
   p.out_stride = dx * dy;
   p.dtype = dtype;
-  p.x = span(x);
-  p.y = span(y);
-  p.weight = span(weight);
-  p.bias = span(bias);
-  p.grad = span(grad);
-  p.z = span(z);
-  p.grad_x = span(grad_x);
-  p.grad_y = span(grad_y);
-  p.grad_weight = span(grad_weight);
-  p.grad_bias = span(grad_bias);
+  p.x = view(x);
+  p.y = view(y);
+  p.weight = view(weight);
+  p.bias = view(bias);
+  p.grad = view(grad);
+  p.z = view(z);
+  p.grad_x = view(grad_x);
+  p.grad_y = view(grad_y);
+  p.grad_weight = view(grad_weight);
+  p.grad_bias = view(grad_bias);
   std::vector<float> partials(static_cast<size_t>(bilinear_forward_partials(p)));
-  p.partials = span(partials);
+  p.partials = view(partials);
   options().bank_conflicts = true;
   device_on_host::take_launches();
   bilinear_forward(p, nullptr);
   std::vector<float> more(static_cast<size_t>(bilinear_backward_partials(p, true, true)));
-  p.partials = span(more);
+  p.partials = view(more);
   bilinear_backward(p, nullptr);
   for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
   options().bank_conflicts = false;
@@ -97,21 +97,21 @@ void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int6
   g.ranks = rank;
   g.dtype = dtype;
   g.count = 2;
-  g.grad = span(grad);
-  g.weight = span(weight);
+  g.grad = view(grad);
+  g.weight = view(weight);
   options().bank_conflicts = true;
   device_on_host::take_launches();
   for (int m = 0; m < 2; ++m) {
     xs[m] = random_values<T>(count[m] * dim);
     factors[m] = random_values<T>(rank * (1 + dim) * out);
     projections[m].resize(static_cast<size_t>(rank * count[m] * out));
-    p.inputs[m] = {span(xs[m]), span(factors[m]), count[m], dim, dim, span(projections[m]), m == 1};
-    g.projections[m] = span(projections[m]);
+    p.inputs[m] = {view(xs[m]), view(factors[m]), count[m], dim, dim, view(projections[m]), m == 1};
+    g.projections[m] = view(projections[m]);
     g.input_rows[m] = count[m];
   }
   for (int m = 0; m < 2; ++m) {
     to[m].resize(static_cast<size_t>(low_rank_gradient_rows(g, m) * rank * out));
-    g.to[m] = span(to[m]);
+    g.to[m] = view(to[m]);
   }
   LowRankFusion first = p;
   first.rows = count[1];
@@ -119,15 +119,15 @@ void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int6
   first.inputs[0] = p.inputs[1];
   first.inputs[0].is_projected = false;
   low_rank_fusion(first, nullptr);
-  p.weight = span(weight);
-  p.bias = span(bias);
-  p.z = span(z);
+  p.weight = view(weight);
+  p.bias = view(bias);
+  p.z = view(z);
   std::vector<float> partials(static_cast<size_t>(low_rank_partials(p)));
-  p.partials = span(partials);
+  p.partials = view(partials);
   low_rank_fusion(p, nullptr);
   const int64_t blocks = low_rank_gradient_blocks(g);
   std::vector<float> sums(static_cast<size_t>(rank * blocks));
-  g.sums = span(sums);
+  g.sums = view(sums);
   low_rank_gradients(g, nullptr);
   options().bank_conflicts = false;
   for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
@@ -195,8 +195,8 @@ void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, 
                 glimpses,
                 k,
                 dtype,
-                {span(v), regions, regions * k, k, span(v_lengths), span(v_mask)},
-                {span(q), words, words * k, k, span(q_lengths), {}}};
+                {view(v), regions, regions * k, k, view(v_lengths), view(v_mask)},
+                {view(q), words, words * k, k, view(q_lengths), {}}};
   std::vector<float> sums(static_cast<size_t>(pair_score_parts(p) * count)),
       of_bias(static_cast<size_t>(batch * glimpses));
   std::vector<float> joint(static_cast<size_t>(pair_joint_pieces(p) * batch * glimpses * k));
@@ -204,12 +204,12 @@ void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, 
   std::vector<T> grad_h(h.size());
   options().bank_conflicts = true;
   device_on_host::take_launches();
-  pair_scores(p, span(h), 0, span(sums), nullptr);
-  pair_maps(p, {span(sums), span(bias), span(maps), span(logits)}, nullptr);
-  pair_slopes(p, {span(maps), span(grad_maps), span(grad_logits), span(slopes), span(of_bias)}, nullptr);
-  pair_products(p, {true, span(slopes), span(h), span(grad_v), span(joint), 0, true}, nullptr);
-  pair_products(p, {false, span(slopes), span(h), span(grad_q), {}, 0, true}, nullptr);
-  sum_parts(span(joint), {}, span(grad_h), dtype, pair_joint_pieces(p) * batch, glimpses * k, 1, nullptr);
+  pair_scores(p, view(h), 0, view(sums), nullptr);
+  pair_maps(p, {view(sums), view(bias), view(maps), view(logits)}, nullptr);
+  pair_slopes(p, {view(maps), view(grad_maps), view(grad_logits), view(slopes), view(of_bias)}, nullptr);
+  pair_products(p, {true, view(slopes), view(h), view(grad_v), view(joint), 0, true}, nullptr);
+  pair_products(p, {false, view(slopes), view(h), view(grad_q), {}, 0, true}, nullptr);
+  sum_parts(view(joint), {}, view(grad_h), dtype, pair_joint_pieces(p) * batch, glimpses * k, 1, nullptr);
   for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
   options().bank_conflicts = false;
 

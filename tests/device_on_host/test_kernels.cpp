@@ -28,19 +28,19 @@ void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_r
   GatedResidual p{};
   p.rows = rows;
   p.dim = p.x_stride = p.residual_stride = dim;
-  p.gate = span(gate);
+  p.gate = view(gate);
   p.gate_is_row = gate_is_row;
-  if (masked) p.row_mask = span(mask);
+  if (masked) p.row_mask = view(mask);
   p.x_dtype = p.residual_dtype = p.out_dtype = p.grad_dtype = dtype;
-  p.x = span(x);
-  p.residual = span(residual);
-  p.out = span(out);
+  p.x = view(x);
+  p.residual = view(residual);
+  p.out = view(out);
   gated_residual_forward(p, nullptr);
-  p.grad = span(grad);
-  p.grad_x = span(grad_x);
-  p.grad_gate = span(grad_gate);
+  p.grad = view(grad);
+  p.grad_x = view(grad_x);
+  p.grad_gate = view(grad_gate);
   std::vector<float> partials(static_cast<size_t>(gated_residual_partials(p)));
-  p.partials = span(partials);
+  p.partials = view(partials);
   gated_residual_backward(p, nullptr);
 
   std::vector<double> sums(gate.size());
@@ -83,17 +83,17 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
   for (int s = 0; s < shards; ++s) {
     const auto u = static_cast<size_t>(s);
-    p.shard[s].out = {span(outs[u]), rows * dim, queries * dim, dim};
-    p.shard[s].grad_out = {span(grads[u]), rows * dim, queries * dim, dim};
-    p.shard[s].logsumexp = span(lses[u]);
-    p.shard[s].grad_logsumexp = span(grad_lses[u]);
+    p.shard[s].out = {view(outs[u]), rows * dim, queries * dim, dim};
+    p.shard[s].grad_out = {view(grads[u]), rows * dim, queries * dim, dim};
+    p.shard[s].logsumexp = view(lses[u]);
+    p.shard[s].grad_logsumexp = view(grad_lses[u]);
   }
-  p.out = {span(out), rows * dim, queries * dim, dim};
-  p.logsumexp = span(lse);
+  p.out = {view(out), rows * dim, queries * dim, dim};
+  p.logsumexp = view(lse);
   merge_attention_forward(p, nullptr);
   p.wants_outs = p.wants_logsumexps = true;
   auto grad = random_values<T>(rows * dim);
-  p.out.data = span(grad);
+  p.out.data = view(grad);
   merge_attention_backward(p, nullptr);
 
   for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
@@ -119,7 +119,7 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
 // (1, heads, rows, dim), contiguous.
 template <class T>
 View heads_of(std::vector<T>& x, Dtype dtype, int64_t heads, int64_t rows, int64_t dim) {
-  return {span(x), dtype, {1, heads, rows, dim}, {heads * rows * dim, rows * dim, dim, 1}};
+  return view(x, {1, heads, rows, dim});
 }
 
 // Attention of `queries` to the keys that a mask and causality show, after a norm of the queries, forward and backward,
@@ -140,7 +140,7 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
     for (size_t d = 0; d < static_cast<size_t>(dim); ++d)
       key[j * static_cast<size_t>(dim) + d] = value[j * static_cast<size_t>(dim) + d] = from_float<T>(NAN);
   }
-  rms_norm({rows_of(raw, queries), rows_of(query, queries), span(weight), 1e-5}, nullptr);
+  rms_norm({rows_of(raw, queries), rows_of(query, queries), view(weight), 1e-5}, nullptr);
 
   const auto set = [&](Attention& p) {
     p.batch = 1;
@@ -149,8 +149,8 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
     p.query = rows_of(query, queries);
     p.key = rows_of(key, keys);
     p.value = rows_of(value, keys);
-    p.key_mask = span(mask);
-    p.bias = {span(bias), Dtype::float32, {1, 1, 1, keys}, {0, 0, 0, 1}};
+    p.key_mask = view(mask);
+    p.bias = view(bias);
     p.scale = 0.5;
     p.softcap = 3;
     p.is_causal = true;
@@ -160,17 +160,17 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   AttentionForward p{};
   set(p);
   p.out = rows_of(out, queries);
-  p.logsumexp = span(lse);
-  p.shift = span(shift);
+  p.logsumexp = view(lse);
+  p.shift = view(shift);
   attention_forward(p, nullptr);
-  attention_key_mass(p, span(lse), span(shift), span(mass), nullptr);
+  attention_key_mass(p, view(lse), view(shift), view(mass), nullptr);
   AttentionBackward b{};
   set(b);
   b.out = p.out;
   b.grad_out = rows_of(grad, queries);
-  b.logsumexp = span(lse);
-  b.delta = span(delta);
-  b.shift = span(shift);
+  b.logsumexp = view(lse);
+  b.delta = view(delta);
+  b.shift = view(shift);
   b.grad_query = rows_of(grad_query, queries);
   b.grad_key = rows_of(grad_key, keys);
   b.grad_value = rows_of(grad_value, keys);
@@ -178,9 +178,9 @@ void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
   attention_grad_query(b, nullptr);
   attention_grad_key(b, nullptr);
   attention_grad_value(b, nullptr);
-  b.grad_bias = {span(grad_bias), Dtype::float32, {1, 1, 1, keys}, {0, 0, 0, 1}};
+  b.grad_bias = view(grad_bias);
   std::vector<float> partials(static_cast<size_t>(attention_bias_partials(b)));
-  attention_grad_bias(b, span(partials), nullptr);
+  attention_grad_bias(b, view(partials), nullptr);
   for (const auto& launch : device_on_host::take_launches()) {
     // Few, where the sums of a row come together at the end of a block.
     const bool of_sums = std::string(launch.kernel).find("row_sums") != std::string::npos;
@@ -257,10 +257,10 @@ void check_split_keys() {
   p.longest_keys = keys;
   p.scale = 0.5;
   p.out = heads_of(out, Dtype::float16, heads, 1, dim);
-  p.logsumexp = span(lse);
+  p.logsumexp = view(lse);
   partials.resize(static_cast<size_t>(attention_forward_partials(p)));
   CHECK(!partials.empty());
-  p.partials = span(partials);
+  p.partials = view(partials);
   attention_forward(p, nullptr);
   for (int64_t h = 0; h < heads; ++h) {
     std::vector<double> sums(static_cast<size_t>(dim) + 1);
@@ -315,22 +315,22 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
     p.query = rows_of(from.query);
     p.key = rows_of(to.query);
     p.value = rows_of(to.value);
-    p.key_mask = span(to.mask);
+    p.key_mask = view(to.mask);
     p.scale = 0.5;
   };
   const auto direction = [&](Side& from, Side& to) {
     AttentionForward f{};
     set(f, from, to);
     f.out = rows_of(from.out);
-    f.logsumexp = span(from.lse);
+    f.logsumexp = view(from.lse);
     attention_forward(f, nullptr);
     AttentionBackward p{};
     set(p, from, to);
     p.out = f.out;
     p.grad_out = rows_of(from.grad);
     p.logsumexp = f.logsumexp;
-    p.delta = span(from.delta);
-    p.shift = span(from.shift);
+    p.delta = view(from.delta);
+    p.shift = view(from.shift);
     attention_delta(p, nullptr);
     return p;
   };
@@ -339,7 +339,7 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
   of_a.grad_query = rows_of(grad_query);
   device_on_host::take_launches();
   std::vector<float> partials(static_cast<size_t>(bidirectional_grad_query_partials(of_a, of_b)));
-  bidirectional_grad_query(of_a, of_b, span(partials), nullptr);
+  bidirectional_grad_query(of_a, of_b, view(partials), nullptr);
   for (const auto& launch : device_on_host::take_launches()) {
     // Few, where the sums of a row come together at the end of a block.
     const bool of_sums = std::string(launch.kernel).find("row_sums") != std::string::npos;
@@ -393,10 +393,10 @@ void check_dropout(Dtype dtype, int64_t dim) {
   p.rows = rows;
   p.dim = p.x_stride = p.residual_stride = dim;
   p.dtype = dtype;
-  p.x = span(x);
-  p.residual = span(residual);
-  p.out = span(out);
-  p.seed = span(seed);
+  p.x = view(x);
+  p.residual = view(residual);
+  p.out = view(out);
+  p.seed = view(seed);
   p.dropout_p = 0.5;
   dropout_residual(p, nullptr);
   int kept = 0;

@@ -237,7 +237,7 @@ TEST(fault_global_accesses) {
   CHECK_FAULT([&] { launch<global_write>(1, 32, 0, nullptr, g, int64_t{-1}); }, "at byte -4");
   CHECK_FAULT([&] { launch<global_write>(1, 32, 0, nullptr, Global<float>(), int64_t{0}); }, "through a null pointer");
   CHECK_FAULT(
-      [&] { launch<global_read>(1, 1, 0, nullptr, velm::device::global<const float>(span(in)), g, int64_t{8}); },
+      [&] { launch<global_read>(1, 1, 0, nullptr, velm::device::global<const float>(view(in)), g, int64_t{8}); },
       "global read of 4 bytes at byte 32");
   launch<global_vector<4>>(1, 1, 0, nullptr, g, int64_t{8});
   CHECK_FAULT([&] { launch<global_vector<4>>(1, 1, 0, nullptr, g, int64_t{10}); }, "out of bounds");
@@ -256,14 +256,14 @@ TEST(references) {
 TEST(asynchronous_copies) {
   std::vector<float> in(12), out(48);
   for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<float>(i + 1);
-  launch<copy_in_groups>(1, 1, 0, nullptr, velm::device::global<const float>(span(in)), global(out));
+  launch<copy_in_groups>(1, 1, 0, nullptr, velm::device::global<const float>(view(in)), global(out));
   for (int row = 0; row < 4; ++row)
     for (int i = 0; i < 12; ++i) {
       const float got = out[static_cast<size_t>(row * 12 + i)];
       const bool arrived = i / 4 < row && i != 7;
       CHECK(arrived ? got == (i < 10 ? static_cast<float>(i + 1) : 0.0f) : poisoned(got));
     }
-  launch<copy_uncommitted>(1, 1, 0, nullptr, velm::device::global<const float>(span(in)), global(out));
+  launch<copy_uncommitted>(1, 1, 0, nullptr, velm::device::global<const float>(view(in)), global(out));
   CHECK(poisoned(out[0]) && out[1] == 1.0f);
   launch<copy_the_rest_as_zeros>(1, 1, 0, nullptr, velm::device::global<const float>({in.data(), 8}), global(out));
   CHECK(out[0] == 1 && out[1] == 2 && out[2] == 0 && out[4] == 0 && out[7] == 0);
@@ -271,7 +271,7 @@ TEST(asynchronous_copies) {
 
 TEST(fault_asynchronous_copies) {
   std::vector<float> in(12);
-  const auto g = velm::device::global<const float>(span(in));
+  const auto g = velm::device::global<const float>(view(in));
   CHECK_FAULT([&] { launch<copy_from>(1, 1, 0, nullptr, g, int64_t{10}, 0); }, "global read of 16 bytes at byte 40");
   CHECK_FAULT([&] { launch<copy_from>(1, 1, 0, nullptr, g, int64_t{1}, 0); }, "global read of 16 bytes at byte 4");
   CHECK_FAULT([&] { launch<copy_from>(1, 1, 0, nullptr, g, int64_t{4}, 2); }, "misaligned");
@@ -280,7 +280,7 @@ TEST(fault_asynchronous_copies) {
 TEST(traffic) {
   std::vector<float> in(1000), out(1000);
   device_on_host::take_launches();
-  launch<copy_vectors>(4, 64, 0, nullptr, velm::device::global<const float>(span(in)), global(out), 1000);
+  launch<copy_vectors>(4, 64, 0, nullptr, velm::device::global<const float>(view(in)), global(out), 1000);
   const auto launches = device_on_host::take_launches();
   CHECK(launches.size() == 1 && launches[0].kernel.find("copy_vectors") != std::string::npos);
   CHECK(launches[0].grid.x == 4 && launches[0].block.x == 64);

@@ -125,6 +125,6 @@ TEST(philox) {
   if (const char* text = std::getenv("PHILOX_SEED")) seed = std::strtoull(text, nullptr, 10);
   for (uint32_t i = 0; i < 32; ++i) counters.insert(counters.end(), {i * 0x9E3779B9u, i, ~i, 0x80000000u + i});
   out.resize(128);
-  launch<draw>(1, 32, 0, nullptr, global(out), uint64_t{seed}, velm::device::global<const uint32_t>(span(counters)));
+  launch<draw>(1, 32, 0, nullptr, global(out), uint64_t{seed}, velm::device::global<const uint32_t>(view(counters)));
   for (const uint32_t word : out) std::printf("%u\n", word);
 }

@@ -315,7 +315,7 @@ TEST(votes_and_matches) {
 TEST(warp_reductions) {
   std::vector<unsigned> in(32), out(256);
   for (unsigned& x : in) x = random_bits() << 1;
-  launch<reduce_all>(1, 32, 0, nullptr, velm::device::global<const unsigned>(span(in)), global(out));
+  launch<reduce_all>(1, 32, 0, nullptr, velm::device::global<const unsigned>(view(in)), global(out));
   unsigned expected[8] = {0, ~0u, 0, 0x7fffffff, 0x80000000, ~0u, 0, 0};
   for (const unsigned x : in) {
     expected[0] += x;

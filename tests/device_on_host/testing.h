@@ -1,11 +1,14 @@
 // Tests of the execution model: a program runs the tests named on its command line, or lists them.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "device/launch.h"
@@ -14,7 +17,7 @@
 namespace testing {
 
 using device_on_host::options;
-using velm::device::Span;
+using velm::device::View;
 
 std::map<std::string, std::function<void()>>& tests();
 
@@ -51,12 +54,30 @@ std::string fault_of(const F& f) {
   testing::failed(__FILE__, __LINE__, "expected a fault with\n  " + std::string(expected) + "\ngot\n  " + found)
 
 template <class T>
-Span span(std::vector<T>& values) {
-  return {values.data(), values.size() * sizeof(T)};
+constexpr velm::device::Dtype dtype_of() {
+  using velm::device::Dtype;
+  if constexpr (std::is_same_v<T, __half>) return Dtype::float16;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return Dtype::bfloat16;
+  if constexpr (std::is_integral_v<T>)
+    return sizeof(T) == 1 ? Dtype::boolean : sizeof(T) == 4 ? Dtype::int32 : Dtype::int64;
+  return Dtype::float32;
+}
+// Contiguous: a row of all values, or what these sizes say.
+template <class T>
+View view(std::vector<T>& values, std::initializer_list<int64_t> sizes) {
+  View view{values.data(), values.size() * sizeof(T), dtype_of<T>()};
+  std::copy_backward(sizes.begin(), sizes.end(), view.size + 4);
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; stride *= view.size[i--]) view.stride[i] = view.size[i] == 1 ? 0 : stride;
+  return view;
+}
+template <class T>
+View view(std::vector<T>& values) {
+  return view(values, {static_cast<int64_t>(values.size())});
 }
 template <class T>
 velm::device::Global<T> global(std::vector<T>& values) {
-  return velm::device::global<T>(span(values));
+  return velm::device::global<T>(View{values.data(), values.size() * sizeof(T)});
 }
 
 inline uint32_t random_bits() {

@@ -35,9 +35,9 @@ void set_direction(Attention& p, const Tensor& query, const Tensor& key, const T
   p.longest_keys = p.keys();
   if (p.queries() > INT32_MAX || p.keys() > INT32_MAX)
     throw std::runtime_error("velm: bidirectional attention: more than 2^31 - 1 tokens");
-  p.key_mask = span_of(mask);
+  p.key_mask = view_of(mask);
   p.scale = settings.scale;
-  if (settings.dropout_p > 0) p.seed = span_of(settings.seed);
+  if (settings.dropout_p > 0) p.seed = view_of(settings.seed);
   p.dropout_p = settings.dropout_p;
   p.direction = direction;
 }
@@ -53,7 +53,7 @@ void bidirectional_forward_op(Tensor query_a, Tensor query_b, Tensor value_a, Te
     AttentionForward p{};
     set_direction(p, query, key, value, mask, settings, number);
     p.out = rows_of(out);
-    p.logsumexp = span_of(logsumexp);
+    p.logsumexp = view_of(logsumexp);
     run_forward(p, query, current.stream());
   };
   direction(query_a, query_b, value_b, mask_b, 0, out_a, logsumexp_a);
@@ -83,9 +83,9 @@ struct Direction {
     shift = empty_of_rows(query, query.size(1));
     p.out = rows_of(out);
     p.grad_out = rows_of(this->grad_out);
-    p.logsumexp = span_of(logsumexp);
-    p.delta = span_of(delta);
-    p.shift = span_of(shift);
+    p.logsumexp = view_of(logsumexp);
+    p.delta = view_of(delta);
+    p.shift = view_of(shift);
     p.grad_logsumexp = numbers_of(grad_logsumexp);
     attention_delta(p, stream);
   }
@@ -112,7 +112,7 @@ void bidirectional_backward_op(MaybeTensor grad_out_a, MaybeTensor grad_out_b, M
       if (as_keys.is_used) {
         const int64_t count = bidirectional_grad_query_partials(as_queries.problem, as_keys.problem);
         const Tensor partials = new_empty(query_a, {count}, ScalarType::Float);
-        bidirectional_grad_query(as_queries.problem, as_keys.problem, span_of(partials), stream);
+        bidirectional_grad_query(as_queries.problem, as_keys.problem, view_of(partials), stream);
       } else {
         attention_grad_query(as_queries.problem, stream);
       }

@@ -11,7 +11,7 @@ namespace velm::cuda {
 // many floats as bidirectional_grad_query_partials says: not 0 where the keys are split (cuda_splits.h), or the
 // directions.
 void bidirectional_grad_query(const AttentionBackward& as_queries, const AttentionBackward& as_keys,
-                              const Span& partials, Stream stream);
+                              const View& partials, Stream stream);
 int64_t bidirectional_grad_query_partials(const AttentionBackward& as_queries, const AttentionBackward& as_keys);
 
 }  // namespace velm::cuda

@@ -338,7 +338,7 @@ int64_t part_size(const AttentionBackward& x) {
 }
 
 template <class T>
-void add_parts(const AttentionBackward& x, const Span& partial_sums, int count, Stream stream) {
+void add_parts(const AttentionBackward& x, const View& partial_sums, int count, Stream stream) {
   const Partials partials{global<float>(partial_sums), x.batch * x.heads() * x.queries(), partial_stride(x.head_dim())};
   const int64_t threads = partials.rows * (partials.stride / kVector);
   if (threads == 0) return;
@@ -347,12 +347,13 @@ void add_parts(const AttentionBackward& x, const Span& partial_sums, int count, 
                                static_cast<int>(x.queries()), static_cast<int>(x.head_dim()));
 }
 
-void add_directions(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums, Stream stream) {
+void add_directions(const AttentionBackward& x, const AttentionBackward& y, const View& partial_sums, Stream stream) {
   const int64_t row = partial_stride(x.head_dim()), head = x.queries() * row;
   const auto bytes = static_cast<std::size_t>(part_size(x)) * sizeof(float);
   AttentionBackward as_queries = x, as_keys = y;
   const auto part = [&](int number) {
-    return View{{static_cast<char*>(partial_sums.data) + number * bytes, bytes},
+    return View{static_cast<char*>(partial_sums.data) + number * bytes,
+                bytes,
                 Dtype::float32,
                 {x.batch, x.heads(), x.queries(), x.head_dim()},
                 {x.heads() * head, head, row, 1}};
@@ -377,7 +378,7 @@ int64_t bidirectional_grad_query_partials(const AttentionBackward& x, const Atte
   return count;
 }
 
-void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, const Span& partial_sums,
+void bidirectional_grad_query(const AttentionBackward& x, const AttentionBackward& y, const View& partial_sums,
                               Stream stream) {
   if (has_no_room(x, y)) return add_directions(x, y, partial_sums, stream);
   with_type(x.dtype(), [&](auto t) {

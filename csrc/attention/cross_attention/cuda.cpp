@@ -27,7 +27,7 @@ struct Arguments {
 Tensor normed(const Tensor& x, const MaybeTensor& weight, double eps, Stream stream) {
   if (!weight) return x;
   Tensor y = empty_heads_last(x, x.size(x.dim() - 1));
-  rms_norm({rows_of(x), rows_of(y), span_of(*weight), eps}, stream);
+  rms_norm({rows_of(x), rows_of(y), view_of(*weight), eps}, stream);
   return y;
 }
 
@@ -41,15 +41,15 @@ void set_problem(Attention& p, const Arguments& a, const Tensor& query, const Te
   p.longest_keys = a.packed() ? a.max_seqlen_k : p.keys();
   if (p.queries() > INT32_MAX || p.keys() > INT32_MAX)
     throw std::runtime_error("velm: attention: more than 2^31 - 1 tokens");
-  p.key_lengths = span_of(a.key_lengths);
-  p.range_start = span_of(a.range_start);
-  p.range_stop = span_of(a.range_stop);
-  p.cu_seqlens_q = span_of(a.cu_seqlens_q);
-  p.cu_seqlens_k = span_of(a.cu_seqlens_k);
-  p.key_mask = span_of(a.key_mask);
+  p.key_lengths = view_of(a.key_lengths);
+  p.range_start = view_of(a.range_start);
+  p.range_stop = view_of(a.range_stop);
+  p.cu_seqlens_q = view_of(a.cu_seqlens_q);
+  p.cu_seqlens_k = view_of(a.cu_seqlens_k);
+  p.key_mask = view_of(a.key_mask);
   p.mask = view_of(a.mask);
   p.bias = view_of(a.bias);
-  if (a.dropout_p > 0) p.seed = span_of(a.seed);
+  if (a.dropout_p > 0) p.seed = view_of(a.seed);
   p.scale = a.scale;
   p.softcap = a.softcap;
   p.dropout_p = a.dropout_p;
@@ -72,12 +72,12 @@ void attention_forward_op(Tensor query, Tensor key, Tensor value, MaybeTensor ke
   AttentionForward p{};
   set_problem(p, a, query_normed, key_normed);
   p.out = rows_of(out);
-  p.logsumexp = span_of(logsumexp);
+  p.logsumexp = view_of(logsumexp);
   MaybeTensor shift;
   if (key_mass) shift = empty_of_rows(query, query.size(1));
-  p.shift = span_of(shift);
+  p.shift = view_of(shift);
   run_forward(p, query, current.stream());
-  if (key_mass) attention_key_mass(p, p.logsumexp, p.shift, span_of(*key_mass), current.stream());
+  if (key_mass) attention_key_mass(p, p.logsumexp, p.shift, view_of(*key_mass), current.stream());
 }
 
 // Floats shaped and laid out like the gradient of x.
@@ -93,14 +93,14 @@ void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, 
   RmsNormBackward p{};
   p.eps = eps;
   p.x = rows_of(x);
-  p.weight = span_of(weight);
+  p.weight = view_of(weight);
   p.grad_y = rows_of(grad_y);
   p.grad_x = rows_of(grad_x);
-  p.grad_weight = span_of(grad_weight);
+  p.grad_weight = view_of(grad_weight);
   std::optional<Tensor> partials;
   if (p.grad_weight) {
     partials = new_empty(x, {rms_norm_partials(p)}, ScalarType::Float);
-    p.partials = span_of(*partials);
+    p.partials = view_of(*partials);
   }
   rms_norm_backward(p, stream);
 }
@@ -125,9 +125,9 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
   Tensor delta = empty_of_rows(query, query.size(1)), shift = empty_of_rows(query, query.size(1));
   p.out = rows_of(out);
   p.grad_out = rows_of(grad_out);
-  p.logsumexp = span_of(logsumexp);
-  p.delta = span_of(delta);
-  p.shift = span_of(shift);
+  p.logsumexp = view_of(logsumexp);
+  p.delta = view_of(delta);
+  p.shift = view_of(shift);
   p.grad_logsumexp = numbers_of(grad_logsumexp);
   // Through a norm, gradients stay in float32 until they are past it.
   MaybeTensor float_query, float_key;
@@ -145,7 +145,7 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
     const bool is_whole = size[0] == p.batch && size[1] == p.heads() && size[2] == p.queries() && size[3] == p.keys();
     if (!is_whole) {
       const Tensor partials = new_empty(query, {attention_bias_partials(p)}, ScalarType::Float);
-      attention_grad_bias(p, span_of(partials), current.stream());
+      attention_grad_bias(p, view_of(partials), current.stream());
       p.grad_bias = {};
     }
   }

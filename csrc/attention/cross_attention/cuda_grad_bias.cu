@@ -231,7 +231,7 @@ int64_t attention_bias_partials(const AttentionBackward& p) {
   return plan.splits * plan.elements;
 }
 
-void attention_grad_bias(const AttentionBackward& p, const Span& partials, Stream stream) {
+void attention_grad_bias(const AttentionBackward& p, const View& partials, Stream stream) {
   const Plan plan = plan_of(p);
   if (plan.blocks == 0) return;
   with_shape(p, [&](auto t, auto dim) {

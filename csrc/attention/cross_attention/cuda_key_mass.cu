@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 }  // namespace
 
-void attention_key_mass(const Attention& p, const Span& logsumexp, const Span& shift, const Span& key_mass,
+void attention_key_mass(const Attention& p, const View& logsumexp, const View& shift, const View& key_mass,
                         Stream stream) {
   const int64_t key_blocks = (p.longest_keys + kRows - 1) / kRows, blocks = p.batch * p.heads() * key_blocks;
   if (blocks == 0) return;

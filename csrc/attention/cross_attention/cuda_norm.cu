@@ -130,19 +130,14 @@ int64_t backward_blocks(const RmsNormBackward& p) {
   return std::min<int64_t>((rows_in(p.x) + kWarps - 1) / kWarps, kMostBlocks);
 }
 
-bool fits(const View& rows, int width) {
-  return is_aligned(rows, rows.dtype, rows.stride[0], width) && rows.stride[1] % width == 0 &&
-         rows.stride[2] % width == 0;
-}
-
 }  // namespace
 
 void rms_norm(const RmsNorm& p, Stream stream) {
   const int64_t count = rows_in(p.x);
   if (count == 0) return;
   constexpr int kVector = 4;
-  const bool in_vectors = p.x.size[3] % kVector == 0 && fits(p.x, kVector) && fits(p.y, kVector) &&
-                          is_aligned(p.weight, p.x.dtype, 0, kVector);
+  const bool in_vectors = p.x.size[3] % kVector == 0 && is_aligned(p.x, kVector) && is_aligned(p.y, kVector) &&
+                          is_aligned(p.weight, kVector);
   with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto width) {

@@ -8,7 +8,7 @@ namespace velm::cuda {
 // Of (batch, heads, rows, dim).
 struct RmsNorm {
   View x, y;
-  Span weight;
+  View weight;
   double eps;
 };
 
@@ -17,15 +17,15 @@ void rms_norm(const RmsNorm& problem, Stream stream);
 
 struct RmsNormBackward {
   View x;
-  Span weight;
+  View weight;
   double eps;
   // Floats.
   View grad_y;
   // Null gradients are not wanted.
   View grad_x;
-  Span grad_weight;
+  View grad_weight;
   // Floats, as many as rms_norm_partials says.
-  Span partials;
+  View partials;
 };
 
 int64_t rms_norm_partials(const RmsNormBackward& problem);

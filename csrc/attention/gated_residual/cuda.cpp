@@ -13,16 +13,16 @@ GatedResidual problem_of(int64_t rows, int64_t dim, const Tensor& gate, const st
   GatedResidual p{};
   p.rows = rows;
   p.dim = dim;
-  p.gate = span_of(gate);
+  p.gate = view_of(gate);
   p.gate_dtype = dtype_of(gate);
   // With one column either way is right; the kernels add the rows of a block together in one of them.
   p.gate_is_row = gate.numel() == dim;
-  p.row_mask = span_of(row_mask);
+  p.row_mask = view_of(row_mask);
   return p;
 }
 
 void set_x(GatedResidual& p, const Tensor& x) {
-  p.x = span_of(x);
+  p.x = view_of(x);
   p.x_stride = x.stride(0);
 }
 
@@ -31,10 +31,10 @@ void gated_residual_forward_op(Tensor residual, Tensor x, Tensor gate, std::opti
   GatedResidual p = problem_of(x.size(0), x.size(1), gate, row_mask);
   set_x(p, x);
   p.x_dtype = dtype_of(x);
-  p.residual = span_of(residual);
+  p.residual = view_of(residual);
   p.residual_dtype = dtype_of(residual);
   p.residual_stride = residual.stride(0);
-  p.out = span_of(out);
+  p.out = view_of(out);
   p.out_dtype = dtype_of(out);
   gated_residual_forward(p, current.stream());
 }
@@ -45,14 +45,14 @@ void gated_residual_backward_op(Tensor grad, std::optional<Tensor> x, Tensor gat
   GatedResidual p = problem_of(grad.size(0), grad.size(1), gate, row_mask);
   if (x) set_x(p, *x);
   p.x_dtype = dtype_of(x_dtype);
-  p.grad = span_of(grad);
+  p.grad = view_of(grad);
   p.grad_dtype = dtype_of(grad);
-  p.grad_x = span_of(grad_x);
-  p.grad_gate = span_of(grad_gate);
+  p.grad_x = view_of(grad_x);
+  p.grad_gate = view_of(grad_gate);
   std::optional<Tensor> partials;
   if (p.grad_gate) {
     partials = torch::stable::new_empty(grad, {gated_residual_partials(p)}, ScalarType::Float);
-    p.partials = span_of(*partials);
+    p.partials = view_of(*partials);
   }
   gated_residual_backward(p, current.stream());
 }

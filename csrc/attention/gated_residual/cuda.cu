@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Gate gate_of(const GatedResidual& p) {
-  const auto if_type = [&](Dtype dtype) { return p.gate_dtype == dtype ? p.gate : Span{}; };
+  const auto if_type = [&](Dtype dtype) { return p.gate_dtype == dtype ? p.gate : View{}; };
   return {global<const float>(if_type(Dtype::float32)), global<const __half>(if_type(Dtype::float16)),
           global<const __nv_bfloat16>(if_type(Dtype::bfloat16)), p.gate_is_row};
 }

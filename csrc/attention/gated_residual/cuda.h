@@ -1,38 +1,38 @@
 // residual + tanh(gate) * x on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // Rows of `dim` elements; `out` and the gradients are contiguous.
 struct GatedResidual {
   int64_t rows, dim;
-  Span gate;
+  View gate;
   Dtype gate_dtype;
   // One number per column, or one for all.
   bool gate_is_row;
   // One byte per row, or null.
-  Span row_mask;
+  View row_mask;
 
-  Span x;
+  View x;
   Dtype x_dtype;
   int64_t x_stride;
 
   // forward
-  Span residual, out;
+  View residual, out;
   Dtype residual_dtype, out_dtype;
   int64_t residual_stride;
 
   // backward; a null gradient is not wanted
-  Span grad, grad_x, grad_gate;
+  View grad, grad_x, grad_gate;
   Dtype grad_dtype;
   // Floats, as many as gated_residual_partials says.
-  Span partials;
+  View partials;
 };
 
 void gated_residual_forward(const GatedResidual& problem, Stream stream);

@@ -12,7 +12,7 @@ namespace {
 using namespace device;
 
 StridedRows rows_of(const Tensor& t) {
-  return {span_of(t), t.stride(0), t.stride(1), t.stride(2)};
+  return {view_of(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 Merge problem_of(const Tensor& out, const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps) {
@@ -27,7 +27,7 @@ Merge problem_of(const Tensor& out, const std::vector<Tensor>& outs, const std::
   p.out = rows_of(out);
   for (size_t s = 0; s < logsumexps.size(); ++s) {
     if (!outs.empty()) p.shard[s].out = rows_of(outs[s]);
-    p.shard[s].logsumexp = span_of(logsumexps[s]);
+    p.shard[s].logsumexp = view_of(logsumexps[s]);
   }
   return p;
 }
@@ -36,7 +36,7 @@ void merge_attention_forward_op(std::vector<Tensor> outs, std::vector<Tensor> lo
                                 Tensor logsumexp) {
   const Current current(out);
   Merge p = problem_of(out, outs, logsumexps);
-  p.logsumexp = span_of(logsumexp);
+  p.logsumexp = view_of(logsumexp);
   merge_attention_forward(p, current.stream());
 }
 
@@ -46,8 +46,8 @@ void merge_attention_backward_op(Tensor grad_out, std::optional<Tensor> grad_log
                                  std::vector<std::optional<Tensor>> grad_logsumexps) {
   const Current current(grad_out);
   Merge p = problem_of(grad_out, outs, logsumexps);
-  p.logsumexp = span_of(logsumexp);
-  p.grad_logsumexp = span_of(grad_logsumexp);
+  p.logsumexp = view_of(logsumexp);
+  p.grad_logsumexp = view_of(grad_logsumexp);
   const size_t shards = logsumexps.size();
   const Tensor *some_out = nullptr, *some_lse = nullptr;
   for (size_t s = 0; s < shards; ++s) {
@@ -65,7 +65,7 @@ void merge_attention_backward_op(Tensor grad_out, std::optional<Tensor> grad_log
     if (some_out) p.shard[s].grad_out = rows_of(grad_outs[s] ? *grad_outs[s] : *unread_out);
     if (!some_lse) continue;
     if (!grad_logsumexps[s]) unread_lses.push_back(torch::stable::empty_like(*some_lse));
-    p.shard[s].grad_logsumexp = span_of(grad_logsumexps[s] ? *grad_logsumexps[s] : unread_lses.back());
+    p.shard[s].grad_logsumexp = view_of(grad_logsumexps[s] ? *grad_logsumexps[s] : unread_lses.back());
   }
   merge_attention_backward(p, current.stream());
 }

@@ -1,27 +1,27 @@
 // Merge of attention over shards of the keys on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // A lane of a warp holds the logsumexp of one shard.
 constexpr int kMostShards = 32;
 
 // Rows of `dim` elements of a (batch, heads, queries, dim) tensor; the last stride is 1.
 struct StridedRows {
-  Span data;
+  View data;
   int64_t batch_stride = 0, head_stride = 0, query_stride = 0;
 };
 
 struct Shard {
   StridedRows out, grad_out;
   // (batch, heads, queries) floats.
-  Span logsumexp, grad_logsumexp;
+  View logsumexp, grad_logsumexp;
 };
 
 struct Merge {
@@ -31,7 +31,7 @@ struct Merge {
   Shard shard[kMostShards];
   // The merged result; in backward the gradient of `out`, which may be null for `grad_logsumexp`.
   StridedRows out;
-  Span logsumexp, grad_logsumexp;
+  View logsumexp, grad_logsumexp;
   bool wants_outs, wants_logsumexps;
 };
 

@@ -20,9 +20,9 @@ Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
   for (const int64_t size : {p.dx, p.dy, p.out})
     if (size > std::numeric_limits<int32_t>::max() / 2) throw std::runtime_error("velm: more than 2^30 features");
   p.dtype = dtype_of(x);
-  p.x = span_of(x);
-  p.y = span_of(y);
-  p.weight = span_of(weight);
+  p.x = view_of(x);
+  p.y = view_of(y);
+  p.weight = view_of(weight);
   p.x_stride = x.stride(0);
   p.y_stride = y.stride(0);
   p.out_stride = weight.stride(0);
@@ -33,10 +33,10 @@ Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
 void bilinear_forward(Tensor x, Tensor y, Tensor weight, std::optional<Tensor> bias, Tensor out) {
   const Current current(x);
   Bilinear p = problem_of(x, y, weight);
-  p.bias = span_of(bias);
+  p.bias = view_of(bias);
   Tensor partials = torch::stable::new_empty(x, {bilinear_forward_partials(p)}, ScalarType::Float);
-  p.z = span_of(out);
-  p.partials = span_of(partials);
+  p.z = view_of(out);
+  p.partials = view_of(partials);
   cuda::bilinear_forward(p, current.stream());
 }
 
@@ -45,15 +45,15 @@ void bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, std::opti
                        std::optional<Tensor> grad_bias) {
   const Current current(x);
   Bilinear p = problem_of(x, y, weight);
-  p.grad = span_of(grad);
+  p.grad = view_of(grad);
   p.grad_stride = grad.stride(0);
   const int64_t sums = bilinear_backward_partials(p, grad_x.has_value(), grad_y.has_value());
   Tensor partials = torch::stable::new_empty(x, {sums}, ScalarType::Float);
-  p.grad_x = span_of(grad_x);
-  p.grad_y = span_of(grad_y);
-  p.grad_weight = span_of(grad_weight);
-  p.grad_bias = span_of(grad_bias);
-  p.partials = span_of(partials);
+  p.grad_x = view_of(grad_x);
+  p.grad_y = view_of(grad_y);
+  p.grad_weight = view_of(grad_weight);
+  p.grad_bias = view_of(grad_bias);
+  p.partials = view_of(partials);
   cuda::bilinear_backward(p, current.stream());
 }
 

@@ -338,7 +338,7 @@ int64_t count_of(int64_t parts, int64_t rows, int64_t columns) {
 }
 
 // What lies behind the first `count` floats.
-Span behind(const Span& floats, int64_t count) {
+View behind(const View& floats, int64_t count) {
   const auto bytes = static_cast<size_t>(count) * sizeof(float);
   return {static_cast<char*>(floats.data) + bytes, floats.bytes - bytes};
 }

@@ -1,25 +1,25 @@
 // bilinear on a CUDA device: what the operators hand to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // x (rows, dx), y (rows, dy) and grad (rows, out) with their row strides, weight (out, dx, dy) with the strides of the
 // first two; the last stride is 1, and everything else is contiguous.
 struct Bilinear {
   int64_t rows, dx, dy, out;
   Dtype dtype;
-  Span x, y, weight, bias, grad;
+  View x, y, weight, bias, grad;
   int64_t x_stride, y_stride, grad_stride, out_stride, row_stride;
   // Forward writes z; backward those gradients that are there.
-  Span z, grad_x, grad_y, grad_weight, grad_bias;
+  View z, grad_x, grad_y, grad_weight, grad_bias;
   // float32, as many as the functions below say.
-  Span partials;
+  View partials;
 };
 
 // Floats of the sums that several blocks leave to be added up.

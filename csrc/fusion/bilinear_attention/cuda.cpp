@@ -16,7 +16,7 @@ using namespace device;
 using Given = std::optional<Tensor>;
 
 PairSide side_of(const Tensor& x, const Given& lengths, const Given& mask) {
-  return {span_of(x), x.size(1), x.stride(0), x.stride(1), span_of(lengths), span_of(mask)};
+  return {view_of(x), x.size(1), x.stride(0), x.stride(1), view_of(lengths), view_of(mask)};
 }
 
 Pairs pairs_of(const Tensor& v, const Tensor& q, int64_t glimpses, const Given& v_lengths, const Given& q_lengths,
@@ -46,8 +46,8 @@ void forward(Tensor v, Tensor q, Tensor h, Given bias, Given v_lengths, Given q_
   const Current current(v);
   const Pairs p = pairs_of(v, q, h.size(0), v_lengths, q_lengths, v_mask, q_mask);
   Tensor sums = empty_floats(v, pair_score_parts(p) * p.count());
-  pair_scores(p, span_of(h), 0, span_of(sums), current.stream());
-  pair_maps(p, {span_of(sums), span_of(bias), span_of(maps), span_of(logits)}, current.stream());
+  pair_scores(p, view_of(h), 0, view_of(sums), current.stream());
+  pair_maps(p, {view_of(sums), view_of(bias), view_of(maps), view_of(logits)}, current.stream());
 }
 
 void backward(Given grad_maps, Given grad_logits, Tensor v, Tensor q, Tensor h, Given v_lengths, Given q_lengths,
@@ -58,13 +58,13 @@ void backward(Given grad_maps, Given grad_logits, Tensor v, Tensor q, Tensor h, 
   const Pairs p = pairs_of(v, q, h.size(0), v_lengths, q_lengths, v_mask, q_mask);
   Tensor slopes = torch::stable::new_empty(v, {p.batch, p.glimpses, p.v.rows, p.q.rows});
   Tensor of_bias = empty_floats(v, p.batch * p.glimpses);
-  pair_slopes(p, {span_of(maps), span_of(grad_maps), span_of(grad_logits), span_of(slopes), span_of(of_bias)}, stream);
+  pair_slopes(p, {view_of(maps), view_of(grad_maps), view_of(grad_logits), view_of(slopes), view_of(of_bias)}, stream);
   const int64_t pieces = pair_joint_pieces(p) * p.batch;
   Tensor joint = empty_floats(v, grad_h ? pieces * p.glimpses * p.k : 0);
-  pair_products(p, {true, span_of(slopes), span_of(h), span_of(grad_v), span_of(joint), 0, true}, stream);
-  pair_products(p, {false, span_of(slopes), span_of(h), span_of(grad_q), {}, 0, true}, stream);
-  sum_parts(span_of(joint), {}, span_of(grad_h), p.dtype, pieces, numel(grad_h), 1, stream);
-  sum_parts(span_of(of_bias), {}, span_of(grad_bias), p.dtype, p.batch, numel(grad_bias), 1, stream);
+  pair_products(p, {true, view_of(slopes), view_of(h), view_of(grad_v), view_of(joint), 0, true}, stream);
+  pair_products(p, {false, view_of(slopes), view_of(h), view_of(grad_q), {}, 0, true}, stream);
+  sum_parts(view_of(joint), {}, view_of(grad_h), p.dtype, pieces, numel(grad_h), 1, stream);
+  sum_parts(view_of(of_bias), {}, view_of(grad_bias), p.dtype, p.batch, numel(grad_bias), 1, stream);
 }
 
 void pool_forward(Tensor v, Tensor q, Tensor attention, Given v_lengths, Given q_lengths, Given v_mask, Given q_mask,
@@ -74,8 +74,8 @@ void pool_forward(Tensor v, Tensor q, Tensor attention, Given v_lengths, Given q
   const int64_t pieces = pair_joint_pieces(p), count = out.numel();
   const bool is_wide = pieces > 1;
   Tensor partials = empty_floats(v, is_wide ? pieces * count : 0);
-  pair_products(p, {true, span_of(attention), {}, {}, span_of(is_wide ? partials : out), 0, is_wide}, current.stream());
-  if (is_wide) sum_parts(span_of(partials), {}, span_of(out), p.dtype, pieces, count, 1, current.stream());
+  pair_products(p, {true, view_of(attention), {}, {}, view_of(is_wide ? partials : out), 0, is_wide}, current.stream());
+  if (is_wide) sum_parts(view_of(partials), {}, view_of(out), p.dtype, pieces, count, 1, current.stream());
 }
 
 void pool_backward(Tensor grad, Tensor v, Tensor q, Tensor attention, Given v_lengths, Given q_lengths, Given v_mask,
@@ -84,12 +84,12 @@ void pool_backward(Tensor grad, Tensor v, Tensor q, Tensor attention, Given v_le
   const Stream stream = current.stream();
   const Pairs p = pairs_of(v, q, attention.size(1), v_lengths, q_lengths, v_mask, q_mask);
   const int64_t of_batch = p.glimpses * p.k;
-  pair_products(p, {true, span_of(attention), span_of(grad), span_of(grad_v), {}, of_batch, false}, stream);
-  pair_products(p, {false, span_of(attention), span_of(grad), span_of(grad_q), {}, of_batch, false}, stream);
+  pair_products(p, {true, view_of(attention), view_of(grad), view_of(grad_v), {}, of_batch, false}, stream);
+  pair_products(p, {false, view_of(attention), view_of(grad), view_of(grad_q), {}, of_batch, false}, stream);
   if (grad_attention) {
     Tensor sums = empty_floats(v, pair_score_parts(p) * p.count());
-    pair_scores(p, span_of(grad), of_batch, span_of(sums), stream);
-    pair_maps(p, {span_of(sums), {}, {}, span_of(grad_attention)}, stream);
+    pair_scores(p, view_of(grad), of_batch, view_of(sums), stream);
+    pair_maps(p, {view_of(sums), {}, {}, view_of(grad_attention)}, stream);
   }
 }
 

@@ -305,7 +305,7 @@ int64_t pair_score_parts(const Pairs& p) {
   return Plan(p).parts;
 }
 
-void pair_scores(const Pairs& p, const Span& h, int64_t h_batch_stride, const Span& sums, Stream stream) {
+void pair_scores(const Pairs& p, const View& h, int64_t h_batch_stride, const View& sums, Stream stream) {
   if (p.count() == 0) return;
   const Plan plan(p);
   with_type(p.dtype, [&](auto t) {

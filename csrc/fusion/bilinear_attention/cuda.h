@@ -1,20 +1,20 @@
 // Bilinear attention on a CUDA device: what the operators hand to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // Regions or words, (batch, rows, k); the last stride is 1. Which rows count: lengths (batch,) of 32 bits and a mask
 // (batch, rows) of a byte, either or both.
 struct PairSide {
-  Span x;
+  View x;
   int64_t rows, batch_stride, row_stride;
-  Span lengths, mask;
+  View lengths, mask;
 };
 
 struct Pairs {
@@ -28,19 +28,19 @@ struct Pairs {
 // sums[b, g, i, j] = sum_k h[g, k] v[b, i, k] q[b, j, k], of every part of the k one after another in float32; h is
 // (glimpses, k), or with a batch stride (batch, glimpses, k).
 int64_t pair_score_parts(const Pairs& pairs);
-void pair_scores(const Pairs& pairs, const Span& h, int64_t h_batch_stride, const Span& sums, Stream stream);
+void pair_scores(const Pairs& pairs, const View& h, int64_t h_batch_stride, const View& sums, Stream stream);
 
 // Adds up the parts, which it changes, and the bias (glimpses,). logits: these, -inf for what does not count; maps:
 // their softmax over all pairs. Either may be missing; without maps what does not count is 0.
 struct PairMaps {
-  Span sums, bias, maps, logits;
+  View sums, bias, maps, logits;
 };
 void pair_maps(const Pairs& pairs, const PairMaps& p, Stream stream);
 
 // From the gradients of maps and of logits, either of which may be missing, that of the logits before the softmax, and
 // for each entry of the batch and glimpse the sum of grad_logits in float32.
 struct PairSlopes {
-  Span maps, grad_maps, grad_logits, slopes, of_bias;
+  View maps, grad_maps, grad_logits, slopes, of_bias;
 };
 void pair_slopes(const Pairs& pairs, const PairSlopes& p, Stream stream);
 
@@ -49,7 +49,7 @@ void pair_slopes(const Pairs& pairs, const PairSlopes& p, Stream stream);
 // elements. Otherwise with v and q exchanged, and without joint.
 struct PairProducts {
   bool of_v;
-  Span weights, h, grad, joint;
+  View weights, h, grad, joint;
   int64_t h_batch_stride;
   bool is_joint_wide;
 };

@@ -14,8 +14,8 @@ void count_sketches_forward_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y
                                int64_t dim, Tensor out) {
   const Current current(x);
   const auto add = [&](const Tensor& rows, const Tensor& order, const Tensor& sign, const Tensor& to) {
-    count_sketch({rows.size(0), rows.size(1), dim, rows.stride(0), dtype_of(rows), span_of(rows), span_of(order),
-                  span_of(sign), span_of(to)},
+    count_sketch({rows.size(0), rows.size(1), dim, rows.stride(0), dtype_of(rows), view_of(rows), view_of(order),
+                  view_of(sign), view_of(to)},
                  current.stream());
   };
   add(x, order_x, sign_x, torch::stable::narrow(out, 0, 0, x.size(0)));

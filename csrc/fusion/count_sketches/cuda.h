@@ -1,23 +1,23 @@
 // Count sketches on a CUDA device: what the operator hands to the kernel.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 struct CountSketch {
   int64_t rows, features, dim, stride;
   Dtype dtype;
   // (rows, features), last stride 1.
-  Span x;
+  View x;
   // int32: the features in the order of their buckets, and where each of them begins, dim + 1.
-  Span order;
+  View order;
   // float32: (features,) and (rows, dim).
-  Span sign, out;
+  View sign, out;
 };
 
 void count_sketch(const CountSketch& problem, Stream stream);

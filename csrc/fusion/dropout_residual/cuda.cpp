@@ -16,12 +16,12 @@ void run(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& s
   p.rows = x.size(0);
   p.dim = x.size(1);
   p.dtype = dtype_of(x);
-  p.x = span_of(x);
+  p.x = view_of(x);
   p.x_stride = x.stride(0);
-  p.residual = span_of(residual);
+  p.residual = view_of(residual);
   p.residual_stride = residual ? residual->stride(0) : 0;
-  p.out = span_of(out);
-  p.seed = span_of(seed);
+  p.out = view_of(out);
+  p.seed = view_of(seed);
   p.dropout_p = dropout_p;
   dropout_residual(p, current.stream());
 }

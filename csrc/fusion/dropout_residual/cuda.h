@@ -1,22 +1,22 @@
 // residual + dropout(x) on a CUDA device: what the operator hands to the kernel.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // Rows of `dim` elements of one type; `out` is contiguous. Without residual also the gradient of x.
 struct DropoutResidual {
   int64_t rows, dim;
   Dtype dtype;
-  Span x, residual, out;
+  View x, residual, out;
   int64_t x_stride, residual_stride;
   // One int64.
-  Span seed;
+  View seed;
   double dropout_p;
 };
 

@@ -20,13 +20,13 @@ FactorizedPool problem_of(const Tensor& a, const Tensor& b, const std::optional<
   p.inner = inner;
   p.power_norm = power_norm;
   p.l2_norm = l2_norm;
-  p.a = span_of(a);
+  p.a = view_of(a);
   p.a_batch_stride = a.stride(0);
   p.a_region_stride = a.stride(1);
-  p.b = span_of(b);
+  p.b = view_of(b);
   p.b_batch_stride = b.stride(0);
   p.b_region_stride = b.stride(1);
-  p.seed = span_of(seed);
+  p.seed = view_of(seed);
   p.dropout_p = dropout_p;
   return p;
 }
@@ -35,7 +35,7 @@ void factorized_pool_forward(Tensor a, Tensor b, std::optional<Tensor> seed, int
                              bool power_norm, bool l2_norm, double dropout_p, Tensor out) {
   const Current current(a);
   FactorizedPool p = problem_of(a, b, seed, factor, inner, power_norm, l2_norm, dropout_p);
-  p.out = span_of(out);
+  p.out = view_of(out);
   cuda::factorized_pool_forward(p, current.stream());
 }
 
@@ -44,9 +44,9 @@ void factorized_pool_backward(Tensor grad, Tensor a, Tensor b, std::optional<Ten
                               std::optional<Tensor> grad_b) {
   const Current current(a);
   FactorizedPool p = problem_of(a, b, seed, factor, inner, power_norm, l2_norm, dropout_p);
-  p.grad = span_of(grad);
-  p.grad_a = span_of(grad_a);
-  p.grad_b = span_of(grad_b);
+  p.grad = view_of(grad);
+  p.grad_a = view_of(grad_a);
+  p.grad_b = view_of(grad_b);
   cuda::factorized_pool_backward(p, current.stream());
 }
 

@@ -22,13 +22,13 @@ Film film_of(const Tensor& like, bool regions_contiguous, double gamma_offset) {
 }
 
 void set_x(Film& p, const Tensor& x) {
-  p.x = span_of(x);
+  p.x = view_of(x);
   p.x_batch_stride = x.stride(0);
   p.x_stride = x.stride(p.regions_contiguous ? 2 : 1);
 }
 
 void set_gamma(Film& p, const Tensor& gamma) {
-  p.gamma = span_of(gamma);
+  p.gamma = view_of(gamma);
   p.gamma_stride = gamma.stride(0);
 }
 
@@ -37,9 +37,9 @@ void film_forward_op(Tensor x, Tensor gamma, Tensor beta, bool regions_contiguou
   Film p = film_of(x, regions_contiguous, gamma_offset);
   set_x(p, x);
   set_gamma(p, gamma);
-  p.beta = span_of(beta);
+  p.beta = view_of(beta);
   p.beta_stride = beta.stride(0);
-  p.out = span_of(out);
+  p.out = view_of(out);
   film_forward(p, current.stream());
 }
 
@@ -48,16 +48,16 @@ void film_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
                       std::optional<Tensor> grad_beta) {
   const Current current(grad);
   Film p = film_of(grad, regions_contiguous, gamma_offset);
-  p.grad = span_of(grad);
+  p.grad = view_of(grad);
   if (grad_gamma) set_x(p, *x);
   if (grad_x) set_gamma(p, *gamma);
-  p.grad_x = span_of(grad_x);
-  p.grad_gamma = span_of(grad_gamma);
-  p.grad_beta = span_of(grad_beta);
+  p.grad_x = view_of(grad_x);
+  p.grad_gamma = view_of(grad_gamma);
+  p.grad_beta = view_of(grad_beta);
   const bool has_parts = (grad_gamma || grad_beta) && !regions_contiguous;
   Tensor parts = torch::stable::new_empty(grad, {has_parts ? p.batch * region_blocks(p.regions) * 2 * p.dim : 0},
                                           ScalarType::Float);
-  p.parts = span_of(parts);
+  p.parts = view_of(parts);
   film_backward(p, current.stream());
 }
 

@@ -1,13 +1,13 @@
 // film on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // (offset + gamma) * x + beta for x (batch, regions, dim), last stride 1 or, with regions_contiguous, the one before
 // it; gamma and beta (batch, dim). Out, grad and grad_x are contiguous in the order of x.
@@ -17,14 +17,14 @@ struct Film {
   bool regions_contiguous;
   float offset;
   // x is null in backward where gamma needs no gradient, gamma where x needs none.
-  Span x, gamma, beta;
+  View x, gamma, beta;
   // The other stride of x is that of a region, with regions_contiguous that of a feature.
   int64_t x_batch_stride, x_stride, gamma_stride, beta_stride;
-  Span out, grad;
+  View out, grad;
   // Those that are wanted.
-  Span grad_x, grad_gamma, grad_beta;
+  View grad_x, grad_gamma, grad_beta;
   // (batch, region_blocks, 2, dim) floats, where regions are not contiguous.
-  Span parts;
+  View parts;
 };
 
 void film_forward(const Film& problem, Stream stream);

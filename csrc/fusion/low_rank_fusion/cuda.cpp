@@ -24,7 +24,7 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
 
 LowRankInput input_of(const Tensor& x, const Tensor& factor, const Tensor& projections) {
   check_sizes({x.size(1)});
-  return {span_of(x), span_of(factor), x.size(0), x.size(1), x.stride(0), span_of(projections), false};
+  return {view_of(x), view_of(factor), x.size(0), x.size(1), x.stride(0), view_of(projections), false};
 }
 
 LowRankFusion problem_of(const Tensor& x, const Tensor& factor, int64_t rows) {
@@ -73,11 +73,11 @@ void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Ten
     p.inputs[p.count] = input_of(xs[m], factors[m], projections[m]);
     p.inputs[p.count++].is_projected = shares;
   }
-  p.weight = span_of(weight);
-  p.bias = span_of(bias);
-  p.z = span_of(out);
+  p.weight = view_of(weight);
+  p.bias = view_of(bias);
+  p.z = view_of(out);
   Tensor partials = torch::stable::new_empty(x0, {low_rank_partials(p)}, ScalarType::Float);
-  p.partials = span_of(partials);
+  p.partials = view_of(partials);
   low_rank_fusion(p, current.stream());
 }
 
@@ -95,11 +95,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor 
   p.ranks = weight.size(0);
   p.dtype = dtype_of(grad);
   check_sizes({p.rows, p.out, p.ranks});
-  p.grad = span_of(grad);
-  p.weight = span_of(weight);
+  p.grad = view_of(grad);
+  p.weight = view_of(weight);
   for (const Optional& projections : {Optional(projections0), Optional(projections1), projections2, projections3}) {
     if (!projections) continue;
-    p.projections[p.count] = span_of(*projections);
+    p.projections[p.count] = view_of(*projections);
     p.input_rows[p.count++] = projections->size(1);
   }
   const int64_t* const rows = p.input_rows;
@@ -111,10 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor 
   for (int m = 0; m < kMostInputs; ++m) {
     const bool wants = m < p.count && (wanted >> m & 1);
     to.push_back(torch::stable::new_empty(grad, {wants ? low_rank_gradient_rows(p, m) : 0, p.ranks * p.out}));
-    p.to[m] = span_of(to.back());
+    p.to[m] = view_of(to.back());
   }
   Tensor sums = torch::stable::new_empty(grad, {p.ranks, low_rank_gradient_blocks(p)}, ScalarType::Float);
-  p.sums = span_of(sums);
+  p.sums = view_of(sums);
   low_rank_gradients(p, current.stream());
   return {to[0], to[1], to[2], to[3], sums};
 }

@@ -1,23 +1,23 @@
 // low_rank_fusion on a CUDA device: what the operators hand to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 constexpr int kMostInputs = 4;
 
 // x (rows, dim) with its row stride and last stride 1, factor (rank, 1 + dim, out). A row serves as many neighbours of
 // the result as are left for it.
 struct LowRankInput {
-  Span x, factor;
+  View x, factor;
   int64_t rows, dim, x_stride;
   // float32 (rank, rows, out): projections that are there already, or else where they are to be left, if anywhere.
-  Span projections;
+  View projections;
   bool is_projected;
 };
 
@@ -27,9 +27,9 @@ struct LowRankFusion {
   int count;
   LowRankInput inputs[kMostInputs];
   // Without weight it is 1; without z nothing but projections is wanted.
-  Span weight, bias, z;
+  View weight, bias, z;
   // float32, as many as the function below says.
-  Span partials;
+  View partials;
 };
 
 // Floats of the sums that several blocks leave to be added up.
@@ -42,12 +42,12 @@ struct LowRankGradients {
   int64_t rows, out, ranks;
   Dtype dtype;
   int count;
-  Span grad, weight, projections[kMostInputs];
+  View grad, weight, projections[kMostInputs];
   int64_t input_rows[kMostInputs];
   // (low_rank_gradient_rows, ranks * out), those that are there.
-  Span to[kMostInputs];
+  View to[kMostInputs];
   // float32 (ranks, low_rank_gradient_blocks): the sums of grad times all projections.
-  Span sums;
+  View sums;
 };
 
 // Rows of m, each as often as there are sums for it to be added up.

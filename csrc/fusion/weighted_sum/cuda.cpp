@@ -13,7 +13,7 @@ namespace {
 using namespace device;
 
 void set_feature(WeightedFeature& feature, const Tensor& t, int64_t regions) {
-  feature.from = span_of(t);
+  feature.from = view_of(t);
   feature.batch_stride = t.stride(0);
   feature.region_stride = t.size(1) == regions ? t.stride(1) : 0;
 }
@@ -31,9 +31,9 @@ void weighted_sum_forward_op(std::vector<Tensor> features, Tensor weights, Tenso
   p.dim = out.size(2);
   p.count = static_cast<int>(features.size());
   p.dtype = dtype_of(out);
-  p.weights = span_of(weights);
+  p.weights = view_of(weights);
   for (int i = 0; i < p.count; ++i) set_feature(p.feature[i], features[static_cast<size_t>(i)], p.regions);
-  p.out = span_of(out);
+  p.out = view_of(out);
   weighted_sum_forward(p, current.stream());
 }
 
@@ -47,15 +47,15 @@ void weighted_sum_backward_op(Tensor grad, std::vector<Tensor> features, Tensor 
   p.dim = grad.size(2);
   p.count = static_cast<int>(weights.size(1));
   p.dtype = dtype_of(grad);
-  p.weights = span_of(weights);
-  p.grad = span_of(grad);
-  p.grad_weights = span_of(grad_weights);
+  p.weights = view_of(weights);
+  p.grad = view_of(grad);
+  p.grad_weights = view_of(grad_weights);
   bool needs_sums = false;
   for (int i = 0; i < p.count; ++i) {
     WeightedFeature& feature = p.feature[i];
     const auto at = static_cast<size_t>(i);
     feature.is_broadcast = broadcast[at];
-    feature.grad = span_of(grad_features[at]);
+    feature.grad = view_of(grad_features[at]);
     if (grad_weights) set_feature(feature, features[at], p.regions);
     needs_sums = needs_sums || (feature.is_broadcast && (grad_weights || grad_features[at]));
   }
@@ -66,9 +66,9 @@ void weighted_sum_backward_op(Tensor grad, std::vector<Tensor> features, Tensor 
   Tensor products =
       floats(grad_weights.has_value(), blocks * ((p.dim + kProductColumns - 1) / kProductColumns) * p.count);
   Tensor parts = floats(needs_sums, blocks * p.dim), sums = floats(needs_sums, p.batch * p.dim);
-  p.products = span_of(products);
-  p.parts = span_of(parts);
-  p.sums = span_of(sums);
+  p.products = view_of(products);
+  p.parts = view_of(parts);
+  p.sums = view_of(sums);
   weighted_sum_backward(p, current.stream());
 }
 

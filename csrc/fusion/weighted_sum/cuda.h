@@ -1,20 +1,20 @@
 // weighted_sum on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 constexpr int kMostFeatures = 60;
 // Columns that the sums of products of one block are over.
 constexpr int64_t kProductColumns = 128;
 
 struct WeightedFeature {
-  Span from, grad;
+  View from, grad;
   int64_t batch_stride, region_stride;
   // One region of several, with region stride 0.
   bool is_broadcast;
@@ -25,14 +25,14 @@ struct WeightedSum {
   int64_t batch, regions, dim;
   int count;
   Dtype dtype;
-  Span weights;
+  View weights;
   WeightedFeature feature[kMostFeatures];
-  Span out;
+  View out;
   // Backward: grad_weights may be null, and then features are.
-  Span grad, grad_weights;
+  View grad, grad_weights;
   // Floats: (batch, region_blocks, columns / kProductColumns, count); where a feature is broadcast (batch,
   // region_blocks, dim) and their sum (batch, dim).
-  Span products, parts, sums;
+  View products, parts, sums;
 };
 
 void weighted_sum_forward(const WeightedSum& problem, Stream stream);

@@ -22,16 +22,16 @@ struct Call {
     p.rows = rows.size(1);
     p.dim = x.size(last);
     p.dtype = dtype_of(x);
-    p.bounds = span_of(cu_seqlens);
-    p.lengths = span_of(lengths);
-    p.mask = span_of(mask);
-    p.x = span_of(x);
+    p.bounds = view_of(cu_seqlens);
+    p.lengths = view_of(lengths);
+    p.mask = view_of(mask);
+    p.x = view_of(x);
     p.segment_stride = cu_seqlens ? 0 : x.stride(0);
     p.token_stride = x.stride(last - 1);
-    p.queries = span_of(rows);
+    p.queries = view_of(rows);
     p.is_shared = rows.size(0) == 1;
     weights = new_weights(x);
-    p.weights = span_of(weights);
+    p.weights = view_of(weights);
   }
   Tensor new_weights(const Tensor& x) const {
     const int64_t rows = p.bounds ? p.rows : p.segments * p.rows;
@@ -44,8 +44,8 @@ void attention_pool_forward_op(Tensor x, Tensor rows, std::optional<Tensor> leng
   const Current current(x);
   Call call(x, rows, lengths, mask, cu_seqlens);
   AttentionPool& p = call.p;
-  p.out = span_of(out);
-  p.logsumexp = span_of(logsumexp);
+  p.out = view_of(out);
+  p.logsumexp = view_of(logsumexp);
   attention_pool_forward(p, current.stream());
 }
 
@@ -58,13 +58,13 @@ void attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optiona
   Tensor grad_weights = call.new_weights(x);
   Tensor partials =
       torch::stable::new_empty(x, {p.is_shared && grad_rows ? p.segments * p.rows * p.dim : 0}, ScalarType::Float);
-  p.grad = span_of(grad);
-  p.out = span_of(out);
-  p.logsumexp = span_of(logsumexp);
-  p.grad_weights = span_of(grad_weights);
-  p.grad_x = span_of(grad_x);
-  p.grad_queries = span_of(grad_rows);
-  p.partials = span_of(partials);
+  p.grad = view_of(grad);
+  p.out = view_of(out);
+  p.logsumexp = view_of(logsumexp);
+  p.grad_weights = view_of(grad_weights);
+  p.grad_x = view_of(grad_x);
+  p.grad_queries = view_of(grad_rows);
+  p.partials = view_of(partials);
   attention_pool_backward(p, current.stream());
 }
 

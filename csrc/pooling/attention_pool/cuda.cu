@@ -294,7 +294,7 @@ struct Grid {
 };
 
 template <class T>
-void products(const AttentionPool& p, const Grid& grid, const Span& a, bool is_shared, const Span& weights,
+void products(const AttentionPool& p, const Grid& grid, const View& a, bool is_shared, const View& weights,
               Stream stream) {
   launch<products_kernel<T>>(static_cast<unsigned>(p.segments) * grid.splits * grid.row_blocks, kThreads, 0, stream,
                              global<const T>(a), global<const T>(p.x), global<float>(weights), tokens_of(p),
@@ -303,7 +303,7 @@ void products(const AttentionPool& p, const Grid& grid, const Span& a, bool is_s
 }
 
 template <class T, class O>
-void pooled(const AttentionPool& p, const Grid& grid, const Span& weights, const Span& out, Stream stream) {
+void pooled(const AttentionPool& p, const Grid& grid, const View& weights, const View& out, Stream stream) {
   launch<pooled_kernel<T, O>>(static_cast<unsigned>(p.segments) * grid.row_blocks * grid.column_blocks, kThreads, 0,
                               stream, global<const float>(weights), global<const T>(p.x), global<O>(out), tokens_of(p),
                               p.segment_stride, p.token_stride, p.rows, p.dim, grid.row_blocks, grid.column_blocks);

@@ -1,13 +1,13 @@
 // attention_pool's middle on a CUDA device: what the operators hand to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // `rows` rows of a segment attend over its tokens. Everything but x is contiguous; what belongs to rows is (segments,
 // rows, dim) or, logsumexp, (segments, rows).
@@ -15,20 +15,20 @@ struct AttentionPool {
   int64_t segments, tokens, rows, dim;
   Dtype dtype;
   // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
-  Span bounds, lengths, mask;
-  Span x;
+  View bounds, lengths, mask;
+  View x;
   int64_t segment_stride, token_stride;
-  Span queries;
+  View queries;
   // One set of them for all segments.
   bool is_shared;
-  Span out, logsumexp;
+  View out, logsumexp;
   // float32, (segments, rows, tokens) or, packed, (rows, tokens): scores, weights, and in backward their gradients.
-  Span weights, grad_weights;
+  View weights, grad_weights;
 
   // backward; a null gradient is not wanted
-  Span grad, grad_x, grad_queries;
+  View grad, grad_x, grad_queries;
   // float32, (segments, rows, dim), where the queries are shared.
-  Span partials;
+  View partials;
 };
 
 void attention_pool_forward(const AttentionPool& problem, Stream stream);

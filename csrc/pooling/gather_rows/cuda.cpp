@@ -19,13 +19,13 @@ void gather_rows_op(Tensor x, Tensor index, std::optional<Tensor> offsets, std::
   p.entries = index.size(1);
   p.out_rows = out.size(1);
   p.dtype = dtype_of(x);
-  p.x = span_of(x);
+  p.x = view_of(x);
   p.batch_stride = x.stride(0);
   p.row_stride = x.stride(1);
-  p.index = span_of(index);
-  p.offsets = span_of(offsets);
-  p.weight = span_of(weight);
-  p.out = span_of(out);
+  p.index = view_of(index);
+  p.offsets = view_of(offsets);
+  p.weight = view_of(weight);
+  p.out = view_of(out);
   gather_rows(p, current.stream());
 }
 

@@ -1,25 +1,25 @@
 // gather_rows on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // Row m of out is the sum of weight[e] x[index[e]] over offsets[m] <= e < offsets[m + 1], or of e = m alone.
 struct GatherRows {
   int64_t batch, rows, dim, entries, out_rows;
   Dtype dtype;
   // (batch, rows, dim) with last stride 1.
-  Span x;
+  View x;
   int64_t batch_stride, row_stride;
   // int32 (batch, entries); int32 (batch, out_rows + 1) or null; float (batch, entries) or null.
-  Span index, offsets, weight;
+  View index, offsets, weight;
   // (batch, out_rows, dim), contiguous.
-  Span out;
+  View out;
 };
 
 void gather_rows(const GatherRows& problem, Stream stream);

@@ -12,7 +12,7 @@ using namespace device;
 void match_rows_op(Tensor a, Tensor b, Tensor similarity, Tensor best) {
   const Current current(a);
   const auto rows_of = [&](const Tensor& t, const Tensor& inverse_norms) {
-    return MatchedRows{span_of(t), t.size(1), t.stride(0), t.stride(1), span_of(inverse_norms)};
+    return MatchedRows{view_of(t), t.size(1), t.stride(0), t.stride(1), view_of(inverse_norms)};
   };
   const auto norms_of = [&](const Tensor& t) {
     return torch::stable::new_empty(t, {t.size(0), t.size(1)}, ScalarType::Float);
@@ -24,8 +24,8 @@ void match_rows_op(Tensor a, Tensor b, Tensor similarity, Tensor best) {
   p.dtype = dtype_of(a);
   p.a = rows_of(a, norms_a);
   p.b = rows_of(b, norms_b);
-  p.similarity = span_of(similarity);
-  p.best = span_of(best);
+  p.similarity = view_of(similarity);
+  p.best = view_of(best);
   match_rows(p, current.stream());
 }
 

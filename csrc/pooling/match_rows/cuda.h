@@ -1,20 +1,20 @@
 // match_rows on a CUDA device: what the operator hands to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 // Rows (batch, rows, dim) with last stride 1.
 struct MatchedRows {
-  Span data;
+  View data;
   int64_t rows, batch_stride, row_stride;
   // One over their norms, float (batch, rows): written by the first of the kernels.
-  Span inverse_norms;
+  View inverse_norms;
 };
 
 // For each row of a, the largest cosine of its angle to a row of b, and the first row of b that has it.
@@ -23,7 +23,7 @@ struct MatchRows {
   Dtype dtype;
   MatchedRows a, b;
   // float and int32 (batch, rows of a).
-  Span similarity, best;
+  View similarity, best;
 };
 
 void match_rows(const MatchRows& problem, Stream stream);

@@ -18,16 +18,16 @@ Pool problem_of(int64_t segments, int64_t tokens, int64_t dim, const std::option
   p.dim = dim;
   p.mode = static_cast<PoolMode>(mode);
   p.p = static_cast<float>(power);
-  p.bounds = span_of(cu_seqlens);
-  p.lengths = span_of(lengths);
-  p.mask = span_of(mask);
+  p.bounds = view_of(cu_seqlens);
+  p.lengths = view_of(lengths);
+  p.mask = view_of(mask);
   p.tokens_contiguous = tokens_contiguous;
   return p;
 }
 
 void set_x(Pool& p, const Tensor& x) {
   const int64_t last = x.dim() - 1;
-  p.x = span_of(x);
+  p.x = view_of(x);
   p.segment_stride = last == 2 ? x.stride(0) : 0;
   p.token_stride = x.stride(last - 1);
   p.dim_stride = x.stride(last);
@@ -41,8 +41,8 @@ void pool_forward_op(Tensor x, std::optional<Tensor> lengths, std::optional<Tens
                       power);
   p.dtype = dtype_of(x);
   set_x(p, x);
-  p.out = span_of(out);
-  p.stats = span_of(stats);
+  p.out = view_of(out);
+  p.stats = view_of(stats);
   pool_forward(p, current.stream());
 }
 
@@ -55,10 +55,10 @@ void pool_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
   Pool p = problem_of(segments, tokens, dim, lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
   p.dtype = dtype_of(grad);
   if (x) set_x(p, *x);
-  p.stats = span_of(stats);
-  p.grad = span_of(grad);
-  p.grad_x = span_of(grad_x);
-  p.counts = span_of(counts);
+  p.stats = view_of(stats);
+  p.grad = view_of(grad);
+  p.grad_x = view_of(grad_x);
+  p.counts = view_of(counts);
   pool_backward(p, current.stream());
 }
 

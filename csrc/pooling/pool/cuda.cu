@@ -284,7 +284,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // Calls run with the widest access that the tensors allow.
 template <class T, class F>
-void with_width(const Pool& p, const Span& other, const F& run) {
+void with_width(const Pool& p, const View& other, const F& run) {
   constexpr int kWide = sizeof(T) == 4 ? 4 : 8;
   const bool fits = p.dim % kWide == 0 && p.segment_stride % kWide == 0 &&
                     is_aligned(p.x, p.dtype, p.token_stride, kWide) && is_aligned(other, p.dtype, p.dim, kWide) &&
@@ -321,7 +321,7 @@ void pool_forward(const Pool& p, Stream stream) {
 void pool_backward(const Pool& p, Stream stream) {
   if (p.segments == 0 || p.dim == 0 || p.tokens == 0) return;
   const dim3 block(kAlong, kRows);
-  Span counted;
+  View counted;
   if (p.mode == kPoolMean || p.mode == kPoolGem) {
     counted = p.counts;
     launch<counts_kernel>(divide_up(p.segments, kRows), block, 0, stream, tokens_of(p), global<int>(counted));

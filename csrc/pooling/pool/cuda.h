@@ -1,13 +1,13 @@
 // Pooling over tokens on a CUDA device: what the operators hand to the kernels.
 #pragma once
 
-#include "device/span.h"
+#include "device/view.h"
 
 namespace velm::cuda {
 
 using device::Dtype;
-using device::Span;
 using device::Stream;
+using device::View;
 
 enum PoolMode : int { kPoolMean, kPoolSum, kPoolMax, kPoolLogSumExp, kPoolGem };
 
@@ -17,21 +17,21 @@ struct Pool {
   float p;
   Dtype dtype;
   // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
-  Span bounds, lengths, mask;
+  View bounds, lengths, mask;
   // Null in backward where it is not read.
-  Span x;
+  View x;
   int64_t segment_stride, token_stride, dim_stride;
   bool tokens_contiguous;
   // (segments, dim): what backward needs of the result, int32 for the largest, else float.
-  Span stats;
+  View stats;
 
   // forward
-  Span out;
+  View out;
 
   // backward; grad_x is contiguous, its last two dimensions in the order of x
-  Span grad, grad_x;
+  View grad, grad_x;
   // int32, one per segment.
-  Span counts;
+  View counts;
 };
 
 void pool_forward(const Pool& problem, Stream stream);
