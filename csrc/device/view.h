@@ -38,6 +38,13 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// What is said of a tensor that is not there: the sizes and the type that it would have.
+inline View absent(const View& like, Dtype dtype) {
+  View view{nullptr, 0, dtype};
+  for (int i = 0; i < 4; ++i) view.size[i] = like.size[i];
+  return view;
+}
+
 // Whether all rows, along the last dimension, begin where `width` elements can be read at a time.
 inline bool is_aligned(const View& rows, int width) {
   const std::size_t bytes = bytes_of(rows.dtype) * static_cast<std::size_t>(width);

@@ -17,7 +17,7 @@ using namespace testing;
 namespace {
 
 template <class T>
-void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_row, bool masked) {
+void check_gated_residual(int64_t rows, int64_t dim, bool gate_is_row, bool masked) {
   auto residual = random_values<T>(rows * dim), x = random_values<T>(rows * dim), grad = random_values<T>(rows * dim);
   auto gate = random_values<float>(gate_is_row ? dim : 1);
   std::vector<unsigned char> mask(static_cast<size_t>(rows), 1);
@@ -26,18 +26,14 @@ void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_r
   std::vector<float> grad_gate(gate.size());
 
   GatedResidual p{};
-  p.rows = rows;
-  p.dim = p.x_stride = p.residual_stride = dim;
   p.gate = view(gate);
-  p.gate_is_row = gate_is_row;
   if (masked) p.row_mask = view(mask);
-  p.x_dtype = p.residual_dtype = p.out_dtype = p.grad_dtype = dtype;
-  p.x = view(x);
-  p.residual = view(residual);
-  p.out = view(out);
+  p.x = view(x, {rows, dim});
+  p.residual = view(residual, {rows, dim});
+  p.out = view(out, {rows, dim});
   gated_residual_forward(p, nullptr);
-  p.grad = view(grad);
-  p.grad_x = view(grad_x);
+  p.grad = view(grad, {rows, dim});
+  p.grad_x = view(grad_x, {rows, dim});
   p.grad_gate = view(grad_gate);
   std::vector<float> partials(static_cast<size_t>(gated_residual_partials(p)));
   p.partials = view(partials);
@@ -58,19 +54,20 @@ void check_gated_residual(Dtype dtype, int64_t rows, int64_t dim, bool gate_is_r
     CHECK(close(grad_gate[g], (1 - std::tanh(gate[g]) * std::tanh(gate[g])) * sums[g]));
 }
 
+// (1, heads, rows, dim), contiguous.
 template <class T>
-void check_merge(Dtype dtype, int64_t dim, int shards) {
+View heads_of(std::vector<T>& x, int64_t heads, int64_t rows, int64_t dim) {
+  return view(x, {1, heads, rows, dim});
+}
+
+template <class T>
+void check_merge(int64_t dim, int shards) {
   const int64_t heads = 2, queries = 5, rows = heads * queries;
   std::vector<std::vector<T>> outs, grads;
   std::vector<std::vector<float>> lses, grad_lses;
   std::vector<T> out(static_cast<size_t>(rows * dim));
   std::vector<float> lse(static_cast<size_t>(rows));
   Merge p{};
-  p.batch = 1;
-  p.heads = heads;
-  p.queries = queries;
-  p.dim = dim;
-  p.dtype = dtype;
   p.shards = shards;
   for (int s = 0; s < shards; ++s) {
     outs.push_back(random_values<T>(rows * dim));
@@ -83,17 +80,16 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
   for (int s = 0; s < shards; ++s) {
     const auto u = static_cast<size_t>(s);
-    p.shard[s].out = {view(outs[u]), rows * dim, queries * dim, dim};
-    p.shard[s].grad_out = {view(grads[u]), rows * dim, queries * dim, dim};
+    p.shard[s].out = heads_of(outs[u], heads, queries, dim);
+    p.shard[s].grad_out = heads_of(grads[u], heads, queries, dim);
     p.shard[s].logsumexp = view(lses[u]);
     p.shard[s].grad_logsumexp = view(grad_lses[u]);
   }
-  p.out = {view(out), rows * dim, queries * dim, dim};
+  p.out = heads_of(out, heads, queries, dim);
   p.logsumexp = view(lse);
   merge_attention_forward(p, nullptr);
-  p.wants_outs = p.wants_logsumexps = true;
   auto grad = random_values<T>(rows * dim);
-  p.out.data = view(grad);
+  p.out = heads_of(grad, heads, queries, dim);
   merge_attention_backward(p, nullptr);
 
   for (size_t row = 0; row < static_cast<size_t>(rows); ++row) {
@@ -116,17 +112,11 @@ void check_merge(Dtype dtype, int64_t dim, int shards) {
   }
 }
 
-// (1, heads, rows, dim), contiguous.
-template <class T>
-View heads_of(std::vector<T>& x, Dtype dtype, int64_t heads, int64_t rows, int64_t dim) {
-  return view(x, {1, heads, rows, dim});
-}
-
 // Attention of `queries` to the keys that a mask and causality show, after a norm of the queries, forward and backward,
 // with a bias of each key.
 template <class T>
-void check_attention(Dtype dtype, int64_t queries, int64_t keys, int64_t dim) {
-  const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return heads_of(x, dtype, 1, rows, dim); };
+void check_attention(int64_t queries, int64_t keys, int64_t dim) {
+  const auto rows_of = [&](std::vector<T>& x, int64_t rows) { return heads_of(x, 1, rows, dim); };
   auto raw = random_values<T>(queries * dim), key = random_values<T>(keys * dim), value = random_values<T>(keys * dim);
   auto weight = random_values<T>(dim), grad = random_values<T>(queries * dim);
   auto bias = random_values<float>(keys);
@@ -250,13 +240,13 @@ void check_split_keys() {
   std::vector<T> out(query.size());
   std::vector<float> lse(static_cast<size_t>(heads)), partials;
   AttentionForward p{};
-  p.query = heads_of(query, Dtype::float16, heads, 1, dim);
-  p.key = heads_of(key, Dtype::float16, 1, keys, dim);
-  p.value = heads_of(value, Dtype::float16, 1, keys, dim);
+  p.query = heads_of(query, heads, 1, dim);
+  p.key = heads_of(key, 1, keys, dim);
+  p.value = heads_of(value, 1, keys, dim);
   p.batch = p.longest_queries = 1;
   p.longest_keys = keys;
   p.scale = 0.5;
-  p.out = heads_of(out, Dtype::float16, heads, 1, dim);
+  p.out = heads_of(out, heads, 1, dim);
   p.logsumexp = view(lse);
   partials.resize(static_cast<size_t>(attention_forward_partials(p)));
   CHECK(!partials.empty());
@@ -281,7 +271,7 @@ void check_split_keys() {
 
 // The gradient of the queries of a, which attends over b and b over it, where one row of either is hidden.
 template <class T>
-void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t dim) {
+void check_bidirectional(int64_t rows_a, int64_t rows_b, int64_t dim) {
   struct Side {
     int64_t rows;
     std::vector<T> query, value, out, grad;
@@ -305,9 +295,7 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
   };
   Side a = side(rows_a), b = side(rows_b);
   std::vector<T> grad_query(a.query.size());
-  const auto rows_of = [&](std::vector<T>& x) {
-    return heads_of(x, dtype, 1, static_cast<int64_t>(x.size()) / dim, dim);
-  };
+  const auto rows_of = [&](std::vector<T>& x) { return heads_of(x, 1, static_cast<int64_t>(x.size()) / dim, dim); };
   const auto set = [&](Attention& p, Side& from, Side& to) {
     p.batch = 1;
     p.longest_queries = from.rows;
@@ -384,18 +372,15 @@ void check_bidirectional(Dtype dtype, int64_t rows_a, int64_t rows_b, int64_t di
 }
 
 template <class T>
-void check_dropout(Dtype dtype, int64_t dim) {
+void check_dropout(int64_t dim) {
   const int64_t rows = 5;
   auto x = random_values<T>(rows * dim), residual = random_values<T>(rows * dim);
   std::vector<T> out(x.size());
   std::vector<int64_t> seed{0x123456789abcdef};
   DropoutResidual p{};
-  p.rows = rows;
-  p.dim = p.x_stride = p.residual_stride = dim;
-  p.dtype = dtype;
-  p.x = view(x);
-  p.residual = view(residual);
-  p.out = view(out);
+  p.x = view(x, {rows, dim});
+  p.residual = view(residual, {rows, dim});
+  p.out = view(out, {rows, dim});
   p.seed = view(seed);
   p.dropout_p = 0.5;
   dropout_residual(p, nullptr);
@@ -417,34 +402,34 @@ TEST(kernels_gated_residual) {
       // Starting the threads takes most of the time.
       if (masked != gate_is_row) continue;
 #endif
-      check_gated_residual<float>(Dtype::float32, 40, 7, gate_is_row, masked);
-      check_gated_residual<__half>(Dtype::float16, 5, 64, gate_is_row, masked);
-      check_gated_residual<__nv_bfloat16>(Dtype::bfloat16, 33, 16, gate_is_row, masked);
+      check_gated_residual<float>(40, 7, gate_is_row, masked);
+      check_gated_residual<__half>(5, 64, gate_is_row, masked);
+      check_gated_residual<__nv_bfloat16>(33, 16, gate_is_row, masked);
     }
 }
 
 TEST(kernels_attention) {
   // By copies of 16 and of 4 bytes, and by single elements.
-  check_attention<__half>(Dtype::float16, 66, 70, 24);
-  check_attention<float>(Dtype::float32, 20, 40, 9);
-  check_attention<__nv_bfloat16>(Dtype::bfloat16, 5, 20, 17);
+  check_attention<__half>(66, 70, 24);
+  check_attention<float>(20, 40, 9);
+  check_attention<__nv_bfloat16>(5, 20, 17);
   check_split_keys();
 }
 
 TEST(kernels_bidirectional_attention) {
-  check_bidirectional<__half>(Dtype::float16, 20, 130, 24);
-  check_bidirectional<float>(Dtype::float32, 5, 40, 9);
+  check_bidirectional<__half>(20, 130, 24);
+  check_bidirectional<float>(5, 40, 9);
 }
 
 TEST(kernels_merge_attention) {
-  check_merge<float>(Dtype::float32, 40, 3);
-  check_merge<__half>(Dtype::float16, 128, 2);
-  check_merge<__nv_bfloat16>(Dtype::bfloat16, 300, 4);
-  check_merge<float>(Dtype::float32, 5, kMostShards);
+  check_merge<float>(40, 3);
+  check_merge<__half>(128, 2);
+  check_merge<__nv_bfloat16>(300, 4);
+  check_merge<float>(5, kMostShards);
 }
 
 TEST(kernels_dropout_residual) {
-  check_dropout<float>(Dtype::float32, 130);
-  check_dropout<__half>(Dtype::float16, 64);
-  check_dropout<__nv_bfloat16>(Dtype::bfloat16, 37);
+  check_dropout<float>(130);
+  check_dropout<__half>(64);
+  check_dropout<__nv_bfloat16>(37);
 }

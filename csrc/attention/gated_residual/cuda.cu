@@ -198,9 +198,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Gate gate_of(const GatedResidual& p) {
-  const auto if_type = [&](Dtype dtype) { return p.gate_dtype == dtype ? p.gate : View{}; };
+  const auto if_type = [&](Dtype dtype) { return p.gate.dtype == dtype ? p.gate : View{}; };
   return {global<const float>(if_type(Dtype::float32)), global<const __half>(if_type(Dtype::float16)),
-          global<const __nv_bfloat16>(if_type(Dtype::bfloat16)), p.gate_is_row};
+          global<const __nv_bfloat16>(if_type(Dtype::bfloat16)), p.gate_is_row()};
 }
 
 struct Tile {
@@ -217,57 +217,58 @@ int64_t divide_up(int64_t a, int64_t b) {
 // As many threads along the columns as there is work for.
 Tile tile_of(const GatedResidual& p, int width) {
   unsigned along = 1;
-  while (along < kThreads && int64_t{along} * width < p.dim) along *= 2;
-  const int64_t column_blocks = std::max<int64_t>(1, divide_up(p.dim, int64_t{along} * width));
+  while (along < kThreads && int64_t{along} * width < p.dim()) along *= 2;
+  const int64_t column_blocks = std::max<int64_t>(1, divide_up(p.dim(), int64_t{along} * width));
   return {dim3(along, kThreads / along), static_cast<unsigned>(column_blocks), 0, 0};
 }
 
 // At most `most` rows for each thread, at least `least`, such that there are enough blocks.
 int rows_a_thread(const GatedResidual& p, const Tile& tile, int most, int least) {
-  while (most > least && divide_up(p.rows, int64_t{tile.block.y} * most) * tile.column_blocks < kLeastBlocks) most /= 2;
+  while (most > least && divide_up(p.rows(), int64_t{tile.block.y} * most) * tile.column_blocks < kLeastBlocks)
+    most /= 2;
   return most;
 }
 
 Tile backward_tile(const GatedResidual& p, int width) {
   Tile tile = tile_of(p, width);
   const int64_t least = int64_t{tile.block.y} * rows_a_thread(p, tile, kRowsBackward, kRowsASum);
-  tile.rows_a_block = std::max(least, divide_up(p.rows, std::max<int64_t>(1, kMostRowBlocks / tile.column_blocks)));
-  tile.row_blocks = divide_up(p.rows, tile.rows_a_block);
+  tile.rows_a_block = std::max(least, divide_up(p.rows(), std::max<int64_t>(1, kMostRowBlocks / tile.column_blocks)));
+  tile.row_blocks = divide_up(p.rows(), tile.rows_a_block);
   return tile;
 }
 
 // The widest access that all the tensors allow, with 16 bytes for the widest of their elements.
 int backward_width(const GatedResidual& p) {
-  const int width = p.grad_dtype == Dtype::float32 || p.x_dtype == Dtype::float32 ? 4 : 8;
-  const bool fits = p.dim % width == 0 && is_aligned(p.grad, p.grad_dtype, p.dim, width) &&
-                    is_aligned(p.x, p.x_dtype, p.x_stride, width) && is_aligned(p.grad_x, p.x_dtype, p.dim, width);
+  const int width = p.grad.dtype == Dtype::float32 || p.x.dtype == Dtype::float32 ? 4 : 8;
+  const bool fits =
+      p.dim() % width == 0 && is_aligned(p.grad, width) && is_aligned(p.x, width) && is_aligned(p.grad_x, width);
   return fits ? width : 1;
 }
 
 }  // namespace
 
 void gated_residual_forward(const GatedResidual& p, Stream stream) {
-  if (p.rows == 0 || p.dim == 0) return;
-  with_type(p.residual_dtype, [&](auto r) {
-    with_type(p.x_dtype, [&](auto b) {
+  if (p.rows() == 0 || p.dim() == 0) return;
+  with_type(p.residual.dtype, [&](auto r) {
+    with_type(p.x.dtype, [&](auto b) {
       using R = decltype(r);
       using X = decltype(b);
       using O = std::conditional_t<std::is_same_v<R, X>, R, float>;
-      constexpr int kWidth = sizeof(O) == 4 ? 4 : 8;
+      constexpr int kMost = sizeof(O) == 4 ? 4 : 8;
       const auto run = [&](auto width) {
-        constexpr int kWide = decltype(width)::value;
-        Tile tile = tile_of(p, kWide);
+        constexpr int kWidth = decltype(width)::value;
+        Tile tile = tile_of(p, kWidth);
         const int of_thread = rows_a_thread(p, tile, kRowsForward, kRowsAtOnce);
-        tile.row_blocks = divide_up(p.rows, int64_t{tile.block.y} * of_thread);
-        launch<forward_kernel<R, X, O, kWide>>(
+        tile.row_blocks = divide_up(p.rows(), int64_t{tile.block.y} * of_thread);
+        launch<forward_kernel<R, X, O, kWidth>>(
             tile.blocks(), tile.block, 0, stream, global<const R>(p.residual), global<const X>(p.x), gate_of(p),
-            global<const unsigned char>(p.row_mask), global<O>(p.out), p.residual_stride, p.x_stride, p.rows, p.dim,
-            tile.column_blocks, of_thread);
+            global<const unsigned char>(p.row_mask), global<O>(p.out), p.residual.stride[2], p.x.stride[2], p.rows(),
+            p.dim(), tile.column_blocks, of_thread);
       };
-      const bool fits = p.dim % kWidth == 0 && is_aligned(p.residual, p.residual_dtype, p.residual_stride, kWidth) &&
-                        is_aligned(p.x, p.x_dtype, p.x_stride, kWidth) && is_aligned(p.out, p.out_dtype, p.dim, kWidth);
+      const bool fits =
+          p.dim() % kMost == 0 && is_aligned(p.residual, kMost) && is_aligned(p.x, kMost) && is_aligned(p.out, kMost);
       if (fits)
-        run(std::integral_constant<int, kWidth>{});
+        run(std::integral_constant<int, kMost>{});
       else
         run(std::integral_constant<int, 1>{});
     });
@@ -275,17 +276,17 @@ void gated_residual_forward(const GatedResidual& p, Stream stream) {
 }
 
 int64_t gated_residual_partials(const GatedResidual& p) {
-  if (p.rows == 0 || p.dim == 0) return 0;
+  if (p.rows() == 0 || p.dim() == 0) return 0;
   const Tile tile = backward_tile(p, backward_width(p));
-  return tile.row_blocks * (p.gate_is_row ? p.dim : int64_t{tile.column_blocks});
+  return tile.row_blocks * (p.gate_is_row() ? p.dim() : int64_t{tile.column_blocks});
 }
 
 void gated_residual_backward(const GatedResidual& p, Stream stream) {
   const int width = backward_width(p);
   const Tile tile = backward_tile(p, width);
-  if (p.rows > 0 && p.dim > 0) {
-    with_type(p.grad_dtype, [&](auto g) {
-      with_type(p.x_dtype, [&](auto b) {
+  if (p.rows() > 0 && p.dim() > 0) {
+    with_type(p.grad.dtype, [&](auto g) {
+      with_type(p.x.dtype, [&](auto b) {
         using G = decltype(g);
         using X = decltype(b);
         // The gradient is in the type that residual and x promote to.
@@ -293,8 +294,8 @@ void gated_residual_backward(const GatedResidual& p, Stream stream) {
           const auto run = [&](auto w) {
             launch<backward_kernel<G, X, decltype(w)::value>>(
                 tile.blocks(), tile.block, 0, stream, global<const G>(p.grad), global<const X>(p.x), gate_of(p),
-                global<const unsigned char>(p.row_mask), global<X>(p.grad_x), global<float>(p.partials), p.x_stride,
-                p.rows, p.dim, tile.column_blocks, tile.rows_a_block);
+                global<const unsigned char>(p.row_mask), global<X>(p.grad_x), global<float>(p.partials), p.x.stride[2],
+                p.rows(), p.dim(), tile.column_blocks, tile.rows_a_block);
           };
           if (width == 1)
             run(std::integral_constant<int, 1>{});
@@ -307,12 +308,13 @@ void gated_residual_backward(const GatedResidual& p, Stream stream) {
     });
   }
   if (!p.grad_gate) return;
-  with_type(p.gate_dtype, [&](auto t) {
+  with_type(p.gate.dtype, [&](auto t) {
     using T = decltype(t);
     const auto partials = global<const float>(p.partials);
-    if (p.gate_is_row)
-      launch<finish_columns_kernel<T>>(static_cast<unsigned>(divide_up(p.dim, kThreads)), kThreads, 0, stream, partials,
-                                       gate_of(p), global<T>(p.grad_gate), p.rows ? tile.row_blocks : 0, p.dim);
+    if (p.gate_is_row())
+      launch<finish_columns_kernel<T>>(static_cast<unsigned>(divide_up(p.dim(), kThreads)), kThreads, 0, stream,
+                                       partials, gate_of(p), global<T>(p.grad_gate), p.rows() ? tile.row_blocks : 0,
+                                       p.dim());
     else
       launch<finish_one_kernel<T>>(1, kThreads, 0, stream, partials, gate_of(p), global<T>(p.grad_gate),
                                    gated_residual_partials(p));

@@ -5,34 +5,30 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
-// Rows of `dim` elements; `out` and the gradients are contiguous.
+// Of (rows, dim) with last stride 1; `out` and the gradients are contiguous.
 struct GatedResidual {
-  int64_t rows, dim;
-  View gate;
-  Dtype gate_dtype;
   // One number per column, or one for all.
-  bool gate_is_row;
+  View gate;
   // One byte per row, or null.
   View row_mask;
-
+  // Null in backward where the gate needs no gradient.
   View x;
-  Dtype x_dtype;
-  int64_t x_stride;
 
   // forward
   View residual, out;
-  Dtype residual_dtype, out_dtype;
-  int64_t residual_stride;
 
   // backward; a null gradient is not wanted
   View grad, grad_x, grad_gate;
-  Dtype grad_dtype;
   // Floats, as many as gated_residual_partials says.
   View partials;
+
+  int64_t rows() const { return x.size[2]; }
+  int64_t dim() const { return x.size[3]; }
+  // With one column either way is right; the kernels add the rows of a block together in one of them.
+  bool gate_is_row() const { return gate.size[3] == dim(); }
 };
 
 void gated_residual_forward(const GatedResidual& problem, Stream stream);

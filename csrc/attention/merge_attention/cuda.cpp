@@ -11,22 +11,13 @@ namespace {
 
 using namespace device;
 
-StridedRows rows_of(const Tensor& t) {
-  return {view_of(t), t.stride(0), t.stride(1), t.stride(2)};
-}
-
 Merge problem_of(const Tensor& out, const std::vector<Tensor>& outs, const std::vector<Tensor>& logsumexps) {
   if (logsumexps.size() > kMostShards) throw std::runtime_error("velm: merge_attention: at most 32 shards");
   Merge p{};
-  p.batch = out.size(0);
-  p.heads = out.size(1);
-  p.queries = out.size(2);
-  p.dim = out.size(3);
-  p.dtype = dtype_of(out);
   p.shards = static_cast<int>(logsumexps.size());
-  p.out = rows_of(out);
+  p.out = view_of(out);
   for (size_t s = 0; s < logsumexps.size(); ++s) {
-    if (!outs.empty()) p.shard[s].out = rows_of(outs[s]);
+    if (!outs.empty()) p.shard[s].out = view_of(outs[s]);
     p.shard[s].logsumexp = view_of(logsumexps[s]);
   }
   return p;
@@ -54,15 +45,13 @@ void merge_attention_backward_op(Tensor grad_out, std::optional<Tensor> grad_log
     if (grad_outs[s]) some_out = &*grad_outs[s];
     if (grad_logsumexps[s]) some_lse = &*grad_logsumexps[s];
   }
-  p.wants_outs = some_out;
-  p.wants_logsumexps = some_lse;
   // The kernel writes for all shards or none: what is not wanted goes where nobody reads it. Of `out` one thread writes
   // an element for all shards, of the logsumexps one for each.
   std::optional<Tensor> unread_out;
   std::vector<Tensor> unread_lses;
   for (size_t s = 0; s < shards; ++s) {
     if (some_out && !grad_outs[s] && !unread_out) unread_out = torch::stable::empty_like(*some_out);
-    if (some_out) p.shard[s].grad_out = rows_of(grad_outs[s] ? *grad_outs[s] : *unread_out);
+    if (some_out) p.shard[s].grad_out = view_of(grad_outs[s] ? *grad_outs[s] : *unread_out);
     if (!some_lse) continue;
     if (!grad_logsumexps[s]) unread_lses.push_back(torch::stable::empty_like(*some_lse));
     p.shard[s].grad_logsumexp = view_of(grad_logsumexps[s] ? *grad_logsumexps[s] : unread_lses.back());

@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(32 * kMostWarps, 8)
 }
 
 template <class T>
-Rows<T> rows_of(const StridedRows& rows) {
-  return {global<T>(rows.data), rows.batch_stride, rows.head_stride, rows.query_stride};
+Rows<T> rows_of(const View& rows) {
+  return {global<T>(rows), rows.stride[0], rows.stride[1], rows.stride[2]};
 }
 
 struct Grid {
@@ -195,22 +195,22 @@ struct Grid {
 };
 
 Grid grid_of(const Merge& p) {
-  const int64_t warps = p.queries < kMostWarps ? p.queries : kMostWarps;
-  const int64_t query_blocks = warps ? (p.queries + warps - 1) / warps : 0;
-  return {static_cast<unsigned>(p.batch * p.heads * query_blocks), static_cast<unsigned>(warps),
+  const int64_t warps = p.queries() < kMostWarps ? p.queries() : kMostWarps;
+  const int64_t query_blocks = warps ? (p.queries() + warps - 1) / warps : 0;
+  return {static_cast<unsigned>(p.batch() * p.heads() * query_blocks), static_cast<unsigned>(warps),
           static_cast<unsigned>(query_blocks)};
 }
 
 template <class T>
 Arguments<T> arguments_of(const Merge& p) {
   Arguments<T> a{};
-  a.heads = static_cast<unsigned>(p.heads);
+  a.heads = static_cast<unsigned>(p.heads());
   a.query_blocks = grid_of(p).query_blocks;
-  a.queries = p.queries;
-  a.dim = p.dim;
+  a.queries = p.queries();
+  a.dim = p.dim();
   a.shards = p.shards;
-  a.wants_outs = p.wants_outs;
-  a.wants_logsumexps = p.wants_logsumexps;
+  a.wants_outs = static_cast<bool>(p.shard[0].grad_out);
+  a.wants_logsumexps = static_cast<bool>(p.shard[0].grad_logsumexp);
   a.grad_logsumexp = global<const float>(p.grad_logsumexp);
   for (int s = 0; s < p.shards; ++s)
     a.shard[s] = {rows_of<const T>(p.shard[s].out), rows_of<T>(p.shard[s].grad_out),
@@ -218,18 +218,13 @@ Arguments<T> arguments_of(const Merge& p) {
   return a;
 }
 
-bool is_aligned(const StridedRows& rows, Dtype dtype, int width) {
-  return device::is_aligned(rows.data, dtype, rows.batch_stride, width) && rows.head_stride % width == 0 &&
-         rows.query_stride % width == 0;
-}
-
 // Wide enough that one step of a warp covers a row, as far as all the tensors allow.
 int width_of(const Merge& p) {
-  int width = p.dim > 64 ? 4 : p.dim > 32 ? 2 : 1;
+  int width = p.dim() > 64 ? 4 : p.dim() > 32 ? 2 : 1;
   const auto fits = [&] {
-    bool all = p.dim % width == 0 && is_aligned(p.out, p.dtype, width);
+    bool all = p.dim() % width == 0 && is_aligned(p.out, width);
     for (int s = 0; s < p.shards; ++s)
-      all = all && is_aligned(p.shard[s].out, p.dtype, width) && is_aligned(p.shard[s].grad_out, p.dtype, width);
+      all = all && is_aligned(p.shard[s].out, width) && is_aligned(p.shard[s].grad_out, width);
     return all;
   };
   while (!fits()) width /= 2;
@@ -248,7 +243,7 @@ void with_width(int width, const F& f) {
 void merge_attention_forward(const Merge& p, Stream stream) {
   const Grid grid = grid_of(p);
   if (grid.blocks == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     with_width(width_of(p), [&](auto width) {
       launch<forward_kernel<T, decltype(width)::value>>(grid.blocks, dim3(32, grid.warps), 0, stream,
@@ -261,7 +256,7 @@ void merge_attention_forward(const Merge& p, Stream stream) {
 void merge_attention_backward(const Merge& p, Stream stream) {
   const Grid grid = grid_of(p);
   if (grid.blocks == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     with_width(width_of(p), [&](auto width) {
       launch<backward_kernel<T, decltype(width)::value>>(grid.blocks, dim3(32, grid.warps), 0, stream,

@@ -12,27 +12,25 @@ using device::View;
 // A lane of a warp holds the logsumexp of one shard.
 constexpr int kMostShards = 32;
 
-// Rows of `dim` elements of a (batch, heads, queries, dim) tensor; the last stride is 1.
-struct StridedRows {
-  View data;
-  int64_t batch_stride = 0, head_stride = 0, query_stride = 0;
-};
-
+// (batch, heads, queries, dim) with last stride 1, and floats (batch, heads, queries). Of the gradients each kind is
+// there for all shards or for none.
 struct Shard {
-  StridedRows out, grad_out;
-  // (batch, heads, queries) floats.
+  View out, grad_out;
   View logsumexp, grad_logsumexp;
 };
 
 struct Merge {
-  int64_t batch, heads, queries, dim;
-  Dtype dtype;
   int shards;
   Shard shard[kMostShards];
-  // The merged result; in backward the gradient of `out`, which may be null for `grad_logsumexp`.
-  StridedRows out;
+  // The merged result; in backward the gradient of `out`.
+  View out;
   View logsumexp, grad_logsumexp;
-  bool wants_outs, wants_logsumexps;
+
+  Dtype dtype() const { return out.dtype; }
+  int64_t batch() const { return out.size[0]; }
+  int64_t heads() const { return out.size[1]; }
+  int64_t queries() const { return out.size[2]; }
+  int64_t dim() const { return out.size[3]; }
 };
 
 void merge_attention_forward(const Merge& problem, Stream stream);

@@ -11,12 +11,10 @@ using namespace device;
 
 // `order` is not the index of each feature, but what the operator makes of them for gathering.
 void count_sketches_forward_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y, Tensor order_y, Tensor sign_y,
-                               int64_t dim, Tensor out) {
+                               int64_t, Tensor out) {
   const Current current(x);
   const auto add = [&](const Tensor& rows, const Tensor& order, const Tensor& sign, const Tensor& to) {
-    count_sketch({rows.size(0), rows.size(1), dim, rows.stride(0), dtype_of(rows), view_of(rows), view_of(order),
-                  view_of(sign), view_of(to)},
-                 current.stream());
+    count_sketch({view_of(rows), view_of(order), view_of(sign), view_of(to)}, current.stream());
   };
   add(x, order_x, sign_x, torch::stable::narrow(out, 0, 0, x.size(0)));
   add(y, order_y, sign_y, torch::stable::narrow(out, 0, x.size(0), y.size(0)));

@@ -37,14 +37,15 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 void count_sketch(const CountSketch& p, Stream stream) {
-  if (p.rows == 0) return;
-  const auto column_blocks = static_cast<unsigned>((p.dim + kThreads - 1) / kThreads);
-  const auto row_blocks = static_cast<unsigned>((p.rows + kRows - 1) / kRows);
-  with_type(p.dtype, [&](auto t) {
+  const int64_t rows = p.x.size[2], features = p.x.size[3], dim = p.out.size[3];
+  if (rows == 0) return;
+  const auto column_blocks = static_cast<unsigned>((dim + kThreads - 1) / kThreads);
+  const auto row_blocks = static_cast<unsigned>((rows + kRows - 1) / kRows);
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     launch<count_sketch_kernel<T>>(row_blocks * column_blocks, kThreads, 0, stream, global<const T>(p.x),
-                                   global<const int>(p.order), global<const float>(p.sign), global<float>(p.out),
-                                   p.rows, p.features, p.dim, p.stride, column_blocks);
+                                   global<const int>(p.order), global<const float>(p.sign), global<float>(p.out), rows,
+                                   features, dim, p.x.stride[2], column_blocks);
   });
 }
 

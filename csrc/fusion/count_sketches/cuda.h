@@ -5,13 +5,10 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
 struct CountSketch {
-  int64_t rows, features, dim, stride;
-  Dtype dtype;
   // (rows, features), last stride 1.
   View x;
   // int32: the features in the order of their buckets, and where each of them begins, dim + 1.

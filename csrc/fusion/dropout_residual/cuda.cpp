@@ -12,18 +12,7 @@ using namespace device;
 void run(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& seed, double dropout_p,
          const Tensor& out) {
   const Current current(x);
-  DropoutResidual p{};
-  p.rows = x.size(0);
-  p.dim = x.size(1);
-  p.dtype = dtype_of(x);
-  p.x = view_of(x);
-  p.x_stride = x.stride(0);
-  p.residual = view_of(residual);
-  p.residual_stride = residual ? residual->stride(0) : 0;
-  p.out = view_of(out);
-  p.seed = view_of(seed);
-  p.dropout_p = dropout_p;
-  dropout_residual(p, current.stream());
+  dropout_residual({view_of(x), view_of(residual), view_of(out), view_of(seed), dropout_p}, current.stream());
 }
 
 void dropout_residual_forward(Tensor x, std::optional<Tensor> residual, Tensor seed, double dropout_p, Tensor out) {

@@ -59,28 +59,28 @@ __global__ void __launch_bounds__(kThreads, 8)
 }  // namespace
 
 void dropout_residual(const DropoutResidual& p, Stream stream) {
-  if (p.rows == 0 || p.dim == 0) return;
-  constexpr int kWide = 4;
-  const bool fits = p.dim % kWide == 0 && is_aligned(p.x, p.dtype, p.x_stride, kWide) &&
-                    is_aligned(p.residual, p.dtype, p.residual_stride, kWide) &&
-                    is_aligned(p.out, p.dtype, p.dim, kWide);
-  with_type(p.dtype, [&](auto t) {
+  const int64_t rows = p.x.size[2], dim = p.x.size[3];
+  if (rows == 0 || dim == 0) return;
+  constexpr int kVector = 4;
+  const bool fits =
+      dim % kVector == 0 && is_aligned(p.x, kVector) && is_aligned(p.residual, kVector) && is_aligned(p.out, kVector);
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto w) {
       constexpr int kWidth = decltype(w)::value;
-      const int64_t threads_a_row = (p.dim + kColumns - 1) / kColumns * (kCounters / kWidth);
+      const int64_t threads_a_row = (dim + kColumns - 1) / kColumns * (kCounters / kWidth);
       unsigned along = 1;
       while (along < kThreads && along < threads_a_row) along *= 2;
       const int64_t column_blocks = (threads_a_row + along - 1) / along;
       const dim3 block(along, kThreads / along);
       launch<dropout_kernel<T, kWidth>>(
-          static_cast<unsigned>((p.rows + block.y - 1) / block.y * column_blocks), block, 0, stream,
-          global<const T>(p.x), global<const T>(p.residual), global<T>(p.out), global<const int64_t>(p.seed),
-          static_cast<uint32_t>(p.dropout_p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p.dropout_p)), p.x_stride,
-          p.residual_stride, p.rows, p.dim, static_cast<unsigned>(column_blocks));
+          static_cast<unsigned>((rows + block.y - 1) / block.y * column_blocks), block, 0, stream, global<const T>(p.x),
+          global<const T>(p.residual), global<T>(p.out), global<const int64_t>(p.seed),
+          static_cast<uint32_t>(p.dropout_p * 4294967296.0), static_cast<float>(1.0 / (1.0 - p.dropout_p)),
+          p.x.stride[2], p.residual.stride[2], rows, dim, static_cast<unsigned>(column_blocks));
     };
     if (fits)
-      run(std::integral_constant<int, kWide>{});
+      run(std::integral_constant<int, kVector>{});
     else
       run(std::integral_constant<int, 1>{});
   });
