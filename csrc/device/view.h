@@ -44,6 +44,9 @@ inline View absent(const View& like, Dtype dtype) {
   for (int i = 0; i < 4; ++i) view.size[i] = like.size[i];
   return view;
 }
+inline View absent(const View& like) {
+  return absent(like, like.dtype);
+}
 
 // Whether all rows, along the last dimension, begin where `width` elements can be read at a time.
 inline bool is_aligned(const View& rows, int width) {

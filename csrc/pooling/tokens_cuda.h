@@ -26,11 +26,11 @@ struct Tokens {
   }
 };
 
-// Of a problem that has the views bounds, lengths and mask.
+// Of a problem that has the views bounds, lengths and mask and knows how many there are.
 template <class Problem>
 Tokens tokens_of(const Problem& p) {
   return {global<const int32_t>(p.bounds), global<const int32_t>(p.lengths), global<const unsigned char>(p.mask),
-          p.segments, p.tokens};
+          p.segments(), p.tokens()};
 }
 
 inline unsigned divide_up(int64_t a, int64_t b) {

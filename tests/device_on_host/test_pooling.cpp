@@ -16,7 +16,7 @@ namespace {
 
 // The mean of the tokens that a mask leaves, and its gradient; then every mode, forward and backward.
 template <class T>
-void check_pool(Dtype dtype, int64_t tokens, int64_t dim, bool tokens_contiguous) {
+void check_pool(int64_t tokens, int64_t dim, bool tokens_contiguous) {
   const int64_t segments = 2;
   auto x = random_values<T>(segments * tokens * dim), grad = random_values<T>(segments * dim);
   std::vector<unsigned char> mask(static_cast<size_t>(segments * tokens), 1);
@@ -25,21 +25,15 @@ void check_pool(Dtype dtype, int64_t tokens, int64_t dim, bool tokens_contiguous
   std::vector<float> stats(grad.size());
   std::vector<int32_t> counts(static_cast<size_t>(segments));
   Pool p{};
-  p.segments = segments;
-  p.tokens = tokens;
-  p.dim = dim;
   p.p = 3.0f;
-  p.dtype = dtype;
   p.mask = view(mask);
-  p.x = view(x);
-  p.segment_stride = tokens * dim;
-  p.token_stride = tokens_contiguous ? 1 : dim;
-  p.dim_stride = tokens_contiguous ? tokens : 1;
+  p.x = view(x, {segments, tokens, dim});
+  if (tokens_contiguous) p.x.stride[2] = 1, p.x.stride[3] = tokens;
   p.tokens_contiguous = tokens_contiguous;
   p.stats = view(stats);
-  p.out = view(out);
-  p.grad = view(grad);
-  p.grad_x = view(grad_x);
+  p.out = view(out, {segments, dim});
+  p.grad = view(grad, {segments, dim});
+  p.grad_x = view(grad_x, {segments, tokens, dim});
   p.counts = view(counts);
   for (const PoolMode mode : {kPoolMax, kPoolLogSumExp, kPoolGem, kPoolMean}) {
     p.mode = mode;
@@ -51,14 +45,14 @@ void check_pool(Dtype dtype, int64_t tokens, int64_t dim, bool tokens_contiguous
       double sum = 0, count = 0;
       for (int64_t n = 0; n < tokens; ++n) {
         const bool live = mask[static_cast<size_t>(s * tokens + n)];
-        const auto at = static_cast<size_t>(s * p.segment_stride + n * p.token_stride + c * p.dim_stride);
+        const auto at = static_cast<size_t>(s * p.x.stride[1] + n * p.x.stride[2] + c * p.x.stride[3]);
         if (live) sum += to_float(x[at]);
         count += live;
       }
       CHECK(close(to_float(out[static_cast<size_t>(s * dim + c)]), sum / count));
       for (int64_t n = 0; n < tokens; ++n) {
         const bool live = mask[static_cast<size_t>(s * tokens + n)];
-        const auto at = static_cast<size_t>(s * p.segment_stride + n * p.token_stride + c * p.dim_stride);
+        const auto at = static_cast<size_t>(s * p.x.stride[1] + n * p.x.stride[2] + c * p.x.stride[3]);
         CHECK(close(to_float(grad_x[at]), live ? to_float(grad[static_cast<size_t>(s * dim + c)]) / count : 0));
       }
     }
@@ -66,7 +60,7 @@ void check_pool(Dtype dtype, int64_t tokens, int64_t dim, bool tokens_contiguous
 
 // Equal scores weigh the tokens alike.
 template <class T>
-void check_attention_pool(Dtype dtype, int64_t rows, int64_t tokens, int64_t dim, bool is_shared) {
+void check_attention_pool(int64_t rows, int64_t tokens, int64_t dim, bool is_shared) {
   const int64_t segments = 2;
   auto x = random_values<T>(segments * tokens * dim), grad = random_values<T>(segments * rows * dim);
   std::vector<T> queries(static_cast<size_t>((is_shared ? 1 : segments) * rows * dim)), grad_queries(queries.size());
@@ -76,17 +70,9 @@ void check_attention_pool(Dtype dtype, int64_t rows, int64_t tokens, int64_t dim
   std::vector<float> logsumexp(static_cast<size_t>(segments * rows)), partials(is_shared ? grad.size() : 0);
   for (T& value : queries) value = from_float<T>(0.0f);
   AttentionPool p{};
-  p.segments = segments;
-  p.tokens = tokens;
-  p.rows = rows;
-  p.dim = dim;
-  p.dtype = dtype;
   p.lengths = view(lengths);
-  p.x = view(x);
-  p.segment_stride = tokens * dim;
-  p.token_stride = dim;
-  p.queries = view(queries);
-  p.is_shared = is_shared;
+  p.x = view(x, {segments, tokens, dim});
+  p.queries = view(queries, {is_shared ? 1 : segments, rows, dim});
   p.out = view(out);
   p.logsumexp = view(logsumexp);
   p.weights = view(weights);
@@ -115,21 +101,14 @@ void check_attention_pool(Dtype dtype, int64_t rows, int64_t tokens, int64_t dim
 
 // Rows of a are twice those of b, so that each matches itself; then means of neighbours.
 template <class T>
-void check_tokens(Dtype dtype, int64_t rows, int64_t dim) {
+void check_tokens(int64_t rows, int64_t dim) {
   auto b = random_values<T>(rows * dim);
   std::vector<T> a(b.size()), out(b.size());
   for (size_t i = 0; i < b.size(); ++i) a[i] = from_float<T>(2.0f * to_float(b[i]));
   std::vector<float> norms_a(static_cast<size_t>(rows)), norms_b(norms_a.size()), similarity(norms_a.size());
   std::vector<int32_t> best(norms_a.size());
-  MatchRows p{};
-  p.batch = 1;
-  p.dim = dim;
-  p.dtype = dtype;
-  p.a = {view(a), rows, rows * dim, dim, view(norms_a)};
-  p.b = {view(b), rows, rows * dim, dim, view(norms_b)};
-  p.similarity = view(similarity);
-  p.best = view(best);
-  match_rows(p, nullptr);
+  const MatchedRows of_a{view(a, {rows, dim}), view(norms_a)}, of_b{view(b, {rows, dim}), view(norms_b)};
+  match_rows({of_a, of_b, view(similarity), view(best)}, nullptr);
   // The mean of each row and of the one it is matched with.
   std::vector<int32_t> index, offsets{0};
   for (int64_t i = 0; i < rows; ++i) {
@@ -138,19 +117,7 @@ void check_tokens(Dtype dtype, int64_t rows, int64_t dim) {
     offsets.push_back(static_cast<int32_t>(2 * (i + 1)));
   }
   std::vector<float> weight(index.size(), 0.5f);
-  GatherRows g{};
-  g.batch = 1;
-  g.rows = g.out_rows = rows;
-  g.dim = dim;
-  g.entries = 2 * rows;
-  g.dtype = dtype;
-  g.x = view(b);
-  g.row_stride = dim;
-  g.index = view(index);
-  g.offsets = view(offsets);
-  g.weight = view(weight);
-  g.out = view(out);
-  gather_rows(g, nullptr);
+  gather_rows({view(b, {rows, dim}), view(index), view(offsets), view(weight), view(out, {rows, dim})}, nullptr);
   for (int64_t i = 0; i < rows * dim; ++i) {
     const auto next = static_cast<size_t>((i + dim) % (rows * dim)), at = static_cast<size_t>(i);
     CHECK(close(to_float(out[at]), 0.5 * (to_float(b[at]) + to_float(b[next]))));
@@ -160,17 +127,17 @@ void check_tokens(Dtype dtype, int64_t rows, int64_t dim) {
 }  // namespace
 
 TEST(kernels_tokens) {
-  check_tokens<float>(Dtype::float32, 70, 68);
-  check_tokens<__half>(Dtype::float16, 35, 13);
+  check_tokens<float>(70, 68);
+  check_tokens<__half>(35, 13);
 }
 
 TEST(kernels_pool) {
-  check_pool<float>(Dtype::float32, 9, 132, false);
-  check_pool<__half>(Dtype::float16, 11, 7, false);
-  check_pool<__nv_bfloat16>(Dtype::bfloat16, 40, 5, true);
+  check_pool<float>(9, 132, false);
+  check_pool<__half>(11, 7, false);
+  check_pool<__nv_bfloat16>(40, 5, true);
 }
 
 TEST(kernels_attention_pool) {
-  check_attention_pool<float>(Dtype::float32, 3, 40, 40, true);
-  check_attention_pool<__half>(Dtype::float16, 17, 5, 130, false);
+  check_attention_pool<float>(3, 40, 40, true);
+  check_attention_pool<__half>(17, 5, 130, false);
 }

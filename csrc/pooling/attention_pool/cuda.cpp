@@ -16,26 +16,17 @@ struct Call {
   Call(const Tensor& x, const Tensor& rows, const std::optional<Tensor>& lengths, const std::optional<Tensor>& mask,
        const std::optional<Tensor>& cu_seqlens)
       : weights(x) {
-    const int64_t last = x.dim() - 1;
-    p.segments = cu_seqlens ? cu_seqlens->size(0) - 1 : x.size(0);
-    p.tokens = x.size(last - 1);
-    p.rows = rows.size(1);
-    p.dim = x.size(last);
-    p.dtype = dtype_of(x);
     p.bounds = view_of(cu_seqlens);
     p.lengths = view_of(lengths);
     p.mask = view_of(mask);
     p.x = view_of(x);
-    p.segment_stride = cu_seqlens ? 0 : x.stride(0);
-    p.token_stride = x.stride(last - 1);
     p.queries = view_of(rows);
-    p.is_shared = rows.size(0) == 1;
     weights = new_weights(x);
     p.weights = view_of(weights);
   }
   Tensor new_weights(const Tensor& x) const {
-    const int64_t rows = p.bounds ? p.rows : p.segments * p.rows;
-    return torch::stable::new_empty(x, {rows, p.tokens}, ScalarType::Float);
+    const int64_t rows = p.bounds ? p.rows() : p.segments() * p.rows();
+    return torch::stable::new_empty(x, {rows, p.tokens()}, ScalarType::Float);
   }
 };
 
@@ -56,8 +47,8 @@ void attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optiona
   Call call(x, rows, lengths, mask, cu_seqlens);
   AttentionPool& p = call.p;
   Tensor grad_weights = call.new_weights(x);
-  Tensor partials =
-      torch::stable::new_empty(x, {p.is_shared && grad_rows ? p.segments * p.rows * p.dim : 0}, ScalarType::Float);
+  Tensor partials = torch::stable::new_empty(x, {p.is_shared() && grad_rows ? p.segments() * p.rows() * p.dim() : 0},
+                                             ScalarType::Float);
   p.grad = view_of(grad);
   p.out = view_of(out);
   p.logsumexp = view_of(logsumexp);

@@ -285,10 +285,10 @@ struct Grid {
   unsigned row_blocks, column_blocks, splits, softmax_blocks;
 
   explicit Grid(const AttentionPool& p)
-      : row_blocks(divide_up(p.rows, kRows)),
-        column_blocks(divide_up(p.dim, kThreads)),
-        softmax_blocks(divide_up(p.rows, kWarps)) {
-    const int64_t of_segment = p.bounds ? divide_up(p.tokens, std::max<int64_t>(p.segments, 1)) : p.tokens;
+      : row_blocks(divide_up(p.rows(), kRows)),
+        column_blocks(divide_up(p.dim(), kThreads)),
+        softmax_blocks(divide_up(p.rows(), kWarps)) {
+    const int64_t of_segment = p.bounds ? divide_up(p.tokens(), std::max<int64_t>(p.segments(), 1)) : p.tokens();
     splits = static_cast<unsigned>(std::clamp<int64_t>(divide_up(of_segment, 2 * kTokens), 1, kMostSplits));
   }
 };
@@ -296,60 +296,61 @@ struct Grid {
 template <class T>
 void products(const AttentionPool& p, const Grid& grid, const View& a, bool is_shared, const View& weights,
               Stream stream) {
-  launch<products_kernel<T>>(static_cast<unsigned>(p.segments) * grid.splits * grid.row_blocks, kThreads, 0, stream,
+  launch<products_kernel<T>>(static_cast<unsigned>(p.segments()) * grid.splits * grid.row_blocks, kThreads, 0, stream,
                              global<const T>(a), global<const T>(p.x), global<float>(weights), tokens_of(p),
-                             is_shared ? int64_t{0} : p.rows * p.dim, p.segment_stride, p.token_stride, p.rows, p.dim,
-                             grid.splits, grid.row_blocks);
+                             is_shared ? int64_t{0} : p.rows() * p.dim(), p.x.stride[1], p.x.stride[2], p.rows(),
+                             p.dim(), grid.splits, grid.row_blocks);
 }
 
 template <class T, class O>
 void pooled(const AttentionPool& p, const Grid& grid, const View& weights, const View& out, Stream stream) {
-  launch<pooled_kernel<T, O>>(static_cast<unsigned>(p.segments) * grid.row_blocks * grid.column_blocks, kThreads, 0,
+  launch<pooled_kernel<T, O>>(static_cast<unsigned>(p.segments()) * grid.row_blocks * grid.column_blocks, kThreads, 0,
                               stream, global<const float>(weights), global<const T>(p.x), global<O>(out), tokens_of(p),
-                              p.segment_stride, p.token_stride, p.rows, p.dim, grid.row_blocks, grid.column_blocks);
+                              p.x.stride[1], p.x.stride[2], p.rows(), p.dim(), grid.row_blocks, grid.column_blocks);
 }
 
 }  // namespace
 
 void attention_pool_forward(const AttentionPool& p, Stream stream) {
-  if (p.segments == 0 || p.rows == 0) return;
+  if (p.segments() == 0 || p.rows() == 0) return;
   const Grid grid(p);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    products<T>(p, grid, p.queries, p.is_shared, p.weights, stream);
-    launch<softmax_kernel>(static_cast<unsigned>(p.segments) * grid.softmax_blocks, dim3(32, kWarps), 0, stream,
-                           global<float>(p.weights), global<float>(p.logsumexp), tokens_of(p), p.rows,
+    products<T>(p, grid, p.queries, p.is_shared(), p.weights, stream);
+    launch<softmax_kernel>(static_cast<unsigned>(p.segments()) * grid.softmax_blocks, dim3(32, kWarps), 0, stream,
+                           global<float>(p.weights), global<float>(p.logsumexp), tokens_of(p), p.rows(),
                            grid.softmax_blocks);
     // Without features there is still a logsumexp, which tells whether a row saw anything.
-    if (p.dim != 0) pooled<T, T>(p, grid, p.weights, p.out, stream);
+    if (p.dim() != 0) pooled<T, T>(p, grid, p.weights, p.out, stream);
   });
 }
 
 void attention_pool_backward(const AttentionPool& p, Stream stream) {
-  if (p.rows == 0 || p.dim == 0) return;
+  if (p.rows() == 0 || p.dim() == 0) return;
   const Grid grid(p);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    const int64_t elements = p.rows * p.dim;
-    if (p.segments != 0) {
-      products<T>(p, grid, p.queries, p.is_shared, p.weights, stream);
+    const int64_t elements = p.rows() * p.dim();
+    if (p.segments() != 0) {
+      products<T>(p, grid, p.queries, p.is_shared(), p.weights, stream);
       products<T>(p, grid, p.grad, false, p.grad_weights, stream);
-      launch<softmax_backward_kernel>(static_cast<unsigned>(p.segments) * grid.softmax_blocks, dim3(32, kWarps), 0,
+      launch<softmax_backward_kernel>(static_cast<unsigned>(p.segments()) * grid.softmax_blocks, dim3(32, kWarps), 0,
                                       stream, global<float>(p.weights), global<float>(p.grad_weights),
-                                      global<const float>(p.logsumexp), tokens_of(p), p.rows, grid.softmax_blocks);
+                                      global<const float>(p.logsumexp), tokens_of(p), p.rows(), grid.softmax_blocks);
       if (p.grad_x)
-        launch<tokens_kernel<T>>(static_cast<unsigned>(p.segments) * grid.splits * grid.column_blocks, kThreads, 0,
+        launch<tokens_kernel<T>>(static_cast<unsigned>(p.segments()) * grid.splits * grid.column_blocks, kThreads, 0,
                                  stream, global<const float>(p.weights), global<const float>(p.grad_weights),
                                  global<const T>(p.grad), global<const T>(p.queries), global<T>(p.grad_x), tokens_of(p),
-                                 p.is_shared ? int64_t{0} : elements, p.rows, p.dim, grid.splits, grid.column_blocks);
-      if (p.grad_queries && p.is_shared)
+                                 p.is_shared() ? int64_t{0} : elements, p.rows(), p.dim(), grid.splits,
+                                 grid.column_blocks);
+      if (p.grad_queries && p.is_shared())
         pooled<T, float>(p, grid, p.grad_weights, p.partials, stream);
       else if (p.grad_queries)
         pooled<T, T>(p, grid, p.grad_weights, p.grad_queries, stream);
     }
-    if (p.grad_queries && p.is_shared)
+    if (p.grad_queries && p.is_shared())
       launch<sum_kernel<T>>(divide_up(elements, kThreads), kThreads, 0, stream, global<const float>(p.partials),
-                            global<T>(p.grad_queries), p.segments, elements);
+                            global<T>(p.grad_queries), p.segments(), elements);
   });
 }
 

@@ -5,22 +5,18 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
-// `rows` rows of a segment attend over its tokens. Everything but x is contiguous; what belongs to rows is (segments,
-// rows, dim) or, logsumexp, (segments, rows).
+// Rows of a segment attend over its tokens. Everything but x is contiguous; what belongs to rows is (segments, rows,
+// dim) or, logsumexp, (segments, rows).
 struct AttentionPool {
-  int64_t segments, tokens, rows, dim;
-  Dtype dtype;
   // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
   View bounds, lengths, mask;
+  // (segments, tokens, dim), of packed segments (tokens, dim); last stride 1.
   View x;
-  int64_t segment_stride, token_stride;
+  // (segments, rows, dim), or (1, rows, dim), which all segments share.
   View queries;
-  // One set of them for all segments.
-  bool is_shared;
   View out, logsumexp;
   // float32, (segments, rows, tokens) or, packed, (rows, tokens): scores, weights, and in backward their gradients.
   View weights, grad_weights;
@@ -29,6 +25,12 @@ struct AttentionPool {
   View grad, grad_x, grad_queries;
   // float32, (segments, rows, dim), where the queries are shared.
   View partials;
+
+  int64_t segments() const { return bounds ? bounds.size[3] - 1 : x.size[1]; }
+  int64_t tokens() const { return x.size[2]; }
+  int64_t rows() const { return queries.size[2]; }
+  int64_t dim() const { return x.size[3]; }
+  bool is_shared() const { return queries.size[1] == 1; }
 };
 
 void attention_pool_forward(const AttentionPool& problem, Stream stream);

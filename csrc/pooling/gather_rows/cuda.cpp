@@ -12,21 +12,7 @@ using namespace device;
 void gather_rows_op(Tensor x, Tensor index, std::optional<Tensor> offsets, std::optional<Tensor> weight, Tensor,
                     std::optional<Tensor>, std::optional<Tensor>, Tensor out) {
   const Current current(x);
-  GatherRows p{};
-  p.batch = x.size(0);
-  p.rows = x.size(1);
-  p.dim = x.size(2);
-  p.entries = index.size(1);
-  p.out_rows = out.size(1);
-  p.dtype = dtype_of(x);
-  p.x = view_of(x);
-  p.batch_stride = x.stride(0);
-  p.row_stride = x.stride(1);
-  p.index = view_of(index);
-  p.offsets = view_of(offsets);
-  p.weight = view_of(weight);
-  p.out = view_of(out);
-  gather_rows(p, current.stream());
+  gather_rows({view_of(x), view_of(index), view_of(offsets), view_of(weight), view_of(out)}, current.stream());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {

@@ -50,20 +50,20 @@ __global__ void __launch_bounds__(32 * kWarps)
 }  // namespace
 
 void gather_rows(const GatherRows& p, Stream stream) {
-  const Shape shape{p.rows, p.dim, p.entries, p.out_rows, p.batch * p.out_rows, p.batch_stride, p.row_stride};
-  if (shape.all_rows == 0 || p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  const int64_t batch = p.x.size[1], dim = p.x.size[3], out_rows = p.out.size[2];
+  const Shape shape{p.x.size[2], dim, p.index.size[3], out_rows, batch * out_rows, p.x.stride[1], p.x.stride[2]};
+  if (shape.all_rows == 0 || dim == 0) return;
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
-    constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+    constexpr int kVector = 16 / static_cast<int>(sizeof(T));
     const auto run = [&](auto width) {
       launch<gather_rows_kernel<T, width()>>(static_cast<unsigned>((shape.all_rows + kWarps - 1) / kWarps),
                                              dim3(32, kWarps), 0, stream, global<const T>(p.x),
                                              global<const int32_t>(p.index), global<const int32_t>(p.offsets),
                                              global<const float>(p.weight), global<T>(p.out), shape);
     };
-    const bool wide = p.dim % kWide == 0 && is_aligned(p.x, p.dtype, p.row_stride, kWide) &&
-                      p.batch_stride % kWide == 0 && is_aligned(p.out, p.dtype, p.dim, kWide);
-    wide ? run(std::integral_constant<int, kWide>{}) : run(std::integral_constant<int, 1>{});
+    const bool fits = dim % kVector == 0 && is_aligned(p.x, kVector) && is_aligned(p.out, kVector);
+    fits ? run(std::integral_constant<int, kVector>{}) : run(std::integral_constant<int, 1>{});
   });
 }
 

@@ -5,17 +5,13 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
 // Row m of out is the sum of weight[e] x[index[e]] over offsets[m] <= e < offsets[m + 1], or of e = m alone.
 struct GatherRows {
-  int64_t batch, rows, dim, entries, out_rows;
-  Dtype dtype;
   // (batch, rows, dim) with last stride 1.
   View x;
-  int64_t batch_stride, row_stride;
   // int32 (batch, entries); int32 (batch, out_rows + 1) or null; float (batch, entries) or null.
   View index, offsets, weight;
   // (batch, out_rows, dim), contiguous.

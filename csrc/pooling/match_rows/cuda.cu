@@ -122,30 +122,31 @@ __global__ void __launch_bounds__(kThreads, 4)
 }
 
 template <class T>
-Vectors<T> vectors_of(const MatchedRows& rows, Dtype dtype) {
-  const int width = copy_width(rows.data, {rows.batch_stride, rows.row_stride}, dtype);
-  return {global<const T>(rows.data),  global<const float>(rows.inverse_norms),
-          rows.batch_stride,           rows.row_stride,
-          static_cast<int>(rows.rows), width};
+Vectors<T> vectors_of(const MatchedRows& of) {
+  const View& rows = of.rows;
+  return {global<const T>(rows), global<const float>(of.inverse_norms), rows.stride[1],
+          rows.stride[2],        static_cast<int>(rows.size[2]),        copy_width(rows)};
 }
 
 }  // namespace
 
 void match_rows(const MatchRows& p, Stream stream) {
-  const int64_t row_blocks = (p.a.rows + kRows - 1) / kRows;
-  if (p.batch * row_blocks == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  const View& a = p.a.rows;
+  const int64_t batch = a.size[1], dim = a.size[3], row_blocks = (a.size[2] + kRows - 1) / kRows;
+  if (batch * row_blocks == 0) return;
+  with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
-    for (const MatchedRows* rows : {&p.a, &p.b}) {
-      const int64_t all = p.batch * rows->rows;
+    for (const MatchedRows* of : {&p.a, &p.b}) {
+      const View& rows = of->rows;
+      const int64_t all = batch * rows.size[2];
       if (all == 0) continue;
       launch<inverse_norms_kernel<T>>(static_cast<unsigned>((all + kWarps - 1) / kWarps), kThreads, 0, stream,
-                                      global<const T>(rows->data), global<float>(rows->inverse_norms), rows->rows, all,
-                                      p.dim, rows->batch_stride, rows->row_stride);
+                                      global<const T>(rows), global<float>(of->inverse_norms), rows.size[2], all, dim,
+                                      rows.stride[1], rows.stride[2]);
     }
-    launch<match_rows_kernel<T>>(static_cast<unsigned>(p.batch * row_blocks), kThreads, sizeof(Storage<T>), stream,
-                                 vectors_of<T>(p.a, p.dtype), vectors_of<T>(p.b, p.dtype), global<float>(p.similarity),
-                                 global<int32_t>(p.best), static_cast<int>(p.dim), static_cast<int>(row_blocks));
+    launch<match_rows_kernel<T>>(static_cast<unsigned>(batch * row_blocks), kThreads, sizeof(Storage<T>), stream,
+                                 vectors_of<T>(p.a), vectors_of<T>(p.b), global<float>(p.similarity),
+                                 global<int32_t>(p.best), static_cast<int>(dim), static_cast<int>(row_blocks));
   });
 }
 

@@ -5,22 +5,18 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
-// Rows (batch, rows, dim) with last stride 1.
 struct MatchedRows {
-  View data;
-  int64_t rows, batch_stride, row_stride;
+  // (batch, rows, dim) with last stride 1.
+  View rows;
   // One over their norms, float (batch, rows): written by the first of the kernels.
   View inverse_norms;
 };
 
 // For each row of a, the largest cosine of its angle to a row of b, and the first row of b that has it.
 struct MatchRows {
-  int64_t batch, dim;
-  Dtype dtype;
   MatchedRows a, b;
   // float and int32 (batch, rows of a).
   View similarity, best;

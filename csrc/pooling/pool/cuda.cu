@@ -285,12 +285,11 @@ __global__ void __launch_bounds__(kThreads)
 // Calls run with the widest access that the tensors allow.
 template <class T, class F>
 void with_width(const Pool& p, const View& other, const F& run) {
-  constexpr int kWide = sizeof(T) == 4 ? 4 : 8;
-  const bool fits = p.dim % kWide == 0 && p.segment_stride % kWide == 0 &&
-                    is_aligned(p.x, p.dtype, p.token_stride, kWide) && is_aligned(other, p.dtype, p.dim, kWide) &&
-                    is_aligned(p.grad, p.dtype, p.dim, kWide);
+  constexpr int kVector = sizeof(T) == 4 ? 4 : 8;
+  const bool fits =
+      p.dim() % kVector == 0 && is_aligned(p.x, kVector) && is_aligned(other, kVector) && is_aligned(p.grad, kVector);
   if (fits)
-    run(std::integral_constant<int, kWide>{});
+    run(std::integral_constant<int, kVector>{});
   else
     run(std::integral_constant<int, 1>{});
 }
@@ -298,35 +297,35 @@ void with_width(const Pool& p, const View& other, const F& run) {
 }  // namespace
 
 void pool_forward(const Pool& p, Stream stream) {
-  if (p.segments == 0 || p.dim == 0) return;
+  if (p.segments() == 0 || p.dim() == 0) return;
   const dim3 block(kAlong, kRows);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto x = global<const T>(p.x);
     const auto out = global<T>(p.out);
     const auto stats = global<float>(p.stats);
     if (p.tokens_contiguous)
-      return launch<columns_kernel<T>>(divide_up(p.segments * p.dim, kRows), block, 0, stream, x, tokens_of(p), out,
-                                       stats, p.mode, p.p, p.segment_stride, p.dim_stride, p.dim);
+      return launch<columns_kernel<T>>(divide_up(p.segments() * p.dim(), kRows), block, 0, stream, x, tokens_of(p), out,
+                                       stats, p.mode, p.p, p.x.stride[1], p.x.stride[3], p.dim());
     with_width<T>(p, p.out, [&](auto w) {
       constexpr int kWidth = decltype(w)::value;
-      const unsigned column_blocks = divide_up(p.dim, kAlong * kWidth);
-      launch<rows_kernel<T, kWidth>>(static_cast<unsigned>(p.segments * column_blocks), block, 0, stream, x,
-                                     tokens_of(p), out, stats, p.mode, p.p, p.segment_stride, p.token_stride, p.dim,
+      const unsigned column_blocks = divide_up(p.dim(), kAlong * kWidth);
+      launch<rows_kernel<T, kWidth>>(static_cast<unsigned>(p.segments() * column_blocks), block, 0, stream, x,
+                                     tokens_of(p), out, stats, p.mode, p.p, p.x.stride[1], p.x.stride[2], p.dim(),
                                      column_blocks);
     });
   });
 }
 
 void pool_backward(const Pool& p, Stream stream) {
-  if (p.segments == 0 || p.dim == 0 || p.tokens == 0) return;
+  if (p.segments() == 0 || p.dim() == 0 || p.tokens() == 0) return;
   const dim3 block(kAlong, kRows);
   View counted;
   if (p.mode == kPoolMean || p.mode == kPoolGem) {
     counted = p.counts;
-    launch<counts_kernel>(divide_up(p.segments, kRows), block, 0, stream, tokens_of(p), global<int>(counted));
+    launch<counts_kernel>(divide_up(p.segments(), kRows), block, 0, stream, tokens_of(p), global<int>(counted));
   }
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto grad = global<const T>(p.grad);
     const auto x = global<const T>(p.x);
@@ -334,16 +333,16 @@ void pool_backward(const Pool& p, Stream stream) {
     const auto counts = global<const int>(counted);
     const auto grad_x = global<T>(p.grad_x);
     if (p.tokens_contiguous)
-      return launch<columns_backward_kernel<T>>(divide_up(p.segments * p.dim, kRows), block, 0, stream, grad, x, stats,
-                                                counts, tokens_of(p), grad_x, p.mode, p.p, p.segment_stride,
-                                                p.dim_stride, p.dim);
+      return launch<columns_backward_kernel<T>>(divide_up(p.segments() * p.dim(), kRows), block, 0, stream, grad, x,
+                                                stats, counts, tokens_of(p), grad_x, p.mode, p.p, p.x.stride[1],
+                                                p.x.stride[3], p.dim());
     with_width<T>(p, p.grad_x, [&](auto w) {
       constexpr int kWidth = decltype(w)::value;
-      const unsigned column_blocks = divide_up(p.dim, kAlong * kWidth);
-      const int64_t rows = p.bounds ? p.tokens : p.segments * p.tokens;
+      const unsigned column_blocks = divide_up(p.dim(), kAlong * kWidth);
+      const int64_t rows = p.bounds ? p.tokens() : p.segments() * p.tokens();
       launch<rows_backward_kernel<T, kWidth>>(divide_up(rows, kRows * kTokensBackward) * column_blocks, block, 0,
                                               stream, grad, x, stats, counts, tokens_of(p), grad_x, p.mode, p.p,
-                                              p.segment_stride, p.token_stride, p.dim, column_blocks);
+                                              p.x.stride[1], p.x.stride[2], p.dim(), column_blocks);
     });
   });
 }

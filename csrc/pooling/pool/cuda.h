@@ -5,22 +5,19 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
 enum PoolMode : int { kPoolMean, kPoolSum, kPoolMax, kPoolLogSumExp, kPoolGem };
 
 struct Pool {
-  int64_t segments, tokens, dim;
   PoolMode mode;
   float p;
-  Dtype dtype;
   // Bounds of packed segments, or lengths and one byte per token, each perhaps null.
   View bounds, lengths, mask;
-  // Null in backward where it is not read.
+  // (segments, tokens, dim), of packed segments (tokens, dim). Null in backward where it is not read.
   View x;
-  int64_t segment_stride, token_stride, dim_stride;
+  // The stride that is 1 is that of tokens, or else the last.
   bool tokens_contiguous;
   // (segments, dim): what backward needs of the result, int32 for the largest, else float.
   View stats;
@@ -32,6 +29,10 @@ struct Pool {
   View grad, grad_x;
   // int32, one per segment.
   View counts;
+
+  int64_t segments() const { return bounds ? bounds.size[3] - 1 : x.size[1]; }
+  int64_t tokens() const { return x.size[2]; }
+  int64_t dim() const { return x.size[3]; }
 };
 
 void pool_forward(const Pool& problem, Stream stream);
