@@ -72,16 +72,14 @@ void add_parts(const View& parts, int64_t offset, const View& to, int64_t outer,
                               count, inner, stride);
 }
 
+// Elements of an access of 16 bytes.
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));
+
 template <class T, class F>
 void with_width(bool fits, const F& run) {
-  if (fits) return run(std::integral_constant<int, 16 / sizeof(T)>{});
+  if (fits) return run(std::integral_constant<int, kVector<T>>{});
   run(std::integral_constant<int, 1>{});
-}
-
-template <class T>
-bool is_wide(const View& view, Dtype dtype, int64_t a, int64_t b) {
-  constexpr int kWidth = 16 / sizeof(T);
-  return is_aligned(view, dtype, a, kWidth) && b % kWidth == 0;
 }
 
 }  // namespace

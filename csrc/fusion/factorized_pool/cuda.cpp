@@ -12,20 +12,12 @@ using namespace device;
 FactorizedPool problem_of(const Tensor& a, const Tensor& b, const std::optional<Tensor>& seed, int64_t factor,
                           bool inner, bool power_norm, bool l2_norm, double dropout_p) {
   FactorizedPool p{};
-  p.batch = a.size(0);
-  p.regions = a.size(1);
   p.factor = factor;
-  p.dim = a.size(2) / factor;
-  p.dtype = dtype_of(a);
   p.inner = inner;
   p.power_norm = power_norm;
   p.l2_norm = l2_norm;
   p.a = view_of(a);
-  p.a_batch_stride = a.stride(0);
-  p.a_region_stride = a.stride(1);
   p.b = view_of(b);
-  p.b_batch_stride = b.stride(0);
-  p.b_region_stride = b.stride(1);
   p.seed = view_of(seed);
   p.dropout_p = dropout_p;
   return p;

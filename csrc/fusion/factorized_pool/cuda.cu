@@ -131,13 +131,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 Shape shape_of(const FactorizedPool& p) {
-  return {p.regions,
-          p.dim,
+  return {p.a.size[2],
+          p.dim(),
           p.factor,
-          p.a_batch_stride,
-          p.a_region_stride,
-          p.b_batch_stride,
-          p.b_region_stride,
+          p.a.stride[1],
+          p.a.stride[2],
+          p.b.stride[1],
+          p.b.stride[2],
           static_cast<uint32_t>(p.dropout_p * 4294967296.0),
           static_cast<float>(1.0 / (1.0 - p.dropout_p)),
           p.inner,
@@ -148,9 +148,9 @@ Shape shape_of(const FactorizedPool& p) {
 }  // namespace
 
 void factorized_pool_forward(const FactorizedPool& p, Stream stream) {
-  const int64_t rows = p.batch * p.regions;
-  if (rows == 0 || p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  const int64_t rows = p.rows();
+  if (rows == 0 || p.dim() == 0) return;
+  with_type(p.a.dtype, [&](auto t) {
     using T = decltype(t);
     launch<forward_kernel<T>>(static_cast<unsigned>(rows), kThreads, 0, stream, global<const T>(p.a),
                               global<const T>(p.b), global<const int64_t>(p.seed), global<T>(p.out), shape_of(p));
@@ -158,9 +158,9 @@ void factorized_pool_forward(const FactorizedPool& p, Stream stream) {
 }
 
 void factorized_pool_backward(const FactorizedPool& p, Stream stream) {
-  const int64_t rows = p.batch * p.regions;
-  if (rows == 0 || p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  const int64_t rows = p.rows();
+  if (rows == 0 || p.dim() == 0) return;
+  with_type(p.a.dtype, [&](auto t) {
     using T = decltype(t);
     launch<backward_kernel<T>>(static_cast<unsigned>(rows), kThreads, 0, stream, global<const T>(p.a),
                                global<const T>(p.b), global<const int64_t>(p.seed), global<const T>(p.grad),

@@ -10,35 +10,19 @@ namespace {
 
 using namespace device;
 
-Film film_of(const Tensor& like, bool regions_contiguous, double gamma_offset) {
+Film film_of(const View& x, bool regions_contiguous, double gamma_offset) {
   Film p{};
-  p.batch = like.size(0);
-  p.regions = like.size(1);
-  p.dim = like.size(2);
-  p.dtype = dtype_of(like);
   p.regions_contiguous = regions_contiguous;
   p.offset = static_cast<float>(gamma_offset);
+  p.x = x;
   return p;
-}
-
-void set_x(Film& p, const Tensor& x) {
-  p.x = view_of(x);
-  p.x_batch_stride = x.stride(0);
-  p.x_stride = x.stride(p.regions_contiguous ? 2 : 1);
-}
-
-void set_gamma(Film& p, const Tensor& gamma) {
-  p.gamma = view_of(gamma);
-  p.gamma_stride = gamma.stride(0);
 }
 
 void film_forward_op(Tensor x, Tensor gamma, Tensor beta, bool regions_contiguous, double gamma_offset, Tensor out) {
   const Current current(x);
-  Film p = film_of(x, regions_contiguous, gamma_offset);
-  set_x(p, x);
-  set_gamma(p, gamma);
+  Film p = film_of(view_of(x), regions_contiguous, gamma_offset);
+  p.gamma = view_of(gamma);
   p.beta = view_of(beta);
-  p.beta_stride = beta.stride(0);
   p.out = view_of(out);
   film_forward(p, current.stream());
 }
@@ -47,15 +31,14 @@ void film_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
                       double gamma_offset, std::optional<Tensor> grad_x, std::optional<Tensor> grad_gamma,
                       std::optional<Tensor> grad_beta) {
   const Current current(grad);
-  Film p = film_of(grad, regions_contiguous, gamma_offset);
+  Film p = film_of(grad_gamma ? view_of(*x) : absent(view_of(grad)), regions_contiguous, gamma_offset);
   p.grad = view_of(grad);
-  if (grad_gamma) set_x(p, *x);
-  if (grad_x) set_gamma(p, *gamma);
+  if (grad_x) p.gamma = view_of(*gamma);
   p.grad_x = view_of(grad_x);
   p.grad_gamma = view_of(grad_gamma);
   p.grad_beta = view_of(grad_beta);
   const bool has_parts = (grad_gamma || grad_beta) && !regions_contiguous;
-  Tensor parts = torch::stable::new_empty(grad, {has_parts ? p.batch * region_blocks(p.regions) * 2 * p.dim : 0},
+  Tensor parts = torch::stable::new_empty(grad, {has_parts ? p.batch() * region_blocks(p.regions()) * 2 * p.dim() : 0},
                                           ScalarType::Float);
   p.parts = view_of(parts);
   film_backward(p, current.stream());

@@ -106,22 +106,22 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
-bool is_wide(const Film& p) {
-  const int64_t dim = p.dim;
-  return is_wide<T>(p.x, p.dtype, p.x_batch_stride, p.x_stride) && is_wide<T>(p.gamma, p.dtype, p.gamma_stride, dim) &&
-         is_wide<T>(p.beta, p.dtype, p.beta_stride, dim) && is_wide<T>(p.out, p.dtype, dim, dim) &&
-         is_wide<T>(p.grad, p.dtype, dim, dim) && is_wide<T>(p.grad_x, p.dtype, dim, dim);
+bool fits_vectors(const Film& p) {
+  bool fits = p.dim() % kVector<T> == 0;
+  for (const View* view : {&p.x, &p.gamma, &p.beta, &p.out, &p.grad, &p.grad_x})
+    fits = fits && is_aligned(*view, kVector<T>);
+  return fits;
 }
 
 FilmShape shape_of(const Film& p, int width) {
-  return {p.regions,
-          p.dim,
-          p.x_batch_stride,
-          p.x_stride,
-          p.gamma_stride,
-          p.beta_stride,
-          static_cast<unsigned>(region_blocks(p.regions)),
-          divide_up(p.dim, kThreads * width),
+  return {p.regions(),
+          p.dim(),
+          p.x.stride[1],
+          p.x.stride[p.regions_contiguous ? 3 : 2],
+          p.gamma.stride[2],
+          p.beta.stride[2],
+          static_cast<unsigned>(region_blocks(p.regions())),
+          divide_up(p.dim(), kThreads * width),
           p.offset};
 }
 
@@ -132,41 +132,41 @@ unsigned grid_of(int64_t batch, const FilmShape& shape) {
 }  // namespace
 
 void film_forward(const Film& p, Stream stream) {
-  if (p.batch * p.regions * p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (p.batch() * p.regions() * p.dim() == 0) return;
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto x = global<const T>(p.x), gamma = global<const T>(p.gamma), beta = global<const T>(p.beta);
     const auto out = global<T>(p.out);
-    const int64_t rows = p.batch * p.dim;
+    const int64_t rows = p.batch() * p.dim();
     if (p.regions_contiguous)
       return launch<film_along_kernel<T>>(divide_up(rows, kWarps), dim3(32, kWarps), 0, stream, x, gamma, beta, out,
                                           shape_of(p, 1), rows);
-    with_width<T>(is_wide<T>(p), [&](auto width) {
+    with_width<T>(fits_vectors<T>(p), [&](auto width) {
       const FilmShape shape = shape_of(p, width);
-      launch<film_kernel<T, width>>(grid_of(p.batch, shape), kThreads, 0, stream, x, gamma, beta, out, shape);
+      launch<film_kernel<T, width>>(grid_of(p.batch(), shape), kThreads, 0, stream, x, gamma, beta, out, shape);
     });
   });
 }
 
 void film_backward(const Film& p, Stream stream) {
-  if (p.batch * p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (p.batch() * p.dim() == 0) return;
+  with_type(p.x.dtype, [&](auto t) {
     using T = decltype(t);
     const auto grad = global<const T>(p.grad), x = global<const T>(p.x), gamma = global<const T>(p.gamma);
     const auto grad_x = global<T>(p.grad_x);
-    const int64_t rows = p.batch * p.dim, blocks = region_blocks(p.regions);
+    const int64_t rows = p.batch() * p.dim(), blocks = region_blocks(p.regions());
     if (p.regions_contiguous)
       return launch<film_along_backward_kernel<T>>(divide_up(rows, kWarps), dim3(32, kWarps), 0, stream, grad, x, gamma,
                                                    grad_x, global<T>(p.grad_gamma), global<T>(p.grad_beta),
                                                    shape_of(p, 1), rows);
-    if (p.regions != 0)
-      with_width<T>(is_wide<T>(p), [&](auto width) {
+    if (p.regions() != 0)
+      with_width<T>(fits_vectors<T>(p), [&](auto width) {
         const FilmShape shape = shape_of(p, width);
-        launch<film_backward_kernel<T, width>>(grid_of(p.batch, shape), kThreads, 0, stream, grad, x, gamma, grad_x,
+        launch<film_backward_kernel<T, width>>(grid_of(p.batch(), shape), kThreads, 0, stream, grad, x, gamma, grad_x,
                                                global<float>(p.parts), shape);
       });
-    if (p.grad_gamma) add_parts<T>(p.parts, 0, p.grad_gamma, p.batch, blocks, p.dim, 2 * p.dim, stream);
-    if (p.grad_beta) add_parts<T>(p.parts, p.dim, p.grad_beta, p.batch, blocks, p.dim, 2 * p.dim, stream);
+    if (p.grad_gamma) add_parts<T>(p.parts, 0, p.grad_gamma, p.batch(), blocks, p.dim(), 2 * p.dim(), stream);
+    if (p.grad_beta) add_parts<T>(p.parts, p.dim(), p.grad_beta, p.batch(), blocks, p.dim(), 2 * p.dim(), stream);
   });
 }
 

@@ -5,26 +5,25 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
 // (offset + gamma) * x + beta for x (batch, regions, dim), last stride 1 or, with regions_contiguous, the one before
 // it; gamma and beta (batch, dim). Out, grad and grad_x are contiguous in the order of x.
 struct Film {
-  int64_t batch, regions, dim;
-  Dtype dtype;
   bool regions_contiguous;
   float offset;
   // x is null in backward where gamma needs no gradient, gamma where x needs none.
   View x, gamma, beta;
-  // The other stride of x is that of a region, with regions_contiguous that of a feature.
-  int64_t x_batch_stride, x_stride, gamma_stride, beta_stride;
   View out, grad;
   // Those that are wanted.
   View grad_x, grad_gamma, grad_beta;
   // (batch, region_blocks, 2, dim) floats, where regions are not contiguous.
   View parts;
+
+  int64_t batch() const { return x.size[1]; }
+  int64_t regions() const { return x.size[2]; }
+  int64_t dim() const { return x.size[3]; }
 };
 
 void film_forward(const Film& problem, Stream stream);

@@ -12,12 +12,6 @@ namespace {
 
 using namespace device;
 
-void set_feature(WeightedFeature& feature, const Tensor& t, int64_t regions) {
-  feature.from = view_of(t);
-  feature.batch_stride = t.stride(0);
-  feature.region_stride = t.size(1) == regions ? t.stride(1) : 0;
-}
-
 void check_count(int64_t count) {
   if (count > kMostFeatures) throw std::runtime_error("velm: weighted_sum: at most 60 features");
 }
@@ -26,13 +20,9 @@ void weighted_sum_forward_op(std::vector<Tensor> features, Tensor weights, Tenso
   check_count(static_cast<int64_t>(features.size()));
   const Current current(weights);
   WeightedSum p{};
-  p.batch = out.size(0);
-  p.regions = out.size(1);
-  p.dim = out.size(2);
   p.count = static_cast<int>(features.size());
-  p.dtype = dtype_of(out);
   p.weights = view_of(weights);
-  for (int i = 0; i < p.count; ++i) set_feature(p.feature[i], features[static_cast<size_t>(i)], p.regions);
+  for (int i = 0; i < p.count; ++i) p.feature[i].from = view_of(features[static_cast<size_t>(i)]);
   p.out = view_of(out);
   weighted_sum_forward(p, current.stream());
 }
@@ -42,13 +32,9 @@ void weighted_sum_backward_op(Tensor grad, std::vector<Tensor> features, Tensor 
   check_count(weights.size(1));
   const Current current(grad);
   WeightedSum p{};
-  p.batch = grad.size(0);
-  p.regions = grad.size(1);
-  p.dim = grad.size(2);
   p.count = static_cast<int>(weights.size(1));
-  p.dtype = dtype_of(grad);
   p.weights = view_of(weights);
-  p.grad = view_of(grad);
+  p.out = view_of(grad);
   p.grad_weights = view_of(grad_weights);
   bool needs_sums = false;
   for (int i = 0; i < p.count; ++i) {
@@ -56,16 +42,16 @@ void weighted_sum_backward_op(Tensor grad, std::vector<Tensor> features, Tensor 
     const auto at = static_cast<size_t>(i);
     feature.is_broadcast = broadcast[at];
     feature.grad = view_of(grad_features[at]);
-    if (grad_weights) set_feature(feature, features[at], p.regions);
+    if (grad_weights) feature.from = view_of(features[at]);
     needs_sums = needs_sums || (feature.is_broadcast && (grad_weights || grad_features[at]));
   }
-  const int64_t blocks = p.batch * region_blocks(p.regions);
+  const int64_t blocks = p.batch() * region_blocks(p.regions());
   const auto floats = [&](bool wanted, int64_t count) {
     return torch::stable::new_empty(grad, {wanted ? count : 0}, ScalarType::Float);
   };
   Tensor products =
-      floats(grad_weights.has_value(), blocks * ((p.dim + kProductColumns - 1) / kProductColumns) * p.count);
-  Tensor parts = floats(needs_sums, blocks * p.dim), sums = floats(needs_sums, p.batch * p.dim);
+      floats(grad_weights.has_value(), blocks * ((p.dim() + kProductColumns - 1) / kProductColumns) * p.count);
+  Tensor parts = floats(needs_sums, blocks * p.dim()), sums = floats(needs_sums, p.batch() * p.dim());
   p.products = view_of(products);
   p.parts = view_of(parts);
   p.sums = view_of(sums);

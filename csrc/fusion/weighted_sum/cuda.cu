@@ -123,61 +123,61 @@ template <class T>
 Features<T> features_of(const WeightedSum& p, int width) {
   Features<T> all{};
   all.count = p.count;
-  all.regions = p.regions;
-  all.dim = p.dim;
-  all.blocks = static_cast<unsigned>(region_blocks(p.regions));
-  all.column_blocks = divide_up(p.dim, kThreads * width);
+  all.regions = p.regions();
+  all.dim = p.dim();
+  all.blocks = static_cast<unsigned>(region_blocks(p.regions()));
+  all.column_blocks = divide_up(p.dim(), kThreads * width);
   for (int i = 0; i < p.count; ++i) {
     const WeightedFeature& f = p.feature[i];
-    all.feature[i] = {global<const T>(f.from), global<T>(f.grad), f.batch_stride, f.region_stride, f.is_broadcast};
+    all.feature[i] = {global<const T>(f.from), global<T>(f.grad), f.from.stride[1], f.from.stride[2], f.is_broadcast};
   }
   return all;
 }
 
 template <class T>
-bool is_wide(const WeightedSum& p) {
-  bool fits = is_wide<T>(p.out, p.dtype, p.dim, p.dim) && is_wide<T>(p.grad, p.dtype, p.dim, p.dim);
+bool fits_vectors(const WeightedSum& p) {
+  bool fits = p.dim() % kVector<T> == 0 && is_aligned(p.out, kVector<T>);
   for (int i = 0; i < p.count; ++i)
-    fits = fits && is_wide<T>(p.feature[i].from, p.dtype, p.feature[i].batch_stride, p.feature[i].region_stride) &&
-           is_wide<T>(p.feature[i].grad, p.dtype, p.dim, p.dim);
+    fits = fits && is_aligned(p.feature[i].from, kVector<T>) && is_aligned(p.feature[i].grad, kVector<T>);
   return fits;
 }
 
 }  // namespace
 
 void weighted_sum_forward(const WeightedSum& p, Stream stream) {
-  if (p.batch * p.regions * p.dim == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (p.batch() * p.regions() * p.dim() == 0) return;
+  with_type(p.out.dtype, [&](auto t) {
     using T = decltype(t);
-    with_width<T>(is_wide<T>(p), [&](auto width) {
+    with_width<T>(fits_vectors<T>(p), [&](auto width) {
       const Features<T> all = features_of<T>(p, width);
-      launch<weighted_sum_kernel<T, width>>(static_cast<unsigned>(p.batch) * all.blocks * all.column_blocks, kThreads,
+      launch<weighted_sum_kernel<T, width>>(static_cast<unsigned>(p.batch()) * all.blocks * all.column_blocks, kThreads,
                                             0, stream, all, global<const float>(p.weights), global<T>(p.out));
     });
   });
 }
 
 void weighted_sum_backward(const WeightedSum& p, Stream stream) {
-  if (p.batch == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (p.batch() == 0) return;
+  with_type(p.out.dtype, [&](auto t) {
     using T = decltype(t);
     const auto weights = global<const float>(p.weights);
-    const int64_t blocks = region_blocks(p.regions);
+    const int64_t blocks = region_blocks(p.regions());
     int64_t column_blocks = 0;
-    if (p.regions * p.dim != 0)
-      with_width<T>(is_wide<T>(p), [&](auto width) {
+    if (p.regions() * p.dim() != 0)
+      with_width<T>(fits_vectors<T>(p), [&](auto width) {
         const Features<T> all = features_of<T>(p, width);
         column_blocks = all.column_blocks;
-        launch<weighted_sum_backward_kernel<T, width>>(static_cast<unsigned>(p.batch) * all.blocks * all.column_blocks,
-                                                       kThreads, 0, stream, all, global<const T>(p.grad), weights,
-                                                       global<float>(p.products), global<float>(p.parts));
+        launch<weighted_sum_backward_kernel<T, width>>(
+            static_cast<unsigned>(p.batch()) * all.blocks * all.column_blocks, kThreads, 0, stream, all,
+            global<const T>(p.out), weights, global<float>(p.products), global<float>(p.parts));
       });
     if (p.grad_weights)
-      add_parts<float>(p.products, 0, p.grad_weights, p.batch, blocks * column_blocks, p.count, p.count, stream);
+      add_parts<float>(p.products, 0, p.grad_weights, p.batch(), blocks * column_blocks, p.count, p.count, stream);
     if (!p.sums) return;
-    add_parts<float>(p.parts, 0, p.sums, p.batch, blocks, p.dim, p.dim, stream);
-    launch<weighted_sum_broadcast_kernel<T>>(static_cast<unsigned>(p.batch), kThreads, 0, stream, features_of<T>(p, 1),
-                                             global<const float>(p.sums), weights, global<float>(p.grad_weights));
+    add_parts<float>(p.parts, 0, p.sums, p.batch(), blocks, p.dim(), p.dim(), stream);
+    launch<weighted_sum_broadcast_kernel<T>>(static_cast<unsigned>(p.batch()), kThreads, 0, stream,
+                                             features_of<T>(p, 1), global<const float>(p.sums), weights,
+                                             global<float>(p.grad_weights));
   });
 }
 

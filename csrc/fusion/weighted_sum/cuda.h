@@ -5,7 +5,6 @@
 
 namespace velm::cuda {
 
-using device::Dtype;
 using device::Stream;
 using device::View;
 
@@ -14,25 +13,28 @@ constexpr int kMostFeatures = 60;
 constexpr int64_t kProductColumns = 128;
 
 struct WeightedFeature {
+  // (batch, regions or 1, dim), last stride 1.
   View from, grad;
-  int64_t batch_stride, region_stride;
-  // One region of several, with region stride 0.
+  // One region of several.
   bool is_broadcast;
 };
 
-// The sum of weights[batch, i] * feature[i] (batch, regions, dim), last stride 1; the rest is contiguous.
+// The sum of weights[batch, i] * feature[i]; all but the features is contiguous.
 struct WeightedSum {
-  int64_t batch, regions, dim;
   int count;
-  Dtype dtype;
   View weights;
   WeightedFeature feature[kMostFeatures];
+  // (batch, regions, dim): the result, in backward its gradient.
   View out;
-  // Backward: grad_weights may be null, and then features are.
-  View grad, grad_weights;
+  // Backward: it may be null, and then features are.
+  View grad_weights;
   // Floats: (batch, region_blocks, columns / kProductColumns, count); where a feature is broadcast (batch,
   // region_blocks, dim) and their sum (batch, dim).
   View products, parts, sums;
+
+  int64_t batch() const { return out.size[1]; }
+  int64_t regions() const { return out.size[2]; }
+  int64_t dim() const { return out.size[3]; }
 };
 
 void weighted_sum_forward(const WeightedSum& problem, Stream stream);
