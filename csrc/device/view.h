@@ -36,6 +36,8 @@ struct View {
   int64_t stride[4] = {};
 
   explicit operator bool() const { return data != nullptr; }
+  // Elements that are there.
+  int64_t numel() const { return data ? size[0] * size[1] * size[2] * size[3] : 0; }
 };
 
 // What is said of a tensor that is not there: the sizes and the type that it would have.
@@ -53,12 +55,6 @@ inline bool is_aligned(const View& rows, int width) {
   const std::size_t bytes = bytes_of(rows.dtype) * static_cast<std::size_t>(width);
   return reinterpret_cast<uintptr_t>(rows.data) % bytes == 0 && rows.stride[0] % width == 0 &&
          rows.stride[1] % width == 0 && rows.stride[2] % width == 0;
-}
-
-// Whether rows `stride` elements apart, beginning at `view`, can be read `width` elements at a time.
-inline bool is_aligned(const View& view, Dtype dtype, int64_t stride, int width) {
-  const std::size_t bytes = bytes_of(dtype) * static_cast<std::size_t>(width);
-  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && stride % width == 0;
 }
 
 // A cudaStream_t.

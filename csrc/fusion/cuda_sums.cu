@@ -2,6 +2,8 @@
 
 #include "fusion/cuda_sums.h"
 
+#include <algorithm>
+
 #include "device/launch.h"
 #include "device/memory.h"
 #include "device/numbers.h"
@@ -39,28 +41,24 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class From, class T>
-void add(const Global<const From>& partials, const View& bias, const View& to, int64_t count, int64_t stride,
-         int64_t elements, int64_t period, Stream stream) {
+void add(const View& partials, const View& bias, const View& to, int64_t count, int64_t stride, Stream stream) {
+  const int64_t elements = to.numel();
   if (elements == 0) return;
   launch<sum_partials_kernel<From, T>>(static_cast<unsigned>((elements + kAcross - 1) / kAcross), dim3(kAcross, kDown),
-                                       0, stream, partials, global<const T>(bias), global<T>(to), count, stride,
-                                       elements, static_cast<int>(period));
+                                       0, stream, global<const From>(partials), global<const T>(bias), global<T>(to),
+                                       count, stride, elements, static_cast<int>(std::max<int64_t>(1, bias.numel())));
 }
 
 }  // namespace
 
-void sum_parts(const View& partials, const View& bias, const View& to, Dtype dtype, int64_t parts, int64_t elements,
-               int64_t period, Stream stream) {
-  with_type(dtype, [&](auto t) {
-    add<float, decltype(t)>(global<const float>(partials), bias, to, parts, elements, elements, period, stream);
-  });
+void sum_parts(const View& partials, const View& bias, const View& to, int64_t parts, Stream stream) {
+  with_type(to.dtype, [&](auto t) { add<float, decltype(t)>(partials, bias, to, parts, to.numel(), stream); });
 }
 
-void sum_rows(const View& rows, const View& to, Dtype dtype, int64_t count, int64_t stride, int64_t elements,
-              Stream stream) {
-  with_type(dtype, [&](auto t) {
+void sum_rows(const View& rows, const View& to, Stream stream) {
+  with_type(rows.dtype, [&](auto t) {
     using T = decltype(t);
-    add<T, T>(global<const T>(rows), {}, to, count, stride, elements, 1, stream);
+    add<T, T>(rows, {}, to, rows.size[2], rows.stride[2], stream);
   });
 }
 

@@ -63,11 +63,6 @@ inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The widest copies, in bytes, of rows with these strides.
-inline int width_of(const View& view, Dtype dtype, int64_t stride, int64_t other = 0) {
-  return copy_width(view, {other, stride}, dtype);
-}
-
 // What a lane has of one side of a matrix instruction: words of two 16-bit elements, or floats.
 template <class T, int kCount>
 struct Operand {

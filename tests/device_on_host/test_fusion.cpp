@@ -15,26 +15,20 @@ using namespace testing;
 namespace {
 
 template <class T>
-void check_bilinear(Dtype dtype, int64_t rows, int64_t dx, int64_t dy, int64_t out) {
+void check_bilinear(int64_t rows, int64_t dx, int64_t dy, int64_t out) {
   auto x = random_values<T>(rows * dx), y = random_values<T>(rows * dy), weight = random_values<T>(out * dx * dy);
   auto bias = random_values<T>(out), grad = random_values<T>(rows * out);
   std::vector<T> z(grad.size()), grad_x(x.size()), grad_y(y.size()), grad_weight(weight.size()), grad_bias(bias.size());
   Bilinear p{};
-  p.rows = rows;
-  p.dx = p.x_stride = dx;
-  p.dy = p.y_stride = p.row_stride = dy;
-  p.out = p.grad_stride = out;
-  p.out_stride = dx * dy;
-  p.dtype = dtype;
-  p.x = view(x);
-  p.y = view(y);
-  p.weight = view(weight);
+  p.x = view(x, {rows, dx});
+  p.y = view(y, {rows, dy});
+  p.weight = view(weight, {out, dx, dy});
   p.bias = view(bias);
-  p.grad = view(grad);
-  p.z = view(z);
-  p.grad_x = view(grad_x);
-  p.grad_y = view(grad_y);
-  p.grad_weight = view(grad_weight);
+  p.grad = view(grad, {rows, out});
+  p.z = view(z, {rows, out});
+  p.grad_x = view(grad_x, {rows, dx});
+  p.grad_y = view(grad_y, {rows, dy});
+  p.grad_weight = view(grad_weight, {out, dx, dy});
   p.grad_bias = view(grad_bias);
   std::vector<float> partials(static_cast<size_t>(bilinear_forward_partials(p)));
   p.partials = view(partials);
@@ -79,25 +73,17 @@ void check_bilinear(Dtype dtype, int64_t rows, int64_t dx, int64_t dy, int64_t o
 
 // Two inputs, of which the second has one row for `repeat` of the result and is projected first.
 template <class T>
-void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int64_t out, int64_t rank) {
+void check_low_rank(int64_t rows, int64_t repeat, int64_t dim, int64_t out, int64_t rank) {
   const int64_t count[2] = {rows, rows / repeat};
   std::vector<T> xs[2], factors[2], to[2];
   std::vector<float> projections[2];
   auto weight = random_values<T>(rank), bias = random_values<T>(out), grad = random_values<T>(rows * out);
   std::vector<T> z(grad.size());
   LowRankFusion p{};
-  p.rows = rows;
-  p.out = out;
-  p.rank = rank;
-  p.dtype = dtype;
   p.count = 2;
   LowRankGradients g{};
-  g.rows = rows;
-  g.out = out;
-  g.ranks = rank;
-  g.dtype = dtype;
   g.count = 2;
-  g.grad = view(grad);
+  g.grad = view(grad, {rows, out});
   g.weight = view(weight);
   options().bank_conflicts = true;
   device_on_host::take_launches();
@@ -105,23 +91,21 @@ void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int6
     xs[m] = random_values<T>(count[m] * dim);
     factors[m] = random_values<T>(rank * (1 + dim) * out);
     projections[m].resize(static_cast<size_t>(rank * count[m] * out));
-    p.inputs[m] = {view(xs[m]), view(factors[m]), count[m], dim, dim, view(projections[m]), m == 1};
-    g.projections[m] = view(projections[m]);
-    g.input_rows[m] = count[m];
+    g.projections[m] = view(projections[m], {rank, count[m], out});
+    p.inputs[m] = {view(xs[m], {count[m], dim}), view(factors[m], {rank, 1 + dim, out}), g.projections[m], m == 1};
   }
   for (int m = 0; m < 2; ++m) {
     to[m].resize(static_cast<size_t>(low_rank_gradient_rows(g, m) * rank * out));
-    g.to[m] = view(to[m]);
+    g.to[m] = view(to[m], {low_rank_gradient_rows(g, m), rank * out});
   }
   LowRankFusion first = p;
-  first.rows = count[1];
   first.count = 1;
   first.inputs[0] = p.inputs[1];
   first.inputs[0].is_projected = false;
   low_rank_fusion(first, nullptr);
   p.weight = view(weight);
   p.bias = view(bias);
-  p.z = view(z);
+  p.z = view(z, {rows, out});
   std::vector<float> partials(static_cast<size_t>(low_rank_partials(p)));
   p.partials = view(partials);
   low_rank_fusion(p, nullptr);
@@ -173,7 +157,7 @@ void check_low_rank(Dtype dtype, int64_t rows, int64_t repeat, int64_t dim, int6
 
 // The last row of each side does not count, nor does the second of v: NaN is there.
 template <class T>
-void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, int64_t words, int64_t k) {
+void check_pairs(int64_t batch, int64_t glimpses, int64_t regions, int64_t words, int64_t k) {
   const int64_t matrix = regions * words, count = batch * glimpses * matrix;
   auto v = random_values<T>(batch * regions * k), q = random_values<T>(batch * words * k);
   auto h = random_values<T>(glimpses * k), bias = random_values<T>(glimpses);
@@ -191,12 +175,9 @@ void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, 
     hide(v, (b + 1) * regions - 1);
     hide(q, (b + 1) * words - 1);
   }
-  const Pairs p{batch,
-                glimpses,
-                k,
-                dtype,
-                {view(v), regions, regions * k, k, view(v_lengths), view(v_mask)},
-                {view(q), words, words * k, k, view(q_lengths), {}}};
+  const Pairs p{glimpses,
+                {view(v, {batch, regions, k}), view(v_lengths), view(v_mask)},
+                {view(q, {batch, words, k}), view(q_lengths), {}}};
   std::vector<float> sums(static_cast<size_t>(pair_score_parts(p) * count)),
       of_bias(static_cast<size_t>(batch * glimpses));
   std::vector<float> joint(static_cast<size_t>(pair_joint_pieces(p) * batch * glimpses * k));
@@ -204,12 +185,13 @@ void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, 
   std::vector<T> grad_h(h.size());
   options().bank_conflicts = true;
   device_on_host::take_launches();
-  pair_scores(p, view(h), 0, view(sums), nullptr);
+  const View of_h = view(h, {glimpses, k});
+  pair_scores(p, of_h, view(sums), nullptr);
   pair_maps(p, {view(sums), view(bias), view(maps), view(logits)}, nullptr);
   pair_slopes(p, {view(maps), view(grad_maps), view(grad_logits), view(slopes), view(of_bias)}, nullptr);
-  pair_products(p, {true, view(slopes), view(h), view(grad_v), view(joint), 0, true}, nullptr);
-  pair_products(p, {false, view(slopes), view(h), view(grad_q), {}, 0, true}, nullptr);
-  sum_parts(view(joint), {}, view(grad_h), dtype, pair_joint_pieces(p) * batch, glimpses * k, 1, nullptr);
+  pair_products(p, {true, view(slopes), of_h, view(grad_v, {batch, regions, k}), view(joint)}, nullptr);
+  pair_products(p, {false, view(slopes), of_h, view(grad_q, {batch, words, k}), {}}, nullptr);
+  sum_parts(view(joint), {}, view(grad_h), pair_joint_pieces(p) * batch, nullptr);
   for (const auto& launch : device_on_host::take_launches()) CHECK(launch.counters.bank_conflicts == 0);
   options().bank_conflicts = false;
 
@@ -265,18 +247,18 @@ void check_pairs(Dtype dtype, int64_t batch, int64_t glimpses, int64_t regions, 
 
 TEST(kernels_bilinear) {
   // Rows in three pieces and i in two; outputs and y in two, rows of the weight at odd elements.
-  check_bilinear<float>(Dtype::float32, 65, 17, 5, 3);
-  check_bilinear<__half>(Dtype::float16, 5, 3, 71, 67);
+  check_bilinear<float>(65, 17, 5, 3);
+  check_bilinear<__half>(5, 3, 71, 67);
 }
 
 TEST(kernels_low_rank) {
   // Rows, columns and features in two tiles, the rows of an entry in three pieces; rows of the factors at odd elements.
-  check_low_rank<float>(Dtype::float32, 68, 17, 33, 4, 2);
-  check_low_rank<__half>(Dtype::float16, 6, 3, 66, 67, 2);
+  check_low_rank<float>(68, 17, 33, 4, 2);
+  check_low_rank<__half>(6, 3, 66, 67, 2);
 }
 
 TEST(kernels_pairs) {
   // Glimpses in two groups, words in two units, regions by two warps; k in two parts, regions in two blocks.
-  check_pairs<float>(Dtype::float32, 1, 9, 17, 18, 40);
-  check_pairs<__half>(Dtype::float16, 1, 1, 65, 3, 270);
+  check_pairs<float>(1, 9, 17, 18, 40);
+  check_pairs<__half>(1, 1, 65, 3, 270);
 }

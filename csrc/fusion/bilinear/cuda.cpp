@@ -13,20 +13,11 @@ using namespace device;
 
 Bilinear problem_of(const Tensor& x, const Tensor& y, const Tensor& weight) {
   Bilinear p{};
-  p.rows = x.size(0);
-  p.dx = x.size(1);
-  p.dy = y.size(1);
-  p.out = weight.size(0);
-  for (const int64_t size : {p.dx, p.dy, p.out})
-    if (size > std::numeric_limits<int32_t>::max() / 2) throw std::runtime_error("velm: more than 2^30 features");
-  p.dtype = dtype_of(x);
   p.x = view_of(x);
   p.y = view_of(y);
   p.weight = view_of(weight);
-  p.x_stride = x.stride(0);
-  p.y_stride = y.stride(0);
-  p.out_stride = weight.stride(0);
-  p.row_stride = weight.stride(1);
+  for (const int64_t size : {p.dx(), p.dy(), p.out()})
+    if (size > std::numeric_limits<int32_t>::max() / 2) throw std::runtime_error("velm: more than 2^30 features");
   return p;
 }
 
@@ -46,7 +37,6 @@ void bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, std::opti
   const Current current(x);
   Bilinear p = problem_of(x, y, weight);
   p.grad = view_of(grad);
-  p.grad_stride = grad.stride(0);
   const int64_t sums = bilinear_backward_partials(p, grad_x.has_value(), grad_y.has_value());
   Tensor partials = torch::stable::new_empty(x, {sums}, ScalarType::Float);
   p.grad_x = view_of(grad_x);

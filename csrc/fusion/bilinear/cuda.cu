@@ -316,31 +316,34 @@ struct Plan {
   int64_t row_blocks, column_blocks, steps, parts;
 
   Plan(const Bilinear& p, int64_t depth, int64_t columns)
-      : row_blocks(divide_up(p.rows, kTile)), column_blocks(std::max<int64_t>(1, divide_up(columns, kTile))) {
+      : row_blocks(divide_up(p.rows(), kTile)), column_blocks(std::max<int64_t>(1, divide_up(columns, kTile))) {
     // A part leaves 8 bytes, written and read, for each result, and reads at least 2 * depth for each i: at most an
     // eighth of that, and never less than a copy of 16 bytes from each row of x.
     const int64_t least = std::max<int64_t>(8, 2048 / std::max<int64_t>(1, depth));
     const int64_t most_parts = std::max<int64_t>(1, kBlocks / std::max<int64_t>(1, row_blocks * column_blocks));
-    steps = divide_up(std::max(least, divide_up(p.dx, most_parts)), 8) * 8;
-    parts = std::max<int64_t>(1, divide_up(p.dx, steps));
+    steps = divide_up(std::max(least, divide_up(p.dx(), most_parts)), 8) * 8;
+    parts = std::max<int64_t>(1, divide_up(p.dx(), steps));
   }
   int64_t blocks() const { return row_blocks * column_blocks * parts; }
 };
 
 Plan forward_plan(const Bilinear& p) {
-  return Plan(p, p.dy, p.out);
+  return Plan(p, p.dy(), p.out());
 }
 Plan backward_plan(const Bilinear& p) {
-  return Plan(p, p.out, p.dy);
+  return Plan(p, p.out(), p.dy());
 }
 int64_t count_of(int64_t parts, int64_t rows, int64_t columns) {
   return parts > 1 ? parts * rows * columns : 0;
 }
 
 // What lies behind the first `count` floats.
-View behind(const View& floats, int64_t count) {
+View behind(View floats, int64_t count) {
   const auto bytes = static_cast<size_t>(count) * sizeof(float);
-  return {static_cast<char*>(floats.data) + bytes, floats.bytes - bytes};
+  floats.data = static_cast<char*>(floats.data) + bytes;
+  floats.bytes -= bytes;
+  floats.size[3] -= count;
+  return floats;
 }
 
 template <class T>
@@ -348,14 +351,14 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
   Contraction<T> c{};
   c.x = global<const T>(p.x);
   c.weight = global<const T>(p.weight);
-  c.x_stride = p.x_stride;
-  c.out_stride = p.out_stride;
-  c.row_stride = p.row_stride;
-  c.x_width = width_of(p.x, p.dtype, p.x_stride);
-  c.weight_width = width_of(p.weight, p.dtype, p.row_stride, p.out_stride);
+  c.x_stride = p.x.stride[2];
+  c.out_stride = p.weight.stride[1];
+  c.row_stride = p.weight.stride[2];
+  c.x_width = copy_width(p.x);
+  c.weight_width = copy_width(p.weight);
   c.shifts = c.weight_width == 2 && reinterpret_cast<uintptr_t>(p.weight.data) % 4 == 0;
-  c.rows = p.rows;
-  c.dx = static_cast<int>(p.dx);
+  c.rows = p.rows();
+  c.dx = static_cast<int>(p.dx());
   c.steps = static_cast<int>(plan.steps);
   c.row_blocks = static_cast<unsigned>(plan.row_blocks);
   c.column_blocks = static_cast<unsigned>(plan.column_blocks);
@@ -365,26 +368,26 @@ Contraction<T> contraction_of(const Bilinear& p, const Plan& plan) {
 }  // namespace
 
 int64_t bilinear_forward_partials(const Bilinear& p) {
-  return count_of(forward_plan(p).parts, p.rows, p.out);
+  return count_of(forward_plan(p).parts, p.rows(), p.out());
 }
 
 int64_t bilinear_backward_partials(const Bilinear& p, bool wants_x, bool wants_y) {
   const Plan plan = backward_plan(p);
-  return (wants_x ? count_of(plan.column_blocks, p.rows, p.dx) : 0) +
-         (wants_y ? count_of(plan.parts, p.rows, p.dy) : 0);
+  return (wants_x ? count_of(plan.column_blocks, p.rows(), p.dx()) : 0) +
+         (wants_y ? count_of(plan.parts, p.rows(), p.dy()) : 0);
 }
 
 void bilinear_forward(const Bilinear& p, Stream stream) {
-  if (p.rows == 0 || p.out == 0) return;
+  if (p.rows() == 0 || p.out() == 0) return;
   const Plan plan = forward_plan(p);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Contraction<T> c = contraction_of<T>(p, plan);
     c.a = global<const T>(p.y);
-    c.a_stride = p.y_stride;
-    c.a_width = width_of(p.y, p.dtype, p.y_stride);
-    c.depth = static_cast<int>(p.dy);
-    c.columns = static_cast<int>(p.out);
+    c.a_stride = p.y.stride[2];
+    c.a_width = copy_width(p.y);
+    c.depth = static_cast<int>(p.dy());
+    c.columns = static_cast<int>(p.out());
     if (plan.parts > 1) {
       c.to.partials = global<float>(p.partials);
     } else {
@@ -392,26 +395,25 @@ void bilinear_forward(const Bilinear& p, Stream stream) {
       c.bias = global<const T>(p.bias);
     }
     launch<contraction_kernel<T, false>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
-    const int64_t elements = p.rows * p.out;
-    if (plan.parts > 1) sum_parts(p.partials, p.bias, p.z, p.dtype, plan.parts, elements, p.out, stream);
+    if (plan.parts > 1) sum_parts(p.partials, p.bias, p.z, plan.parts, stream);
   });
 }
 
 void bilinear_backward(const Bilinear& p, Stream stream) {
   const Plan plan = backward_plan(p);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     if (p.grad_x || p.grad_y) {
-      const int64_t of_x = p.grad_x ? count_of(plan.column_blocks, p.rows, p.dx) : 0;
+      const int64_t of_x = p.grad_x ? count_of(plan.column_blocks, p.rows(), p.dx()) : 0;
       const Global<float> partials = global<float>(p.partials);
       Contraction<T> c = contraction_of<T>(p, plan);
       c.a = global<const T>(p.grad);
       c.y = global<const T>(p.y);
-      c.a_stride = p.grad_stride;
-      c.y_stride = p.y_stride;
-      c.a_width = width_of(p.grad, p.dtype, p.grad_stride);
-      c.depth = static_cast<int>(p.out);
-      c.columns = static_cast<int>(p.dy);
+      c.a_stride = p.grad.stride[2];
+      c.y_stride = p.y.stride[2];
+      c.a_width = copy_width(p.grad);
+      c.depth = static_cast<int>(p.out());
+      c.columns = static_cast<int>(p.dy());
       if (of_x)
         c.grad_x.partials = partials;
       else
@@ -421,13 +423,12 @@ void bilinear_backward(const Bilinear& p, Stream stream) {
       else
         c.to.results = global<T>(p.grad_y);
       launch<contraction_kernel<T, true>>(static_cast<unsigned>(plan.blocks()), kThreads, 0, stream, c);
-      if (of_x) sum_parts(p.partials, {}, p.grad_x, p.dtype, plan.column_blocks, p.rows * p.dx, 1, stream);
-      if (p.grad_y && plan.parts > 1)
-        sum_parts(behind(p.partials, of_x), {}, p.grad_y, p.dtype, plan.parts, p.rows * p.dy, 1, stream);
+      if (of_x) sum_parts(p.partials, {}, p.grad_x, plan.column_blocks, stream);
+      if (p.grad_y && plan.parts > 1) sum_parts(behind(p.partials, of_x), {}, p.grad_y, plan.parts, stream);
     }
   });
   if (p.grad_weight) bilinear_grad_weight(p, stream);
-  if (p.grad_bias) sum_rows(p.grad, p.grad_bias, p.dtype, p.rows, p.grad_stride, p.out, stream);
+  if (p.grad_bias) sum_rows(p.grad, p.grad_bias, stream);
 }
 
 }  // namespace velm::cuda

@@ -9,17 +9,20 @@ using device::Dtype;
 using device::Stream;
 using device::View;
 
-// x (rows, dx), y (rows, dy) and grad (rows, out) with their row strides, weight (out, dx, dy) with the strides of the
-// first two; the last stride is 1, and everything else is contiguous.
+// x (rows, dx), y (rows, dy), grad (rows, out) and weight (out, dx, dy) with last stride 1; everything else is
+// contiguous.
 struct Bilinear {
-  int64_t rows, dx, dy, out;
-  Dtype dtype;
   View x, y, weight, bias, grad;
-  int64_t x_stride, y_stride, grad_stride, out_stride, row_stride;
   // Forward writes z; backward those gradients that are there.
   View z, grad_x, grad_y, grad_weight, grad_bias;
   // float32, as many as the functions below say.
   View partials;
+
+  Dtype dtype() const { return x.dtype; }
+  int64_t rows() const { return x.size[2]; }
+  int64_t dx() const { return x.size[3]; }
+  int64_t dy() const { return y.size[3]; }
+  int64_t out() const { return weight.size[1]; }
 };
 
 // Floats of the sums that several blocks leave to be added up.

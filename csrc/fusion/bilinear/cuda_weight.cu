@@ -185,29 +185,29 @@ void run(const Bilinear& p, Stream stream) {
   w.x = global<const T>(p.x);
   w.y = global<const T>(p.y);
   w.to = global<T>(p.grad_weight);
-  w.grad_stride = p.grad_stride;
-  w.x_stride = p.x_stride;
-  w.y_stride = p.y_stride;
-  w.grad_width = width_of(p.grad, p.dtype, p.grad_stride);
-  w.y_width = width_of(p.y, p.dtype, p.y_stride);
-  w.to_width = width_of(p.grad_weight, p.dtype, p.dy);
-  w.rows = p.rows;
-  w.out = static_cast<int>(p.out);
-  w.dx = static_cast<int>(p.dx);
-  w.dy = static_cast<int>(p.dy);
-  w.out_blocks = static_cast<unsigned>(divide_up(p.out, kTile));
-  w.column_blocks = static_cast<unsigned>(divide_up(p.dy, kTile));
+  w.grad_stride = p.grad.stride[2];
+  w.x_stride = p.x.stride[2];
+  w.y_stride = p.y.stride[2];
+  w.grad_width = copy_width(p.grad);
+  w.y_width = copy_width(p.y);
+  w.to_width = copy_width(p.grad_weight);
+  w.rows = p.rows();
+  w.out = static_cast<int>(p.out());
+  w.dx = static_cast<int>(p.dx());
+  w.dy = static_cast<int>(p.dy());
+  w.out_blocks = static_cast<unsigned>(divide_up(p.out(), kTile));
+  w.column_blocks = static_cast<unsigned>(divide_up(p.dy(), kTile));
   const int64_t tiles = int64_t{w.out_blocks} * w.column_blocks;
   // Four times as many, as they are short.
-  const int64_t steps = divide_up(divide_up(p.dx, std::max<int64_t>(1, 4 * kBlocks / tiles)), kPlanes) * kPlanes;
+  const int64_t steps = divide_up(divide_up(p.dx(), std::max<int64_t>(1, 4 * kBlocks / tiles)), kPlanes) * kPlanes;
   w.steps = static_cast<int>(steps);
-  launch<weight_kernel<T>>(static_cast<unsigned>(tiles * divide_up(p.dx, steps)), kThreads, 0, stream, w);
+  launch<weight_kernel<T>>(static_cast<unsigned>(tiles * divide_up(p.dx(), steps)), kThreads, 0, stream, w);
 }
 
 }  // namespace
 
 void bilinear_grad_weight(const Bilinear& p, Stream stream) {
-  with_type(p.dtype, [&](auto t) { run<decltype(t)>(p, stream); });
+  with_type(p.dtype(), [&](auto t) { run<decltype(t)>(p, stream); });
 }
 
 }  // namespace velm::cuda

@@ -285,17 +285,18 @@ struct Plan {
   int64_t unit_blocks, word_blocks, row_blocks, depth, parts;
 
   explicit Plan(const Pairs& p)
-      : unit_blocks(divide_up(p.glimpses * (p.q.rows > kUnitWords ? 2 : 1), kUnits)),
-        word_blocks(divide_up(p.q.rows, kWords)),
-        row_blocks(divide_up(p.v.rows, kTile)) {
+      : unit_blocks(divide_up(p.glimpses * (p.q.rows() > kUnitWords ? 2 : 1), kUnits)),
+        word_blocks(divide_up(p.q.rows(), kWords)),
+        row_blocks(divide_up(p.v.rows(), kTile)) {
     // A part leaves 8 bytes, written and read, for each of its sums: at most half of what it reads.
-    const auto of_k = static_cast<int64_t>(bytes_of(p.dtype)) * (p.v.rows + p.q.rows);
-    const int64_t least = std::max<int64_t>(256, 16 * p.glimpses * p.v.rows * p.q.rows / std::max<int64_t>(1, of_k));
-    const int64_t blocks = std::max<int64_t>(1, p.batch * row_blocks * word_blocks * unit_blocks);
+    const auto of_k = static_cast<int64_t>(bytes_of(p.dtype())) * (p.v.rows() + p.q.rows());
+    const int64_t least =
+        std::max<int64_t>(256, 16 * p.glimpses * p.v.rows() * p.q.rows() / std::max<int64_t>(1, of_k));
+    const int64_t blocks = std::max<int64_t>(1, p.batch() * row_blocks * word_blocks * unit_blocks);
     const int64_t most_parts = std::max<int64_t>(1, kBlocks / blocks);
     // 64 is a whole number of tiles of any type.
-    depth = divide_up(std::max(least, divide_up(p.k, most_parts)), 64) * 64;
-    parts = std::max<int64_t>(1, divide_up(p.k, depth));
+    depth = divide_up(std::max(least, divide_up(p.k(), most_parts)), 64) * 64;
+    parts = std::max<int64_t>(1, divide_up(p.k(), depth));
   }
 };
 
@@ -305,37 +306,37 @@ int64_t pair_score_parts(const Pairs& p) {
   return Plan(p).parts;
 }
 
-void pair_scores(const Pairs& p, const View& h, int64_t h_batch_stride, const View& sums, Stream stream) {
+void pair_scores(const Pairs& p, const View& h, const View& sums, Stream stream) {
   if (p.count() == 0) return;
   const Plan plan(p);
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Scores<T> s{};
-    s.v = side_of<T>(p.v, p.dtype);
-    s.q = side_of<T>(p.q, p.dtype);
+    s.v = side_of<T>(p.v);
+    s.q = side_of<T>(p.q);
     s.h = global<const T>(h);
-    s.h_batch = h_batch_stride;
-    s.h_width = width_of(h, p.dtype, p.k, h_batch_stride);
-    s.batch = static_cast<int>(p.batch);
+    s.h_batch = h.stride[1];
+    s.h_width = copy_width(h);
+    s.batch = static_cast<int>(p.batch());
     s.glimpses = static_cast<int>(p.glimpses);
-    s.k = static_cast<int>(p.k);
+    s.k = static_cast<int>(p.k());
     s.depth = static_cast<int>(plan.depth);
     s.unit_blocks = static_cast<unsigned>(plan.unit_blocks);
     s.word_blocks = static_cast<unsigned>(plan.word_blocks);
     s.row_blocks = static_cast<unsigned>(plan.row_blocks);
     s.to = global<float>(sums);
-    const int64_t blocks = plan.parts * p.batch * plan.row_blocks * plan.word_blocks * plan.unit_blocks;
+    const int64_t blocks = plan.parts * p.batch() * plan.row_blocks * plan.word_blocks * plan.unit_blocks;
     launch<pair_scores_kernel<T>>(static_cast<unsigned>(blocks), kThreads, 0, stream, s);
   });
 }
 
 void pair_maps(const Pairs& p, const PairMaps& m, Stream stream) {
   if (p.count() == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Maps<T> maps{};
-    maps.v = side_of<T>(p.v, p.dtype);
-    maps.q = side_of<T>(p.q, p.dtype);
+    maps.v = side_of<T>(p.v);
+    maps.q = side_of<T>(p.q);
     maps.glimpses = static_cast<int>(p.glimpses);
     maps.parts = static_cast<int>(Plan(p).parts);
     maps.part_stride = p.count();
@@ -343,24 +344,24 @@ void pair_maps(const Pairs& p, const PairMaps& m, Stream stream) {
     maps.bias = global<const T>(m.bias);
     maps.maps = global<T>(m.maps);
     maps.logits = global<T>(m.logits);
-    launch<pair_maps_kernel<T>>(static_cast<unsigned>(p.batch * p.glimpses), kMapThreads, 0, stream, maps);
+    launch<pair_maps_kernel<T>>(static_cast<unsigned>(p.batch() * p.glimpses), kMapThreads, 0, stream, maps);
   });
 }
 
 void pair_slopes(const Pairs& p, const PairSlopes& m, Stream stream) {
-  if (p.batch * p.glimpses == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (p.batch() * p.glimpses == 0) return;
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Slopes<T> slopes{};
-    slopes.v = side_of<T>(p.v, p.dtype);
-    slopes.q = side_of<T>(p.q, p.dtype);
+    slopes.v = side_of<T>(p.v);
+    slopes.q = side_of<T>(p.q);
     slopes.glimpses = static_cast<int>(p.glimpses);
     slopes.maps = global<const T>(m.maps);
     slopes.grad_maps = global<const T>(m.grad_maps);
     slopes.grad_logits = global<const T>(m.grad_logits);
     slopes.slopes = global<T>(m.slopes);
     slopes.of_bias = global<float>(m.of_bias);
-    launch<pair_slopes_kernel<T>>(static_cast<unsigned>(p.batch * p.glimpses), kMapThreads, 0, stream, slopes);
+    launch<pair_slopes_kernel<T>>(static_cast<unsigned>(p.batch() * p.glimpses), kMapThreads, 0, stream, slopes);
   });
 }
 

@@ -13,22 +13,25 @@ using device::View;
 // (batch, rows) of a byte, either or both.
 struct PairSide {
   View x;
-  int64_t rows, batch_stride, row_stride;
   View lengths, mask;
+
+  int64_t rows() const { return x.size[2]; }
 };
 
 struct Pairs {
-  int64_t batch, glimpses, k;
-  Dtype dtype;
+  int64_t glimpses;
   PairSide v, q;
 
-  int64_t count() const { return batch * glimpses * v.rows * q.rows; }
+  Dtype dtype() const { return v.x.dtype; }
+  int64_t batch() const { return v.x.size[1]; }
+  int64_t k() const { return v.x.size[3]; }
+  int64_t count() const { return batch() * glimpses * v.rows() * q.rows(); }
 };
 
 // sums[b, g, i, j] = sum_k h[g, k] v[b, i, k] q[b, j, k], of every part of the k one after another in float32; h is
-// (glimpses, k), or with a batch stride (batch, glimpses, k).
+// (glimpses, k) or (batch, glimpses, k).
 int64_t pair_score_parts(const Pairs& pairs);
-void pair_scores(const Pairs& pairs, const View& h, int64_t h_batch_stride, const View& sums, Stream stream);
+void pair_scores(const Pairs& pairs, const View& h, const View& sums, Stream stream);
 
 // Adds up the parts, which it changes, and the bias (glimpses,). logits: these, -inf for what does not count; maps:
 // their softmax over all pairs. Either may be missing; without maps what does not count is 0.
@@ -50,8 +53,6 @@ void pair_slopes(const Pairs& pairs, const PairSlopes& p, Stream stream);
 struct PairProducts {
   bool of_v;
   View weights, h, grad, joint;
-  int64_t h_batch_stride;
-  bool is_joint_wide;
 };
 int64_t pair_joint_pieces(const Pairs& pairs);
 void pair_products(const Pairs& pairs, const PairProducts& p, Stream stream);

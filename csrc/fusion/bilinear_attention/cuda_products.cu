@@ -233,37 +233,37 @@ template <class T, bool kJoint>
 void run(const Pairs& p, const PairProducts& m, Stream stream) {
   const PairSide &own = m.of_v ? p.v : p.q, &other = m.of_v ? p.q : p.v;
   Products<T> s{};
-  s.own = side_of<T>(own, p.dtype);
-  s.other = side_of<T>(other, p.dtype);
+  s.own = side_of<T>(own);
+  s.other = side_of<T>(other);
   s.weights = global<const T>(m.weights);
   s.h = global<const T>(m.h);
-  s.own_stride = m.of_v ? static_cast<int>(p.q.rows) : 1;
-  s.other_stride = m.of_v ? 1 : static_cast<int>(p.q.rows);
-  s.h_batch = m.h_batch_stride;
+  s.own_stride = m.of_v ? static_cast<int>(p.q.rows()) : 1;
+  s.other_stride = m.of_v ? 1 : static_cast<int>(p.q.rows());
+  s.h_batch = m.h.stride[1];
   s.grad = global<T>(m.grad);
-  s.grad_width = width_of(m.grad, p.dtype, p.k);
-  if (m.is_joint_wide)
+  s.grad_width = copy_width(m.grad);
+  if (m.joint.dtype == Dtype::float32)
     s.joint.partials = global<float>(m.joint);
   else
     s.joint.results = global<T>(m.joint);
-  s.batch = static_cast<int>(p.batch);
+  s.batch = static_cast<int>(p.batch());
   s.glimpses = static_cast<int>(p.glimpses);
-  s.k = static_cast<int>(p.k);
-  s.row_warps = row_warps_of(own.rows);
-  s.row_blocks = static_cast<unsigned>(row_blocks_of(own.rows));
-  s.column_blocks = static_cast<unsigned>(divide_up(p.k, int64_t{kWarps / s.row_warps} * kDepth<T>));
-  const int64_t blocks = p.batch * s.row_blocks * s.column_blocks;
+  s.k = static_cast<int>(p.k());
+  s.row_warps = row_warps_of(own.rows());
+  s.row_blocks = static_cast<unsigned>(row_blocks_of(own.rows()));
+  s.column_blocks = static_cast<unsigned>(divide_up(p.k(), int64_t{kWarps / s.row_warps} * kDepth<T>));
+  const int64_t blocks = p.batch() * s.row_blocks * s.column_blocks;
   if (blocks) launch<pair_products_kernel<T, kJoint>>(static_cast<unsigned>(blocks), kThreads, 0, stream, s);
 }
 
 }  // namespace
 
 int64_t pair_joint_pieces(const Pairs& p) {
-  return row_blocks_of(p.v.rows);
+  return row_blocks_of(p.v.rows());
 }
 
 void pair_products(const Pairs& p, const PairProducts& m, Stream stream) {
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     if (m.joint)
       run<T, true>(p, m, stream);

@@ -24,14 +24,14 @@ struct SideRows {
 };
 
 template <class T>
-SideRows<T> side_of(const PairSide& side, Dtype dtype) {
+SideRows<T> side_of(const PairSide& side) {
   return {global<const T>(side.x),
           global<const int32_t>(side.lengths),
           global<const unsigned char>(side.mask),
-          side.batch_stride,
-          side.row_stride,
-          static_cast<int>(side.rows),
-          width_of(side.x, dtype, side.row_stride, side.batch_stride)};
+          side.x.stride[1],
+          side.x.stride[2],
+          static_cast<int>(side.rows()),
+          copy_width(side.x)};
 }
 
 }  // namespace velm::cuda

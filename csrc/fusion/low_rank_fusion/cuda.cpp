@@ -24,22 +24,13 @@ void check_sizes(std::initializer_list<int64_t> sizes) {
 
 LowRankInput input_of(const Tensor& x, const Tensor& factor, const Tensor& projections) {
   check_sizes({x.size(1)});
-  return {view_of(x), view_of(factor), x.size(0), x.size(1), x.stride(0), view_of(projections), false};
-}
-
-LowRankFusion problem_of(const Tensor& x, const Tensor& factor, int64_t rows) {
-  LowRankFusion p{};
-  p.rows = rows;
-  p.rank = factor.size(0);
-  p.out = factor.size(2);
-  p.dtype = dtype_of(x);
-  check_sizes({p.rows, p.rank, p.out});
-  return p;
+  return {view_of(x), view_of(factor), view_of(projections), false};
 }
 
 void project(const Tensor& x, const Tensor& factor, const Tensor& to, Stream stream) {
   if (to.numel() == 0) return;
-  LowRankFusion p = problem_of(x, factor, x.size(0));
+  check_sizes({x.size(0), factor.size(0), factor.size(2)});
+  LowRankFusion p{};
   p.count = 1;
   p.inputs[0] = input_of(x, factor, to);
   low_rank_fusion(p, stream);
@@ -57,11 +48,13 @@ void low_rank_fusion_forward(Tensor x0, Tensor x1, Optional x2, Optional x3, Ten
                              Optional factor2, Optional factor3, Tensor weight, Optional bias, int64_t rows, bool,
                              Tensor out, Optional kept) {
   const Current current(x0);
-  LowRankFusion p = problem_of(x0, factor0, rows);
+  const int64_t rank = factor0.size(0), out_dim = factor0.size(2);
+  check_sizes({rows, rank, out_dim});
+  LowRankFusion p{};
   std::vector<Tensor> xs{x0, x1}, factors{factor0, factor1}, projections;
   if (x2) xs.push_back(*x2), factors.push_back(*factor2);
   if (x3) xs.push_back(*x3), factors.push_back(*factor3);
-  const auto numbers = [&](const Tensor& x) { return x.size(0) * p.rank * p.out; };
+  const auto numbers = [&](const Tensor& x) { return x.size(0) * rank * out_dim; };
   if (out.numel() == 0) return;
   int64_t offset = 0;
   for (size_t m = 0; m < xs.size(); ++m) {
@@ -90,30 +83,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor 
                                                                          int64_t wanted) {
   const Current current(grad);
   LowRankGradients p{};
-  p.rows = grad.size(0);
-  p.out = grad.size(1);
-  p.ranks = weight.size(0);
-  p.dtype = dtype_of(grad);
-  check_sizes({p.rows, p.out, p.ranks});
   p.grad = view_of(grad);
   p.weight = view_of(weight);
+  check_sizes({p.rows(), p.out(), p.ranks()});
+  int64_t entries = p.rows();
   for (const Optional& projections : {Optional(projections0), Optional(projections1), projections2, projections3}) {
     if (!projections) continue;
-    p.projections[p.count] = view_of(*projections);
-    p.input_rows[p.count++] = projections->size(1);
+    entries = std::min(entries, projections->size(1));
+    p.projections[p.count++] = view_of(*projections);
   }
-  const int64_t* const rows = p.input_rows;
-  const int64_t entries = *std::min_element(rows, rows + p.count);
-  if (std::any_of(rows, rows + p.count, [&](int64_t n) { return n != entries && n != p.rows; }) ||
-      (entries > 0 && p.rows % entries != 0))
+  const auto is_other = [&](const View& of) { return of.size[2] != entries && of.size[2] != p.rows(); };
+  if (std::any_of(p.projections, p.projections + p.count, is_other) || (entries > 0 && p.rows() % entries != 0))
     throw std::runtime_error("velm: inputs whose rows serve different numbers of rows of the result");
   std::vector<Tensor> to;
   for (int m = 0; m < kMostInputs; ++m) {
     const bool wants = m < p.count && (wanted >> m & 1);
-    to.push_back(torch::stable::new_empty(grad, {wants ? low_rank_gradient_rows(p, m) : 0, p.ranks * p.out}));
+    to.push_back(torch::stable::new_empty(grad, {wants ? low_rank_gradient_rows(p, m) : 0, p.ranks() * p.out()}));
     p.to[m] = view_of(to.back());
   }
-  Tensor sums = torch::stable::new_empty(grad, {p.ranks, low_rank_gradient_blocks(p)}, ScalarType::Float);
+  Tensor sums = torch::stable::new_empty(grad, {p.ranks(), low_rank_gradient_blocks(p)}, ScalarType::Float);
   p.sums = view_of(sums);
   low_rank_gradients(p, current.stream());
   return {to[0], to[1], to[2], to[3], sums};

@@ -237,12 +237,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 2 ? 3 : 2) fusion_kerne
 struct Plan {
   int64_t row_blocks, column_blocks, steps, parts;
 
-  explicit Plan(const LowRankFusion& p) : row_blocks(divide_up(p.rows, kTile)), column_blocks(divide_up(p.out, kTile)) {
+  explicit Plan(const LowRankFusion& p)
+      : row_blocks(divide_up(p.rows(), kTile)), column_blocks(divide_up(p.out(), kTile)) {
     const int64_t tiles = std::max<int64_t>(1, row_blocks * column_blocks);
     // Projections alone are no sum.
-    const int64_t most = p.z ? std::max<int64_t>(1, kBlocks / tiles) : p.rank;
-    steps = std::max<int64_t>(1, divide_up(p.rank, std::max<int64_t>(1, most)));
-    parts = std::max<int64_t>(1, divide_up(p.rank, steps));
+    const int64_t most = p.z ? std::max<int64_t>(1, kBlocks / tiles) : p.rank();
+    steps = std::max<int64_t>(1, divide_up(p.rank(), std::max<int64_t>(1, most)));
+    parts = std::max<int64_t>(1, divide_up(p.rank(), steps));
   }
 };
 
@@ -329,23 +330,22 @@ __global__ void __launch_bounds__(kThreads) gradients_kernel(const Gradients<T> 
   if (threadIdx.x == 0 && threadIdx.y == 0) p.sums[blockIdx.x] = total;
 }
 
-bool is_wide(const LowRankGradients& p) {
-  bool wide = is_aligned(p.grad, p.dtype, p.out, 4);
-  for (int m = 0; m < p.count; ++m)
-    wide = wide && is_aligned(p.projections[m], Dtype::float32, p.out, 4) && is_aligned(p.to[m], p.dtype, p.out, 4);
-  return wide;
+bool fits_vectors(const LowRankGradients& p) {
+  bool fits = p.out() % 4 == 0 && is_aligned(p.grad, 4);
+  for (int m = 0; m < p.count; ++m) fits = fits && is_aligned(p.projections[m], 4) && is_aligned(p.to[m], 4);
+  return fits;
 }
 
 // Nothing but shapes decides here either.
 struct GradientsPlan {
   int64_t entries, unit, pieces, piece;
 
-  explicit GradientsPlan(const LowRankGradients& p) : entries(p.rows) {
-    for (int m = 0; m < p.count; ++m) entries = std::min(entries, p.input_rows[m]);
-    unit = entries > 0 ? p.rows / entries : 1;
+  explicit GradientsPlan(const LowRankGradients& p) : entries(p.rows()) {
+    for (int m = 0; m < p.count; ++m) entries = std::min(entries, p.input_rows(m));
+    unit = entries > 0 ? p.rows() / entries : 1;
     // Warps of the widest accesses, and rows for which what a piece leaves does not count.
     constexpr int64_t kWanted = 4096, kLeast = 8;
-    const int64_t warps = std::max<int64_t>(1, entries * divide_up(p.out, kAcross * 4) * p.ranks);
+    const int64_t warps = std::max<int64_t>(1, entries * divide_up(p.out(), kAcross * 4) * p.ranks());
     piece = std::min(unit, std::max(kLeast, divide_up(unit, divide_up(kWanted, warps))));
     pieces = divide_up(unit, piece);
   }
@@ -355,7 +355,7 @@ struct GradientsBlocks {
   int64_t columns, pieces_of_block, blocks;
 
   GradientsBlocks(const LowRankGradients& p, const GradientsPlan& plan)
-      : columns(divide_up(p.out, kAcross * (is_wide(p) ? 4 : 1))),
+      : columns(divide_up(p.out(), kAcross * (fits_vectors(p) ? 4 : 1))),
         // More than one per thread where they are short.
         pieces_of_block((plan.unit == 1 ? 4 : 1) * kDown),
         blocks(columns * divide_up(plan.entries * plan.pieces, pieces_of_block)) {}
@@ -365,14 +365,14 @@ struct GradientsBlocks {
 
 int64_t low_rank_partials(const LowRankFusion& p) {
   const Plan plan(p);
-  return p.z && plan.parts > 1 ? plan.parts * p.rows * p.out : 0;
+  return p.z && plan.parts > 1 ? plan.parts * p.rows() * p.out() : 0;
 }
 
 void low_rank_fusion(const LowRankFusion& p, Stream stream) {
-  if (p.rows == 0 || p.out == 0) return;
+  if (p.rows() == 0 || p.out() == 0) return;
   const Plan plan(p);
   const bool is_apart = low_rank_partials(p) > 0;
-  with_type(p.dtype, [&](auto t) {
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Fusion<T> f{};
     for (int m = 0; m < p.count; ++m) {
@@ -382,12 +382,12 @@ void low_rank_fusion(const LowRankFusion& p, Stream stream) {
       to.factor = global<const T>(from.factor);
       to.projections = global<float>(from.projections);
       to.is_projected = from.is_projected;
-      to.x_width = width_of(from.x, p.dtype, from.x_stride);
-      to.factor_width = width_of(from.factor, p.dtype, p.out);
-      to.x_stride = from.x_stride;
-      to.rows = from.rows;
-      to.dim = static_cast<int>(from.dim);
-      to.repeat = static_cast<int>(p.rows / from.rows);
+      to.x_width = copy_width(from.x);
+      to.factor_width = copy_width(from.factor);
+      to.x_stride = from.x.stride[2];
+      to.rows = from.x.size[2];
+      to.dim = static_cast<int>(from.x.size[3]);
+      to.repeat = static_cast<int>(p.rows() / from.x.size[2]);
     }
     f.count = p.count;
     f.weight = global<const T>(p.weight);
@@ -397,21 +397,21 @@ void low_rank_fusion(const LowRankFusion& p, Stream stream) {
       f.bias = global<const T>(p.bias);
       f.results = global<T>(p.z);
     }
-    f.rows = static_cast<int>(p.rows);
-    f.out = static_cast<int>(p.out);
-    f.rank = static_cast<int>(p.rank);
+    f.rows = static_cast<int>(p.rows());
+    f.out = static_cast<int>(p.out());
+    f.rank = static_cast<int>(p.rank());
     f.steps = static_cast<int>(plan.steps);
     f.row_blocks = static_cast<unsigned>(plan.row_blocks);
     f.column_blocks = static_cast<unsigned>(plan.column_blocks);
     const int64_t blocks = plan.row_blocks * plan.column_blocks * plan.parts;
     launch<fusion_kernel<T>>(static_cast<unsigned>(blocks), kThreads, 0, stream, f);
   });
-  if (is_apart) sum_parts(p.partials, p.bias, p.z, p.dtype, plan.parts, p.rows * p.out, p.out, stream);
+  if (is_apart) sum_parts(p.partials, p.bias, p.z, plan.parts, stream);
 }
 
 int64_t low_rank_gradient_rows(const LowRankGradients& p, int m) {
   const GradientsPlan plan(p);
-  return p.input_rows[m] * (p.input_rows[m] == plan.entries ? plan.pieces : 1);
+  return p.input_rows(m) * (p.input_rows(m) == plan.entries ? plan.pieces : 1);
 }
 
 int64_t low_rank_gradient_blocks(const LowRankGradients& p) {
@@ -421,15 +421,15 @@ int64_t low_rank_gradient_blocks(const LowRankGradients& p) {
 void low_rank_gradients(const LowRankGradients& p, Stream stream) {
   const GradientsPlan plan(p);
   const GradientsBlocks of_rank(p, plan);
-  if (of_rank.blocks == 0 || p.ranks == 0) return;
-  with_type(p.dtype, [&](auto t) {
+  if (of_rank.blocks == 0 || p.ranks() == 0) return;
+  with_type(p.dtype(), [&](auto t) {
     using T = decltype(t);
     Gradients<T> g{};
     g.grad = global<const T>(p.grad);
     g.weight = global<const T>(p.weight);
     for (int m = 0; m < p.count; ++m) {
       g.projections[m] = global<const float>(p.projections[m]);
-      g.input_rows[m] = p.input_rows[m];
+      g.input_rows[m] = p.input_rows(m);
       g.to[m] = global<T>(p.to[m]);
     }
     g.sums = global<float>(p.sums);
@@ -439,12 +439,12 @@ void low_rank_gradients(const LowRankGradients& p, Stream stream) {
     g.pieces = static_cast<int>(plan.pieces);
     g.piece = static_cast<int>(plan.piece);
     g.pieces_of_block = static_cast<int>(of_rank.pieces_of_block);
-    g.out = static_cast<int>(p.out);
-    g.ranks = static_cast<int>(p.ranks);
+    g.out = static_cast<int>(p.out());
+    g.ranks = static_cast<int>(p.ranks());
     g.column_blocks = static_cast<unsigned>(of_rank.columns);
     g.blocks = static_cast<unsigned>(of_rank.blocks);
-    const auto blocks = static_cast<unsigned>(of_rank.blocks * p.ranks);
-    if (is_wide(p))
+    const auto blocks = static_cast<unsigned>(of_rank.blocks * p.ranks());
+    if (fits_vectors(p))
       launch<gradients_kernel<T, 4>>(blocks, dim3(kAcross, kDown), 0, stream, g);
     else
       launch<gradients_kernel<T, 1>>(blocks, dim3(kAcross, kDown), 0, stream, g);
