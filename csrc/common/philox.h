@@ -7,7 +7,7 @@
 namespace velm::simd {
 
 // High and low words of a 32 x 32 bit product.
-VELM_INLINE void multiply_wide(uint32_t constant, VecUint x, VecUint& high, VecUint& low) {
+VELM_INLINE void multiply_high_low(uint32_t constant, VecUint x, VecUint& high, VecUint& low) {
 #if defined(__AVX512F__)
   const __m512i a = static_cast<__m512i>(x), c = _mm512_set1_epi32(static_cast<int>(constant));
   const __m512i even = _mm512_mul_epu32(a, c), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), c);
@@ -28,8 +28,8 @@ VELM_INLINE void philox(VecUint (&c)[4], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     VecUint high0, low0, high1, low1;
-    multiply_wide(0xD2511F53u, c[0], high0, low0);
-    multiply_wide(0xCD9E8D57u, c[2], high1, low1);
+    multiply_high_low(0xD2511F53u, c[0], high0, low0);
+    multiply_high_low(0xCD9E8D57u, c[2], high1, low1);
     c[0] = high1 ^ c[1] ^ key0;
     c[1] = low1;
     c[2] = high0 ^ c[3] ^ key1;

@@ -166,7 +166,7 @@ DEVICE_INLINE void store_rows(const Shared<T>& stage, const float (&values)[kDim
 
 // The same in float32, without a stage.
 template <int kDim, class F>
-DEVICE_INLINE void store_wide_rows(const float (&values)[kDim / 8][4], int dim, const F& pointer_to) {
+DEVICE_INLINE void store_float_rows(const float (&values)[kDim / 8][4], int dim, const F& pointer_to) {
   const int lane = static_cast<int>(threadIdx.x) % 32, group = lane / 4, member = lane % 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

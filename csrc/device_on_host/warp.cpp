@@ -135,21 +135,21 @@ float tf32(uint32_t bits) {
 // i >= 2) and column group; of the 32-bit A in row group (+ 8 for odd i) and column member (+ 4 for i >= 2), of B in
 // row member (+ 4 for i = 1) and column group; of C and D in row group (+ 8 for i >= 2) and column 2 * member + i % 2.
 template <unsigned K, class Decode>
-void multiply(Warp& warp, bool wide, const Decode& decode) {
+void multiply(Warp& warp, bool is_tf32, const Decode& decode) {
   float a[16][K], b[K][8], d[16][8];
   for (unsigned lane = 0; lane < kLanes; ++lane) {
     const auto& m = payload<Matrix>(warp, lane);
     const unsigned group = lane / 4, member = lane % 4;
     for (unsigned i = 0; i < K / 2; ++i) {
-      const unsigned row = group + (wide ? i % 2 : i / 2 % 2) * 8;
-      const unsigned column = wide ? member + i / 2 * 4 : 2 * member + i % 2 + i / 4 * 8;
+      const unsigned row = group + (is_tf32 ? i % 2 : i / 2 % 2) * 8;
+      const unsigned column = is_tf32 ? member + i / 2 * 4 : 2 * member + i % 2 + i / 4 * 8;
       a[row][column] = decode(m.a, i);
     }
     for (unsigned i = 0; i < K / 4; ++i)
-      b[wide ? member + i * 4 : 2 * member + i % 2 + i / 2 * 8][group] = decode(m.b, i);
+      b[is_tf32 ? member + i * 4 : 2 * member + i % 2 + i / 2 * 8][group] = decode(m.b, i);
     for (unsigned i = 0; i < 4; ++i) d[group + i / 2 * 8][2 * member + i % 2] = m.d[i];
   }
-  const unsigned block = wide ? kBlockTf32 : kBlock16;
+  const unsigned block = is_tf32 ? kBlockTf32 : kBlock16;
   for (unsigned row = 0; row < 16; ++row)
     for (unsigned column = 0; column < 8; column += columns::kWidth)
       for (unsigned k = 0; k < K; k += block)

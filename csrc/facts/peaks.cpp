@@ -123,7 +123,7 @@ double rate(int threads, double seconds, const std::function<double(int)>& work)
   std::vector<std::thread> workers;
   for (int t = 0; t < threads; ++t) {
     workers.emplace_back([&, t] {
-      work(t);  // wakes the wide units of the processor and touches memory
+      work(t);  // wakes the vector units of the processor and touches memory
       ready.arrive_and_wait();
       const auto start = Clock::now();
       double sum = 0;

@@ -74,8 +74,8 @@ inline void product(float* c, int64_t ldc, int64_t rows, const Word* a, int64_t 
 
 // The same for any number of columns, a multiple of kLanes, with one factor for every two vectors of them.
 template <bool RowUnit, Start S, class Word>
-inline void product_wide(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_stride,
-                         int64_t depth, const Word* b, int64_t ldb, const float* factor = nullptr) {
+inline void product_columns(float* c, int64_t ldc, int64_t rows, int64_t columns, const Word* a, int64_t a_stride,
+                            int64_t depth, const Word* b, int64_t ldb, const float* factor = nullptr) {
   int64_t j = 0;
   for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
     product<2, RowUnit, S>(c + j, ldc, rows, a, a_stride, depth, b + j, ldb, factor);

@@ -119,15 +119,15 @@ class Forward {
         const float* seen = column_visible_ + column;
         const int64_t seen_count = std::count(seen, seen + width, 1.0f);
         if (!any_row && seen_count == 0) continue;
-        simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_, query_words_,
-                                              column_queries_ + column, f_.ld_columns_, scale_);
+        simd::product_columns<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_, query_words_,
+                                                 column_queries_ + column, f_.ld_columns_, scale_);
         if (any_row) {
           columns_over_rows(column, full, count, sums);
           if (p_.dropout) {
             p_.column_factors(factors_, kLd, index_, first, count, column, width);
             multiply(weights_, count, full);
           }
-          simd::product_wide<true, simd::Start::add>(
+          simd::product_columns<true, simd::Start::add>(
               sums.out + column * f_.ld_row_value_, f_.ld_row_value_, width, round_up(p_.rows.value_dim, kLanes),
               words_.over_rows(weights_, count, full), kLd, words_of<T>(count), values_, f_.ld_row_value_);
         }
@@ -140,7 +140,7 @@ class Forward {
             p_.row_factors(factors_, kLd, index_, first, count, column, width);
             multiply(scores_, count, full);
           }
-          simd::product_wide<false, simd::Start::add>(
+          simd::product_columns<false, simd::Start::add>(
               out_, ld_column_value_, count, round_up(p_.columns.value_dim, kLanes),
               words_.over_columns(scores_, count, full), kLdOverColumns, words_of<T>(width),
               column_values_ + column / kDepth * ld_column_value_, ld_column_value_);

@@ -277,14 +277,14 @@ class Backward {
         if (k_.sums_first_) use_tile(first / kRows * k_.column_tiles() + column / kColumns);
         const bool computes = pass == Pass::sum || !k_.sums_first_;
         if (computes)
-          simd::product_wide<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
-                                                query_columns_ + column, ld_, scale_);
+          simd::product_columns<false, kScores<T>>(scores_, kLd, count, full, queries_, ld_query_words_, query_words_,
+                                                   query_columns_ + column, ld_, scale_);
         if (computes && over_columns)
-          simd::product_wide<false, simd::Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_,
-                                                       column_words_, value_columns_ + column, ld_);
+          simd::product_columns<false, simd::Start::zero>(row_tile_, kLd, count, full, grads_, ld_column_words_,
+                                                          column_words_, value_columns_ + column, ld_);
         if (computes && over_rows)
-          simd::product_wide<false, simd::Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_,
-                                                       row_words_, grad_columns_ + column, ld_);
+          simd::product_columns<false, simd::Start::zero>(column_tile_, kLd, count, full, values_, ld_row_words_,
+                                                          row_words_, grad_columns_ + column, ld_);
         if (p_.dropout) {
           if (over_columns) p_.row_factors(row_factors_, kLd, index_, first, count, column, width);
           if (over_rows) p_.column_factors(column_factors_, kLd, index_, first, count, column, width);
@@ -338,7 +338,7 @@ class Backward {
     void to_columns(bool finite, float* c, int64_t ld, int64_t width, int64_t dim, const Word* tile, int64_t count,
                     const Word* rows, const Reads& reads) const {
       if (finite)
-        simd::product_wide<true, simd::Start::add>(c, ld, width, dim, tile, kLd, words_of<T>(count), rows, ld);
+        simd::product_columns<true, simd::Start::add>(c, ld, width, dim, tile, kLd, words_of<T>(count), rows, ld);
       else
         simd::product_of_some(c, ld, width, dim, tile, 1, kLd, words_of<T>(count), rows, ld, nullptr,
                               [&](int64_t j, int64_t i, int64_t) { return i < count && reads(j, i); });
@@ -347,8 +347,8 @@ class Backward {
     void to_rows(bool finite, float* c, int64_t ld, int64_t count, int64_t dim, const Word* tile, int64_t width,
                  const Word* columns, const Reads& reads) const {
       if (finite)
-        simd::product_wide<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(width),
-                                                    columns, ld);
+        simd::product_columns<false, simd::Start::add>(c, ld, count, dim, tile, kLdOverColumns, words_of<T>(width),
+                                                       columns, ld);
       else
         simd::product_of_some(c, ld, count, dim, tile, kLdOverColumns, 1, words_of<T>(width), columns, ld, nullptr,
                               [&](int64_t i, int64_t j, int64_t) { return j < width && reads(i, j); });

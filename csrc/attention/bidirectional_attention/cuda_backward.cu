@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     return partials.out + (split * partials.rows + rows_x + query) * partials.stride;
   };
   if (splits > 1) {
-    store_wide_rows<kDim>(total, x.head_dim, [&](int row) {
+    store_float_rows<kDim>(total, x.head_dim, [&](int row) {
       const int query = first_row + warp_row + row;
       return query < x.queries ? partial_row(query) : Global<float>(nullptr);
     });

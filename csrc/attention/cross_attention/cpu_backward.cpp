@@ -443,8 +443,8 @@ class Worker {
       const Word* weights = weights_over_queries<Format, V>(words_, piece.dropped, n);
       float* to_dv = dv_ + from * ldv_;
       if (state.do_finite || !some_hidden) {
-        simd::product_wide<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), weights, kWords,
-                                                    kWords, rows, ldv_);
+        simd::product_columns<false, simd::Start::add>(to_dv, ldv_, n, round_up(p_.value_dim, kLanes), weights, kWords,
+                                                       kWords, rows, ldv_);
       } else {
         simd::product_of_some(to_dv, ldv_, n, p_.value_dim, weights, kWords, 1, kWords, rows, ldv_, nullptr, key_sees);
       }
@@ -454,8 +454,8 @@ class Worker {
       const Word* weights = weights_over_queries<Format, V>(words_, piece.ds, n);
       float* to_dk = dk_ + from * ldk_;
       if (state.q_finite || !some_hidden) {
-        simd::product_wide<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), weights, kWords,
-                                                    kWords, rows, ldk_);
+        simd::product_columns<false, simd::Start::add>(to_dk, ldk_, n, round_up(p_.head_dim, kLanes), weights, kWords,
+                                                       kWords, rows, ldk_);
       } else {
         simd::product_of_some(to_dk, ldk_, n, p_.head_dim, weights, kWords, 1, kWords, rows, ldk_, nullptr, key_sees);
       }

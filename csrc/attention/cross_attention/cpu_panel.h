@@ -228,14 +228,16 @@ class KeyRows {
   const T* operator[](int64_t j) const {
     // Rows often lie pages apart, where the processor does not prefetch by itself. Runs ahead into the block that comes
     // next.
-    if (j + kAhead < left_) {
-      for (int64_t line = 0; line < length_; line += 64) __builtin_prefetch(base_ + (j + kAhead) * step_ + line, 0, 2);
+    if (j + kPrefetchRows < left_) {
+      for (int64_t line = 0; line < length_; line += 64)
+        __builtin_prefetch(base_ + (j + kPrefetchRows) * step_ + line, 0, 2);
     }
     return holes_ == nullptr || holes_[j] ? reinterpret_cast<const T*>(base_ + j * step_) : nullptr;
   }
 
  private:
-  static constexpr int64_t kAhead = 12;
+  // So many rows ahead of what is read.
+  static constexpr int64_t kPrefetchRows = 12;
   const char* base_;
   int64_t step_, length_, left_;
   const bool* holes_;

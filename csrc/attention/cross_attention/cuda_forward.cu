@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, Shape<sizeof(T), kDim>::kBlocks)
   if (grid.splits > 1 && is_idle) return;
   const SpoiledRows spoiled(total_out, has_weights);
   if (grid.splits > 1) {
-    store_wide_rows<kDim>(total_out, a.value_dim, [&](int row) {
+    store_float_rows<kDim>(total_out, a.value_dim, [&](int row) {
       return shared.rows.query[warp_row + row] < 0 ? Global<float>(nullptr)
                                                    : partials.out + number_of(warp_row + row) * partials.stride;
     });

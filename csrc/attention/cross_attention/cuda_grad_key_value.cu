@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim, kKind>::kBlockThreads, 
   const int dim = kKind == kKeyGradient ? a.head_dim : a.value_dim;
   const SpoiledRows spoiled(total, is_seen);
   if (g.float_to.data) {
-    store_wide_rows<kDim>(total, dim, [&](int row) {
+    store_float_rows<kDim>(total, dim, [&](int row) {
       const int key = warp_key + row;
       return key < s.keys ? g.float_to.at(s.batch, kv_head, s.first_key + key) : Global<float>(nullptr);
     });

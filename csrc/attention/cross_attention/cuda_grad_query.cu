@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Shape<sizeof(T), kDim>::kBlockThreads, 2)
                                fabsf(logsumexp[1]) < kInfinity && fabsf(delta[1]) < kInfinity};
   const SpoiledRows spoiled(grad, has_weights);
   if (g.float_query.data) {
-    store_wide_rows<kDim>(grad, a.head_dim, [&](int row) {
+    store_float_rows<kDim>(grad, a.head_dim, [&](int row) {
       const int query = shared.rows.query[warp_row + row];
       return query < 0 ? Global<float>(nullptr) : g.float_query.at(s.batch, head, s.first_query + query);
     });

@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(kThreads, 3) pair_scores_kernel(const Scores<T
   // What is behind the lengths is neither computed nor written.
   const int v_end = p.v.end(b), q_end = p.q.end(b);
   const int words = min(q_end - first_word, kWords), rows = min(v_end - first_row, kTile);
-  // Units of a glimpse: 1 or 2.
-  const int wide = words > kUnitWords ? 1 : 0, units = p.glimpses << wide;
+  // Units of a glimpse: 1 or 2. Of the number of a unit so many bits say which of them it is.
+  const int unit_bits = words > kUnitWords ? 1 : 0, units = p.glimpses << unit_bits;
   if (words <= 0 || rows <= 0 || first_unit >= units) return;
-  const int first_glimpse = first_unit >> wide;
+  const int first_glimpse = first_unit >> unit_bits;
   const int begin = part * p.depth, end = min(begin + p.depth, p.k);
   {
     const int row = thread < kTile ? first_row + thread : first_word + thread - kTile;
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 3) pair_scores_kernel(const Scores<T
       for (int u = 0; u < kWarpUnits; ++u) {
         const int unit = first_unit + 2 * u + warp_half;
         if (unit >= units) break;
-        const int g = (unit >> wide) - first_glimpse;
-        const int row = (unit & wide) * kUnitWords + lane % 8 + lane / 16 * 8;
+        const int g = (unit >> unit_bits) - first_glimpse;
+        const int row = (unit & unit_bits) * kUnitWords + lane % 8 + lane / 16 * 8;
         uint32_t of_q[4], of_h[2];
         ldmatrix<4>(of_q, pointer_cast<__half>(q + row * kDepth<T>) + ((2 * k + lane / 8 % 2) ^ swap_of(row)) * 8);
         const auto factors = pointer_cast<uint32_t>(h + g * kDepth<T>);
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kThreads, 3) pair_scores_kernel(const Scores<T
   for (int u = 0; u < kWarpUnits; ++u) {
     const int unit = first_unit + 2 * u + warp_half;
     if (unit >= units) break;
-    const int64_t matrix = (int64_t{part} * p.batch + b) * p.glimpses + (unit >> wide);
-    const int column = (unit & wide) * kUnitWords + 2 * member;
+    const int64_t matrix = (int64_t{part} * p.batch + b) * p.glimpses + (unit >> unit_bits);
+    const int column = (unit & unit_bits) * kUnitWords + 2 * member;
 #pragma unroll
     for (int m = 0; m < 2; ++m)
 #pragma unroll

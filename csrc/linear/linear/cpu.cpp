@@ -82,15 +82,15 @@ void read_gradient(const Source& source, int64_t rows, int64_t columns, const Te
   const Buffer<float> partial(sums ? chunks * columns : 0);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, kSumRows * columns));
   simd::parallel_ranges(chunks, grain, [&](int64_t begin, int64_t end) {
-    constexpr int64_t kWide = 1024;
-    alignas(64) float values[kWide];
+    constexpr int64_t kColumns = 1024;
+    alignas(64) float values[kColumns];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t first = chunk * kSumRows, last = std::min(first + kSumRows, rows);
       float* part = partial.get() + chunk * columns;
       if (sums) std::fill_n(part, columns, 0.0f);
       for (int64_t i = first; i < last; ++i) {
-        for (int64_t j = 0; j < columns; j += kWide) {
-          const int64_t n = std::min(kWide, columns - j);
+        for (int64_t j = 0; j < columns; j += kColumns) {
+          const int64_t n = std::min(kColumns, columns - j);
           source(i, j, n, values);
           if (out) write(out->scalar_type(), out->mutable_data_ptr(), i * columns + j, values, n);
           if (sums)

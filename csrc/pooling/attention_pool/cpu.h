@@ -132,9 +132,9 @@ VELM_INLINE void combine_tile(const Weights& weights, int64_t first, const float
 
 inline void combine(const Weights& weights, const float* const* row, int64_t rows, float* const* out, int64_t sums,
                     int64_t padded, const float* scale, Prefetch& ahead) {
-  constexpr int64_t kWide = kVectors * kLanes;
+  constexpr int64_t kTileColumns = kVectors * kLanes;
   int64_t c = 0;
-  for (; c + kWide <= padded; c += kWide) {
+  for (; c + kTileColumns <= padded; c += kTileColumns) {
     int64_t i = 0;
     for (; i + kRowsOfTile <= sums; i += kRowsOfTile)
       combine_tile<kRowsOfTile, kVectors>(weights, i, row, rows, out, c, scale, ahead);
