@@ -162,6 +162,24 @@ def test_arguments_of_any_layout(call: Call, backend: Backend) -> None:
 
 @every_call
 @every_backend_once
+def test_one_argument_of_another_layout(call: Call, backend: Backend) -> None:
+    """Each is read by its own strides, and none faster than the one that does not lie on whole vectors allows."""
+    arguments = call.arguments()
+    leaves = call.leaves(arguments)
+    with on(backend):
+        wants = forward_and_backward(call, call.requiring_gradients(arguments))
+        for place, name in enumerate(call.leaf_names(arguments)):
+            given = [shifted(leaf) if n == place else leaf for n, leaf in enumerate(leaves)]
+            given = [leaf.detach().requires_grad_() for leaf in given]
+            gots = forward_and_backward(call, call.with_leaves(arguments, given))
+            for kind, want, got in zip(("result", "gradient"), wants, gots, strict=True):
+                torch.testing.assert_close(
+                    got, want, rtol=1e-5, atol=1e-5, msg=lambda text, at=(kind, name): f"{at}: {text}"
+                )
+
+
+@every_call
+@every_backend_once
 def test_gradients_of_any_layout(call: Call, backend: Backend) -> None:
     with on(backend):
         arguments = call.requiring_gradients(call.arguments())
