@@ -49,6 +49,7 @@ TITLES = {
     "linear": "Projections",
     "fusion": "Fusion",
     "pooling": "Pooling and fewer tokens",
+    "losses": "Losses",
     "backends": "Choosing a backend",
     "integrations": "Models",
 }
