@@ -65,6 +65,7 @@ from velm_kernels.pooling import (
     select_tokens,
     unmerge_tokens,
 )
+from velm_kernels.sequence import rotary
 
 __all__ = [
     "MCB",
@@ -123,6 +124,7 @@ __all__ = [
     "outer_product_fusion",
     "patch",
     "pixel_shuffle_tokens",
+    "rotary",
     "segment_pool",
     "select_tokens",
     "tensor_fusion",

@@ -47,6 +47,7 @@ NOT_CAST = {
     "select_tokens",
     "merge_tokens",
     "unmerge_tokens",
+    "rotary",
 }
 
 

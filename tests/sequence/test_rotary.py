@@ -1,0 +1,290 @@
+"""What is peculiar to rotary: every model's own function beside it, packed projections, memory, errors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import velm_kernels
+from tests.conftest import Backend, every_backend
+from velm_kernels.sequence.rotary import reference, tables
+
+BATCH, HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 4, 2, 21, 40
+
+
+def drawn(dtype: torch.dtype = torch.float32, head_dim: int = HEAD_DIM, heads: int = HEADS) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(BATCH, TOKENS, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    return query, torch.randn(BATCH, KV_HEADS, TOKENS, head_dim, generator=generator).to(dtype)
+
+
+def frequencies(pairs: int) -> Tensor:
+    return 1.0 / 1e4 ** (torch.arange(pairs) / pairs)
+
+
+def positions(*shape: int) -> Tensor:
+    return torch.randint(0, 60, shape, generator=torch.Generator().manual_seed(1))
+
+
+def model(name: str) -> Any:
+    pytest.importorskip("transformers")
+    return importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
+def angles(pairs: int, *leading: int) -> Tensor:
+    return positions(*leading)[..., None] * frequencies(pairs)
+
+
+def close(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-5)
+
+
+# model: (layout, columns that are rotated)
+TEXT = {
+    "qwen2_vl": ("halves", HEAD_DIM),
+    "qwen2_5_vl": ("halves", HEAD_DIM),
+    "qwen3_vl": ("halves", HEAD_DIM),
+    "pixtral": ("halves", HEAD_DIM),
+    "glm4v": ("pairs", 20),
+    "ernie4_5_vl_moe": ("pairs", HEAD_DIM),
+    "minimax_m3_vl": ("halves", 12),
+    "muse_spark": ("halves", HEAD_DIM),
+    "molmo2": ("halves", HEAD_DIM),
+}
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_text_of_transformers(name: str) -> None:
+    (query, key), (layout, rotated) = drawn(), TEXT[name]
+    table = tables.columns(angles(rotated // 2, BATCH, TOKENS), layout)
+    close(
+        velm_kernels.rotary(query, key, table.cos(), table.sin(), layout=layout),
+        model(name).apply_rotary_pos_emb(query, key, table.cos(), table.sin()),
+    )
+
+
+# model: (layout, columns that are rotated)
+TOWERS = {
+    "qwen2_vl": ("halves", HEAD_DIM),
+    "qwen3_vl": ("halves", HEAD_DIM),
+    "glm4v": ("halves", HEAD_DIM),
+    "ernie4_5_vl_moe": ("halves", HEAD_DIM),
+    "kimi_k25": ("halves", HEAD_DIM),
+    "inkling2": ("pairs", HEAD_DIM),
+    "minimax_m3_vl": ("halves", 36),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_of_transformers(name: str) -> None:
+    """Packed pictures: (tokens, heads, head_dim), height and width as positions."""
+    (query, key), (layout, rotated) = drawn(), TOWERS[name]
+    two_d, inverse = positions(2, TOKENS), frequencies(rotated // 4)
+    height, width = (two_d[axis, :, None] * inverse for axis in (0, 1))
+    table = tables.columns(torch.cat([height, width], -1), layout)
+    wanted = model(name).apply_rotary_pos_emb_vision(
+        query[0].transpose(0, 1), key[0].transpose(0, 1), table.cos(), table.sin()
+    )
+    wanted = tuple(value.transpose(0, 1)[None] for value in wanted)
+    close(velm_kernels.rotary(query[:1], key[:1], table.cos(), table.sin(), layout=layout), wanted)
+    half = rotated // 4
+    got = velm_kernels.rotary(
+        query[:1], key[:1], positions=two_d, inverse_frequencies=inverse, layout=layout, sections=(half, half)
+    )
+    close(got, wanted)
+
+
+def test_llama4_rotates_complex_numbers() -> None:
+    llama4, (query, key), angle = model("llama4"), drawn(), angles(HEAD_DIM // 2, BATCH, TOKENS)
+    complex_numbers = torch.polar(torch.ones_like(angle), angle)
+    wanted = llama4.apply_rotary_emb(query.transpose(1, 2), key.transpose(1, 2), complex_numbers)
+    got = velm_kernels.rotary(
+        query,
+        key,
+        positions=positions(BATCH, TOKENS),
+        inverse_frequencies=frequencies(HEAD_DIM // 2),
+        layout="pairs",
+    )
+    close(got, tuple(value.transpose(1, 2) for value in wanted))
+    of_picture = complex_numbers[0]
+    wanted = llama4.vision_apply_rotary_emb(query.transpose(1, 2), key.transpose(1, 2), of_picture)
+    table = tables.columns(angle[0], "pairs")
+    got = velm_kernels.rotary(query, key, table.cos(), table.sin(), layout="pairs")
+    close(got, tuple(value.transpose(1, 2) for value in wanted))
+
+
+def test_gemma4_rotates_quarters() -> None:
+    gemma4, (query, key), two_d = model("gemma4"), drawn(), positions(BATCH, TOKENS, 2)
+    inverse = frequencies(HEAD_DIM // 4)
+    height, width = (two_d[..., axis, None] * inverse for axis in (0, 1))
+    table = torch.cat([height, height, width, width], -1)
+    wanted = tuple(
+        gemma4.apply_multidimensional_rope(x.transpose(1, 2), table.cos(), table.sin(), two_d).transpose(1, 2)
+        for x in (query, key)
+    )
+    close(velm_kernels.rotary(query, key, table.cos(), table.sin(), layout="quarters"), wanted)
+    given = {"positions": two_d.permute(2, 0, 1), "layout": "quarters"}
+    close(velm_kernels.rotary(query, key, inverse_frequencies=inverse, **given), wanted)
+    close(velm_kernels.rotary(query, key, inverse_frequencies=inverse.repeat(2), **given), wanted)
+
+
+def test_sam3_and_dinov3() -> None:
+    query, key = drawn()
+    table = tables.columns(angles(HEAD_DIM // 2, TOKENS), "pairs")
+    close(
+        velm_kernels.rotary(query, key, table.cos(), table.sin(), layout="pairs"),
+        model("sam3").apply_rotary_pos_emb_2d(query, key, table.cos(), table.sin()),
+    )
+    # The first tokens, without a position, stay as they are.
+    table = tables.columns(angles(HEAD_DIM // 2, TOKENS - 5), "halves")
+    wanted = model("dinov3_vit").apply_rotary_pos_emb(query, key, table.cos(), table.sin())
+    got = velm_kernels.rotary(query[:, :, 5:], key[:, :, 5:], table.cos(), table.sin())
+    close(got, tuple(value[:, :, 5:] for value in wanted))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "glm4v", "qwen3_vl"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_several_axes_of_positions(name: str, dtype: torch.dtype) -> None:
+    """M-RoPE: in chunks (Qwen2-VL, GLM-4V) and interleaved (Qwen3-VL), by the tables that the models make."""
+    of, query_and_key, sections = model(name), drawn(), (8, 7, 5)
+    interleaved, layout = name == "qwen3_vl", "pairs" if name == "glm4v" else "halves"
+    kind = {"qwen2_vl": "Qwen2VLRotaryEmbedding", "glm4v": "Glm4vTextRotaryEmbedding"}
+    angle = positions(3, BATCH, TOKENS)[..., None] * frequencies(HEAD_DIM // 2)
+
+    embedding = SimpleNamespace(mrope_section=list(sections))
+    recompose: Callable[..., Tensor] = getattr(
+        of, kind.get(name, "Qwen3VLTextRotaryEmbedding")
+    ).recomposition_frequencies
+    cos, sin = recompose(embedding, angle.cos()), recompose(embedding, angle.sin())
+    wanted = of.apply_rotary_pos_emb(*query_and_key, cos, sin)
+    given: dict[str, Any] = {"sections": sections, "interleaved": interleaved, "layout": layout}
+    got = velm_kernels.rotary(
+        *query_and_key,
+        positions=positions(3, BATCH, TOKENS).to(dtype),
+        inverse_frequencies=frequencies(HEAD_DIM // 2),
+        **given,
+    )
+    close(got, wanted)
+    of_axes = tables.columns(angle, layout)
+    close(velm_kernels.rotary(*query_and_key, of_axes.cos(), of_axes.sin(), **given), wanted)
+
+
+def test_norms_of_transformers() -> None:
+    """Qwen3-VL's over each head, InternVL's over the whole width, which has no rotation."""
+    query, key = drawn()
+    weight = 1 + 0.1 * torch.randn(HEAD_DIM, generator=torch.Generator().manual_seed(2))
+    norm = model("qwen3_vl").Qwen3VLTextRMSNorm(HEAD_DIM, eps=1e-5)
+    norm.weight.data = weight
+    table = tables.columns(angles(HEAD_DIM // 2, BATCH, TOKENS), "halves")
+    wanted = model("qwen3_vl").apply_rotary_pos_emb(norm(query), norm(key), table.cos(), table.sin())
+    got = velm_kernels.rotary(
+        query, key, table.cos(), table.sin(), query_norm_weight=weight, key_norm_weight=weight, norm_eps=1e-5
+    )
+    close(got, wanted)
+    width = model("internvl").InternVLVisionRMSNorm(HEADS * HEAD_DIM, eps=1e-5)
+    width.weight.data = torch.randn(HEADS * HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    wanted = width(query.transpose(1, 2).flatten(2)).view(BATCH, TOKENS, HEADS, HEAD_DIM).transpose(1, 2)
+    got, nothing = velm_kernels.rotary(query, None, query_norm_weight=width.weight, norm_eps=1e-5)
+    assert nothing is None
+    close(got, wanted)
+
+
+@pytest.mark.parametrize("heads_last", [True, False])
+@every_backend
+def test_packed_projections_are_read_where_they_lie(backend: Backend, heads_last: bool) -> None:
+    """Views of (batch, tokens, 3, heads, head_dim), and results that the next view takes without a copy."""
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(BATCH, TOKENS, 3, HEADS, HEAD_DIM, generator=generator)
+    if not heads_last:
+        packed = packed.permute(0, 3, 2, 1, 4).contiguous().permute(0, 3, 2, 1, 4)
+    table = angles(HEAD_DIM, TOKENS)
+    found = []
+    for exact in (False, True):
+        leaf = packed.clone().requires_grad_()
+        query, key, _ = leaf.permute(2, 0, 3, 1, 4).unbind(0)
+        if exact:
+            outs = reference.rotary(query, key, table.cos()[None], table.sin()[None])
+        else:
+            with backend.use():
+                outs = velm_kernels.rotary(query, key, table.cos(), table.sin())
+            strides = (HEAD_DIM * HEADS * TOKENS, HEAD_DIM, HEADS * HEAD_DIM, 1)
+            for out in outs:
+                assert (out.stride() == strides) if heads_last else out.is_contiguous()
+        upstream = [torch.randn(out.shape, generator=torch.Generator().manual_seed(5)) for out in outs]
+        found.append((outs, torch.autograd.grad(outs, leaf, upstream)))
+    close(found[0], found[1])
+
+
+@every_backend
+def test_columns_that_are_not_rotated_are_copied(backend: Backend) -> None:
+    """Bit by bit, NaN and infinity included, and they reach no other column."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        query, key = drawn(dtype)
+        query[..., 24:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40] * 4).to(dtype)
+        table = angles(24, TOKENS)
+        with backend.use():
+            got, _ = velm_kernels.rotary(query, key, table.cos(), table.sin())
+        assert torch.equal(got[..., 24:].nan_to_num(5.0), query[..., 24:].nan_to_num(5.0))
+        assert got[..., :24].isfinite().all()
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 14, 34, 66, 72, 96, 130])
+@pytest.mark.parametrize("layout", ["halves", "pairs", "quarters"])
+@every_backend
+def test_head_dims_beside_whole_vectors(backend: Backend, layout: str, head_dim: int) -> None:
+    query, key = drawn(head_dim=head_dim)
+    rotated = head_dim // 4 * 4 if layout == "quarters" else head_dim
+    table = torch.randn(2, 1, TOKENS, rotated, generator=torch.Generator().manual_seed(3))
+    upstream = [torch.randn(x.shape, generator=torch.Generator().manual_seed(4)) for x in (query, key)]
+    found = []
+    for exact in (False, True):
+        given = [x.clone().requires_grad_() for x in (query, key, table[0], table[1])]
+        if exact:
+            outs = reference.rotary(*given, layout=layout)
+        else:
+            with backend.use():
+                outs = velm_kernels.rotary(*given, layout=layout)
+        found.append((outs, torch.autograd.grad(outs, given, upstream)))
+    close(found[0], found[1])
+
+
+def test_what_backward_keeps() -> None:
+    """cos and sin, and queries and keys only where something needs them."""
+    query, key = (x.requires_grad_() for x in drawn())
+    cos, sin, weight = torch.randn(TOKENS, HEAD_DIM), torch.randn(TOKENS, HEAD_DIM), torch.randn(HEAD_DIM)
+    kept: list[Tensor] = []
+    for change in ({}, {"sin": sin.clone().requires_grad_()}, {"query_norm_weight": weight}):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            velm_kernels.rotary(**({"query": query, "key": key, "cos": cos, "sin": sin} | change))
+        assert any(x.shape == query.shape for x in kept) == bool(change)
+
+
+def test_errors_name_what_does_not_fit() -> None:
+    query, key = drawn()
+    table, inverse, of_axis = torch.randn(TOKENS, HEAD_DIM), frequencies(HEAD_DIM // 2), positions(TOKENS)
+    axes = torch.randn(3, 1, TOKENS, HEAD_DIM)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("cos: .* multiple of 2 .* given 7", {"cos": table[:, :7], "sin": table[:, :7]}),
+        ("cos: .* multiple of 4 .* given 38", {"cos": table[:, :38], "sin": table[:, :38], "layout": "quarters"}),
+        ("cos: .* at most head_dim = 40, given 80", {"cos": table.repeat(1, 2), "sin": table.repeat(1, 2)}),
+        ("sin: .*None", {"cos": table}),
+        ("cos: .*None", {"sin": table}),
+        ("cos: .* batch 2 .* given", {"cos": table.expand(3, -1, -1), "sin": table.expand(3, -1, -1)}),
+        ("sections: .*sum .* 20, given 18", {"cos": axes, "sin": axes, "sections": (6, 6, 6)}),
+        ("sections: .* 3 axes, given 2", {"cos": axes, "sin": axes, "sections": (10, 10), "interleaved": True}),
+        ("interleaved: .*sections", {"cos": table, "sin": table, "interleaved": True}),
+        ("positions: .*None", {"inverse_frequencies": inverse}),
+        ("inverse_frequencies: .*None", {"positions": of_axis}),
+        ("cos: expected None", {"cos": table, "positions": of_axis, "inverse_frequencies": inverse}),
+        ("inverse_frequencies: .* given 42", {"positions": of_axis, "inverse_frequencies": frequencies(21)}),
+    ]
+    for text, given in wrong:
+        with pytest.raises((ValueError, TypeError), match=text):
+            velm_kernels.rotary(query, key, **given)
