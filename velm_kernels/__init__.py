@@ -46,6 +46,7 @@ from velm_kernels.fusion import (
 )
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
+from velm_kernels.losses import contrastive_loss
 from velm_kernels.pooling import (
     AttentionalPooler,
     AttentionPool,
@@ -108,6 +109,7 @@ __all__ = [
     "bilinear_attention",
     "bilinear_attention_pool",
     "compact_bilinear",
+    "contrastive_loss",
     "cross_attention",
     "cross_attention_varlen",
     "dropout_residual",

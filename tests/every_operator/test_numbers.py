@@ -21,8 +21,8 @@ from velm_kernels import cases
 
 DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# What CUDA does not have: linear, and pixel_shuffle_tokens, which is made of it.
-NOT_THERE = {"linear", "pixel_shuffle_tokens"}
+# What CUDA does not have: linear, pixel_shuffle_tokens, which is made of it, and losses.
+NOT_THERE = {"linear", "pixel_shuffle_tokens", "contrastive_loss", "sigmoid_loss"}
 
 
 def skip_what_is_not_there(backend: Backend, call: Call) -> None:

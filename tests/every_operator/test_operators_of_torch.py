@@ -49,6 +49,8 @@ NOT_CAST = {
     "unmerge_tokens",
     "rotary",
 }
+# As torch's own: from what was rounded for their products, in float32.
+LOSSES = {"contrastive_loss", "sigmoid_loss"}
 
 
 @every_call
@@ -67,10 +69,10 @@ def test_autocast(call: Call) -> None:
         given = call.with_leaves(arguments, plain)
     expected = call.run(given)
     residual = call.operator == "linear" and "residual" in call.differentiable
-    kept = call.operator in NOT_CAST or residual
+    kept = call.operator in NOT_CAST | LOSSES or residual
     assert got["output_0"].dtype == (torch.float32 if kept else torch.bfloat16)
     for name, value in got.items():
-        if name.startswith("output_"):
+        if name.startswith("output_") and call.operator not in LOSSES:
             assert value.dtype == expected[name].dtype, name
         value, other = (one.masked_fill(one.isinf(), 0.0) for one in (value, expected[name]))
         # Parameters beside products are not rounded on the way.

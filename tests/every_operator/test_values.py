@@ -48,8 +48,8 @@ NOT_YET: dict[str, set[str]] = {
     # gelu(inf) of torch itself is NaN in float32 and less where its vector code computes it, inf in float64.
     # The backward of bilinear_attention by torch is not given the bias.
     "reference": {"linear-gelu", "bilinear_attention"},
-    # There is no linear, of which pixel_shuffle_tokens is made, in CUDA.
-    "device_on_host": {"linear", "pixel_shuffle_tokens"},
+    # There is no linear, of which pixel_shuffle_tokens is made, and no loss in CUDA.
+    "device_on_host": {"linear", "pixel_shuffle_tokens", "contrastive_loss", "sigmoid_loss"},
 }
 
 

@@ -1,3 +1,5 @@
 """What models are trained by: losses whose scores never exist whole."""
 
-__all__: list[str] = []
+from velm_kernels.losses.contrastive_loss import contrastive_loss
+
+__all__ = ["contrastive_loss"]

@@ -1,0 +1,86 @@
+"""Checks of what losses over pairs of images and texts are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.layout import unit_last_stride
+
+
+def rows(image: Any, text: Any) -> tuple[Tensor, Tensor]:
+    """``(images, d)`` and ``(texts, d)`` in one dtype, neighbours in a row next to each other."""
+    if not checks.ordinary(image, text):
+        checks.tensor("image", image)
+        checks.tensor("text", text)
+        image, text = checks.autocast(image, text)
+        checks.dtype_in("image", image, checks.FLOAT_DTYPES)
+        checks.dtype_in("text", text, (image.dtype,))
+        checks.same_device("text", text, "image", image)
+    checks.tensor("image", image, dims=2, layout="(images, d)")
+    if text.dim() != 2 or text.shape[1] != image.shape[1]:
+        raise ValueError(f"text: expected (texts, d) with d = {image.shape[1]}, given {tuple(text.shape)}")
+    return unit_last_stride(image), unit_last_stride(text)
+
+
+def as_many(image: Tensor, text: Tensor) -> None:
+    """Where each image belongs to one text, there is one for each."""
+    if image.shape[0] != text.shape[0]:
+        raise ValueError(f"text: expected as many rows as image = {image.shape[0]}, given {tuple(text.shape)}")
+
+
+def factor(name: str, value: Any, image: Tensor) -> Tensor:
+    """A number, or a tensor of one element, as a scalar tensor in float32 or wider on the device of ``image``."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if isinstance(value, Tensor):
+        checks.tensor(name, value)
+        checks.dtype_in(name, value, checks.FLOAT_DTYPES)
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected a number or a tensor of one element, given {tuple(value.shape)}")
+        # As torch's own operators take a scalar tensor of the CPU.
+        if value.dim() or not value.is_cpu or image.is_meta:
+            checks.same_device(name, value, "image", image)
+        return value.reshape(()).to(device=image.device, dtype=dtype)
+    number = checks.number(name, value, -1e30, 1e30, described="a finite number")
+    return torch.full((), number, dtype=dtype, device=image.device)
+
+
+def labels(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    """Labels of images and of texts as int32: numbers from 0 on, the same for the same label; -1 for negative ones."""
+    if given is None:
+        return None, None
+    both = isinstance(given, tuple)
+    if both and len(given) != 2:
+        raise ValueError(f"labels: expected one tensor or two, given {checks.describe(given)}")
+    found = []
+    for n, one in enumerate(given if both else (given,)):
+        name = f"labels[{n}]" if both else "labels"
+        checks.dtype_in(name, checks.tensor(name, one), checks.INTEGER_DTYPES)
+        checks.shape(name, one, "(texts,)" if n else "(images,)", (sizes[n],))
+        checks.same_device(name, one, "image", image)
+        found.append(one.long())
+    if not both and sizes[0] != sizes[1]:
+        raise ValueError(
+            f"labels: expected labels of {sizes[0]} images and of {sizes[1]} texts, given {checks.describe(given)}"
+        )
+    together = torch.cat(found) if both else found[0]
+    # Places among the different ones: labels may be hashes of 64 bits.
+    ordered, index = together.sort()
+    is_new = torch.ones_like(ordered)
+    is_new[1:] = (ordered[1:] != ordered[:-1]).long()
+    places = torch.empty_like(ordered).scatter_(0, index, is_new.cumsum(0) - 1)
+    numbers = torch.where(together < 0, -1, places).int()
+    return (numbers[: sizes[0]], numbers[sizes[0] :].contiguous()) if both else (numbers, numbers)
+
+
+def partners(own: Tensor, others: Tensor) -> Tensor:
+    """How many of ``others`` have the label of each of ``own``, none for a label below 0. Both as of :func:`labels`."""
+    most = own.shape[0] + others.shape[0]
+    # Those without a label are counted in a place of their own.
+    counts = own.new_zeros(most + 1).scatter_add_(
+        0, torch.where(others < 0, most, others).long(), torch.ones_like(others)
+    )
+    return torch.where(own < 0, 0, counts.gather(0, own.clamp(min=0).long()))
