@@ -173,7 +173,7 @@ first_and_last_cpu_backend = pytest.mark.parametrize(
 
 # Tests of kernels that multiply no bfloat16 as pairs: the code for avx512_bf16 is that for avx512, and the emulated
 # library does without it (CMakeLists.txt).
-WIDENING = re.compile(r"tests/(fusion|pooling)/|/test_(gated_residual|merge)\.py")
+WIDENING = re.compile(r"tests/(fusion|losses|pooling)/|/test_(gated_residual|merge)\.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -137,6 +137,15 @@ MODULES = [
         {"v_dim": 6, "q_dim": 8, "h_dim": 4},
         lambda normal: {"v": normal(2, 5, 6), "q": normal(2, 7, 8), "attention": normal(2, 5, 7)},
     ),
+    ModuleCall(
+        "LinearCrossEntropyLoss",
+        {"softcap": 5.0, "shift": True},
+        lambda normal: {
+            "hidden": normal(2, 5, 8),
+            "weight": normal(11, 8),
+            "targets": torch.tensor([[1, 2, -100, 4, 5], [-100, 10, 0, 3, 3]]),
+        },
+    ),
 ]
 
 

@@ -17,6 +17,9 @@ from velm_kernels.cases import results as results
 CALLS = [case for case in cases.every() if not case.numbers_only]
 FOR_NUMBERS = cases.every()
 
+# Losses of 16 bits are sums in float32, and stay so.
+IN_FLOAT32 = {"linear_cross_entropy"}
+
 
 def differentiable_results(value: Any) -> list[Tensor]:
     return [result for result in results(value) if result.requires_grad]

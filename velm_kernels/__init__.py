@@ -46,7 +46,7 @@ from velm_kernels.fusion import (
 )
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
-from velm_kernels.losses import contrastive_loss
+from velm_kernels.losses import LinearCrossEntropyLoss, contrastive_loss, linear_cross_entropy
 from velm_kernels.pooling import (
     AttentionalPooler,
     AttentionPool,
@@ -89,6 +89,7 @@ __all__ = [
     "FiLM",
     "GatedCrossAttention",
     "Linear",
+    "LinearCrossEntropyLoss",
     "LinearSum",
     "LowRankFusion",
     "MaskedPool",
@@ -118,6 +119,7 @@ __all__ = [
     "film",
     "gated_residual",
     "linear",
+    "linear_cross_entropy",
     "low_rank_fusion",
     "make_sketch",
     "masked_pool",

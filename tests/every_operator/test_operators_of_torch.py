@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from tests.operators import CALLS, Call
+from tests.operators import CALLS, IN_FLOAT32, Call
 from velm_kernels import cases
 from velm_kernels.backends.follow import Follower
 
@@ -69,7 +69,7 @@ def test_autocast(call: Call) -> None:
         given = call.with_leaves(arguments, plain)
     expected = call.run(given)
     residual = call.operator == "linear" and "residual" in call.differentiable
-    kept = call.operator in NOT_CAST | LOSSES or residual
+    kept = call.operator in NOT_CAST | LOSSES | IN_FLOAT32 or residual
     assert got["output_0"].dtype == (torch.float32 if kept else torch.bfloat16)
     for name, value in got.items():
         if name.startswith("output_") and call.operator not in LOSSES:

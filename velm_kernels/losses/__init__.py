@@ -1,5 +1,7 @@
 """What models are trained by: losses whose scores never exist whole."""
 
 from velm_kernels.losses.contrastive_loss import contrastive_loss
+from velm_kernels.losses.linear_cross_entropy import linear_cross_entropy
+from velm_kernels.losses.modules import LinearCrossEntropyLoss
 
-__all__ = ["contrastive_loss"]
+__all__ = ["LinearCrossEntropyLoss", "contrastive_loss", "linear_cross_entropy"]

@@ -1,0 +1,162 @@
+"""The cross entropy of a projection onto a vocabulary, whose logits never exist whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments
+from velm_kernels.layout import as_matrix, unit_last_stride
+from velm_kernels.losses.linear_cross_entropy import reference
+from velm_kernels.losses.linear_cross_entropy.op import BIAS, HIDDEN, OPERATOR, WEIGHT
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    reduction: str = "mean",
+    return_logprobs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """``cross_entropy(hidden @ weight^T + bias, targets)`` without the logits of all rows and of the vocabulary.
+
+    Of a sequence of which a part alone is labelled, as an answer behind a picture and a question, only that part is
+    multiplied with the vocabulary.
+
+    Args:
+        hidden: ``(..., dim)``, float32, bfloat16, float16, or float64 (computed by the reference backend): the last
+            hidden states, one row a token.
+        weight: ``(vocabulary, dim)``, dtype of hidden: that of the language model's head.
+        targets: ``(...)``, of any integer dtype: the index of each row's label in the vocabulary, or ``ignore_index``.
+        bias: ``(vocabulary,)``, dtype of hidden.
+        ignore_index: the target of a row without a label. What it holds is not read, NaN too; its loss is 0, and so are
+            its gradients.
+        label_smoothing: in [0, 1): the share of each label that is spread over the whole vocabulary (Szegedy et al.,
+            2016), as in ``torch.nn.functional.cross_entropy``.
+        softcap: ``softcap * tanh(logits / softcap)`` in place of the logits (Gemma 2), above 0, or None.
+        shift: the targets are the tokens of ``hidden (..., tokens, dim)`` themselves: each position predicts the next
+            one's, and the last none. Nothing is copied for that.
+        reduction: ``"mean"`` over rows with a label, ``"sum"``, or ``"none"``.
+        return_logprobs: returns ``(loss, logprobs, entropy)``: the log-probability of each row's label and the entropy
+            of its distribution, both differentiable, as preference and policy training wants them.
+
+    Under autocast hidden, weight and bias are cast to its dtype.
+
+    Returns:
+        The loss, ``()`` or for ``"none"`` ``(...)``; logprobs and entropy ``(...)``, 0 without a label. All in
+        float32, for float64 in float64. The mean over no label at all is NaN with gradients of 0, as in torch.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together, a setting is out of range; on the CPU, or with VELM_CHECK=1,
+            a target is neither in the vocabulary nor ``ignore_index`` (else its loss is NaN).
+
+    Logits exist for some rows at a time; sums accumulate in float32. With a mean or a sum, forward computes those
+    gradients that are wanted while it has the logits, and backward multiplies them by what comes in, in float32: three
+    products, as many as plain torch has. Per-row results (``"none"``, ``return_logprobs``) have gradients of their own
+    each, for which backward forms the logits a second time: a fourth product. On the CPU labelled rows are counted; on
+    a GPU that would wait for it, so all rows are multiplied there, those without a label as zeros.
+
+    The formula: ``loss = logsumexp(z) - z[target]``; with ``p = softmax(z)`` the gradient of z is
+    ``p - onehot(target)``, by chunks as in Liger Kernel (Hsu et al., 2024) and Cut Your Losses (Wijmans et al., 2024).
+
+    Example:
+        >>> hidden, weight = torch.randn(2, 10, 64), torch.randn(1000, 64)
+        >>> targets = torch.randint(0, 1000, (2, 10))
+        >>> targets[:, :7] = -100  # the picture and the question
+        >>> velm_kernels.linear_cross_entropy(hidden, weight, targets, shift=True).shape
+        torch.Size([])
+    """
+    if isinstance(hidden, Tensor):
+        hidden, weight, bias = checks.autocast(hidden, weight, bias)
+    arguments = canonical(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        shift,
+        reduction,
+        return_logprobs,
+    )
+    if torch.is_grad_enabled():
+        wanted = ((hidden, HIDDEN), (weight, WEIGHT), (bias, BIAS))
+        arguments["records"] = sum(bit for value, bit in wanted if value is not None and value.requires_grad)
+    loss, logprobs, entropy, *_ = OPERATOR(arguments)
+    if reduction == "none":
+        loss = loss.view(targets.shape)
+    return (loss, logprobs.view(targets.shape), entropy.view(targets.shape)) if return_logprobs else loss
+
+
+def canonical(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    reduction: str = "mean",
+    return_logprobs: bool = False,
+) -> Arguments:
+    """Checks the arguments of :func:`linear_cross_entropy` and returns those of the operator."""
+    checks.dtype_in("hidden", checks.tensor("hidden", hidden), checks.FLOAT_DTYPES)
+    if hidden.dim() == 0:
+        raise ValueError("hidden: expected (..., dim), given ()")
+    checks.dtype_in("weight", checks.tensor("weight", weight, dims=2, layout="(vocabulary, dim)"), (hidden.dtype,))
+    checks.same_device("weight", weight, "hidden", hidden)
+    vocabulary, dim = weight.shape
+    if hidden.shape[-1] != dim:
+        raise ValueError(
+            f"hidden: expected (..., dim) with dim = {dim} as in weight {tuple(weight.shape)}, "
+            f"given {tuple(hidden.shape)}"
+        )
+    checks.dtype_in("targets", checks.tensor("targets", targets), checks.INTEGER_DTYPES)
+    checks.same_device("targets", targets, "hidden", hidden)
+    checks.shape("targets", targets, "(...) of hidden (..., dim)", hidden.shape[:-1])
+    if bias is not None:
+        checks.dtype_in("bias", checks.tensor("bias", bias), (hidden.dtype,))
+        checks.same_device("bias", bias, "hidden", hidden)
+        checks.shape("bias", bias, "(vocabulary,)", (vocabulary,))
+        bias = bias.contiguous()
+    checks.integer("ignore_index", ignore_index, -(2**63), 2**63 - 1)
+    label_smoothing = checks.probability("label_smoothing", label_smoothing)
+    if softcap is not None:
+        softcap = checks.number("softcap", softcap, 1e-30, float("inf"), described="a finite number above 0")
+    checks.choice("reduction", reduction, REDUCTIONS)
+    checks.flag("return_logprobs", return_logprobs)
+    if checks.flag("shift", shift):
+        if hidden.dim() < 2:
+            raise ValueError(f"hidden: expected (..., tokens, dim) to shift targets, given {tuple(hidden.shape)}")
+        targets = reference.shifted(targets, ignore_index)
+    return {
+        "hidden": as_matrix(hidden),
+        "weight": unit_last_stride(weight),
+        "bias": bias,
+        "targets": _places(targets.reshape(-1).to(torch.int64), ignore_index, vocabulary),
+        "label_smoothing": label_smoothing,
+        "softcap": softcap or 0.0,
+        "reduction": reduction,
+        "details": return_logprobs,
+        "records": 0,
+    }
+
+
+def _places(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor:
+    """-1 for what is ignored, and beyond the vocabulary what else is negative."""
+    ignored = targets == ignore_index
+    return torch.where(targets < 0, vocabulary, targets).masked_fill(ignored, -1)
+
+
+OPERATOR.serves("linear_cross_entropy", canonical)
