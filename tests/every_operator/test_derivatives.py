@@ -288,6 +288,19 @@ def test_transforms(way: Callable[..., Any], call: Call) -> None:
     assert_close(way(of_leaves(call, arguments), leaves), way(exact_of_leaves(call), doubles(leaves)))
 
 
+@pytest.mark.parametrize("call", [call for call in CALLS if "attention" in str(call)], ids=str)
+def test_linearize(call: Call) -> None:
+    """What traces with values lets none of them decide what is computed, which attention's meaning looks at."""
+
+    def linearized(function: Function, leaves: list[Tensor]) -> list[Tensor]:
+        tangents = [leaf.cos() for leaf in leaves]
+        return list(torch.func.linearize(lambda *given: tuple(function(*given)), *leaves)[1](*tangents))
+
+    arguments = call.arguments()
+    leaves = call.leaves(arguments)
+    assert_close(linearized(of_leaves(call, arguments), leaves), linearized(exact_of_leaves(call), doubles(leaves)))
+
+
 @every_call
 def test_vmap(call: Call) -> None:
     arguments = call.arguments()
@@ -507,7 +520,10 @@ def test_of_nothing(call: Call) -> None:
         assert all(gradient.isfinite().all() for gradient in by_grad(function, plain))
 
 
-@pytest.mark.parametrize("name", ["cross_attention-everything", "linear-gelu", "masked_pool-max", "weighted_sum"])
+CHECKPOINTED = ["cross_attention-everything", "linear-gelu", "masked_pool-max", "masked_pool-gem", "weighted_sum"]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTED)
 def test_third_derivatives_and_checkpointed_ones(name: str) -> None:
     call = next(call for call in CALLS if str(call) == name)
     arguments = call.arguments()

@@ -140,9 +140,9 @@ def _remembered(value: Tensor, places: dict[int, int]) -> Kept | Absent:
     return _KEPT[place] if place < len(_KEPT) else Kept(place)
 
 
-def remembered(ctx: Any) -> list[Any]:
-    """The arguments that :func:`remember` was given, with zeros in place of those that are not saved."""
-    saved = ctx.saved_tensors
+def remembered(ctx: Any, saved: Sequence[Any]) -> list[Any]:
+    """The arguments that :func:`remember` was given, with zeros in place of those that are not among the tensors
+    ``saved``."""
     args: list[Any] = []
     for value in ctx.arguments:
         if isinstance(value, Kept):

@@ -80,8 +80,8 @@ def register_autograd(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     meaning: Callable[..., Any],
     leaves: Sequence[str],
-    differentiable_backward: Callable[..., tuple[Any, ...]] | None = None,
-    given: Callable[[Any], list[Any]] | None = None,
+    differentiable_backward: Callable[..., Any] | None = None,
+    given: Callable[[Any, Sequence[Any]], list[Any]] | None = None,
 ) -> None:
     """Makes ``backward`` the derivative of ``velm::name``, and ``meaning`` what its other derivatives are those of.
 
@@ -90,7 +90,7 @@ def register_autograd(
     ``leaves`` are the arguments that may have a gradient. Torch's own, in a call that records
     gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of attention
     that takes ten times as long as all the rest, and these operators have none. ``given`` makes the arguments of
-    ``meaning`` from ``ctx`` where every tensor among them is saved; without it they are noted in every call.
+    ``meaning`` from ``ctx`` and its saved tensors; without it they are noted in every call.
 
     ``meaning`` takes the arguments of the operator without ``backend`` and returns its results, by plain torch alone:
     a pure function, every result new, that torch can differentiate to any order; results without a derivative are
@@ -98,7 +98,7 @@ def register_autograd(
     Gradients that are differentiated again are those of ``meaning`` at the tensors that ``setup_context`` saved, and
     at zeros in place of the others: none of the gradients depends on them, or backward would need them. Where backward
     uses something else in their place, such as a result, ``differentiable_backward`` is what ``backward`` is, in plain
-    torch, or returns NotImplemented.
+    torch, with the saved tensors behind ``ctx``, or returns NotImplemented.
     """
     operator: torch._ops.OpOverload = getattr(torch.ops.velm, name).default
     names = [argument.name for argument in operator._schema.arguments][:-1]
@@ -147,13 +147,17 @@ def register_autograd(
         found: Sequence[Any]
         if why is None:
             found = backward(ctx, *grads)
-        elif differentiable_backward is None or (found := differentiable_backward(ctx, *grads)) is NotImplemented:
-            args = derivatives.remembered(ctx) if given is None else given(ctx)
-            found = derivatives.differentiable_gradients(name, meaning, ctx, args, grads, why)
-            if ctx.lengths is not None:
-                found = derivatives.in_lists(found, ctx.lengths)
         else:
-            backends.warn_of_plain_torch(name, grads, why, ctx.backend)
+            # Read once: where a checkpoint computes them anew, torch refuses to do so a second time.
+            saved = ctx.saved_tensors
+            found = NotImplemented if differentiable_backward is None else differentiable_backward(ctx, saved, *grads)
+            if found is NotImplemented:
+                args = derivatives.remembered(ctx, saved) if given is None else given(ctx, saved)
+                found = derivatives.differentiable_gradients(name, meaning, ctx, args, grads, why)
+                if ctx.lengths is not None:
+                    found = derivatives.in_lists(found, ctx.lengths)
+            else:
+                backends.warn_of_plain_torch(name, grads, why, ctx.backend)
         chosen = [found[place] for place in places]
         if has_lists:
             # No gradient of a list is one of each of its tensors.

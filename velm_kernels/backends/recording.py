@@ -211,11 +211,11 @@ class Recording:
                 for place, filled in zip(self._with_gradient, self._filled)
             ]
 
-    def arguments(self, ctx: Any) -> list[Any]:
-        """The arguments of a recorded call, none of which is a list, with zeros for those that are not saved."""
+    def arguments(self, ctx: Any, saved: Sequence[Any]) -> list[Any]:
+        """The arguments of a recorded call, none of which is a list, with zeros for those that are not ``saved``."""
         of = self._of
         args: list[Any] = [None] * len(of.names)
-        for place, value in zip(ctx.plan.places, ctx.saved_tensors):
+        for place, value in zip(ctx.plan.places, saved):
             if place is not None and place < len(args):
                 args[place] = value
         for place, value in zip(of.settings, ctx.settings[len(of.remembers) :], strict=True):
@@ -227,11 +227,11 @@ class Recording:
     def backward(self, ctx: Any, *grads: Tensor | None) -> Any:
         return self._differentiate(ctx, grads)
 
-    def backward_again(self, ctx: Any, *grads: Tensor | None) -> Any:
-        """The same in plain torch, or NotImplemented."""
-        return self._differentiate(ctx, grads, again=True)
+    def backward_again(self, ctx: Any, saved: Sequence[Any], *grads: Tensor | None) -> Any:
+        """The same in plain torch from the tensors ``saved``, or NotImplemented."""
+        return self._differentiate(ctx, grads, saved)
 
-    def _differentiate(self, ctx: Any, grads: Sequence[Tensor | None], again: bool = False) -> Any:
+    def _differentiate(self, ctx: Any, grads: Sequence[Tensor | None], again: Sequence[Any] | None = None) -> Any:
         of, plan = self._of, ctx.plan
         gradients = list(plan.none)
         chosen = list(grads) if self._one_result else [grads[place] for place in self._with_gradient]
@@ -245,7 +245,7 @@ class Recording:
         like = next((grad for grad in chosen if grad is not None), None)
         if not plan.any or (like is None and not of_kept):
             return gradients
-        saved = ctx.saved_tensors
+        saved = ctx.saved_tensors if again is None else again
         if of.lists:
             saved = in_lists(saved, ctx.saved_lengths)
         settings = ctx.settings
@@ -258,7 +258,7 @@ class Recording:
                 shape, dtype = ctx.made[place]
                 grad = like.new_zeros(shape, dtype=dtype)
             chosen[place] = grad.contiguous() if of.incoming is None else of.incoming(grad, a)
-        if again or of_kept:
+        if again is not None or of_kept:
             assert of.run_again is not None
             found = of.run_again(only_again, *chosen, *saved, *settings, *plan.wanted, ctx.backend)
             if found is NotImplemented:

@@ -57,7 +57,9 @@ def _one_by_one(seen: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dim: int, 
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
-    return not_finite or not bool(a.isfinite().all()) or not bool(b.isfinite().all())
+    if not_finite:
+        return True
+    return any(derivatives.readable(x) and not bool(x.isfinite().all()) for x in (a, b))
 
 
 def _where(seen: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
