@@ -14,17 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from velm_kernels.checks import is_plain
+from velm_kernels.listeners import has_listeners as has_listeners
+from velm_kernels.listeners import is_bare as is_bare
 
 _CALL = nn.Module.__call__
-# A library that replaces the forward of one of these for the whole process listens to all of them.
-_FORWARDS: dict[type[nn.Module], Any] = {
-    cls: cls.forward
-    for cls in (nn.Linear, nn.Dropout, nn.Identity, nn.MultiheadAttention, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh)
-}
-
 # Names of submodules, each with the classes that are known in its place.
 Absorbs = tuple[tuple[str, tuple[type[nn.Module], ...]], ...]
 DROPOUTS = (nn.Dropout, nn.Identity)
@@ -33,28 +28,6 @@ DROPOUTS = (nn.Dropout, nn.Identity)
 def are_plain(*values: Any) -> bool:
     """Say so of every one of `values` that is not None."""
     return all(x is None or is_plain(x) for x in values)
-
-
-def has_listeners(module: nn.Module) -> bool:
-    """Say whether calling `module` does more than its class's forward: hooks, and a forward of the instance's own."""
-    own = vars(module).get("forward")
-    if own is not None and own is not vars(module).get("velm_forward"):
-        return True
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._has_any_global_hook()
-    )
-
-
-def is_bare(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Say whether `module` is exactly of one of `classes`, and nobody would notice that it is not called."""
-    cls = type(module)
-    if cls not in classes or has_listeners(module):
-        return False
-    return torch.compiler.is_compiling() or _FORWARDS.get(cls, cls.forward) is cls.forward
 
 
 def under_autocast(x: Tensor) -> bool:

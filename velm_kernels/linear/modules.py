@@ -10,7 +10,20 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.linear.linear import linear
-from velm_kernels.linear.linear.reference import ACTIVATIONS
+from velm_kernels.linear.linear.reference import ACTIVATIONS, activate
+from velm_kernels.listeners import is_bare
+
+
+def apply_linear(layer: nn.Module, x: Tensor, activation: str = "", residual: Tensor | None = None) -> Tensor:
+    """``activation(layer(x)) + residual``, in one pass where ``layer`` is a ``torch.nn.Linear`` and nothing more.
+
+    Else the layer is called as what it is: with hooks, an adapter around it, parametrised, sharded, or quantised to a
+    module of another class. ``activation`` is a name as in :class:`Linear`, or empty.
+    """
+    if is_bare(layer, nn.Linear):
+        return linear(x, layer.weight, layer.bias, activation or None, residual)  # type: ignore[arg-type]
+    out = activate(layer(x), activation)
+    return out if residual is None else out + residual
 
 
 class Linear(nn.Linear):

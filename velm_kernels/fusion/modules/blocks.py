@@ -13,6 +13,7 @@ from velm_kernels.constructors import checked
 from velm_kernels.fusion.bilinear import bilinear
 from velm_kernels.fusion.factorized_pool import factorized_pool
 from velm_kernels.fusion.modules.pair import PairFusion, project, root_and_norm
+from velm_kernels.listeners import is_bare
 
 
 class Tucker(PairFusion):
@@ -76,7 +77,7 @@ class Tucker(PairFusion):
         self.bilinear = nn.Bilinear(mm_dim, mm_dim, mm_dim)
 
     def fuse(self, a: Tensor, b: Tensor) -> Tensor:
-        z = bilinear(a, b, self.bilinear.weight, self.bilinear.bias)
+        z = _applied(self.bilinear, a, b)
         return root_and_norm(z) if self.normalize else z
 
 
@@ -187,7 +188,7 @@ class BlockTucker(_Chunked):
 
     def fuse_chunk(self, chunk: int, a: Tensor, b: Tensor) -> Tensor:
         core = cast(nn.Bilinear, self.bilinears[chunk])
-        z = bilinear(a, b, core.weight, core.bias)
+        z = _applied(core, a, b)
         return root_and_norm(z) if self.pos_norm == "before_cat" else z
 
 
@@ -270,3 +271,12 @@ def chunk_sizes(dim: int, chunks: int) -> list[int]:
     if last >= 0:
         return [*[size] * (chunks - 1), last]
     return [size - (chunk >= chunks - (size - last)) for chunk in range(chunks)]
+
+
+def _applied(layer: nn.Bilinear, a: Tensor, b: Tensor) -> Tensor:
+    """The layer on two sets of rows that broadcast, called as what it is where it is more than its parameters."""
+    if is_bare(layer, nn.Bilinear):
+        return bilinear(a, b, layer.weight, layer.bias)
+    rows = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    out: Tensor = layer(a.expand(*rows, a.shape[-1]), b.expand(*rows, b.shape[-1]))
+    return out

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.constructors import checked
 from velm_kernels.fusion.film import film
-from velm_kernels.linear.linear import linear
+from velm_kernels.linear import apply_linear
+from velm_kernels.listeners import is_bare
 
 
 class FiLM(nn.Module):
@@ -64,8 +65,8 @@ class FiLM(nn.Module):
             self.linear.bias[self.features :] = 0.0
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        size = self.linear.weight.shape[1]
-        checks.features("condition", condition, "(batch, condition_dim)", size, self.linear.weight, 2)
+        like = self.linear.weight if is_bare(self.linear, nn.Linear) else None
+        checks.features("condition", condition, "(batch, condition_dim)", self.linear.in_features, like, 2)
         checks.dtype_in("x", checks.tensor("x", x), checks.FLOAT_DTYPES)
         if x.dim() < 2 or x.shape[1 if self.channels_first else -1] != self.features or len(x) != len(condition):
             layout = "(batch, features, *spatial)" if self.channels_first else "(batch, ..., features)"
@@ -74,7 +75,7 @@ class FiLM(nn.Module):
                 f"given {tuple(x.shape)}"
             )
         checks.same_device("x", x, "condition", condition)
-        gamma, beta = linear(condition, self.linear.weight, self.linear.bias).chunk(2, -1)
+        gamma, beta = apply_linear(self.linear, condition).chunk(2, -1)
         return film(x, gamma, beta, channels_first=self.channels_first)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from velm_kernels.constructors import checked
 from velm_kernels.fusion.dropout_residual import dropout_residual
 from velm_kernels.fusion.factorized_pool import factorized_pool
 from velm_kernels.layout import with_regions
-from velm_kernels.linear import ACTIVATIONS, linear
+from velm_kernels.linear import ACTIVATIONS, apply_linear
 
 
 class PairFusion(nn.Module):
@@ -110,9 +110,9 @@ def checked_activation(name: str, value: str | None) -> str:
 def project(layer: nn.Linear, x: Tensor, activation: str = "") -> Tensor:
     """The layer with an activation of ``torch.nn.functional``, in one pass where it is one of ours."""
     if activation and activation not in ACTIVATIONS:
-        out: Tensor = getattr(F, activation)(linear(x, layer.weight, layer.bias))
+        out: Tensor = getattr(F, activation)(apply_linear(layer, x))
         return out
-    return linear(x, layer.weight, layer.bias, activation or None)
+    return apply_linear(layer, x, activation)
 
 
 def root_and_norm(z: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from velm_kernels.fusion.modules.pair import (
     root_and_norm,
 )
 from velm_kernels.linear.linear import linear
+from velm_kernels.listeners import is_bare
 
 
 class LinearSum(PairFusion):
@@ -145,8 +146,10 @@ class ConcatMLP(nn.Module):
         a, b = checked_pair(x, self.input_dims)
         first, *others = cast(list[nn.Linear], list(self.mlp["linears"].children()))
         activation = self.activation if others else ""
-        if a.shape[:-1] == b.shape[:-1]:
-            z = project(first, torch.cat([a, b], -1), activation)
+        if a.shape[:-1] == b.shape[:-1] or not is_bare(first, nn.Linear):
+            rows = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+            both = [value.expand(*rows, value.shape[-1]) for value in (a, b)]
+            z = project(first, torch.cat(both, -1), activation)
         else:
             of_a, of_b = first.weight.split(self.input_dims, 1)
             z = linear(a, of_a, first.bias) + linear(b, of_b)

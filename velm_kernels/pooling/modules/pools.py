@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from velm_kernels import checks
+from velm_kernels.attention.cross_attention import cross_attention
 from velm_kernels.constructors import checked
-from velm_kernels.linear import MLP, linear
+from velm_kernels.linear import MLP, apply_linear, linear
+from velm_kernels.listeners import is_bare
 from velm_kernels.pooling.attention_pool import attention_pool
 from velm_kernels.pooling.pool import checked_mode, masked_pool, segment_pool
+from velm_kernels.pooling.tokens import live_tokens, padded
 
 
 class MaskedPool(nn.Module):
@@ -94,9 +97,11 @@ def multihead_pool(
 
     query: ``(queries, d)`` for all rows or ``(batch, queries, d)``; even: bool, ``(batch, 1, 1)``, True for rows whose
     tokens all have the same weight; tokens: lengths, mask (True where a token counts), cu_seqlens as there. Without
-    dropout of weights.
+    dropout of weights. Where somebody listens to the module, or another one stands in its place, it is called.
     """
     check_tokens(x, tokens.get("cu_seqlens"), attention.kdim, query)
+    if even is None and not is_bare(attention, nn.MultiheadAttention):
+        return _called(attention, query, x, **tokens)
     if attention.in_proj_weight is not None:
         query_weight, key_weight, value_weight = attention.in_proj_weight.chunk(3)
     else:
@@ -111,6 +116,28 @@ def multihead_pool(
         query = query.expand(even.shape[0], *query.shape[-2:]).masked_fill(even, 0.0)
     out = attention_pool(x, query, key_weight, value_weight, biases[1], biases[2], heads=attention.num_heads, **tokens)
     return linear(out, attention.out_proj.weight, attention.out_proj.bias)
+
+
+def _called(
+    attention: nn.MultiheadAttention,
+    query: Tensor,
+    x: Tensor,
+    lengths: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """:func:`multihead_pool` by the module itself, which knows padding but no row without tokens."""
+    if cu_seqlens is None:
+        live = live_tokens(x.shape[0], x.shape[1], lengths, mask, x.device)
+    else:
+        x, source = padded(x, cu_seqlens)
+        live = source >= 0
+    some = live.any(1)
+    x = torch.where(live[..., None], x, 0.0)
+    query = query.expand(len(x), *query.shape[-2:])
+    out = attention(query, x, x, key_padding_mask=~live & some[:, None], need_weights=False)[0]
+    bias = attention.out_proj.bias
+    return torch.where(some[:, None, None], out, 0.0 if bias is None else bias.to(out.dtype))
 
 
 def _check_divides(name: str, heads: int, dim_name: str, dim: int) -> None:
@@ -224,10 +251,13 @@ class AttentionPool2d(nn.Module):
             )
         mean = masked_pool(x, channels_first=True)
         x = torch.cat([mean[:, None], x.flatten(2).transpose(1, 2)], 1) + self.positional_embedding.to(x.dtype)
-        query = linear(x[:, :1], self.q_proj.weight, self.q_proj.bias)
-        keys, values = self.k_proj, self.v_proj
-        out = attention_pool(x, query, keys.weight, values.weight, keys.bias, values.bias, heads=self.num_heads)
-        return linear(out[:, 0], self.c_proj.weight, self.c_proj.bias)
+        query, keys, values = apply_linear(self.q_proj, x[:, :1]), self.k_proj, self.v_proj
+        if is_bare(keys, nn.Linear) and is_bare(values, nn.Linear):
+            out = attention_pool(x, query, keys.weight, values.weight, keys.bias, values.bias, heads=self.num_heads)
+        else:
+            by_head = [part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (query, keys(x), values(x))]
+            out = cross_attention(*by_head).transpose(1, 2).flatten(2)
+        return apply_linear(self.c_proj, out[:, 0])
 
 
 class ProbePool(nn.Module):
@@ -282,10 +312,8 @@ class ProbePool(nn.Module):
     ) -> Tensor:
         probe = self.probe.flatten(0, 1)
         out = multihead_pool(self.attention, probe, x, lengths=lengths, mask=mask, cu_seqlens=cu_seqlens)[:, 0]
-        up: Any = self.mlp.fc1
-        down: Any = self.mlp.fc2
-        hidden = linear(self.layernorm(out), up.weight, up.bias, self.activation)
-        return linear(hidden, down.weight, down.bias, residual=out)
+        hidden = apply_linear(cast(nn.Module, self.mlp.fc1), self.layernorm(out), self.activation)
+        return apply_linear(cast(nn.Module, self.mlp.fc2), hidden, residual=out)
 
 
 class AttentionalPooler(nn.Module):

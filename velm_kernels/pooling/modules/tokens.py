@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from velm_kernels import checks
 from velm_kernels.attention.cross_attention import cross_attention
 from velm_kernels.constructors import checked
-from velm_kernels.linear import ACTIVATIONS, linear
+from velm_kernels.linear import ACTIVATIONS, apply_linear
 from velm_kernels.pooling.merge_tokens import MergedTokens, merge_tokens
 
 
@@ -113,13 +113,13 @@ class _PerceiverAttention(nn.Module):
         # The latents in front: how many keys count is then one number.
         states = torch.cat([of_latents, self.context_layer_norm(x)], 1)
         query, key, value = (
-            linear(rows, projection.weight).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+            apply_linear(projection, rows).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for rows, projection in ((of_latents, self.q_proj), (states, self.k_proj), (states, self.v_proj))
         )
         if self.qk_norm:
             query, key = self.q_layer_norm(query), self.k_layer_norm(key)
         out = cross_attention(query, key, value, **visible)
-        return linear(out.transpose(1, 2).flatten(2), self.output_proj.weight, residual=latents)
+        return apply_linear(self.output_proj, out.transpose(1, 2).flatten(2), residual=latents)
 
 
 class _PerceiverMLP(nn.Module):
@@ -131,8 +131,8 @@ class _PerceiverMLP(nn.Module):
         self.c_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
 
     def forward(self, latents: Tensor) -> Tensor:
-        hidden = linear(self.ln(latents), self.fc.weight, activation=self.activation)
-        return linear(hidden, self.c_proj.weight, residual=latents)
+        hidden = apply_linear(self.fc, self.ln(latents), self.activation)
+        return apply_linear(self.c_proj, hidden, residual=latents)
 
 
 class PerceiverResampler(nn.Module):
