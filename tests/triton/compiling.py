@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 import subprocess
 import tempfile
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 import triton
 import triton.backends.nvidia
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 
 from velm_kernels.backends.triton import Launch
 
@@ -86,33 +86,41 @@ def source(launch: Launch) -> ASTSource:
     return ASTSource(fn=launch.kernel, signature=ordered, constexprs=constants, attrs=attributes)
 
 
-def digest(kernel: Any) -> str:
-    """Tells the source text of a kernel, with all that it calls and the constants that it knows, from any other."""
-    found: dict[str, str] = {}
-
-    def visit(function: Any) -> None:
-        name = f"{function.__module__}.{function.__qualname__}"
-        if name in found:
-            return
-        found[name] = inspect.getsource(function)
-        for used in function.__code__.co_names:
-            value = function.__globals__.get(used)
-            if inspect.isfunction(inner := getattr(value, "fn", None)):
-                visit(inner)
-            elif isinstance(value, triton.language.constexpr):
-                found[f"{name}.{used}"] = repr(value.value)
-
-    visit(kernel.fn)
-    return hashlib.sha256("\n".join(map(str, sorted(found.items()))).encode()).hexdigest()[:8]
-
-
-def compile_for(launch: Launch, arch: int) -> Any:
-    options = {
+def _options(launch: Launch) -> dict[str, Any]:
+    return {
         "num_warps": launch.config.num_warps,
         "num_stages": launch.config.num_stages,
         "enable_fp_fusion": True,
     }
-    return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def lower(launch: Launch, arch: int) -> str:
+    """What this version of Triton makes of a kernel's source for the compiler behind it (MLIR, after its first passes).
+
+    Functions are inlined there, branches not taken are gone, and so is what the source calls things: what the compiler
+    reads after this is the text that is returned, and nothing else but the architecture and the options."""
+    target = GPUTarget("cuda", arch, 32)
+    compiler = make_backend(target)
+    asked = source(launch)
+    options = compiler.parse_options(_options(launch) | asked.parse_options())
+    context = ir.context()
+    ir.load_dialects(context)
+    compiler.load_dialects(context)
+    stages: dict[str, Any] = {}
+    compiler.add_stages(stages, options, asked.language)
+    generators = compiler.get_codegen_implementation(options)
+    module = asked.make_ir(target, options, generators, compiler.get_module_map(), context)
+    # Without lines of the source; the kernel's own name is the last one.
+    return re.sub(r"(?<=tt\.func public @)\w+", "kernel", stages["ttir"](module, {}).str_nodebug())
+
+
+def digest(launch: Launch, arch: int) -> str:
+    """Tells what is compiled for an instance from everything else."""
+    return hashlib.sha256(f"{lower(launch, arch)}{arch}{_options(launch)}".encode()).hexdigest()[:8]
+
+
+def compile_for(launch: Launch, arch: int) -> Any:
+    return triton.compile(source(launch), target=GPUTarget("cuda", arch, 32), options=_options(launch))
 
 
 def _usage(cubin: bytes) -> str:

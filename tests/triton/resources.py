@@ -4,14 +4,15 @@
     python -m tests.triton.resources --write         writes it
     ... --arch 80 --dim 64 --dtype float16 --kernel forward    restricts either to some instances
     ... --missing                                    only instances that have no row yet
-    ... --stale                                      only those without a row of these sources
+    ... --stale                                      only those without a row of these kernels
 
 `resources.csv` has a row for each kernel, level, element type, head dimension and architecture: block sizes, warps and
 pipeline stages, registers a thread, bytes of spilled registers, bytes of shared memory a block, the fraction of a
 multiprocessor's threads that can be resident, the matrix instructions in the PTX, the version of Triton that compiled
-it, and the digest of the source text that it compiled: where there is none, the row is older than digests, and where it
-is another one than that of the sources now, `--stale` compiles it again. Other versions are asked only whether every
-instance compiles, fits and spills nothing (`python -m tests.triton.versions`, which keeps the answers in versions.csv).
+it, and the digest of what it compiled. That is taken after Triton's own first passes, so that names, comments, branches
+that the instance does not take and kernels beside it do not change it; making it takes a tenth of what compiling does,
+and `--stale` compiles what has another one now. Other versions are asked only whether every instance compiles, fits and
+spills nothing (`python -m tests.triton.versions`, which keeps the answers in versions.csv).
 
 There is a row for each entry of velm_kernels.backends.triton.TABLE, compiled with everything that the entry's level may
 do at once, as what does less needs no more; of kernels over queries the second launches of "plain" ones, which do
@@ -160,7 +161,7 @@ IN_16_BITS = ("delta_of_products",)
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
-COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)), "triton", "sources")
+COLUMNS = (*KEYS, "blocks", *(field.name for field in fields(Resources)), "triton", "digest")
 
 # Few enough for one query to be split over its keys.
 BATCH, HEADS, QUERIES, TOKENS = 4, 16, 1024, 1024
@@ -339,9 +340,9 @@ def launch_of(key: Key) -> Launch:
 
 
 @cache
-def sources_of(key: Key) -> str:
-    """The digest of the sources of an instance as they are now."""
-    return digest(launch_of(key).kernel)
+def digest_of(key: Key) -> str:
+    """The digest of what this version of Triton would compile for an instance now."""
+    return digest(launch_of(key), key[-1])
 
 
 def measure(key: Key) -> tuple[str, Resources]:
@@ -372,7 +373,7 @@ def record(key: Key, now: Resources, found: list[str]) -> None:
     if version in versions.OLDER:
         table = versions.read()
         cells = table.setdefault(key, {})
-        cells[version] = "" if found else f"{blocks_and_warps(key)}:{now.registers}:{sources_of(key)}"
+        cells[version] = "" if found else f"{blocks_and_warps(key)}:{now.registers}:{digest_of(key)}"
         versions.write(table, list(instances(ARCHITECTURES, DTYPES, DIMENSIONS)))
 
 
@@ -395,34 +396,38 @@ def read() -> dict[Key, tuple[str, Resources]]:
     return table
 
 
-def read_sources() -> dict[Key, str]:
-    """instance -> the digest of the sources that its row is of"""
+def read_digests() -> dict[Key, str]:
+    """instance -> the digest of what its row is of"""
     with FILE.open() as file:
         rows = list(csv.DictReader(file))
-    return {
-        (r["kernel"], r["level"], r["dtype"], int(r["head_dim"]), int(r["arch"])): r.get("sources", "") for r in rows
-    }
+    return {(r["kernel"], r["level"], r["dtype"], int(r["head_dim"]), int(r["arch"])): r["digest"] for r in rows}
 
 
-def is_stale(key: Key) -> bool:
-    """Whether this version of Triton has compiled other sources than these, as far as its table knows."""
+def recorded(keys: list[Key]) -> list[tuple[str, str]]:
+    """Blocks and digest of what this version of Triton has compiled, as far as its table knows."""
     version = ".".join(triton.__version__.split(".")[:2])
     if version in versions.OLDER:
-        cell = versions.read().get(key, {}).get(version, "").split(":")
-        return cell[0] != blocks_and_warps(key) or cell[2:] != [sources_of(key)]
-    config = launch_of(key).config
-    blocks = f"{config.block_m}x{config.block_n}x{config.num_stages}"
-    return key not in read() or read()[key][0] != blocks or read_sources()[key] != sources_of(key)
+        cells = versions.read()
+        split = (cells.get(key, {}).get(version, "").split(":") for key in keys)
+        return [(cell[0], cell[2] if len(cell) > 2 else "") for cell in split]
+    table, digests = read(), read_digests()
+    return [(table[key][0], digests[key]) if key in table else ("", "") for key in keys]
 
 
-def write(table: dict[Key, tuple[str, Resources]], sources: dict[Key, str]) -> None:
+def is_stale(key: Key, blocks: str, before: str) -> bool:
+    """Whether blocks and digest of an instance are others now."""
+    now = blocks_and_warps(key)
+    return blocks not in (now, now.rpartition("x")[0]) or not before or digest_of(key) != before
+
+
+def write(table: dict[Key, tuple[str, Resources]], digests: dict[Key, str]) -> None:
     order = {key: i for i, key in enumerate(instances(ARCHITECTURES, DTYPES, DIMENSIONS))}
     with FILE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
         for key in sorted((key for key in table if key in order), key=order.__getitem__):
             blocks, found = table[key]
-            writer.writerow((*key, blocks, *astuple(found), triton.__version__, sources.get(key, "")))
+            writer.writerow((*key, blocks, *astuple(found), triton.__version__, digests[key]))
 
 
 def complaints(key: Key, now: Resources, before: Resources | None) -> list[str]:
@@ -464,10 +469,11 @@ def main() -> int:
         keys = [key for key in keys if key[0] in chosen.kernel]
     if chosen.missing:
         keys = [key for key in keys if key not in table]
-    if chosen.stale:
-        keys = [key for key in keys if is_stale(key)]
-    sources = read_sources()
+    digests = read_digests()
     with ProcessPoolExecutor(chosen.jobs) as pool:
+        if chosen.stale:
+            stale = pool.map(is_stale, keys, *zip(*recorded(keys)))
+            keys = [key for key, flag in zip(keys, stale) if flag]
         for key, (blocks, now, why_not) in zip(keys, pool.map(measure_or_say_why, keys)):
             if now is None:
                 failed.append(f"{' '.join(map(str, key))}: {why_not}")
@@ -479,9 +485,9 @@ def main() -> int:
             print(*key, blocks, *astuple(now), *found, flush=True)
             record(key, now, found)
             table[key] = blocks, now
-            sources[key] = sources_of(key)
             if chosen.write:
-                write(table, sources)
+                digests[key] = digest_of(key)
+                write(table, digests)
     print(f"Triton {triton.__version__}: {len(keys)} instances, {len(failed)} complaints")
     print(*failed, sep="\n")
     return bool(failed)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 
 pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
 
 from tests.triton import compiling
 from velm_kernels.backends import triton as backend
@@ -82,19 +88,51 @@ def test_older_versions_compiled_these_blocks(monkeypatch: pytest.MonkeyPatch) -
     resources._launches.cache_clear()
 
 
-def test_digests_tell_sources_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    import triton.language as tl
+@triton.jit
+def _doubled(x, out, BLOCK: tl.constexpr):
+    b_i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + b_i, 2.0 * tl.load(x + b_i))
 
+
+@triton.jit
+def _twice(b_values, THREE: tl.constexpr):
+    if THREE:
+        return 3.0 * b_values
+    else:
+        return 2.0 * b_values
+
+
+@triton.jit
+def _multiplied(source, target, SIZE: tl.constexpr, THREE: tl.constexpr):
+    """The same by other names, where not THREE."""
+    b_at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(target + b_at, _twice(tl.load(source + b_at), THREE))
+
+
+def test_digests_tell_what_is_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.triton import resources
 
-    forward, backward = (
-        resources.launch_of((kind, "plain", "float16", 64, 80)).kernel for kind in ("forward", "grad_query")
-    )
-    before = compiling.digest(forward)
-    assert before == compiling.digest(forward) != compiling.digest(backward)
-    # A constant that it knows.
-    monkeypatch.setitem(forward.fn.__globals__, "NOTHING", tl.constexpr(0.0))
-    assert compiling.digest(forward) != before
+    x = torch.empty(1024, device="meta")
+
+    def digest(kernel: Any, constants: dict[str, Any], warps: int = 4, arch: int = 80) -> str:
+        launch = backend.Launch("", kernel, 1, (x, x), constants, backend.Config(128, 0, warps, 1))
+        return compiling.digest(launch, arch)
+
+    same = digest(_doubled, {"BLOCK": 128})
+    assert digest(_multiplied, {"SIZE": 128, "THREE": False}) == same
+    others = [
+        digest(_multiplied, {"SIZE": 128, "THREE": True}),
+        digest(_doubled, {"BLOCK": 256}),
+        digest(_doubled, {"BLOCK": 128}, warps=8),
+        digest(_doubled, {"BLOCK": 128}, arch=90),
+    ]
+    assert len({same, *others}) == 5
+
+    # A constant that a kernel knows.
+    forward = resources.launch_of(("forward", "plain", "float16", 64, 80))
+    before = compiling.digest(forward, 80)
+    monkeypatch.setitem(forward.kernel.fn.__globals__, "LOG2E", tl.constexpr(1.0))
+    assert compiling.digest(forward, 80) != before
 
 
 def test_worse_resources_are_noticed() -> None:

@@ -7,9 +7,10 @@ Versions are installed by pip beside the environment's own, each into a folder o
 compiled kernels are kept too: a second run compiles only what has changed, and one that was interrupted goes on.
 
 `versions.csv` says by which blocks (block_m x block_n x stages x warps) each older version compiled an instance without
-complaints, the registers a thread and the digest of the sources, which is not there where the row is older than
-digests; a run writes it as it goes, with `--stale` of what is not of these sources. A field is empty where the version
-complained, and where it was not asked yet about one of `NEWEST_FIRST`. Of the newest version resources.csv says more.
+complaints, the registers a thread and the digest of what it compiled, which is not there where the row is older than
+digests; a run writes it as it goes, with `--stale` of what is compiled otherwise now. A field is empty where the
+version complained, and where it was not asked yet about one of `NEWEST_FIRST`. Of the newest version resources.csv says
+more.
 """
 
 from __future__ import annotations

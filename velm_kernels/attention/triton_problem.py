@@ -16,12 +16,13 @@ from velm_kernels.attention.triton_kernels.tiles import (
     Strides,
     pack_bits_kernel,
 )
+from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Config, architecture, choose, dimension_class, launch, piece, precision
 from velm_kernels.layout import unit_last_stride
 from velm_kernels.triton.launches import cdiv
 
 # Offsets inside one tile are 32-bit up to this row stride.
-NARROW_STRIDE = 1 << 23
+INT32_STRIDE = 1 << 23
 # Columns of a row that GUARDED launches multiply at a time; of rows that are wider than two of these, half of a row
 # where they sum over queries.
 GUARDED_PIECE = 64
@@ -154,8 +155,8 @@ class Problem:
         return m.range_start is not None or m.mask is not None or m.bias is not None
 
     @property
-    def first_part(self) -> int:
-        """The first part of `key_tiles` that there can be. Where a mask or a bias is read in any case, all tiles are
+    def first_phase(self) -> int:
+        """The first phase of `key_tiles` that there can be. Where a mask or a bias is read in any case, all tiles are
         treated alike, one loop instead of three; without ranges every block begins with keys that all its rows see."""
         m = self.masks
         if m.mask is not None or m.bias is not None:
@@ -167,6 +168,11 @@ class Problem:
         """How much the kernels do beside the products, which decides how large their tiles may be."""
         is_loaded = self.hides_columns or self.dropout is not None or self.scaling.cap is not None
         return "loaded" if is_loaded else "plain"
+
+    @property
+    def widest(self) -> int:
+        """Columns of a row of query, key or value."""
+        return max(self.head_dim, self.value_dim)
 
     @property
     def is_empty(self) -> bool:
@@ -188,7 +194,7 @@ class Problem:
         config: Config,
     ) -> None:
         """Launch `kernel`, which sums over keys, and what has reported NaN in `flags` again."""
-        launch(kind, kernel, grid, arguments, constants | {"GUARDED": False, "FIRST_PART": self.first_part}, config)
+        launch(kind, kernel, grid, arguments, constants | {"GUARDED": False, "FIRST_PHASE": self.first_phase}, config)
         if flags is not None:
             self.launch_again(kind, kernel, grid, arguments, constants, config, "block_n")
 
@@ -207,8 +213,10 @@ class Problem:
         one by one, and cost nothing."""
         num_warps = 8 if self.dtype == torch.float32 or sums_over == "block_m" else config.num_warps
         if sums_over == "block_m" and self.dtype != torch.float32 and config.block_n >= 64:
-            # Four warps read tensor memory; with eight, some of 128 registers were spilled.
-            num_warps = 4 if architecture(self.device) == 100 else num_warps
+            # Four warps read tensor memory; with eight, some of 128 registers were spilled. For keys of more than 64
+            # columns Triton 3.6 spills with four.
+            is_spilled = backend.version() < (3, 7) and kind == "grad_key" and self.widest > 64
+            num_warps = 4 if architecture(self.device) == 100 and not is_spilled else num_warps
         # Of the few rows of decoding, what is prefetched is not held in registers.
         num_stages = config.num_stages if config.block_m < 32 and sums_over == "block_n" else 1
         smaller = {sums_over: max(16, getattr(config, sums_over) // 2)}
@@ -216,14 +224,13 @@ class Problem:
         widths = {name: constants[name] for name in ("BLOCK_D", "BLOCK_DV")}
         halves = {name: width // 2 if sums_over == "block_m" else 0 for name, width in widths.items()}
         pieces = {name: min(width, max(GUARDED_PIECE, halves[name])) for name, width in widths.items()}
-        constants = constants | pieces | {"GUARDED": True, "FIRST_PART": 2}
+        constants = constants | pieces | {"GUARDED": True, "FIRST_PHASE": 2}
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)
 
     def choose(self, kind: str, run: Any, adjust: Any = lambda config: config) -> Config:
         shape = (self.batch, self.heads, self.kv_heads, self.queries, self.keys, self.value_dim)
-        widest = max(self.head_dim, self.value_dim)
-        return choose(kind, self.level, self.dtype, widest, self.device, shape, self.variant, run, adjust)
+        return choose(kind, self.level, self.dtype, self.widest, self.device, shape, self.variant, run, adjust)
 
     def constants(self, config: Config, *tensors: torch.Tensor) -> dict[str, Any]:
         """What the kernels over query-key tiles are compiled for."""
@@ -234,7 +241,7 @@ class Problem:
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_D": piece(self.dtype, self.head_dim),
-            "WIDE": max(strides) >= NARROW_STRIDE,
+            "INT64": max(strides) >= INT32_STRIDE,
             "PRECISION": precision(self.dtype),
         }
 

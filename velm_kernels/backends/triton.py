@@ -293,9 +293,12 @@ BEFORE: dict[tuple[str, str, int, int, int], tuple[tuple[int, int], _Blocks]] = 
     ("grad_query", "loaded", 2, 256, 120): ((3, 8), (16, 64, 8, 1)),
     ("grad_bias", "loaded", 2, 64, 100): ((3, 8), (64, 64, 8, 2)),
     ("grad_key_value", "loaded", 2, 128, 90): ((3, 7), (32, 32, 8, 2)),
+    ("grad_key_value", "loaded", 4, 64, 100): ((3, 7), (16, 64, 8, 1)),
     ("key_mass", "loaded", 4, 128, 120): ((3, 7), (32, 64, 4, 1)),
     ("key_mass", "loaded", 4, 256, 120): ((3, 7), (32, 64, 4, 1)),
+    ("grad_side", "loaded", 2, 64, 100): ((3, 7), (64, 16, 8, 2)),
     ("grad_side", "loaded", 2, 128, 80): ((3, 8), (32, 32, 8, 2)),
+    ("grad_side", "loaded", 4, 128, 100): ((3, 7), (64, 16, 8, 1)),
     ("grad_side", "loaded", 4, 256, 100): ((3, 8), (64, 16, 8, 1)),
 }
 

@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # Larger than every index, small enough that adding a block size cannot overflow int32.
-FAR = tl.constexpr(1 << 30)
+MAX_INDEX = tl.constexpr(1 << 30)
 # Terms that a product of float32 sums in tensor cores at the most, before it is added to others. Simulated with
 # truncation at 4096 keys and head_dim 128, relative errors of a weighted sum are 2.6e-7 with 32 terms, 2.8e-7 with 64,
 # 4.3e-7 with 128 and 3.9e-5 where all are summed there; of torch's float32 3.6e-7.

@@ -18,7 +18,7 @@ from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.cross_attention.triton import delta_of, forward
 from velm_kernels.attention.triton_problem import (
     GUARDED_PIECE,
-    NARROW_STRIDE,
+    INT32_STRIDE,
     Problem,
     cdiv,
     dropout_of,
@@ -91,7 +91,7 @@ def _grad_side(
     tensors = (query, y["query"], value, y["value"], x["grad_out"], y["grad_out"])
     strides = [row_strides(tensor) for tensor in tensors]
     stored = [row_strides(grad) for grad in wanted]
-    far = max(stride for found in (*strides, *stored) for stride in found)
+    largest = max(stride for found in (*strides, *stored) for stride in found)
 
     def arguments(
         grad_query: torch.Tensor | None, grad_value: torch.Tensor | None, flags: torch.Tensor | None, blocks: int
@@ -132,7 +132,7 @@ def _grad_side(
             "BLOCK_D": piece(query.dtype, head_dim),
             "BLOCK_X": piece(query.dtype, value.shape[3]),
             "BLOCK_Y": piece(query.dtype, y["value"].shape[3]),
-            "WIDE": far >= NARROW_STRIDE,
+            "INT64": largest >= INT32_STRIDE,
             "PRECISION": precision(query.dtype),
         }
         # Where the registers do not hold both sums, each has its own pass.

@@ -73,7 +73,7 @@ def grad_side_kernel(
     BLOCK_X: tl.constexpr,
     BLOCK_Y: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Gradients of query_x and value_x, one block of rows of x per program, from one pass over the scores with y.
@@ -111,11 +111,11 @@ def grad_side_kernel(
     b_live_x = (b_lse_x != -float("inf")) | (b_delta_x != 0.0)
     # What is neither attended to nor attends to anything is not read.
     p_qx = row_of(query_x, query_x_strides, b, head, start_x)
-    qx = rows(p_qx, b_i, query_x_strides.row, b_open_x | b_live_x, HEAD_DIM, BLOCK_D, WIDE)
+    qx = rows(p_qx, b_i, query_x_strides.row, b_open_x | b_live_x, HEAD_DIM, BLOCK_D, INT64)
     p_vx = row_of(value_x, value_x_strides, b, head, start_x)
-    vx = rows(p_vx, b_i, value_x_strides.row, b_open_x, DIM_X, BLOCK_X, WIDE)
+    vx = rows(p_vx, b_i, value_x_strides.row, b_open_x, DIM_X, BLOCK_X, INT64)
     p_dox = row_of(grad_out_x, grad_out_x_strides, b, head, start_x)
-    dox = rows(p_dox, b_i, grad_out_x_strides.row, b_live_x, DIM_Y, BLOCK_Y, WIDE)
+    dox = rows(p_dox, b_i, grad_out_x_strides.row, b_live_x, DIM_Y, BLOCK_Y, INT64)
 
     dq = zero_pieces(BLOCK_M, HEAD_DIM, BLOCK_D, PARTS)
     dv = zero_pieces(BLOCK_M, DIM_X, BLOCK_X, PARTS)
@@ -134,14 +134,14 @@ def grad_side_kernel(
         if HAS_Y:
             b_read_y = b_read_y | b_live_y
         p_qy = row_of(query_y, query_y_strides, b, head, start_y)
-        qy = rows(p_qy, b_j, query_y_strides.row, b_read_y, HEAD_DIM, BLOCK_D, WIDE)
+        qy = rows(p_qy, b_j, query_y_strides.row, b_read_y, HEAD_DIM, BLOCK_D, INT64)
         # [BM, BN]
         b_s = product_of_rows(qx, qy, HEAD_DIM, BLOCK_D, PRECISION) * scale
         b_ds = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if HAS_X and (grad_query is not None):
             b_s_x = tl.where(b_open_y[None, :] & b_live_x[:, None], b_s, LOWEST)
             p_vy = row_of(value_y, value_y_strides, b, head, start_y)
-            vy = rows(p_vy, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, WIDE)
+            vy = rows(p_vy, b_j, value_y_strides.row, b_open_y, DIM_Y, BLOCK_Y, INT64)
             b_log_x = unless_infinite(b_lse_x)[:, None]
             b_p = probabilities(
                 b_s_x, b_log_x, b_log_x, dropout_x, head_index, b_x, start_y, False, True, BLOCK_N, False
@@ -151,7 +151,7 @@ def grad_side_kernel(
         if HAS_Y:
             b_s_y = tl.where(b_open_x[:, None] & b_live_y[None, :], b_s, LOWEST)
             p_doy = row_of(grad_out_y, grad_out_y_strides, b, head, start_y)
-            doy = rows(p_doy, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, WIDE)
+            doy = rows(p_doy, b_j, grad_out_y_strides.row, b_live_y, DIM_X, BLOCK_X, INT64)
             # To direction y the rows of x are keys.
             b_log_y = unless_infinite(b_lse_y)[None, :]
             b_p_y = probabilities(
@@ -176,7 +176,7 @@ def grad_side_kernel(
             report_nan(flags, dq, BLOCK_M)
         p_dq = row_of(grad_query, grad_query_strides, b, head, start_x)
         stride = grad_query_strides.row
-        store_rows(p_dq, b_i, stride, b_stored, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dq, b_i, stride, b_stored, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, INT64)
     if grad_value is not None:
         p_dv = row_of(grad_value, grad_value_strides, b, head, start_x)
-        store_rows(p_dv, b_i, grad_value_strides.row, b_in_x, dv, 1.0, part, False, DIM_X, BLOCK_X, PARTS, WIDE)
+        store_rows(p_dv, b_i, grad_value_strides.row, b_in_x, dv, 1.0, part, False, DIM_X, BLOCK_X, PARTS, INT64)

@@ -423,7 +423,7 @@ def grad_key_value(b: Backward, grad_key: torch.Tensor | None, grad_value: torch
             programs = p.batch * p.kv_heads * blocks * parts
             flags = p.flags(programs * config.block_n)
             constants = b.constants(config, *stored) | {"PARTS": parts}
-            not_guarded = constants | {"GUARDED": False, "FIRST_PART": p.first_part}
+            not_guarded = constants | {"GUARDED": False, "FIRST_PHASE": p.first_phase}
             arguments = arguments_for(grads, flags, blocks)
             launch(kind, grad_key_value_kernel, programs, arguments, not_guarded, config)
             if flags is None:

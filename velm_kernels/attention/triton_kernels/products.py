@@ -57,9 +57,9 @@ def rows_at(p_x, b_offset, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rows(p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """The rows number `b_row` of a matrix at `p_x`. WIDE: their offsets need 64 bits."""
-    if WIDE:
+def rows(p_x, b_row, stride_row, b_ok, WIDTH: tl.constexpr, BLOCK: tl.constexpr, INT64: tl.constexpr):
+    """The rows number `b_row` of a matrix at `p_x`. INT64: their offsets need 64 bits."""
+    if INT64:
         b_row = b_row.to(tl.int64)
     return rows_at(p_x, b_row * stride_row, b_ok, WIDTH, BLOCK)
 
@@ -225,10 +225,10 @@ def store_rows(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
 ):
     """The same, to the rows number `b_row`."""
-    if WIDE:
+    if INT64:
         b_row = b_row.to(tl.int64)
     store_pieces(p_x, b_row * stride_row, b_ok, pieces, b_scale, part, ONLY_NAN, WIDTH, BLOCK, PARTS)
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, LOG2E, sequence, tanh, to_int64
+from velm_kernels.triton.kernels import LOG2E, MAX_INDEX, sequence, tanh, to_int64
 
 # The sign of a float32 among its bits.
 SIGN = tl.constexpr(-(1 << 31))
@@ -167,10 +167,10 @@ def block_bounds(b_lo, b_hi, b_in):
     """-> (lo, hi, full_lo, full_hi): a block of rows needs keys [lo, hi) only, and all its rows see all of
     [full_lo, full_hi), which may be empty. Rows past the end (not `b_in`) do not count."""
     b_some = b_lo < b_hi
-    lo = tl.min(tl.where(b_some, b_lo, FAR), axis=0)
+    lo = tl.min(tl.where(b_some, b_lo, MAX_INDEX), axis=0)
     hi = tl.max(b_hi, axis=0)
     full_lo = tl.max(b_lo, axis=0)
-    full_hi = tl.min(tl.where(b_in, b_hi, FAR), axis=0)
+    full_hi = tl.min(tl.where(b_in, b_hi, MAX_INDEX), axis=0)
     return tl.minimum(lo, hi), hi, full_lo, full_hi
 
 
@@ -231,13 +231,13 @@ def query_block(masks, b, b_head, first_row, queries, keys, b_m, CAUSAL: tl.cons
 
 
 @triton.jit
-def key_tiles(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr, FIRST_PART: tl.constexpr):
-    """Three parts of the key tiles of a block of queries, as the four numbers where they begin and end: those before
-    and behind need masks, those between are seen whole by every row. With `FIRST_PART` 2 all are in the last part, with
-    1 none is in the first (`Problem.first_part`)."""
+def key_tiles(lo, hi, full_lo, full_hi, BLOCK_N: tl.constexpr, FIRST_PHASE: tl.constexpr):
+    """Three phases of the key tiles of a block of queries, as the four numbers where they begin and end: those before
+    and behind need masks, those between are seen whole by every row. With `FIRST_PHASE` 2 all are in the last phase,
+    with 1 none is in the first (`Problem.first_phase`)."""
     first = lo // BLOCK_N
     last = tl.maximum(tl.cdiv(hi, BLOCK_N), first)
-    if FIRST_PART == 2:
+    if FIRST_PHASE == 2:
         return first, first, first, last
     else:
         full_first = tl.minimum(tl.maximum(tl.cdiv(full_lo, BLOCK_N), first), last)

@@ -13,7 +13,7 @@ from velm_kernels.triton.launches import FEW_PROGRAMS, cdiv, sum_partials
 
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync, and where they are fewest.
-NARROW = Config(32, 32, 4, 2)
+FEW_REGISTERS = Config(32, 32, 4, 2)
 # Small tiles for the interpreter, so that small tests cross many of their edges.
 SMALL = Config(16, 16, 4, 1)
 # Steps of depth at a time, by element size.
@@ -27,7 +27,7 @@ def _config(x: Tensor, backward: bool = False) -> tuple[Config, dict[str, object
     interpreted = arch == 0
     config = SMALL if interpreted else TILE
     if (arch in (80, 120) and x.dtype == torch.float32) or (arch == 120 and backward):
-        config = NARROW
+        config = FEW_REGISTERS
     return config, {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

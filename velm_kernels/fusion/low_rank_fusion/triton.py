@@ -20,7 +20,7 @@ from velm_kernels.triton.launches import cdiv
 
 TILE = Config(64, 64, 8, 2)
 # What the registers hold where float32 is multiplied by three products of mma.sync.
-NARROW = Config(32, 32, 8, 1)
+FEW_REGISTERS = Config(32, 32, 8, 1)
 # Where the products are summed in tensor memory, and the compiler allows a block of eight warps half of the registers.
 FEWER_WARPS = Config(64, 32, 4, 2)
 # Small tiles for the interpreter, so that small tests cross many of their edges.
@@ -31,7 +31,7 @@ STEP = {2: 64, 4: 32}
 
 def _config(x: Tensor, backward: bool = False) -> tuple[Config, dict[str, Any]]:
     arch = architecture(x.device)
-    config = SMALL if arch == 0 else NARROW if x.dtype == torch.float32 else TILE
+    config = SMALL if arch == 0 else FEW_REGISTERS if x.dtype == torch.float32 else TILE
     if arch == 100 and config is TILE and backward:
         config = FEWER_WARPS
     return config, {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, product_add, to_int64
+from velm_kernels.triton.kernels import MAX_INDEX, product_add, to_int64
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def match_rows_kernel(
         # NaN is never the largest.
         b_score = tl.where((b_score == b_score) & (b_n < columns)[None, :], b_score, float("-inf"))
         b_largest = tl.max(b_score, 1)
-        b_first = tl.min(tl.where(b_score == b_largest[:, None], b_n[None, :], FAR), 1)
+        b_first = tl.min(tl.where(b_score == b_largest[:, None], b_n[None, :], MAX_INDEX), 1)
         b_where = tl.where(b_largest > b_most, b_first, b_where)
         b_most = tl.maximum(b_most, b_largest)
     b_most = b_most * tl.load(a_norms + to_int64(batch) * rows + b_m, mask=b_some, other=0.0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from velm_kernels.triton.kernels import FAR, LOG2E, round_to, to_int64
+from velm_kernels.triton.kernels import LOG2E, MAX_INDEX, round_to, to_int64
 
 MEAN = tl.constexpr(0)
 SUM = tl.constexpr(1)
@@ -114,7 +114,7 @@ def pool_kernel(
     p_x = x + to_int64(segment) * strides.segment + to_int64(b_column)[None, :] * strides.dim
     b_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     b_b = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    b_index = tl.full((BLOCK_M, BLOCK_N), FAR, tl.int32)
+    b_index = tl.full((BLOCK_M, BLOCK_N), MAX_INDEX, tl.int32)
     b_count = tl.zeros((BLOCK_M,), tl.int32)
     if MODE == MAX:
         b_a += float("-inf")
@@ -143,7 +143,7 @@ def pool_kernel(
         elif MODE == MAX:
             # The first of what is read, then what is greater, and NaN, which stays.
             b_number = (b_token - begin)[:, None] + tl.zeros((1, BLOCK_N), tl.int32)
-            b_take = b_read & ((b_index == FAR) | ((b_x > b_a) | (b_x != b_x)) & (b_a == b_a))
+            b_take = b_read & ((b_index == MAX_INDEX) | ((b_x > b_a) | (b_x != b_x)) & (b_a == b_a))
             b_a = tl.where(b_take, b_x, b_a)
             b_index = tl.where(b_take, b_number, b_index)
         else:
@@ -158,7 +158,7 @@ def pool_kernel(
         b_nan = tl.sum((b_a != b_a).to(tl.int32), 0) > 0
         b_largest = tl.max(tl.where(b_a == b_a, b_a, float("-inf")), 0)
         b_hit = tl.where(b_nan[None, :], b_a != b_a, b_a == b_largest[None, :])
-        b_first = tl.min(tl.where(b_hit, b_index, FAR), 0)
+        b_first = tl.min(tl.where(b_hit, b_index, MAX_INDEX), 0)
         b_out = tl.where(b_nan, float("nan"), b_largest)
         tl.store(stats + to_int64(segment) * dim + b_column, tl.where(count > 0, b_first, -1), mask=b_in)
     elif MODE == LOGSUMEXP:

@@ -34,7 +34,7 @@ from velm_kernels.triton.kernels import LN2, LOG2E, round_to, to_int64
 
 
 @triton.jit
-def _attend(
+def _online_softmax(
     accs,
     b_max,
     b_shift,
@@ -60,7 +60,7 @@ def _attend(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Online softmax over the key tiles from `first` to `last`: `b_max` is the largest score of a row, `b_shift` that
@@ -71,7 +71,7 @@ def _attend(
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, INT64)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, True, BLOCK_N)
@@ -89,7 +89,7 @@ def _attend(
         b_shift = b_new_shift
         if dropout is not None:
             b_p = tl.where(kept(dropout, b_head_index, block.b_m, start_n, BLOCK_N, False), b_p, 0.0)
-        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, INT64)
         b_p = round_to(b_p, p_v.dtype.element_ty)
         if GUARDED:
             b_seen = b_s != NOTHING
@@ -120,7 +120,7 @@ def attention_forward_kernel(
     splits,
     split_keys,
     CAUSAL: tl.constexpr,
-    FIRST_PART: tl.constexpr,
+    FIRST_PHASE: tl.constexpr,
     GUARDED: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -131,7 +131,7 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of query rows against all of its keys.
@@ -139,7 +139,7 @@ def attention_forward_kernel(
     PACKED: the rows are (query head of the group, query), so that the heads that share a key head read it once.
     SPLIT: the program handles `split_keys` keys only; `out` (splits, rows of logsumexp, VALUE_DIM) and `logsumexp`
     (splits, ...) are float32 partial results for `merge_splits_kernel`. PARTS programs share the columns of `out`.
-    `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`.
+    `flags` and GUARDED: see `report_nan`; FIRST_PHASE: see `key_tiles`.
     """
     if GUARDED:  # noqa: SIM102
         if not has_nan(flags, BLOCK_M):
@@ -187,7 +187,7 @@ def attention_forward_kernel(
         # split_keys is a multiple of BLOCK_N.
         lo = tl.maximum(lo, split * split_keys)
         hi = tl.minimum(hi, (split + 1) * split_keys)
-    bounds = key_tiles(lo, hi, full_lo, full_hi, BLOCK_N, FIRST_PART)
+    bounds = key_tiles(lo, hi, full_lo, full_hi, BLOCK_N, FIRST_PHASE)
 
     # The rows of a block may belong to several heads.
     p_q = row_of(query, query_strides, b, 0, e.start_q)
@@ -201,8 +201,8 @@ def attention_forward_kernel(
     b_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     b_shift = tl.zeros((BLOCK_M,), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
-    for masks_part in tl.static_range(FIRST_PART, 3):
-        accs, b_max, b_shift, b_sum = _attend(
+    for phase in tl.static_range(FIRST_PHASE, 3):
+        accs, b_max, b_shift, b_sum = _online_softmax(
             accs,
             b_max,
             b_shift,
@@ -218,9 +218,9 @@ def attention_forward_kernel(
             block,
             b * sizes.heads + b_head,
             part,
-            bounds[masks_part],
-            bounds[masks_part + 1],
-            masks_part != 1,
+            bounds[phase],
+            bounds[phase + 1],
+            phase != 1,
             GUARDED,
             HEAD_DIM,
             VALUE_DIM,
@@ -228,7 +228,7 @@ def attention_forward_kernel(
             BLOCK_D,
             BLOCK_DV,
             PARTS,
-            WIDE,
+            INT64,
             PRECISION,
         )
     if flags is not None and not GUARDED:
@@ -327,7 +327,7 @@ def row_shift_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What a row's exp(score - logsumexp) have to be multiplied with, in base 2, so that they sum up to 1: 0 unless
@@ -352,11 +352,11 @@ def row_shift_kernel(
         block, _full_lo, _full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
         p_q = row_of(query, query_strides, b, head, e.start_q + start_m)
         p_k = row_of(key, key_strides, b, head // sizes.group, e.start_k)
-        q = rows(p_q, b_i, query_strides.row, b_far, HEAD_DIM, BLOCK_D, WIDE)
+        q = rows(p_q, b_i, query_strides.row, b_far, HEAD_DIM, BLOCK_D, INT64)
         for tile in tl.range(block.lo // BLOCK_N, tl.cdiv(block.hi, BLOCK_N)):
             start_n = tile * BLOCK_N
             b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
-            k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+            k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, INT64)
             # [BM, BN]
             b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
@@ -385,7 +385,7 @@ def key_mass_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Column sums of the probabilities, one block of keys of one query head per program."""
@@ -406,7 +406,7 @@ def key_mass_kernel(
     if SHIFTS:
         p_shift = shift + lse_at
     b_ok = key_rows_ok(masks, b, start_n, 0, e.keys, BLOCK_N, True)
-    k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
+    k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, INT64)
     b_mass = tl.zeros((BLOCK_N,), tl.float32)
     b_i = tl.arange(0, BLOCK_M)
     first = 0
@@ -423,7 +423,7 @@ def key_mass_kernel(
         if wanted:
             b_lse = tl.load(p_lse + b_m, mask=b_in, other=-float("inf"))
             p_rows = p_q + to_int64(start_m) * query_strides.row
-            q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
+            q = rows(p_rows, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, INT64)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, True, False, BLOCK_N)

@@ -55,7 +55,7 @@ def grad_bias_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of the bias: sums the score gradients of everything it was broadcast to, always in the same order.
@@ -95,10 +95,10 @@ def grad_bias_kernel(
             p_v = row_of(value, value_strides, b, kv_head, start_n)
             lse_at = to_int64(b) * logsumexp_strides.batch + to_int64(head) * logsumexp_strides.head
             b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
-            q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
-            do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
-            k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-            v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+            q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, INT64)
+            do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, INT64)
+            k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, INT64)
+            v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, INT64)
             b_lse = unless_infinite(tl.load(logsumexp + lse_at + b_m, mask=b_in, other=-float("inf")))[:, None]
             b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
             b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)

@@ -71,7 +71,7 @@ def _grad_key_value_tiles(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the query tiles from `first` to `last` of one head to the gradients of the (scaled) key and of value.
@@ -91,8 +91,8 @@ def _grad_key_value_tiles(
             b_delta = tl.load(p_delta + b_m, mask=b_in, other=0.0)
             # Empty rows are not read: their query and grad_out may be NaN.
             b_live = b_in & (b_lse != -float("inf"))
-            q = rows(p_q + to_int64(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, WIDE)
-            do = rows(p_do + to_int64(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, WIDE)
+            q = rows(p_q + to_int64(start_m) * stride_q, b_i, stride_q, b_live, HEAD_DIM, BLOCK_D, INT64)
+            do = rows(p_do + to_int64(start_m) * stride_do, b_i, stride_do, b_live, VALUE_DIM, BLOCK_DV, INT64)
             # [BN, BM]
             b_qk = product_of_rows(k, q, HEAD_DIM, BLOCK_D, PRECISION)
             b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, True, False, BLOCK_N)
@@ -145,7 +145,7 @@ def grad_key_value_kernel(
     scale,
     key_blocks,
     CAUSAL: tl.constexpr,
-    FIRST_PART: tl.constexpr,
+    FIRST_PHASE: tl.constexpr,
     GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -154,11 +154,11 @@ def grad_key_value_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of keys of one key head: the query heads of its group one behind the other. PARTS programs share the
-    columns of the gradients. `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`."""
+    columns of the gradients. `flags` and GUARDED: see `report_nan`; FIRST_PHASE: see `key_tiles`."""
     if GUARDED:  # noqa: SIM102
         if not has_nan(flags, BLOCK_N):
             return
@@ -185,13 +185,13 @@ def grad_key_value_kernel(
     b_ok = key_rows_ok(masks, b, start_n, 0, length, BLOCK_N, True)
     p_k = row_of(key, key_strides, b, kv_head, first_k)
     p_v = row_of(value, value_strides, b, kv_head, first_k)
-    k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-    v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+    k = rows(p_k, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, INT64)
+    v = rows(p_v, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, INT64)
     dk = zero_pieces(BLOCK_N, HEAD_DIM, BLOCK_D, PARTS)
     dv = zero_pieces(BLOCK_N, VALUE_DIM, BLOCK_DV, PARTS)
 
     # Query tiles [first, full) need masks, [full, last) see all of these keys.
-    HAS_FULL: tl.constexpr = FIRST_PART == 1
+    HAS_FULL: tl.constexpr = FIRST_PHASE == 1
     first = 0
     if CAUSAL:
         first = start_n // BLOCK_M
@@ -212,7 +212,7 @@ def grad_key_value_kernel(
         p_shift = logsumexp + lse_at
         if SHIFTS:
             p_shift = shift + lse_at
-        for masks_part in tl.static_range(1 + HAS_FULL):
+        for phase in tl.static_range(1 + HAS_FULL):
             dk, dv = _grad_key_value_tiles(
                 dk,
                 dv,
@@ -235,11 +235,11 @@ def grad_key_value_kernel(
                 start_n,
                 e,
                 part,
-                bounds[masks_part],
-                bounds[masks_part + 1],
+                bounds[phase],
+                bounds[phase + 1],
                 CAUSAL,
                 SHIFTS,
-                masks_part == 0,
+                phase == 0,
                 GUARDED,
                 WANTS_KEY,
                 WANTS_VALUE,
@@ -250,7 +250,7 @@ def grad_key_value_kernel(
                 BLOCK_D,
                 BLOCK_DV,
                 PARTS,
-                WIDE,
+                INT64,
                 PRECISION,
             )
     if (masks.lengths is not None) or (masks.key_mask is not None):
@@ -265,7 +265,7 @@ def grad_key_value_kernel(
     b_in = start_n + b_j < e.keys
     if WANTS_KEY:
         p_dk = row_of(grad_key, grad_key_strides, b, kv_head, first_k)
-        store_rows(p_dk, b_j, grad_key_strides.row, b_in, dk, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dk, b_j, grad_key_strides.row, b_in, dk, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, INT64)
     if WANTS_VALUE:
         p_dv = row_of(grad_value, grad_value_strides, b, kv_head, first_k)
-        store_rows(p_dv, b_j, grad_value_strides.row, b_in, dv, 1.0, part, GUARDED, VALUE_DIM, BLOCK_DV, PARTS, WIDE)
+        store_rows(p_dv, b_j, grad_value_strides.row, b_in, dv, 1.0, part, GUARDED, VALUE_DIM, BLOCK_DV, PARTS, INT64)

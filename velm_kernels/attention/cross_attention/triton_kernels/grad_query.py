@@ -114,7 +114,7 @@ def delta_of_products_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """delta of one block of rows from the products that it is subtracted from: the sum over keys of p * dp. The result
@@ -145,14 +145,14 @@ def delta_of_products_kernel(
     p_do = row_of(grad_out, grad_out_strides, b, head, e.start_q + start_m)
     p_k = row_of(key, key_strides, b, kv_head, e.start_k)
     p_v = row_of(value, value_strides, b, kv_head, e.start_k)
-    q = rows(p_q, b_i, query_strides.row, b_live, HEAD_DIM, BLOCK_D, WIDE)
-    do = rows(p_do, b_i, grad_out_strides.row, b_live, VALUE_DIM, BLOCK_DV, WIDE)
+    q = rows(p_q, b_i, query_strides.row, b_live, HEAD_DIM, BLOCK_D, INT64)
+    do = rows(p_do, b_i, grad_out_strides.row, b_live, VALUE_DIM, BLOCK_DV, INT64)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     for tile in tl.range(block.lo // BLOCK_N, tl.cdiv(block.hi, BLOCK_N)):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, b, start_n, block.lo, block.hi, BLOCK_N, True)
-        k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-        v = rows(p_v + to_int64(start_n) * value_strides.row, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        k = rows(p_k + to_int64(start_n) * key_strides.row, b_j, key_strides.row, b_ok, HEAD_DIM, BLOCK_D, INT64)
+        v = rows(p_v + to_int64(start_n) * value_strides.row, b_j, value_strides.row, b_ok, VALUE_DIM, BLOCK_DV, INT64)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, True, False, False, BLOCK_N)
@@ -198,7 +198,7 @@ def _grad_query_tiles(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Adds the key tiles from `first` to `last` to the gradient of the (scaled) query. GUARDED: see
@@ -208,8 +208,8 @@ def _grad_query_tiles(
     for tile in tl.range(first, last):
         start_n = tile * BLOCK_N
         b_ok = key_rows_ok(masks, block.b, start_n, block.lo, block.hi, BLOCK_N, MASKED)
-        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, WIDE)
-        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, WIDE)
+        k = rows(p_k + to_int64(start_n) * stride_k, b_j, stride_k, b_ok, HEAD_DIM, BLOCK_D, INT64)
+        v = rows(p_v + to_int64(start_n) * stride_v, b_j, stride_v, b_ok, VALUE_DIM, BLOCK_DV, INT64)
         # [BM, BN]
         b_qk = product_of_rows(q, k, HEAD_DIM, BLOCK_D, PRECISION)
         b_s = scores(masks, scaling, block, b_qk, b_ok, start_n, MASKED, False, False, BLOCK_N)
@@ -268,7 +268,7 @@ def grad_query_kernel(
     scale,
     query_blocks,
     CAUSAL: tl.constexpr,
-    FIRST_PART: tl.constexpr,
+    FIRST_PHASE: tl.constexpr,
     GUARDED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -277,11 +277,11 @@ def grad_query_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     PARTS: tl.constexpr,
-    WIDE: tl.constexpr,
+    INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One block of query rows, whose columns PARTS programs share. A bias that broadcasts nowhere gets its gradient
-    here too, where `grad_bias` (zeros) is given. `flags` and GUARDED: see `report_nan`; FIRST_PART: see `key_tiles`."""
+    here too, where `grad_bias` (zeros) is given. `flags` and GUARDED: see `report_nan`, FIRST_PHASE: `key_tiles`."""
     if GUARDED:  # noqa: SIM102
         if not has_nan(flags, BLOCK_M):
             return
@@ -301,7 +301,7 @@ def grad_query_kernel(
     b_m = start_m + b_i
     b_in = b_m < e.queries
     block, full_lo, full_hi = query_block(masks, b, head, e.first_row, e.queries, e.keys, b_m, CAUSAL)
-    bounds = key_tiles(block.lo, block.hi, full_lo, full_hi, BLOCK_N, FIRST_PART)
+    bounds = key_tiles(block.lo, block.hi, full_lo, full_hi, BLOCK_N, FIRST_PHASE)
 
     first_q = e.start_q + start_m
     p_q = row_of(query, query_strides, b, head, first_q)
@@ -312,15 +312,15 @@ def grad_query_kernel(
     b_lse = tl.load(logsumexp + lse_at + b_m, mask=b_in, other=PAST_END)
     b_delta = tl.load(delta + lse_at + b_m, mask=b_in, other=0.0)
     # [BM, D], [BM, DV]
-    q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, WIDE)
-    do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, WIDE)
+    q = rows(p_q, b_i, query_strides.row, b_in, HEAD_DIM, BLOCK_D, INT64)
+    do = rows(p_do, b_i, grad_out_strides.row, b_in, VALUE_DIM, BLOCK_DV, INT64)
     SHIFTS: tl.constexpr = shift is not None
     b_shift = b_lse
     if SHIFTS:
         b_shift = tl.load(shift + lse_at + b_m, mask=b_in, other=0.0)
     b_lse = unless_infinite(b_lse)
     dq = zero_pieces(BLOCK_M, HEAD_DIM, BLOCK_D, PARTS)
-    for masks_part in tl.static_range(FIRST_PART, 3):
+    for phase in tl.static_range(FIRST_PHASE, 3):
         dq = _grad_query_tiles(
             dq,
             q,
@@ -341,10 +341,10 @@ def grad_query_kernel(
             b_m < tl.where(part == 0, e.queries, 0),
             b * sizes.heads + head,
             part,
-            bounds[masks_part],
-            bounds[masks_part + 1],
+            bounds[phase],
+            bounds[phase + 1],
             SHIFTS,
-            masks_part != 1,
+            phase != 1,
             GUARDED,
             HEAD_DIM,
             VALUE_DIM,
@@ -352,11 +352,11 @@ def grad_query_kernel(
             BLOCK_D,
             BLOCK_DV,
             PARTS,
-            WIDE,
+            INT64,
             PRECISION,
         )
     if flags is not None and not GUARDED:
         report_nan(flags, dq, BLOCK_M)
     if grad_query is not None:
         p_dq = row_of(grad_query, grad_query_strides, b, head, first_q)
-        store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, WIDE)
+        store_rows(p_dq, b_i, grad_query_strides.row, b_in, dq, scale, part, GUARDED, HEAD_DIM, BLOCK_D, PARTS, INT64)
