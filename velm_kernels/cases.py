@@ -271,14 +271,14 @@ def expected(case: Case, arguments: Arguments, dtype: torch.dtype, seed: int = 0
 
     A sum whose terms cancel is as inexact as its terms: as what it would be of other roundings of the arguments.
     """
-    wide = cast(arguments, torch.float64)
-    exact = case.run(wide, exact=True)
+    doubles = cast(arguments, torch.float64)
+    exact = case.run(doubles, exact=True)
     generator = torch.Generator().manual_seed(seed)
     moved = []
-    for leaf in case.leaves(wide):
+    for leaf in case.leaves(doubles):
         noise = torch.rand(leaf.shape, generator=generator, dtype=torch.float64) - 0.5
         moved.append(leaf * (1 + torch.finfo(dtype).eps * noise.to(leaf.device)))
-    ways = [case.run(case.with_leaves(wide, moved), exact=True)]
+    ways = [case.run(case.with_leaves(doubles, moved), exact=True)]
     try:
         ways.append(case.run(arguments, exact=True))
     except RuntimeError:

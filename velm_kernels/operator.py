@@ -275,7 +275,7 @@ class Operator:
 
     def _fill_by_reference(self, *values: Any) -> None:
         given, made = values[: len(self.names)], values[len(self.names) :]
-        for to, value in zip(made, _tuple(self._reference(*_widened(given))), strict=True):
+        for to, value in zip(made, _tuple(self._reference(*_promoted(given))), strict=True):
             if to is not None:
                 to.copy_(value)
 
@@ -284,7 +284,7 @@ class Operator:
         can differentiate to any order."""
         made = self.empty(self._by_name(values))
         found: list[Tensor | None] = []
-        for name, to, value in zip(self.results, made, _tuple(self._reference(*_widened(values))), strict=True):
+        for name, to, value in zip(self.results, made, _tuple(self._reference(*_promoted(values))), strict=True):
             if to is None:
                 found.append(None)
                 continue
@@ -445,7 +445,7 @@ class Operator:
 
     def _fill_gradients_by_reference(self, *values: Any) -> None:
         count = len(self._backward_names)
-        a, made = self._backward_by_name(_widened(values[:count])), values[count:]
+        a, made = self._backward_by_name(_promoted(values[:count])), values[count:]
         wanted = [[one is not None for one in to] if isinstance(to, list) else to is not None for to in made]
         found = self._gradients(a, wanted) if self._gradients is not None else self.differentiated(a, wanted)
         for to, value in zip(flat(made), flat(found), strict=True):
@@ -531,17 +531,17 @@ def _returned(made: Sequence[Any], args: Sequence[Any]) -> Any:
     return library.without_none(_one_or_more(made), args)
 
 
-def _widened(values: Sequence[Any]) -> list[Any]:
+def _promoted(values: Sequence[Any]) -> list[Any]:
     """``values`` with what is floating point in float32 or wider."""
 
-    def wider(value: Any) -> Any:
+    def promoted(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
-            return [wider(one) for one in value]
+            return [promoted(one) for one in value]
         if isinstance(value, Tensor) and value.is_floating_point():
             return value.to(torch.promote_types(value.dtype, torch.float32))
         return value
 
-    return [wider(value) for value in values]
+    return [promoted(value) for value in values]
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:

@@ -55,9 +55,9 @@ class Case:
         if self.layout == "queries first":
             return tensor.transpose(1, 2).contiguous().transpose(1, 2)
         if self.layout == "sliced":
-            wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), torch.nan, dtype=self.dtype)
-            wide[..., 3 : 3 + tensor.shape[-1]] = tensor
-            return wide[..., 3 : 3 + tensor.shape[-1]]
+            around = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 3), torch.nan, dtype=self.dtype)
+            around[..., 3 : 3 + tensor.shape[-1]] = tensor
+            return around[..., 3 : 3 + tensor.shape[-1]]
         if self.layout == "columns first":
             return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
         return tensor.contiguous()

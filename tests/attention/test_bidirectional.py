@@ -188,7 +188,7 @@ def test_cuda_tiles(backend: Backend, case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
-def test_cuda_refuses_what_is_too_wide(backend: Backend) -> None:
+def test_cuda_refuses_more_than_256_features(backend: Backend) -> None:
     tensors = [torch.randn(1, 1, 3, dim) for dim in (8, 8, 257, 8)]
     with backend.use(), pytest.raises(velm_kernels.backends.NoBackendError, match="257"):
         velm_kernels.bidirectional_attention(*tensors)
@@ -225,8 +225,8 @@ def test_rows_that_are_nearly_one_key(backend: Backend, lengths: tuple[int, int]
     with backend.use():
         got = run(velm_kernels.bidirectional_attention, tensors, upstream, used, **none)
     plain, exact = (
-        run(reference.bidirectional_attention, [t.to(wide) for t in tensors], upstream, used, **none)
-        for wide in (torch.float32, torch.float64)
+        run(reference.bidirectional_attention, [t.to(like) for t in tensors], upstream, used, **none)
+        for like in (torch.float32, torch.float64)
     )
     for name in ("grad_query_a", "grad_query_b"):
         assert_accurate(name, got[name], plain[name], exact[name], ulps=0.5)

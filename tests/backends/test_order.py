@@ -79,8 +79,8 @@ def test_by_compute_capability(gpu, capability: int, expected: tuple[str, str, s
             {"is_causal": True},  # of fewer queries than keys, which torch's kernels align otherwise or not at all
         ):
             assert taken("cross_attention", query, key, key, **more) == rest, more
-        wide = on_gpu(2, 8, 40, 64, dtype=torch.float32)
-        assert taken("cross_attention", wide, wide, wide) == rest
+        float32 = on_gpu(2, 8, 40, 64, dtype=torch.float32)
+        assert taken("cross_attention", float32, float32, float32) == rest
         odd = on_gpu(2, 8, 40, 20)
         assert taken("cross_attention", odd, odd, odd) == rest
         assert taken("cross_attention", query, key, on_gpu(2, 4, 50, 32)) == rest

@@ -312,8 +312,8 @@ def test_vmap(call: Call) -> None:
     # Gradients for each sample, the parameters the same for all.
     first, *others = several(leaves[:1], 0) + leaves[1:]
     of_samples = torch.func.vmap(gradients(ours, leaves), in_dims=(0, *[None] * len(others)))(first, *others)
-    wide = doubles(others)
-    assert_close(of_samples, each(lambda leaf: gradients(exact, leaves)(leaf, *wide), doubles([first]), 0))
+    exact_others = doubles(others)
+    assert_close(of_samples, each(lambda leaf: gradients(exact, leaves)(leaf, *exact_others), doubles([first]), 0))
 
 
 def test_vmap_of_an_integer_argument() -> None:
@@ -571,5 +571,6 @@ def test_small_calls_compile_to_the_operators(name: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(loss(function), fullgraph=True, dynamic=True, backend="eager")
     exact = exact_of_leaves(call)
-    wide = doubles(leaves)
-    assert_close(torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(exact)(*wide), wide))
+    exact_leaves = doubles(leaves)
+    expected = torch.autograd.grad(loss(exact)(*exact_leaves), exact_leaves)
+    assert_close(torch.autograd.grad(compiled(*leaves), leaves), expected)

@@ -159,12 +159,12 @@ def with_upstream(call: Call, arguments: dict[str, Any], changed: dict[int, Tens
 @functools.cache
 def exact_gradients(call: Call, number: int | None, special: str, at: int, device: str) -> dict[str, Tensor]:
     """Those of the written meaning where a special value comes in for one result, or none does."""
-    wide = call.arguments(torch.float64)
+    doubles = call.arguments(torch.float64)
     changed: dict[int, Tensor] = {}
     if number is not None:
-        changed[number] = incoming(call.exact(wide))[number]
+        changed[number] = incoming(call.exact(doubles))[number]
         changed[number].view(-1)[at] = SPECIAL[special]
-    return with_upstream(call, wide, changed, exact=True)
+    return with_upstream(call, doubles, changed, exact=True)
 
 
 @pytest.mark.parametrize("call", TRIED, ids=str)

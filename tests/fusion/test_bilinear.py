@@ -139,9 +139,9 @@ def test_other_rows_and_what_lies_behind_them_change_nothing(backend):
     """A row that is not finite stays alone, and memory past the end of a row is not read."""
     x, y, weight, _ = _inputs(40, 13, 17, 5, torch.float32)
     around = [torch.full((*value.shape[:-1], value.shape[-1] + 3), torch.nan) for value in (x, y, weight)]
-    for wide, value in zip(around, (x, y, weight), strict=True):
-        wide[..., :-3] = value
-    *leaves, strided = (wide[..., :-3].detach() for wide in around)
+    for whole, value in zip(around, (x, y, weight), strict=True):
+        whole[..., :-3] = value
+    *leaves, strided = (whole[..., :-3].detach() for whole in around)
     leaves[0][33] = torch.inf
     leaves = [leaf.requires_grad_() for leaf in leaves]
     with backend.use():

@@ -57,10 +57,10 @@ def test_any_shape(backend, data):
     # The gradient as written, because autograd's has 0/0 where dropout leaves a sum of 0; and not in half precision,
     # where the least norm is 0.
     results = []
-    for wide in (torch.float64, torch.float32):
-        values, seed = [x.to(wide) for x in inputs], torch.tensor(SEED) if dropout_p else None
+    for precision in (torch.float64, torch.float32):
+        values, seed = [x.to(precision) for x in inputs], torch.tensor(SEED) if dropout_p else None
         out = reference.factorized_pool(*values, *options[:-1], seed)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(wide)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(precision)
         grads = reference.factorized_pool_gradient(grad, *values, *options[:-1], seed)
         results.append(dict(zip(("out", "a", "b"), (out, *grads), strict=True)))
     exact, plain = results

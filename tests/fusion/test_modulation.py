@@ -152,12 +152,12 @@ def test_weighted_sum_is_exact_where_it_can_be(backend):
         out = weighted_sum(leaves[:4], leaves[4])
         grad = out.detach().remainder(5) - 2
         out.backward(grad)
-    wide = [value[:, None].expand(2, 67, 35) if value.dim() == 2 else value for value in features]
-    assert torch.equal(out, sum(weights[:, i, None, None] * wide[i] for i in range(4)))
+    expanded = [value[:, None].expand(2, 67, 35) if value.dim() == 2 else value for value in features]
+    assert torch.equal(out, sum(weights[:, i, None, None] * expanded[i] for i in range(4)))
     for i, value in enumerate(features):
         expected = weights[:, i, None, None] * grad
         assert torch.equal(leaves[i].grad, expected.sum(1) if value.dim() == 2 else expected), i
-    assert torch.equal(leaves[4].grad, torch.stack([(grad * value).sum((1, 2)) for value in wide], 1))
+    assert torch.equal(leaves[4].grad, torch.stack([(grad * value).sum((1, 2)) for value in expanded], 1))
 
 
 def test_film_module_begins_as_the_identity_and_learns():

@@ -53,9 +53,9 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
     if layout == "transposed":
         return value.transpose(-2, -1).contiguous().transpose(-2, -1)
     if layout == "sliced":
-        wide = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 3), torch.nan, dtype=value.dtype)
-        wide[..., 1 : value.shape[-1] + 1] = value
-        return wide[..., 1 : value.shape[-1] + 1]
+        around = torch.full((*value.shape[:-1], 2 * value.shape[-1] + 3), torch.nan, dtype=value.dtype)
+        around[..., 1 : value.shape[-1] + 1] = value
+        return around[..., 1 : value.shape[-1] + 1]
     if layout == "expanded" and value.shape[-2]:
         return value[..., :1, :].expand(value.shape)
     return value
@@ -183,9 +183,9 @@ def test_zero_sizes(backend: Backend, product: str, shape: tuple[int, int, int],
 def test_extreme_values(backend: Backend, product: str, activation: str | None) -> None:
     """Large, subnormal and NaN pre-activations: as in float64, and gradients finite where those are."""
     z = torch.tensor([-1e4, -90.0, -8.0, -1e-40, 0.0, 1e-40, 8.0, 90.0, 1e4, torch.nan])
-    wide = z.double().requires_grad_()
-    expected = ACTIVATIONS[activation](wide)
-    (expected_grad,) = torch.autograd.grad(expected.sum(), wide)
+    double = z.double().requires_grad_()
+    expected = ACTIVATIONS[activation](double)
+    (expected_grad,) = torch.autograd.grad(expected.sum(), double)
     x = z[:, None].requires_grad_()
     with route(backend, product):
         out = velm_kernels.linear(x, torch.ones(1, 1), None, activation)

@@ -62,11 +62,11 @@ def _results(module, x, dtype):
 def test_results_and_gradients_are_those_of_the_peer(peers, kind, options):
     peer, module, x = _pair(peers, kind, options)
     plain, got = _results(peer, x, torch.float32), _results(module, x, torch.float32)
-    exact, wide = _results(peer, x, torch.float64), _results(module, x, torch.float64)
+    exact, got_exact = _results(peer, x, torch.float64), _results(module, x, torch.float64)
     assert plain.keys() == got.keys()
     for name, expected in exact.items():
         floor = float(expected.numel()) ** 0.5
-        torch.testing.assert_close(wide[name], expected, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got_exact[name], expected, msg=lambda text, name=name: f"{name}: {text}")
         assert_accurate(name, got[name], plain[name], expected, torch.float32, ulps=16, floor=floor)
 
 

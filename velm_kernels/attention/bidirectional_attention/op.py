@@ -42,7 +42,7 @@ def meaning(
     )
 
 
-def _too_wide(arguments: Arguments) -> list[str]:
+def _too_many_features(arguments: Arguments) -> list[str]:
     names = ("query_a", "value_a", "value_b")
     return [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
 
@@ -76,7 +76,7 @@ OPERATOR = Operator(
     },
     incoming=lambda grad, a: unit_last_stride(grad) if grad.dim() == 4 else grad.contiguous(),
     triton="attention.bidirectional_attention.triton",
-    reasons=dict.fromkeys(("triton", *cuda.NAMESPACES), _too_wide),
+    reasons=dict.fromkeys(("triton", *cuda.NAMESPACES), _too_many_features),
     flops=_flops,
     backward_flops=_backward_flops,
 )

@@ -74,8 +74,8 @@ def _results(a: Any) -> tuple[Tensor, Tensor, Tensor | None]:
 def _sums(query: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, in float32 beside 16 bits."""
     # A dtype takes half of the time once more.
-    is_wide = query.dtype is torch.float32 or query.dtype is torch.float64
-    return query.new_empty(shape) if is_wide else query.new_empty(shape, dtype=torch.float32)
+    is_float32_or_64 = query.dtype is torch.float32 or query.dtype is torch.float64
+    return query.new_empty(shape) if is_float32_or_64 else query.new_empty(shape, dtype=torch.float32)
 
 
 def meaning(*values: Any, not_finite: bool = False) -> tuple[Tensor, Tensor, Tensor]:

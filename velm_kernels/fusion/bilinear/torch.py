@@ -59,11 +59,11 @@ def _arithmetic(x: Tensor) -> torch.dtype:
 def folded_bilinear_forward(x: Tensor, y: Tensor, weight: Tensor, bias: Optional, out: Tensor) -> None:
     """x W for some outputs at a time, then its product with the regions."""
     dtype = _arithmetic(x)
-    x, wide_y = x.to(dtype), y.to(dtype)
+    x, cast_y = x.to(dtype), y.to(dtype)
     for piece in _pieces(weight.shape[0], max(x.shape) * y.shape[2]):
         # (outputs, batch, dy) -> (batch, dy, outputs)
         folded = torch.matmul(x, weight[piece].to(dtype)).permute(1, 2, 0)
-        part = wide_y @ folded
+        part = cast_y @ folded
         out[..., piece] = part if bias is None else part + bias[piece].to(dtype)
 
 
@@ -79,21 +79,21 @@ def folded_bilinear_backward(
 ) -> None:
     """Through the gradient of x W for the same outputs at a time."""
     dtype = _arithmetic(x)
-    wide_x, wide_y = x.to(dtype), y.to(dtype)
+    cast_x, cast_y = x.to(dtype), y.to(dtype)
     sums = torch.promote_types(dtype, torch.float32)
     sum_x, sum_y = (None if to is None else to.new_zeros(to.shape, dtype=sums) for to in (grad_x, grad_y))
     for piece in _pieces(weight.shape[0], max(x.shape) * y.shape[2]):
         part, g = weight[piece].to(dtype), grad[..., piece].to(dtype)
         if sum_y is not None:
             # (outputs, batch, dy) -> (batch, outputs, dy)
-            sum_y += g @ torch.matmul(wide_x, part).transpose(0, 1)
+            sum_y += g @ torch.matmul(cast_x, part).transpose(0, 1)
         if sum_x is not None or grad_weight is not None:
             # (batch, outputs, dy) -> (outputs, batch, dy)
-            grad_folded = (g.transpose(1, 2) @ wide_y).transpose(0, 1)
+            grad_folded = (g.transpose(1, 2) @ cast_y).transpose(0, 1)
             if sum_x is not None:
                 sum_x += torch.matmul(grad_folded, part.transpose(1, 2)).sum(0)
             if grad_weight is not None:
-                grad_weight[piece] = torch.matmul(wide_x.transpose(0, 1), grad_folded)
+                grad_weight[piece] = torch.matmul(cast_x.transpose(0, 1), grad_folded)
     for to, value in ((grad_x, sum_x), (grad_y, sum_y)):
         if to is not None and value is not None:
             to.copy_(value)

@@ -67,11 +67,11 @@ def outer_product_fusion(x: Tensor, y: Tensor, *, lengths: Tensor | None = None,
     if live is not None:
         x, y = (torch.where(live, value, 0.0) for value in (x, y))
     with checks.without_autocast(x.device):
-        return torch.bmm(_wide(x).transpose(1, 2), _wide(y)).to(x.dtype)
+        return torch.bmm(_factor(x).transpose(1, 2), _factor(y)).to(x.dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """What products are made of: on the CPU float32 in place of half precision, but for bfloat16 on processors with
+def _factor(x: Tensor) -> Tensor:
+    """A factor of a product: on the CPU float32 in place of half precision, but for bfloat16 on processors with
     products of their own for it, which sum in float32 too."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return x
@@ -94,9 +94,9 @@ class _Outer(torch.autograd.Function):
         x, y = ctx.saved_tensors
         wants_x, wants_y = ctx.needs_input_grad
         with checks.without_autocast(grad.device):
-            g = _wide(grad)
-            grad_x = torch.bmm(g, _wide(y)[:, :, None])[..., 0].to(x.dtype) if wants_x else None
-            grad_y = torch.bmm(_wide(x)[:, None, :], g)[:, 0].to(y.dtype) if wants_y else None
+            g = _factor(grad)
+            grad_x = torch.bmm(g, _factor(y)[:, :, None])[..., 0].to(x.dtype) if wants_x else None
+            grad_y = torch.bmm(_factor(x)[:, None, :], g)[:, 0].to(y.dtype) if wants_y else None
         return grad_x, grad_y
 
 
