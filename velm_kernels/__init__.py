@@ -66,7 +66,7 @@ from velm_kernels.pooling import (
     select_tokens,
     unmerge_tokens,
 )
-from velm_kernels.sequence import rotary
+from velm_kernels.sequence import add_at_tokens, rotary, splice_into, splice_tokens
 
 __all__ = [
     "MCB",
@@ -104,6 +104,7 @@ __all__ = [
     "TokenMerge",
     "Tucker",
     "__version__",
+    "add_at_tokens",
     "attention_pool",
     "bidirectional_attention",
     "bilinear",
@@ -131,6 +132,8 @@ __all__ = [
     "rotary",
     "segment_pool",
     "select_tokens",
+    "splice_into",
+    "splice_tokens",
     "tensor_fusion",
     "unmerge_tokens",
     "unpatch",

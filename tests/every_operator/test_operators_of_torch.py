@@ -48,6 +48,9 @@ NOT_CAST = {
     "merge_tokens",
     "unmerge_tokens",
     "rotary",
+    "splice_into",
+    "splice_tokens",
+    "add_at_tokens",
 }
 # As torch's own: from what was rounded for their products, in float32.
 LOSSES = {"contrastive_loss", "sigmoid_loss"}

@@ -53,6 +53,7 @@ NOT_YET: dict[str, set[str]] = {
 }
 
 
+NOT_YET["device_on_host"] |= {"add_at_tokens", "rotary", "splice_into", "splice_tokens"}
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
 
 

@@ -71,8 +71,8 @@ def rotary(
 
     Returns:
         ``(query, key)`` rotated, in their shapes and dtype, computed in float32 and rounded once. Memory is contiguous
-        in the order that the argument has, ``(batch, heads, tokens, head_dim)`` or ``(batch, tokens, heads, head_dim)``.
-        The key is None if none was given.
+        in the order that the argument has, ``(batch, heads, tokens, head_dim)`` or ``(batch, tokens, heads,
+        head_dim)``. The key is None if none was given.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

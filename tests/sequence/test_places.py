@@ -1,0 +1,178 @@
+"""What is peculiar to features at tokens: the forms that models have beside them, counts, what is kept, in place."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import velm_kernels
+from tests.conftest import Backend, every_backend
+from velm_kernels.sequence import places
+
+BATCH, TOKENS, DIM, VOCABULARY, PICTURE = 3, 17, 10, 23, 7
+
+
+def drawn(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token_ids, weight, features, mask); the picture token has a row of the weight, as in most models."""
+    generator = torch.Generator().manual_seed(0)
+    token_ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS), generator=generator)
+    token_ids[:, 3:9] = PICTURE
+    mask = token_ids == PICTURE
+    weight = torch.randn(VOCABULARY, DIM, generator=generator).to(dtype)
+    return token_ids, weight, torch.randn(int(mask.sum()), DIM, generator=generator).to(dtype), mask
+
+
+def as_transformers_does(token_ids: Tensor, weight: Tensor, features: Tensor) -> Tensor:
+    embeddings = F.embedding(token_ids, weight)
+    mask = (token_ids == PICTURE).unsqueeze(-1).expand_as(embeddings)
+    return embeddings.masked_scatter(mask, features)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@every_backend
+def test_splice_beside_masked_scatter(backend: Backend, dtype: torch.dtype) -> None:
+    """Bits of the result and of the gradients of features; those of the picture token's own row are 0. torch sums rows
+    of the weight in 16 bits."""
+    limit = 1e-6 if dtype == torch.float32 else 2**-6
+    token_ids, weight, features, mask = drawn(dtype)
+    found = []
+    for way in ("theirs", "tokens", "positions", "into"):
+        leaves = [weight.clone().requires_grad_(), features.clone().requires_grad_()]
+        with backend.use():
+            if way == "theirs":
+                out = as_transformers_does(token_ids, *leaves)
+            elif way == "tokens":
+                out = velm_kernels.splice_tokens(token_ids, *leaves, image_token_id=PICTURE)
+            elif way == "positions":
+                where = mask.reshape(-1).nonzero()[:, 0].int()
+                out = velm_kernels.splice_tokens(token_ids.int(), *leaves, positions=where)
+            else:
+                out = velm_kernels.splice_into(F.embedding(token_ids, leaves[0]), leaves[1], mask)
+            upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+            found.append((out, *torch.autograd.grad(out, leaves, upstream)))
+    (out, of_weight, of_features), *others = found
+    assert of_weight[PICTURE].count_nonzero() == 0
+    for other in others:
+        assert torch.equal(other[0], out) and torch.equal(other[2], of_features)
+        torch.testing.assert_close(other[1], of_weight, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@every_backend
+def test_deepstack_of_qwen3_vl(backend: Backend, inplace: bool) -> None:
+    pytest.importorskip("transformers")
+    model = importlib.import_module("transformers.models.qwen3_vl.modeling_qwen3_vl").Qwen3VLTextModel
+    _, _, features, mask = drawn()
+    hidden = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(2))
+    wanted = model._deepstack_process(None, hidden, mask, features)
+    with backend.use(), torch.no_grad():
+        got = velm_kernels.add_at_tokens(hidden, features, mask, inplace=inplace)
+    assert torch.equal(got, wanted)
+    assert (got is hidden) == inplace
+
+
+@every_backend
+def test_in_place_only_without_a_gradient(backend: Backend) -> None:
+    _, _, features, mask = drawn()
+    before = torch.randn(BATCH, TOKENS, 2 * DIM, generator=torch.Generator().manual_seed(2))
+    # Rows that do not lie one behind the other are written where they are.
+    for given in (before[..., :DIM].contiguous(), before.clone()[..., :DIM], before[..., :DIM].mT.contiguous().mT):
+        kept = given.clone()
+        for wants in (True, False):
+            rows = features.clone().requires_grad_(wants)
+            with backend.use():
+                got = velm_kernels.add_at_tokens(given, rows, mask, inplace=True)
+            assert (got is given) == (not wants)
+            assert torch.equal(given, kept) == wants
+            assert torch.equal(got[mask], kept[mask] + features) and torch.equal(got[~mask], kept[~mask])
+            if wants:
+                (grad,) = torch.autograd.grad(got, rows, 3.0 * torch.ones_like(got))
+                assert torch.equal(grad, torch.full_like(features, 3.0))
+
+
+def test_counts_that_do_not_fit_name_both() -> None:
+    token_ids, weight, features, mask = drawn()
+    embeddings, count = torch.randn(BATCH, TOKENS, DIM), features.shape[0]
+    for given, number in ((features[1:], count - 1), (torch.cat([features, features]), 2 * count)):
+        for call in (
+            lambda given=given: velm_kernels.splice_into(embeddings, given, mask),
+            lambda given=given: velm_kernels.splice_tokens(token_ids, weight, given, PICTURE),
+            lambda given=given: velm_kernels.add_at_tokens(embeddings, given, mask),
+            lambda given=given: velm_kernels.add_at_tokens(embeddings, given, mask, inplace=True),
+            lambda given=given: torch.compile(velm_kernels.splice_into, backend="eager")(embeddings, given, mask),
+        ):
+            with pytest.raises(ValueError, match=f"features: expected {count} rows.*given {number}"):
+                call()
+
+
+@every_backend
+def test_counts_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: tokens behind the last feature keep what they have, features behind the last token get gradient 0."""
+    token_ids, weight, features, mask = drawn()
+    monkeypatch.setattr(places.checks, "reads_values", lambda value: False)
+    embeddings, count = torch.randn(BATCH, TOKENS, DIM), features.shape[0]
+    for given in (features[:-4], torch.cat([features, torch.full((3, DIM), torch.nan)]), features[:0]):
+        number = min(count, given.shape[0])
+        at = mask.reshape(-1).nonzero()[:number, 0]
+        leaf = given.clone().requires_grad_()
+        with backend.use():
+            into = velm_kernels.splice_into(embeddings, leaf, mask)
+            tokens = velm_kernels.splice_tokens(token_ids, weight, leaf, PICTURE)
+            added = velm_kernels.add_at_tokens(embeddings, leaf, mask)
+            (grad,) = torch.autograd.grad((into.sum() + tokens.sum() + added.sum()), leaf)
+        for out, base, row in (
+            (into, embeddings, given[:number]),
+            (tokens, weight[token_ids], given[:number]),
+            (added, embeddings, embeddings.view(-1, DIM)[at] + given[:number]),
+        ):
+            wanted = base.reshape(-1, DIM).clone()
+            wanted[at] = row
+            assert torch.equal(out.view(-1, DIM), wanted)
+        assert torch.equal(grad, torch.cat([torch.full((number, DIM), 3.0), torch.zeros(len(given) - number, DIM)]))
+
+
+@every_backend
+def test_ids_that_repeat_are_summed_in_float32(backend: Backend) -> None:
+    """A thousand tokens of one id, whose sum in 16 bits would stop growing."""
+    token_ids = torch.ones(1, 1000, dtype=torch.long)
+    weight = torch.zeros(3, 33, dtype=torch.bfloat16, requires_grad=True)
+    with backend.use():
+        out = velm_kernels.splice_tokens(token_ids, weight, torch.zeros(0, 33), image_token_id=-200)
+        (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert torch.equal(grad, torch.tensor([0.0, 1000.0, 0.0])[:, None].expand(3, 33).bfloat16())
+
+
+def test_what_backward_keeps() -> None:
+    """Numbers of tokens, no floating point."""
+    token_ids, weight, features, mask = drawn()
+    hidden = torch.randn(BATCH, TOKENS, DIM, requires_grad=True)
+    kept: list[Tensor] = []
+    leaves = (weight.requires_grad_(), features.requires_grad_())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        velm_kernels.splice_tokens(token_ids, *leaves, image_token_id=PICTURE)
+        velm_kernels.splice_into(hidden, features, mask)
+        velm_kernels.add_at_tokens(hidden, features, mask)
+    assert kept and not any(x.is_floating_point() for x in kept)
+
+
+def test_errors_of_splice_tokens() -> None:
+    token_ids, weight, features, mask = drawn()
+    where = mask.reshape(-1).nonzero()[:, 0]
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("image_token_id: .*None", {}),
+        ("positions: expected None", {"image_token_id": PICTURE, "positions": where}),
+        ("positions: .*different tokens", {"positions": where.clamp(max=int(where[-2]))}),
+        ("positions: .* from 0 to 50, given", {"positions": where + 10}),
+        ("positions: .*one for each", {"positions": where[1:]}),
+        ("token_ids: .* from 0 to 2, given", {"image_token_id": PICTURE, "embedding_weight": weight[:3]}),
+    ]
+    for text, given in wrong:
+        with pytest.raises(ValueError, match=text):
+            velm_kernels.splice_tokens(
+                **({"token_ids": token_ids, "embedding_weight": weight, "features": features} | given)
+            )
