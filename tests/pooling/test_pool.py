@@ -246,6 +246,39 @@ def test_pixels_are_read_as_they_lie(backend: Backend) -> None:
     assert torch.equal(expanded[0], expanded[2])
 
 
+@every_backend_with_cuda
+@pytest.mark.parametrize("power", [1.0, 1.7, 3.0])
+@pytest.mark.parametrize("layout", ["contiguous", "channels first"])
+def test_gem_of_numbers_about_the_least(backend: Backend, power: float, layout: str) -> None:
+    """What is below 1e-6 counts as 1e-6, and has no gradient."""
+    torch.manual_seed(0)
+    x = 1e-6 * (4.0 * torch.rand(2, 40, 20) - 1.0)
+    # One column of numbers as others have them, and one below.
+    x[..., 1], x[..., 2] = 1e6 * x[..., 1].abs(), -1.0
+    lengths, upstream = torch.tensor([40, 7]), torch.randn(2, 20)
+
+    def written(x: Tensor) -> Tensor:
+        return reference.masked_pool(x, lengths, None, "gem", power)
+
+    exact, plain = run(written, x.double(), upstream), run(written, x, upstream)
+    with backend.use():
+        got = run(lambda x: velm_kernels.masked_pool(x, lengths, mode="gem", p=power), laid_out(x, layout), upstream)
+    for column in range(3):
+        for name in ("out", "grad_x"):
+            of_column = (found[name][..., column] for found in (got, plain, exact))
+            assert_accurate(f"{name} {column}", *of_column, ulps=12.0)
+    assert (got["out"][:, 2] == torch.tensor(1e-6)).all() and not got["grad_x"][..., 2].any()
+
+
+@every_backend_with_cuda
+def test_means_of_more_tokens_than_are_counted_at_a_time(backend: Backend) -> None:
+    mask = torch.rand(2, 2100) < 0.5
+    with backend.use():
+        got = run(lambda x: velm_kernels.masked_pool(x, mask=mask), torch.ones(2, 2100, 3), torch.ones(2, 3))
+    assert torch.equal(got["out"], torch.ones(2, 3))
+    torch.testing.assert_close(got["grad_x"], (mask / mask.sum(1, keepdim=True))[..., None].expand(-1, -1, 3))
+
+
 def test_keeps_x_only_where_backward_reads_it() -> None:
     for mode in MODES:
         out = velm_kernels.masked_pool(torch.randn(2, 5, 3, requires_grad=True), mode=mode)
