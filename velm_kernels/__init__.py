@@ -46,7 +46,7 @@ from velm_kernels.fusion import (
 )
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
-from velm_kernels.losses import LinearCrossEntropyLoss, contrastive_loss, linear_cross_entropy
+from velm_kernels.losses import LinearCrossEntropyLoss, contrastive_loss, linear_cross_entropy, sigmoid_loss
 from velm_kernels.pooling import (
     AttentionalPooler,
     AttentionPool,
@@ -132,6 +132,7 @@ __all__ = [
     "rotary",
     "segment_pool",
     "select_tokens",
+    "sigmoid_loss",
     "splice_into",
     "splice_tokens",
     "tensor_fusion",

@@ -31,6 +31,7 @@ SEVERAL_FACTORS = {
     "bilinear_attention_pool",
     "compact_bilinear",
     "low_rank_fusion",
+    "sigmoid_loss",
     "tensor_fusion",
 }
 # The gradients of these are sums over weights, which are known without them: 1 and 0. The written meaning adds them up.

@@ -48,6 +48,7 @@ def run(function: Any, image: Tensor, text: Tensor, scale: float, **options: Any
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small tests cross many of their edges."""
     monkeypatch.setattr(products, "ROWS", 48)
+    monkeypatch.setattr(products, "ROWS_OF_16_BITS", 31)
     monkeypatch.setattr(products, "COLUMNS", 37)
 
 

@@ -76,6 +76,11 @@ def labels(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor | 
     return (numbers[: sizes[0]], numbers[sizes[0] :].contiguous()) if both else (numbers, numbers)
 
 
+def same_label(own: Tensor, others: Tensor) -> Tensor:
+    """``(own, others)``, bool: which have the same label; one below 0 is like nothing."""
+    return (own[:, None] == others[None, :]) & (own[:, None] >= 0)
+
+
 def partners(own: Tensor, others: Tensor) -> Tensor:
     """How many of ``others`` have the label of each of ``own``, none for a label below 0. Both as of :func:`labels`."""
     most = own.shape[0] + others.shape[0]

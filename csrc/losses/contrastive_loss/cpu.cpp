@@ -5,10 +5,8 @@
 // i of the tile and text i + diagonal are a pair, unless there are labels or targets.
 
 #include <algorithm>
-#include <limits>
 
-#include "common/tensor.h"
-#include "simd/math.h"
+#include "losses/cpu_tiles.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
 
@@ -18,7 +16,6 @@ namespace {
 using namespace simd;
 using Optional = std::optional<Tensor>;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Rows of a task. What a task computes of its columns is joined in the order of the tasks.
 constexpr int64_t kRows = 32;
 // Rows that go through the columns together.
@@ -67,45 +64,6 @@ struct Tile {
   }
 };
 
-// Calls f(column, lanes) for the vectors of a row, the last of which may have fewer lanes.
-template <class F>
-VELM_INLINE void for_columns(int64_t columns, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= columns; j += kLanes) f(j, std::integral_constant<int, kLanes>{});
-  if (j < columns) f(j, static_cast<int>(columns - j));
-}
-template <class T, class N>
-VELM_INLINE Vec load_some(const T* p, N n) {
-  if constexpr (std::is_same_v<N, int>)
-    return load_first(p, n);
-  else
-    return load(p);
-}
-template <class T, class N>
-VELM_INLINE void store_some(T* p, Vec x, N n) {
-  if constexpr (std::is_same_v<N, int>)
-    store_first(p, x, n);
-  else
-    store(p, x);
-}
-// Scores: those behind the last column are -inf.
-template <class T, class N>
-VELM_INLINE Vec scores(const T* p, Vec scale, Vec bias, N n) {
-  const Vec z = fma(scale, load_some(p, n), bias);
-  if constexpr (std::is_same_v<N, int>)
-    return select(first_lanes(n), z, Vec(-kInfinity));
-  else
-    return z;
-}
-VELM_INLINE VecMask same_label(const uint32_t* labels, uint32_t label, int64_t n) {
-  VecUint found;
-  if (n >= kLanes)
-    found = VecUint(labels, stdx::element_aligned);
-  else
-    found = VecUint([&](auto i) { return static_cast<int64_t>(i) < n ? labels[i] : ~0u; });
-  return mask_of(found == VecUint(label));
-}
-
 // What is known of columns, or of one task's part of them: vectors of them are read and written whole.
 struct Sums {
   float *base, *sum, *positive;
@@ -126,7 +84,7 @@ void statistics_of(const Tile& t, T* tile, int64_t first, int64_t last, float* r
   const int64_t columns = t.columns, padded = t.padded();
   const Vec bias(t.bias);
   // A pair is left out of the sums: 1 minus its softmax is then exact.
-  const float factor = t.scale == 0.0f ? 1e-38f : t.scale;
+  const float factor = usable_scale(t.scale);
   const Vec scale(Kind == Targets::pair ? factor : t.scale);
   float* row_positive = row_sums + 2 * row_stride;
   for (int64_t j = 0; j < padded; j += kLanes) {
@@ -139,7 +97,7 @@ void statistics_of(const Tile& t, T* tile, int64_t first, int64_t last, float* r
       if (!t.has_pair(i)) continue;
       T* own = tile + i * columns + i + t.diagonal;
       row_positive[i] = of.positive[i + t.diagonal] = t.scale * to_float(*own) + t.bias;
-      store_scalar(own, factor > 0.0f ? -kInfinity : kInfinity);
+      store_scalar(own, never(factor));
     }
   }
   float row_base[kRows], lowest = kInfinity, highest = -kInfinity;
@@ -336,14 +294,6 @@ void gradients(const Tile& t, T* tile, const Tensor& row_factors, const Tensor& 
                         gradients_of<T, kind.value, false>(t, tile, begin, end, row, column, 0.0f, nullptr);
                     });
                   });
-}
-
-template <class F>
-void with_tile(const Tensor& tile, const F& f) {
-  if (tile.scalar_type() == ScalarType::BFloat16)
-    f(mutable_data<bf16>(tile));
-  else
-    f(mutable_data<float>(tile));
 }
 
 void contrastive_statistics(Tensor tile, Tensor scale, Optional bias, int64_t diagonal, Optional row_labels,

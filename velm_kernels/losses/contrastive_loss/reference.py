@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from velm_kernels.losses import pairs
+
 Optional = Tensor | None
 
 
@@ -34,7 +36,7 @@ def contrastive_loss(
 def logits(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Optional, normalize: bool) -> Tensor:
     if normalize:
         image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    scores = logit_scale * image @ text.t()
+    scores = logit_scale * (image @ text.t())
     return scores if logit_bias is None else scores + logit_bias
 
 
@@ -53,5 +55,5 @@ def cross_entropy(scores: Tensor, targets: Optional, label_smoothing: float) -> 
 def targets_of(labels: Tensor, others: Tensor) -> Tensor:
     """From labels of rows and of columns: each row's weight spread over the columns with its label, none for a label
     below 0."""
-    same = (labels[:, None] == others[None, :]) & (labels[:, None] >= 0)
+    same = pairs.same_label(labels, others)
     return same / same.sum(1, keepdim=True).clamp(min=1)

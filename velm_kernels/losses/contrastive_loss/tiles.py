@@ -175,8 +175,8 @@ def backward(
         (of_rows, rows, image_statistics, grad_image),
         (of_columns, columns, text_statistics, grad_text),
     ):
-        if sums.total is not None:
-            total = gradient_of_rows(sums.total, unit, kept[INVERSE_NORM] if normalize else None, scale, to)
+        if (found := sums.result()) is not None:
+            total = gradient_of_rows(found, unit, kept[INVERSE_NORM] if normalize else None, scale, to)
     if grad_scale is not None and total is not None:
         grad_scale.copy_(total)
     if grad_bias is not None and total is not None:

@@ -1,0 +1,100 @@
+"""The sigmoid loss of SigLIP, whose scores never exist all at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from velm_kernels import checks
+from velm_kernels.backends import Arguments, derivatives
+from velm_kernels.losses import pairs
+from velm_kernels.losses.sigmoid_loss.op import OPERATOR
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = True,
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of SigLIP (Zhai et al., 2023): every pair of an image and a text is told apart by itself, as matching or
+    not, ``sum_ij -log sigmoid(y_ij * logit_ij)`` with y 1 for a match and -1 else.
+
+    The logits are ``logit_scale * image @ text^T + logit_bias``. They exist one tile at a time. No row has to be known
+    before its gradient is, so that where one is wanted the tiles of forward become it: backward multiplies by one
+    number.
+
+    Args:
+        image: ``(images, d)``, float32, bfloat16, float16, or float64 (computed by the reference backend).
+        text: ``(texts, d)``, dtype of image.
+        logit_scale: the factor itself (``exp`` of what SigLIP learns), a number or a tensor of one element.
+        logit_bias: is added to every logit, about -10 where SigLIP begins; a number or a tensor of one element.
+        normalize: divide the rows of image and text by their norms, as ``torch.nn.functional.normalize`` does.
+        labels: integers ``(n,)``, of pairs: those with the same label all match. Or ``(labels of images, labels of
+            texts)``, of different numbers. A negative label matches nothing. None: image i and text i match.
+        reduction: ``"mean"``: the sum over all pairs, over the number of images. ``"sum"``: that sum. ``"none"``:
+            ``(images,)``, for each its sum over texts.
+
+    Under autocast image and text are cast to its dtype, and the result is float32.
+
+    Returns:
+        A scalar or ``(images,)``, in the dtype of image; sums accumulate in float32. 0 for no rows.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype.
+        ValueError: shapes or devices do not fit together, or there are different numbers of images and texts without
+            labels of both.
+
+    For ``"mean"`` and ``"sum"`` the gradients of image and text are made in forward and kept, beside these; for
+    ``"none"`` backward multiplies the scores again.
+
+    Example:
+        >>> image, text = torch.eye(4), torch.eye(4)
+        >>> velm_kernels.sigmoid_loss(image, text, 10.0, -10.0)  # log(2) + 3 * log(1 + e^-10)
+        tensor(0.6933)
+    """
+    given = (image, text, logit_scale, logit_bias)
+    arguments = canonical(*given, normalize=normalize, labels=labels, reduction=reduction)
+    out = OPERATOR(arguments)[0]
+    if reduction == "mean":
+        out = out / max(1, image.shape[0])
+    return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
+
+
+def canonical(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = True,
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
+    reduction: str = "mean",
+) -> Arguments:
+    """Checks the arguments of :func:`sigmoid_loss` and returns those of the operator."""
+    image, text = pairs.rows(image, text)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    of_rows = pairs.labels(labels, image, (image.shape[0], text.shape[0]))
+    if of_rows[0] is None:
+        pairs.as_many(image, text)
+    scale = pairs.factor("logit_scale", logit_scale, image)
+    bias = None if logit_bias is None else pairs.factor("logit_bias", logit_bias, image)
+    tensors = (image, text, scale) if bias is None else (image, text, scale, bias)
+    return {
+        "image": image,
+        "text": text,
+        "logit_scale": scale,
+        "logit_bias": bias,
+        "image_labels": of_rows[0],
+        "text_labels": of_rows[1],
+        "normalize": checks.flag("normalize", normalize),
+        "of_rows": reduction == "none",
+        "make": reduction != "none" and derivatives.wanted(*tensors),
+    }
+
+
+OPERATOR.serves("sigmoid_loss", canonical)
