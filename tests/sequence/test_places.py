@@ -112,7 +112,7 @@ def test_counts_that_do_not_fit_name_both() -> None:
 
 @every_backend
 def test_counts_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: tokens behind the last feature keep what they have, features behind the last token get gradient 0."""
+    """As on a GPU: tokens behind the last feature keep what they have, unused features have gradient 0."""
     token_ids, weight, features, mask = drawn()
     monkeypatch.setattr(places.checks, "reads_values", lambda value: False)
     embeddings, count = torch.randn(BATCH, TOKENS, DIM), features.shape[0]
@@ -176,3 +176,22 @@ def test_errors_of_splice_tokens() -> None:
             velm_kernels.splice_tokens(
                 **({"token_ids": token_ids, "embedding_weight": weight, "features": features} | given)
             )
+
+
+def test_in_place_under_a_compiler() -> None:
+    _, _, features, mask = drawn()
+    hidden = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(2))
+    wanted = velm_kernels.add_at_tokens(hidden, features, mask)
+
+    def twice(x: Tensor, features: Tensor, mask: Tensor) -> Tensor:
+        return 2 * velm_kernels.add_at_tokens(x, features, mask, inplace=True)
+
+    got = torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=True)(hidden, features, mask)
+    assert torch.equal(got, 2 * wanted) and torch.equal(hidden, wanted)
+    index, place = places.place_features(mask, features.shape[0])
+    rows = hidden.view(-1, DIM)
+    torch.library.opcheck(
+        torch.ops.velm.add_in_place.default,
+        (rows, features, index, place),
+        test_utils=["test_schema", "test_faketensor"],
+    )

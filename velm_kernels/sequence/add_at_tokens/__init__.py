@@ -9,7 +9,7 @@ from velm_kernels import checks
 from velm_kernels.backends import register_composed
 from velm_kernels.layout import as_matrix
 from velm_kernels.sequence import places
-from velm_kernels.sequence.add_at_tokens.op import OPERATOR
+from velm_kernels.sequence.add_at_tokens.op import OPERATOR, add_in_place
 
 
 def add_at_tokens(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
@@ -50,19 +50,12 @@ def add_at_tokens(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bo
     places.few_enough(places.tokens_of(hidden), features.shape[0])
     index, place = places.place_features(mask, features.shape[0])
     if inplace and not (torch.is_grad_enabled() and (hidden.requires_grad or features.requires_grad)):
-        return _add_in_place(hidden, features, mask, place)
+        if not hidden.is_contiguous():
+            return hidden.copy_(add_at_tokens(hidden, features, mask))
+        add_in_place(hidden.view(-1, hidden.shape[-1]), features, index, place)
+        return hidden
     out: Tensor = OPERATOR({"hidden": as_matrix(hidden), "features": features, "index": index, "place": place})
     return out.view(hidden.shape)
-
-
-def _add_in_place(hidden: Tensor, features: Tensor, mask: Tensor, place: Tensor) -> Tensor:
-    if not hidden.is_contiguous():
-        return hidden.copy_(add_at_tokens(hidden, features, mask))
-    if hidden.device.type != "cpu":
-        # Features behind the last token are added as zeros, to the first one.
-        features, place = features.masked_fill((place < 0)[:, None], 0.0), place.clamp(min=0)
-    hidden.view(-1, hidden.shape[-1]).index_add_(0, place, features)
-    return hidden
 
 
 register_composed(add_at_tokens)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from velm_kernels import backends
+from velm_kernels.backends import cpu
+from velm_kernels.backends.library import LIBRARY
 from velm_kernels.layout import empty_like, unit_last_stride
 from velm_kernels.operator import Operator
 from velm_kernels.sequence.add_at_tokens.reference import by_index
@@ -35,3 +39,26 @@ OPERATOR = Operator(
     incoming=lambda grad, a: unit_last_stride(grad),
     cuda=False,
 )
+
+# The one operator that writes into an argument, for calls that record no gradient: kernels are those of
+# add_at_tokens_forward with hidden as their result.
+LIBRARY.define(
+    "add_in_place(Tensor(a!) hidden, Tensor features, Tensor index, Tensor place) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _add_in_place(hidden: Tensor, features: Tensor, index: Tensor, place: Tensor) -> None:
+    values = {"hidden": hidden, "features": features, "index": index, "place": place}
+    if backends.forced() in ("", "cpu") and not cpu.reasons(OPERATOR.forward, values):
+        cpu.op(OPERATOR.forward)(*values.values(), hidden)
+        return
+    if not hidden.is_cpu:
+        # Features behind the last token are added as zeros, to the first one.
+        features, place = features.masked_fill((place < 0)[:, None], 0.0), place.clamp(min=0)
+    hidden.index_add_(0, place, features)
+
+
+LIBRARY.impl("add_in_place", _add_in_place, "CompositeExplicitAutograd")
+torch.library.register_fake("velm::add_in_place", lambda hidden, features, index, place: None, lib=LIBRARY)
+add_in_place = torch.ops.velm.add_in_place.default
