@@ -53,6 +53,7 @@ from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear.linear import triton as triton_linear
+from velm_kernels.losses.linear_cross_entropy import triton as triton_linear_cross_entropy
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
@@ -140,6 +141,8 @@ STREAMING = (
     "attention_pool_softmax_backward",
     "bilinear_attention_softmax",
     "bilinear_attention_slopes",
+    "linear_cross_entropy_sums",
+    "linear_cross_entropy_gradient",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
@@ -249,6 +252,7 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         _modulation(dtype)
         _bilinear_attention(dtype)
         _pooling(dtype)
+        _losses(dtype)
     return {launch.kind: launch for launch in launches}
 
 
@@ -303,6 +307,18 @@ def _pooling(dtype: torch.dtype) -> None:
     given, kept = (x, rows, lengths, mask, None), (rows, _empty(BATCH, HEADS, dtype=torch.float32))
     attention_pool_forward(*given, *kept)
     attention_pool_backward(rows, *given, *kept, x, rows)
+
+
+def _losses(dtype: torch.dtype) -> None:
+    rows, vocabulary, dim = 1024, 32000, 768
+    leaves = _empty(rows, dim, dtype=dtype), _empty(vocabulary, dim, dtype=dtype), _empty(vocabulary, dtype=dtype)
+    targets, of_rows = _empty(rows, dtype=torch.int64), _empty(rows, dtype=torch.float32)
+    statistics, options = _empty(2, rows, dtype=torch.float32), (0.1, 30.0, "none", True, 7)
+    given, made = (*leaves, targets), (None, None, None)
+    results = (of_rows, of_rows, of_rows, statistics, *made)
+    triton_linear_cross_entropy.linear_cross_entropy_forward(*given, *options, *results)
+    kept = (*given, statistics, *made)
+    triton_linear_cross_entropy.linear_cross_entropy_backward(of_rows, of_rows, of_rows, *kept, *options, *leaves)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

@@ -47,7 +47,9 @@ def interpreted(*arguments: str, examples: int = 3) -> None:
     ],
 )
 def test_every_operator(file: str, which: str) -> None:
-    interpreted(f"tests/every_operator/{file}.py", "-k", f"triton and {which} and not contrastive_loss and not sigmoid_loss")
+    interpreted(
+        f"tests/every_operator/{file}.py", "-k", f"triton and {which} and not contrastive_loss and not sigmoid_loss"
+    )
 
 
 @pytest.mark.slow
