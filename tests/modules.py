@@ -70,6 +70,11 @@ def _text_and_media(normal: Any) -> Arguments:
     }
 
 
+def _features(normal: Any) -> Arguments:
+    given = {"logit_scale": normal(), "logit_bias": normal()}
+    return {"image_features": normal(2, 8), "text_features": normal(2, 8), **given}
+
+
 _PAIR = {"input_dims": [6, 8], "output_dim": 4}
 
 MODULES = [
@@ -136,6 +141,19 @@ MODULES = [
         "BilinearAttentionPool",
         {"v_dim": 6, "q_dim": 8, "h_dim": 4},
         lambda normal: {"v": normal(2, 5, 6), "q": normal(2, 7, 8), "attention": normal(2, 5, 7)},
+    ),
+    ModuleCall("ContrastiveLoss", {}, _features),
+    ModuleCall("SigmoidLoss", {}, _features),
+    ModuleCall(
+        "CoCaLoss",
+        {"caption_loss_weight": 2.0, "clip_loss_weight": 1.0},
+        lambda normal: {
+            "image_features": normal(2, 8),
+            "text_features": normal(2, 8),
+            "logits": normal(2, 3, 11),
+            "labels": torch.tensor([[1, 2, 0], [10, 0, 0]]),
+            "logit_scale": normal(),
+        },
     ),
     ModuleCall(
         "LinearCrossEntropyLoss",

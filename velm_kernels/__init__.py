@@ -46,7 +46,15 @@ from velm_kernels.fusion import (
 )
 from velm_kernels.integrations import patch, unpatch
 from velm_kernels.linear import MLP, Linear, linear
-from velm_kernels.losses import LinearCrossEntropyLoss, contrastive_loss, linear_cross_entropy, sigmoid_loss
+from velm_kernels.losses import (
+    CoCaLoss,
+    ContrastiveLoss,
+    LinearCrossEntropyLoss,
+    SigmoidLoss,
+    contrastive_loss,
+    linear_cross_entropy,
+    sigmoid_loss,
+)
 from velm_kernels.pooling import (
     AttentionalPooler,
     AttentionPool,
@@ -84,7 +92,9 @@ __all__ = [
     "Block",
     "BlockTucker",
     "CoAttention",
+    "CoCaLoss",
     "ConcatMLP",
+    "ContrastiveLoss",
     "CrossAttention",
     "FiLM",
     "GatedCrossAttention",
@@ -99,6 +109,7 @@ __all__ = [
     "ProbePool",
     "SegmentPool",
     "SelectedTokens",
+    "SigmoidLoss",
     "Sketch",
     "TensorFusion",
     "TokenMerge",

@@ -2,7 +2,15 @@
 
 from velm_kernels.losses.contrastive_loss import contrastive_loss
 from velm_kernels.losses.linear_cross_entropy import linear_cross_entropy
-from velm_kernels.losses.modules import LinearCrossEntropyLoss
+from velm_kernels.losses.modules import CoCaLoss, ContrastiveLoss, LinearCrossEntropyLoss, SigmoidLoss
 from velm_kernels.losses.sigmoid_loss import sigmoid_loss
 
-__all__ = ["LinearCrossEntropyLoss", "contrastive_loss", "linear_cross_entropy", "sigmoid_loss"]
+__all__ = [
+    "CoCaLoss",
+    "ContrastiveLoss",
+    "LinearCrossEntropyLoss",
+    "SigmoidLoss",
+    "contrastive_loss",
+    "linear_cross_entropy",
+    "sigmoid_loss",
+]

@@ -11,25 +11,27 @@ from velm_kernels import checks
 from velm_kernels.layout import unit_last_stride
 
 
-def rows(image: Any, text: Any) -> tuple[Tensor, Tensor]:
+def rows(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> tuple[Tensor, Tensor]:
     """``(images, d)`` and ``(texts, d)`` in one dtype, neighbours in a row next to each other."""
     if not checks.ordinary(image, text):
-        checks.tensor("image", image)
-        checks.tensor("text", text)
+        checks.tensor(names[0], image)
+        checks.tensor(names[1], text)
         image, text = checks.autocast(image, text)
-        checks.dtype_in("image", image, checks.FLOAT_DTYPES)
-        checks.dtype_in("text", text, (image.dtype,))
-        checks.same_device("text", text, "image", image)
-    checks.tensor("image", image, dims=2, layout="(images, d)")
+        checks.dtype_in(names[0], image, checks.FLOAT_DTYPES)
+        checks.dtype_in(names[1], text, (image.dtype,))
+        checks.same_device(names[1], text, names[0], image)
+    checks.tensor(names[0], image, dims=2, layout="(images, d)")
     if text.dim() != 2 or text.shape[1] != image.shape[1]:
-        raise ValueError(f"text: expected (texts, d) with d = {image.shape[1]}, given {tuple(text.shape)}")
+        raise ValueError(f"{names[1]}: expected (texts, d) with d = {image.shape[1]}, given {tuple(text.shape)}")
     return unit_last_stride(image), unit_last_stride(text)
 
 
-def as_many(image: Tensor, text: Tensor) -> None:
+def as_many(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "text")) -> None:
     """Where each image belongs to one text, there is one for each."""
     if image.shape[0] != text.shape[0]:
-        raise ValueError(f"text: expected as many rows as image = {image.shape[0]}, given {tuple(text.shape)}")
+        raise ValueError(
+            f"{names[1]}: expected as many rows as {names[0]} = {image.shape[0]}, given {tuple(text.shape)}"
+        )
 
 
 def factor(name: str, value: Any, image: Tensor) -> Tensor:
@@ -66,14 +68,35 @@ def labels(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor | 
         raise ValueError(
             f"labels: expected labels of {sizes[0]} images and of {sizes[1]} texts, given {checks.describe(given)}"
         )
-    together = torch.cat(found) if both else found[0]
-    # Places among the different ones: labels may be hashes of 64 bits.
+    numbers = _numbered(torch.cat(found) if both else found[0])
+    return (numbers[: sizes[0]], numbers[sizes[0] :].contiguous()) if both else (numbers, numbers)
+
+
+def _numbered(together: Tensor) -> Tensor:
+    """Places among the different ones, int32; labels may be hashes of 64 bits."""
     ordered, index = together.sort()
     is_new = torch.ones_like(ordered)
     is_new[1:] = (ordered[1:] != ordered[:-1]).long()
     places = torch.empty_like(ordered).scatter_(0, index, is_new.cumsum(0) - 1)
-    numbers = torch.where(together < 0, -1, places).int()
-    return (numbers[: sizes[0]], numbers[sizes[0] :].contiguous()) if both else (numbers, numbers)
+    return torch.where(together < 0, -1, places).int()
+
+
+def of_all(given: Any, ring: Any) -> tuple[Tensor, Tensor]:
+    """The labels of all processes, as of :func:`labels`, from this one's, which were checked."""
+    both = given if isinstance(given, tuple) else (given, given)
+    gathered = [ring.gathered(own.long(), side) for side, own in enumerate(both)]
+    numbers = _numbered(torch.cat(gathered))
+    return numbers[: len(gathered[0])], numbers[len(gathered[0]) :].contiguous()
+
+
+def in_group(group: Any, image: Tensor, reduction: str) -> None:
+    """What can go round a ring."""
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(f"group: expected a process group of torch.distributed or None, given {checks.describe(group)}")
+    if image.dtype is torch.float64:
+        raise TypeError(f"image: expected dtype float32, bfloat16 or float16 with a group, given {image.dtype}")
+    if reduction == "none":
+        raise ValueError(f"reduction: expected mean or sum with a group, given {checks.shown(reduction)}")
 
 
 def same_label(own: Tensor, others: Tensor) -> Tensor:

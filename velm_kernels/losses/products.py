@@ -63,7 +63,9 @@ class Scores:
 class Accumulator:
     """The sum over tiles of a product with each, float32, in the memory of ``to`` where it is that."""
 
-    def __init__(self, like: Tensor, to: Tensor | None, wanted: bool) -> None:
+    def __init__(self, like: Tensor, to: Tensor | None, wanted: bool, begun: bool = False) -> None:
+        """``begun``: ``to`` holds a part of the sum already."""
+        self._is_begun = begun
         self.total: Tensor | None = None
         self._begun: set[int] = set()
         self._product: Tensor | None = None
@@ -76,7 +78,7 @@ class Accumulator:
         if self.total is None:
             return
         part = self.total[which]
-        begun = which.start in self._begun
+        begun = self._is_begun or which.start in self._begun
         self._begun.add(which.start)
         if tile.dtype is torch.float32:
             torch.addmm(part, tile, others, beta=1 if begun else 0, out=part)

@@ -25,6 +25,7 @@ def contrastive_loss(
     label_smoothing: float = 0.0,
     soft_targets: Tensor | tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """The loss of CLIP (Radford et al., 2021), InfoNCE in both directions: half the cross-entropy of every image over
     all texts plus half that of every text over all images.
@@ -51,6 +52,11 @@ def contrastive_loss(
         reduction: ``"mean"``: the mean over images and the mean over texts, halved. Of rows without a target there is
             none. ``"sum"``: sums in place of means. ``"none"``: ``(n,)``, for every pair the mean of its two losses;
             for as many images as texts.
+        group: the processes that the pairs are divided among. Texts go round a ring, in memory that does not grow with
+            the number of processes; the result, the loss of all pairs, is the same in each, and its gradient such that
+            the mean over processes, as DistributedDataParallel takes it, is the gradient in one process with all pairs.
+            Labels stand for the same in all; for ``"mean"`` and ``"sum"``, once differentiable. All processes have to
+            call, as for every collective of torch.distributed.
 
     Under autocast image and text are cast to its dtype, and the result is float32.
 
@@ -81,7 +87,11 @@ def contrastive_loss(
         label_smoothing=label_smoothing,
         soft_targets=soft_targets,
         reduction=reduction,
+        group=group,
     )
+    if group is not None:
+        out = _in_group(arguments, labels, reduction, group)
+        return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
     targets = arguments["image_targets"], arguments["text_targets"]
     if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in targets):
         losses = _by_meaning(arguments)
@@ -89,6 +99,25 @@ def contrastive_loss(
         losses = OPERATOR(arguments)[:2]
     out = _reduced(losses, arguments, reduction)
     return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
+
+
+def _in_group(arguments: Arguments, labels: Any, reduction: str, group: Any) -> Tensor:
+    from velm_kernels.losses import ring as rings
+    from velm_kernels.losses.contrastive_loss.distributed import ContrastiveLosses
+
+    image, text = arguments["image"], arguments["text"]
+    ring = rings.Ring(group, image, text)
+    of_all = None
+    counts: list[Any] = [max(1, ring.total(side)) for side in (0, 1)]
+    if labels is not None:
+        of_all = pairs.of_all(labels, ring)
+        if reduction == "mean":
+            counts = [(pairs.partners(*both) > 0).sum().clamp(min=1) for both in (of_all, of_all[::-1])]
+    given = (image, text, arguments["logit_scale"], arguments["logit_bias"], of_all)
+    losses = ContrastiveLosses.apply(*given, arguments["normalize"], arguments["label_smoothing"], ring)
+    if reduction == "sum":
+        counts = [1, 1]
+    return rings.sum_over_processes((losses[0].sum() / counts[0] + losses[1].sum() / counts[1]) / 2, ring)
 
 
 def _by_meaning(arguments: Arguments) -> tuple[Tensor, Tensor]:
@@ -125,6 +154,7 @@ def canonical(
     label_smoothing: float = 0.0,
     soft_targets: Tensor | tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Arguments:
     """Checks the arguments of :func:`contrastive_loss` and returns those of the operator."""
     image, text = pairs.rows(image, text)
@@ -132,6 +162,10 @@ def canonical(
     of_rows: Any = (None, None)
     targets: Any = (None, None)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if group is not None:
+        pairs.in_group(group, image, reduction)
+        if soft_targets is not None:
+            raise ValueError(f"soft_targets: expected None with a group, given {checks.describe(soft_targets)}")
     if soft_targets is not None:
         targets = _targets(soft_targets, image, sizes)
         if labels is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def sigmoid_loss(
     normalize: bool = True,
     labels: Tensor | tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
     """The loss of SigLIP (Zhai et al., 2023): every pair of an image and a text is told apart by itself, as matching or
     not, ``sum_ij -log sigmoid(y_ij * logit_ij)`` with y 1 for a match and -1 else.
@@ -38,6 +41,11 @@ def sigmoid_loss(
             texts)``, of different numbers. A negative label matches nothing. None: image i and text i match.
         reduction: ``"mean"``: the sum over all pairs, over the number of images. ``"sum"``: that sum. ``"none"``:
             ``(images,)``, for each its sum over texts.
+        group: the processes that the pairs are divided among. Texts go round a ring, in memory that does not grow with
+            the number of processes; the result, the loss of all pairs, is the same in each, and its gradient such that
+            the mean over processes, as DistributedDataParallel takes it, is the gradient in one process with all pairs.
+            Labels stand for the same in all; for ``"mean"`` and ``"sum"``, once differentiable. All processes have to
+            call, as for every collective of torch.distributed.
 
     Under autocast image and text are cast to its dtype, and the result is float32.
 
@@ -58,11 +66,26 @@ def sigmoid_loss(
         tensor(0.6933)
     """
     given = (image, text, logit_scale, logit_bias)
-    arguments = canonical(*given, normalize=normalize, labels=labels, reduction=reduction)
-    out = OPERATOR(arguments)[0]
-    if reduction == "mean":
-        out = out / max(1, image.shape[0])
+    arguments = canonical(*given, normalize=normalize, labels=labels, reduction=reduction, group=group)
+    if group is not None:
+        out = _in_group(arguments, labels, reduction, group)
+    else:
+        out = OPERATOR(arguments)[0]
+        if reduction == "mean":
+            out = out / max(1, image.shape[0])
     return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
+
+
+def _in_group(arguments: Arguments, labels: Any, reduction: str, group: Any) -> Tensor:
+    from velm_kernels.losses import ring as rings
+    from velm_kernels.losses.sigmoid_loss.distributed import SigmoidLoss
+
+    image, text = arguments["image"], arguments["text"]
+    ring = rings.Ring(group, image, text)
+    of_all = None if labels is None else pairs.of_all(labels, ring)
+    given = (image, text, arguments["logit_scale"], arguments["logit_bias"], of_all, arguments["normalize"])
+    total = rings.sum_over_processes(SigmoidLoss.apply(*given, ring), ring)
+    return total / max(1, ring.total(0)) if reduction == "mean" else total
 
 
 def canonical(
@@ -74,10 +97,13 @@ def canonical(
     normalize: bool = True,
     labels: Tensor | tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
+    group: torch.distributed.ProcessGroup | None = None,
 ) -> Arguments:
     """Checks the arguments of :func:`sigmoid_loss` and returns those of the operator."""
     image, text = pairs.rows(image, text)
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    if group is not None:
+        pairs.in_group(group, image, reduction)
     of_rows = pairs.labels(labels, image, (image.shape[0], text.shape[0]))
     if of_rows[0] is None:
         pairs.as_many(image, text)
