@@ -17,8 +17,8 @@ from velm_kernels.cases import results as results
 CALLS = [case for case in cases.every() if not case.numbers_only]
 FOR_NUMBERS = cases.every()
 
-# Losses of 16 bits are sums in float32, and stay so.
-IN_FLOAT32 = {"linear_cross_entropy"}
+# Of 16 bits sums in float32, which stay so.
+IN_FLOAT32 = {"linear_cross_entropy", "maxsim"}
 
 
 def differentiable_results(value: Any) -> list[Tensor]:

@@ -53,6 +53,7 @@ from velm_kernels.losses import (
     SigmoidLoss,
     contrastive_loss,
     linear_cross_entropy,
+    maxsim,
     sigmoid_loss,
 )
 from velm_kernels.pooling import (
@@ -135,6 +136,7 @@ __all__ = [
     "low_rank_fusion",
     "make_sketch",
     "masked_pool",
+    "maxsim",
     "merge_attention",
     "merge_tokens",
     "outer_product_fusion",

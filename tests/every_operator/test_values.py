@@ -50,7 +50,14 @@ NOT_YET: dict[str, set[str]] = {
     # The backward of bilinear_attention by torch is not given the bias.
     "reference": {"linear-gelu", "bilinear_attention"},
     # There is no linear, of which pixel_shuffle_tokens is made, and no loss in CUDA.
-    "device_on_host": {"linear", "pixel_shuffle_tokens", "contrastive_loss", "linear_cross_entropy", "sigmoid_loss"},
+    "device_on_host": {
+        "linear",
+        "pixel_shuffle_tokens",
+        "contrastive_loss",
+        "linear_cross_entropy",
+        "maxsim",
+        "sigmoid_loss",
+    },
 }
 
 

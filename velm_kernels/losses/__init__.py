@@ -2,6 +2,7 @@
 
 from velm_kernels.losses.contrastive_loss import contrastive_loss
 from velm_kernels.losses.linear_cross_entropy import linear_cross_entropy
+from velm_kernels.losses.maxsim import maxsim
 from velm_kernels.losses.modules import CoCaLoss, ContrastiveLoss, LinearCrossEntropyLoss, SigmoidLoss
 from velm_kernels.losses.sigmoid_loss import sigmoid_loss
 
@@ -12,5 +13,6 @@ __all__ = [
     "SigmoidLoss",
     "contrastive_loss",
     "linear_cross_entropy",
+    "maxsim",
     "sigmoid_loss",
 ]

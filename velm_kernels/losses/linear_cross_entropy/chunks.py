@@ -18,6 +18,9 @@ from velm_kernels.losses.linear_cross_entropy.op import factor, made_in_forward
 class Passes(Protocol):
     """What a backend has to give, for logits ``z (rows, columns)`` of the columns from ``first`` on, any row stride."""
 
+    def fresh(self, x: Tensor) -> None:
+        """Is told of memory that nobody has touched yet, and that will be written whole."""
+
     def sums(
         self,
         z: Tensor,
@@ -50,14 +53,14 @@ class Sizes(NamedTuple):
     """How much there is at a time.
 
     Attributes:
-        numbers: logits in a chunk, unless ``least_rows`` have more.
+        bytes: of the logits in a chunk, unless ``least_rows`` have more.
         least_rows: rows of a chunk; products of fewer are bound by reading weights.
         columns: of the vocabulary between two passes; 0 for all.
         gathers: only rows with a label are multiplied, whose number is read; else all are.
         converts: by dtype, whether products are of float32 copies.
     """
 
-    numbers: int
+    bytes: int
     least_rows: int
     columns: int
     gathers: bool
@@ -88,9 +91,11 @@ class _Work:
         self.hidden, self.targets, self.gathers = hidden, targets, sizes.gathers
         self.rows = len(targets)
         self.dtype = torch.float32 if weight.dtype in sizes.converts else weight.dtype
-        self.step = min(max(1, self.rows), max(sizes.least_rows, sizes.numbers // max(1, self.vocabulary)))
+        most = sizes.bytes // (self.dtype.itemsize * max(1, self.vocabulary))
+        self.step = min(max(1, self.rows), max(sizes.least_rows, most))
         self.columns = sizes.columns or max(1, self.vocabulary)
         self.logits = hidden.new_empty((self.step if self.rows else 0, self.vocabulary), dtype=self.dtype)
+        passes.fresh(self.logits)
 
     def chunks(self) -> range:
         return range(0, self.rows if self.vocabulary else 0, self.step)
@@ -147,6 +152,9 @@ class _Gradients:
         self.hidden = sums(0, (work.rows, work.dim))
         self.weight = sums(1, (work.vocabulary, work.dim))
         self.bias = sums(2, (work.vocabulary,))
+        for value in (self.weight, self._to[1]):
+            if value is not None:
+                work.passes.fresh(value)
         if not work.chunks():
             for value in (self.hidden, self.weight, self.bias):
                 if value is not None:
@@ -340,6 +348,7 @@ def backward(
         made = ((made_hidden, of_row), (made_weight, of_sum), (made_bias, of_sum))
         for (value, by), to in zip(made, (grad_hidden, grad_weight, grad_bias), strict=True):
             if to is not None and value is not None:
+                passes.fresh(to)
                 torch.mul(value, by, out=to)
         return
     work = _Work(passes, sizes, hidden, weight, bias, targets, softcap)

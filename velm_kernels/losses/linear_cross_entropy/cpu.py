@@ -22,15 +22,18 @@ cpu.declare(
     "linear_cross_entropy_gradient(Tensor(a!) z, Tensor? bias, Tensor targets, int first, float softcap, "
     "bool details, Tensor weights) -> ()"
 )
+# Asks for large pages.
+cpu.declare("linear_cross_entropy_fresh(Tensor(a!) x) -> ()")
 
 Kernel = Callable[[str], Callable[..., Any]]
-# 64 MiB of float32; what a product of 512 rows leaves in a second-level cache.
-NUMBERS, LEAST_ROWS, COLUMNS = 1 << 24, 128, 2048
+# 64 MiB; what a product of 512 rows leaves in a second-level cache.
+BYTES, LEAST_ROWS, COLUMNS = 1 << 26, 128, 2048
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
 class _Passes:
     def __init__(self, kernel: Kernel) -> None:
+        self.fresh: Any = kernel("linear_cross_entropy_fresh")
         self.sums: Any = kernel("linear_cross_entropy_sums")
         self.gradient: Any = kernel("linear_cross_entropy_gradient")
 
@@ -38,7 +41,7 @@ class _Passes:
 def _sizes(hidden: Tensor) -> chunks.Sizes:
     # What torch multiplies one element at a time, and float16 that it would sum in float16.
     converts = frozenset(d for d in _DTYPES if d == torch.float16 or own_product_of(hidden.shape[0], d))
-    return chunks.Sizes(NUMBERS, LEAST_ROWS, COLUMNS, gathers=True, converts=converts)
+    return chunks.Sizes(BYTES, LEAST_ROWS, COLUMNS, gathers=True, converts=converts)
 
 
 def linear_cross_entropy_forward(kernel: Kernel, hidden: Tensor, *arguments: Any) -> None:

@@ -16,8 +16,8 @@ from velm_kernels.triton.launches import cdiv
 
 # Of a row.
 TILE, SMALL = Config(1, 1024, 4, 1), Config(1, 16, 4, 1)
-# 256 MiB of 16 bits. Counting the rows with a label would wait for the GPU.
-SIZES = chunks.Sizes(1 << 27, 256, 0, gathers=False)
+# 256 MiB. Counting the rows with a label would wait for the GPU.
+SIZES = chunks.Sizes(1 << 28, 256, 0, gathers=False)
 # Small chunks for the interpreter, so that small tests cross their edges.
 FEW = chunks.Sizes(1, 7, 40, gathers=False)
 
@@ -25,6 +25,9 @@ FEW = chunks.Sizes(1, 7, 40, gathers=False)
 class _Passes:
     def __init__(self, like: Tensor) -> None:
         self.tile = SMALL if architecture(like.device) == 0 else TILE
+
+    def fresh(self, x: Tensor) -> None:
+        pass
 
     def sums(
         self,
