@@ -11,6 +11,7 @@ from velm_kernels.attention import (
     cross_attention_varlen,
     gated_residual,
     merge_attention,
+    multiscale_deformable_attention,
 )
 from velm_kernels.backends import explain, use_backend
 from velm_kernels.fusion import (
@@ -139,6 +140,7 @@ __all__ = [
     "maxsim",
     "merge_attention",
     "merge_tokens",
+    "multiscale_deformable_attention",
     "outer_product_fusion",
     "patch",
     "pixel_shuffle_tokens",

@@ -51,6 +51,7 @@ NOT_CAST = {
     "splice_into",
     "splice_tokens",
     "add_at_tokens",
+    "multiscale_deformable_attention",
 }
 # As torch's own: from what was rounded for their products, in float32.
 LOSSES = {"contrastive_loss", "sigmoid_loss"}

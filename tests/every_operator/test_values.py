@@ -31,6 +31,7 @@ SEVERAL_FACTORS = {
     "bilinear_attention_pool",
     "compact_bilinear",
     "low_rank_fusion",
+    "multiscale_deformable_attention",
     "sigmoid_loss",
     "tensor_fusion",
 }
@@ -61,7 +62,13 @@ NOT_YET: dict[str, set[str]] = {
 }
 
 
-NOT_YET["device_on_host"] |= {"add_at_tokens", "rotary", "splice_into", "splice_tokens"}
+NOT_YET["device_on_host"] |= {
+    "add_at_tokens",
+    "multiscale_deformable_attention",
+    "rotary",
+    "splice_into",
+    "splice_tokens",
+}
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
 
 

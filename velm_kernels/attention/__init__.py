@@ -6,6 +6,7 @@ from velm_kernels.attention.cross_attention_varlen import cross_attention_varlen
 from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.merge_attention import merge_attention
 from velm_kernels.attention.modules import BidirectionalAttention, CoAttention, CrossAttention, GatedCrossAttention
+from velm_kernels.attention.multiscale_deformable_attention import multiscale_deformable_attention
 
 __all__ = [
     "BidirectionalAttention",
@@ -17,4 +18,5 @@ __all__ = [
     "cross_attention_varlen",
     "gated_residual",
     "merge_attention",
+    "multiscale_deformable_attention",
 ]

@@ -1,0 +1,424 @@
+// multiscale_deformable_attention: weighted sums of bilinear samples of several levels, without the samples in memory.
+//
+// Forward goes through the queries of one head after the other, so that what is read of the levels is one head's
+// tokens. Backward adds to those tokens, at places that only the numbers know: one thread has one level of one head,
+// whose gradients it sums in memory of its own in the order of the queries, whatever the number of threads.
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <type_traits>
+#include <vector>
+
+#include "common/tensor.h"
+#include "simd/layout.h"
+#include "simd/parallel.h"
+#include "simd/scratch.h"
+
+namespace velm {
+namespace {
+
+using namespace simd;
+
+// Queries whose samples are placed at once.
+constexpr int64_t kQueries = 16;
+// Products below which another thread costs more than it saves.
+constexpr int64_t kGrain = 16384;
+// Columns are counted in float32.
+constexpr int64_t kLargestSide = int64_t{1} << 24;
+// In the place of a token's number: some of the four corners lie outside, or all.
+constexpr int64_t kPartlyInside = -1, kOutside = -2;
+
+struct Level {
+  int64_t first, height, width;
+};
+
+struct Problem {
+  int64_t batch, tokens, heads, d, queries, levels, points;
+  std::vector<Level> level;
+
+  Problem(const Tensor& value, const Tensor& spatial_shapes, const Tensor& locations)
+      : batch(value.size(0)),
+        tokens(value.size(1)),
+        heads(value.size(2)),
+        d(value.size(3)),
+        queries(locations.size(1)),
+        levels(locations.size(3)),
+        points(locations.size(4)) {
+    const int64_t* sizes = const_data<int64_t>(spatial_shapes);
+    int64_t first = 0;
+    for (int64_t l = 0; l < levels; ++l) {
+      const int64_t height = sizes[2 * l], width = sizes[2 * l + 1];
+      if (height < 0 || width < 0 || height > kLargestSide || width > kLargestSide)
+        throw std::runtime_error("velm: spatial_shapes: expected sizes from 0 to 2^24");
+      level.push_back({first, height, width});
+      first += height * width;
+    }
+    if (first != tokens) throw std::runtime_error("velm: spatial_shapes: expected as many tokens as value has");
+  }
+
+  // Of (batch, queries, heads, levels, points), contiguous.
+  int64_t sample(int64_t b, int64_t query, int64_t head, int64_t l) const {
+    return (((b * queries + query) * heads + head) * levels + l) * points;
+  }
+};
+
+// The tokens of one head, `stride` elements apart.
+template <class T>
+struct Tokens {
+  T* data;
+  int64_t stride;
+
+  Tokens(const Tensor& t, int64_t b, int64_t head)
+      : data(const_cast<T*>(const_data<T>(t)) + b * t.stride(0) + head * t.stride(2)), stride(t.stride(1)) {}
+  T* at(int64_t token) const { return data + token * stride; }
+};
+
+// Samples side by side: where each lies among the tokens, and the shares of its four corners, by rows.
+struct Samples {
+  int64_t room;
+  float *column, *row, *weight;  // the upper left corner; attention's weight
+  float *right, *lower;          // how far from it, 0 to 1
+  float* share[4];
+  int64_t* token;  // of the upper left corner, or how far it is inside
+  const Level** level;
+
+  Samples(Scratch& memory, int64_t count) : room(round_up(count, kLanes)) {
+    for (float** of : {&column, &row, &weight, &right, &lower, &share[0], &share[1], &share[2], &share[3]}) {
+      *of = memory.take(room);
+      std::fill_n(*of, room, 0.0f);
+    }
+    token = memory.take<int64_t>(room);
+    level = memory.take<const Level*>(room);
+  }
+
+  // Reads `count` locations and weights that lie side by side, of levels that are set.
+  void read(int64_t at, int64_t count, const Tensor& locations, const Tensor& weights, int64_t first) {
+    with_type(locations.scalar_type(), [&](auto t) {
+      const auto* xy = const_data<decltype(t)>(locations) + 2 * first;
+      for (int64_t i = 0; i < count; ++i) {
+        column[at + i] = to_float(xy[2 * i]);
+        row[at + i] = to_float(xy[2 * i + 1]);
+      }
+    });
+    with_type(weights.scalar_type(),
+              [&](auto t) { convert(weight + at, const_data<decltype(t)>(weights) + first, count); });
+  }
+
+  void place(int64_t count, const float* width, const float* height) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec x = fma(load(column + i), load(width + i), Vec(-0.5f));
+      const Vec y = fma(load(row + i), load(height + i), Vec(-0.5f));
+      const Vec left = stdx::floor(x), above = stdx::floor(y);
+      const Vec to_right = x - left, below = y - above;
+      store(column + i, left);
+      store(row + i, above);
+      store(right + i, to_right);
+      store(lower + i, below);
+      store(share[0] + i, (1.0f - to_right) * (1.0f - below));
+      store(share[1] + i, to_right * (1.0f - below));
+      store(share[2] + i, (1.0f - to_right) * below);
+      store(share[3] + i, to_right * below);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = column[i], y = row[i], w = width[i], h = height[i];
+      const Level& of = *level[i];
+      // Not so for NaN.
+      if (x >= 0 && y >= 0 && x < w - 1 && y < h - 1) {
+        token[i] = of.first + static_cast<int64_t>(y) * of.width + static_cast<int64_t>(x);
+      } else {
+        token[i] = x >= -1 && y >= -1 && x < w && y < h ? kPartlyInside : kOutside;
+      }
+    }
+  }
+
+  // f(corner, token) for the corners that are inside of a level; the others lie in zeros.
+  template <class F>
+  void for_inside(int64_t i, const F& f) const {
+    const Level& of = *level[i];
+    if (token[i] == kOutside) return;
+    const int64_t x = static_cast<int64_t>(column[i]), y = static_cast<int64_t>(row[i]);
+    for (int corner = 0; corner < 4; ++corner) {
+      const int64_t cx = x + corner % 2, cy = y + corner / 2;
+      if (cx >= 0 && cx < of.width && cy >= 0 && cy < of.height) f(corner, of.first + cy * of.width + cx);
+    }
+  }
+
+  // Shares times the zeros around a level: NaN where a location is no number.
+  float of_outside(int64_t i) const {
+    float of_zeros = 0.0f;
+    for (const float* of : share) of_zeros += of[i] * 0.0f;
+    return of_zeros;
+  }
+};
+
+// The sizes of levels beside samples, as floats.
+struct Sides {
+  float *width, *height;
+
+  Sides(Scratch& memory, const Samples& samples) : width(memory.take(samples.room)), height(memory.take(samples.room)) {
+    std::fill_n(width, samples.room, 0.0f);
+    std::fill_n(height, samples.room, 0.0f);
+  }
+  void set(Samples& samples, int64_t i, const Level& level) {
+    samples.level[i] = &level;
+    width[i] = static_cast<float>(level.width);
+    height[i] = static_cast<float>(level.height);
+  }
+};
+
+// out = sum over samples [begin, end) of weight * bilinear, kVectors vectors of columns; with `left` > 0 one vector, of
+// which as many columns are there.
+template <int kVectors, class T>
+VELM_INLINE void sum_samples(const Samples& samples, int64_t begin, int64_t end, const T* data, int64_t stride,
+                             int left, T* out) {
+  const auto read = [left](const T* p) VELM_INLINE_LAMBDA { return left > 0 ? load_first(p, left) : load(p); };
+  Vec sum[kVectors];
+  for (Vec& of : sum) of = zero();
+  for (int64_t i = begin; i < end; ++i) {
+    const Vec weight(samples.weight[i]);
+    if (samples.token[i] >= 0) {
+      const T* upper = data + samples.token[i] * stride;
+      const T* lower = upper + samples.level[i]->width * stride;
+      const Vec a(samples.share[0][i]), b(samples.share[1][i]), c(samples.share[2][i]), e(samples.share[3][i]);
+      unroll<kVectors>([&](auto v) VELM_INLINE_LAMBDA {
+        const int64_t j = v * kLanes;
+        const Vec above = fma(read(upper + stride + j), b, read(upper + j) * a);
+        const Vec below = fma(read(lower + stride + j), e, read(lower + j) * c);
+        sum[v] = fma(above + below, weight, sum[v]);
+      });
+      continue;
+    }
+    Vec sampled[kVectors];
+    for (Vec& of : sampled) of = Vec(samples.of_outside(i));
+    samples.for_inside(i, [&](int corner, int64_t token) VELM_INLINE_LAMBDA {
+      const Vec share(samples.share[corner][i]);
+      const T* row = data + token * stride;
+      unroll<kVectors>([&](auto v) VELM_INLINE_LAMBDA { sampled[v] = fma(read(row + v * kLanes), share, sampled[v]); });
+    });
+    unroll<kVectors>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = fma(sampled[v], weight, sum[v]); });
+  }
+  unroll<kVectors>([&](auto v) VELM_INLINE_LAMBDA {
+    if (left > 0) {
+      store_first(out, sum[v], left);
+    } else {
+      store(out + v * kLanes, sum[v]);
+    }
+  });
+}
+
+template <class T>
+void sum_samples(const Samples& samples, int64_t begin, int64_t end, const Tokens<T>& value, int64_t d, T* out) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= d; j += 4 * kLanes)
+    sum_samples<4>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+  if (j + 2 * kLanes <= d) {
+    sum_samples<2>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+    j += 2 * kLanes;
+  }
+  if (j + kLanes <= d) {
+    sum_samples<1>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+    j += kLanes;
+  }
+  if (j < d) sum_samples<1>(samples, begin, end, value.data + j, value.stride, static_cast<int>(d - j), out + j);
+}
+
+void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes, Tensor locations, Tensor weights,
+                                             Tensor out) {
+  in_large_pages(out);
+  const Problem p(value, spatial_shapes, locations);
+  const int64_t of_query = p.levels * p.points, blocks = divide_up(p.queries, kQueries);
+  const int64_t products = std::max<int64_t>(kQueries * of_query * p.d * 4, 1);
+  with_type(value.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    T* results = mutable_data<T>(out);
+    parallel_ranges(p.batch * p.heads * blocks, kGrain / products, [&](int64_t begin, int64_t end) {
+      Scratch memory;
+      Samples samples(memory, kQueries * of_query);
+      Sides sides(memory, samples);
+      for (int64_t i = 0; i < kQueries * of_query; ++i) sides.set(samples, i, p.level[i / p.points % p.levels]);
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * kQueries;
+        const int64_t count = std::min(kQueries, p.queries - first);
+        for (int64_t q = 0; q < count; ++q)
+          samples.read(q * of_query, of_query, locations, weights, p.sample(b, first + q, head, 0));
+        samples.place(count * of_query, sides.width, sides.height);
+        const Tokens<T> tokens(value, b, head);
+        for (int64_t q = 0; q < count; ++q)
+          sum_samples<T>(samples, q * of_query, (q + 1) * of_query, tokens, p.d,
+                         results + ((b * p.queries + first + q) * p.heads + head) * p.d);
+      }
+    });
+  });
+}
+
+// The sums over lanes of four vectors.
+VELM_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float (&to)[4]) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const auto half = [](Vec x) VELM_INLINE_LAMBDA {
+    const __m512 v = static_cast<__m512>(x);
+    return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  };
+#else
+  const auto half = [](Vec x) VELM_INLINE_LAMBDA { return static_cast<__m256>(x); };
+#endif
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+#else
+  to[0] = simd::sum_lanes(a);
+  to[1] = simd::sum_lanes(b);
+  to[2] = simd::sum_lanes(c);
+  to[3] = simd::sum_lanes(d);
+#endif
+}
+
+// One level of one head: products of what comes in with the corners of each sample, and its shares added to them.
+template <class T>
+struct LevelBackward {
+  const Tokens<T>& value;
+  int64_t d, stride;
+  float* of_tokens;  // (height * width, stride), or null
+  int64_t first;     // of the level's tokens
+
+  // f(column, load, columns that are there) for the vectors of a row.
+  template <class F>
+  VELM_INLINE void for_vectors(const F& f) const {
+    int64_t j = 0;
+    for (; j + kLanes <= d; j += kLanes) f(j, [](const T* p) VELM_INLINE_LAMBDA { return load(p); });
+    if (const int left = static_cast<int>(d - j); left > 0)
+      f(j, [left](const T* p) VELM_INLINE_LAMBDA { return load_first(p, left); });
+  }
+
+  // dots[corner] = grad . value there; `of_zeros` outside. grad has `stride` columns, zeros behind d.
+  template <bool kDots>
+  void run(const Samples& samples, int64_t i, const float* grad, float of_zeros, float (&dots)[4]) const {
+    const float weight = samples.weight[i];
+    if (samples.token[i] >= 0) {
+      const int64_t width = samples.level[i]->width;
+      const T* upper = value.at(samples.token[i]);
+      const T* lower = upper + width * value.stride;
+      Vec sums[4] = {zero(), zero(), zero(), zero()};
+      float* to_upper = of_tokens + (samples.token[i] - first) * stride;
+      float* to_lower = to_upper + width * stride;
+      const Vec a(weight * samples.share[0][i]), b(weight * samples.share[1][i]);
+      const Vec c(weight * samples.share[2][i]), e(weight * samples.share[3][i]);
+      for_vectors([&](int64_t j, auto read) VELM_INLINE_LAMBDA {
+        const Vec g = load(grad + j);
+        if constexpr (kDots) {
+          sums[0] = fma(g, read(upper + j), sums[0]);
+          sums[1] = fma(g, read(upper + value.stride + j), sums[1]);
+          sums[2] = fma(g, read(lower + j), sums[2]);
+          sums[3] = fma(g, read(lower + value.stride + j), sums[3]);
+        }
+        if (of_tokens != nullptr) {
+          store(to_upper + j, fma(g, a, load(to_upper + j)));
+          store(to_upper + stride + j, fma(g, b, load(to_upper + stride + j)));
+          store(to_lower + j, fma(g, c, load(to_lower + j)));
+          store(to_lower + stride + j, fma(g, e, load(to_lower + stride + j)));
+        }
+      });
+      if constexpr (kDots) sum_lanes(sums[0], sums[1], sums[2], sums[3], dots);
+      return;
+    }
+    std::fill_n(dots, 4, of_zeros);
+    samples.for_inside(i, [&](int corner, int64_t token) VELM_INLINE_LAMBDA {
+      const T* row = value.at(token);
+      Vec sum = zero();
+      float* to = of_tokens + (token - first) * stride;
+      const Vec share(weight * samples.share[corner][i]);
+      for_vectors([&](int64_t j, auto read) VELM_INLINE_LAMBDA {
+        const Vec g = load(grad + j);
+        if constexpr (kDots) sum = fma(g, read(row + j), sum);
+        if (of_tokens != nullptr) store(to + j, fma(g, share, load(to + j)));
+      });
+      if constexpr (kDots) dots[corner] = simd::sum_lanes(sum);
+    });
+  }
+};
+
+// The gradients of a sample's location and weight, of what comes in times each corner.
+VELM_INLINE void of_sample(const Samples& samples, int64_t i, const Level& level, const float (&dots)[4], float* xy,
+                           float* of_weight) {
+  const float weight = samples.weight[i], right = samples.right[i], lower = samples.lower[i];
+  const float along = (1.0f - lower) * (dots[1] - dots[0]) + lower * (dots[3] - dots[2]);
+  const float down = (1.0f - right) * (dots[2] - dots[0]) + right * (dots[3] - dots[1]);
+  xy[0] = weight * along * static_cast<float>(level.width);
+  xy[1] = weight * down * static_cast<float>(level.height);
+  *of_weight = samples.share[0][i] * dots[0] + samples.share[1][i] * dots[1] + samples.share[2][i] * dots[2] +
+               samples.share[3][i] * dots[3];
+}
+
+void put(const std::optional<Tensor>& to, int64_t at, const float* from, int64_t count) {
+  if (!to) return;
+  with_type(to->scalar_type(), [&](auto t) { convert(mutable_data<decltype(t)>(*to) + at, from, count); });
+}
+
+void multiscale_deformable_attention_backward(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor locations,
+                                              Tensor weights, std::optional<Tensor> grad_value,
+                                              std::optional<Tensor> grad_locations,
+                                              std::optional<Tensor> grad_weights) {
+  in_large_pages(grad_value);
+  const Problem p(value, spatial_shapes, locations);
+  const int64_t stride = round_up(p.d, kLanes);
+  const bool wants_dots = grad_locations || grad_weights;
+  with_type(value.scalar_type(), [&](auto t) {
+    using T = decltype(t);
+    const T* grads = const_data<T>(grad);
+    parallel_workers(
+        p.batch * p.heads * p.levels, [] { return 0; },
+        [&](int, int64_t item) {
+          const int64_t b = item / p.levels / p.heads, head = item / p.levels % p.heads, l = item % p.levels;
+          const Level& level = p.level[l];
+          Scratch memory;
+          Samples samples(memory, kQueries * p.points);
+          Sides sides(memory, samples);
+          for (int64_t i = 0; i < kQueries * p.points; ++i) sides.set(samples, i, level);
+          const Tokens<T> tokens(value, b, head);
+          const int64_t sums = level.height * level.width * stride;
+          float* of_tokens = grad_value ? memory.take(sums) : nullptr;
+          if (of_tokens != nullptr) std::fill_n(of_tokens, sums, 0.0f);
+          float* row = memory.take(stride);
+          std::fill_n(row, stride, 0.0f);
+          float *xy = memory.take(2 * p.points), *of_weights = memory.take(p.points);
+          const LevelBackward<T> backward{tokens, p.d, stride, of_tokens, level.first};
+          for (int64_t first = 0; first < p.queries; first += kQueries) {
+            const int64_t count = std::min(kQueries, p.queries - first);
+            for (int64_t q = 0; q < count; ++q)
+              samples.read(q * p.points, p.points, locations, weights, p.sample(b, first + q, head, l));
+            samples.place(count * p.points, sides.width, sides.height);
+            for (int64_t q = 0; q < count; ++q) {
+              convert(row, grads + ((b * p.queries + first + q) * p.heads + head) * p.d, p.d);
+              Vec of_zeros = zero();
+              for (int64_t j = 0; j < stride; j += kLanes) of_zeros = fma(load(row + j), zero(), of_zeros);
+              const float outside = simd::sum_lanes(of_zeros);
+              for (int64_t k = 0; k < p.points; ++k) {
+                float dots[4];
+                const int64_t i = q * p.points + k;
+                if (wants_dots) {
+                  backward.template run<true>(samples, i, row, outside, dots);
+                  of_sample(samples, i, level, dots, xy + 2 * k, of_weights + k);
+                } else {
+                  backward.template run<false>(samples, i, row, outside, dots);
+                }
+              }
+              const int64_t at = p.sample(b, first + q, head, l);
+              put(grad_locations, 2 * at, xy, 2 * p.points);
+              put(grad_weights, at, of_weights, p.points);
+            }
+          }
+          if (!grad_value) return;
+          const Tokens<T> to(*grad_value, b, head);
+          for (int64_t token = 0; token < level.height * level.width; ++token)
+            convert(to.at(level.first + token), of_tokens + token * stride, p.d);
+        });
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
+  m.impl("multiscale_deformable_attention_forward", TORCH_BOX(&multiscale_deformable_attention_forward));
+  m.impl("multiscale_deformable_attention_backward", TORCH_BOX(&multiscale_deformable_attention_backward));
+}
+
+}  // namespace
+}  // namespace velm
