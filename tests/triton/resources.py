@@ -53,7 +53,9 @@ from velm_kernels.fusion.film.triton import film_backward, film_forward
 from velm_kernels.fusion.low_rank_fusion import triton as triton_low_rank
 from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear.linear import triton as triton_linear
+from velm_kernels.losses.contrastive_loss.triton import contrastive_gradients, contrastive_statistics
 from velm_kernels.losses.linear_cross_entropy import triton as triton_linear_cross_entropy
+from velm_kernels.losses.sigmoid_loss.triton import sigmoid_pass
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
@@ -127,6 +129,10 @@ STREAMING = (
     "factorized_pool",
     "factorized_pool_backward",
     "count_sketch",
+    "contrastive_rows",
+    "contrastive_columns",
+    "contrastive_gradients",
+    "sigmoid_pass",
     "film",
     "film_backward",
     "film_along_backward",
@@ -319,6 +325,12 @@ def _losses(dtype: torch.dtype) -> None:
     triton_linear_cross_entropy.linear_cross_entropy_forward(*given, *options, *results)
     kept = (*given, statistics, *made)
     triton_linear_cross_entropy.linear_cross_entropy_backward(of_rows, of_rows, of_rows, *kept, *options, *leaves)
+    tile, labels, number = _empty(512, 4096, dtype=dtype), _empty(4096, dtype=torch.int32), _empty(dtype=torch.float32)
+    sums, tile_labels = _empty(4, 4096, dtype=torch.float32), (labels[:512], labels)
+    of_tile = (tile, number, number, 0, *tile_labels)
+    contrastive_statistics(*of_tile, None, None, sums[:, :512], sums)
+    contrastive_gradients(*of_tile, None, None, sums[:, :512], sums)
+    sigmoid_pass(*of_tile, sums[0, :512], True, sums)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

@@ -47,15 +47,13 @@ def interpreted(*arguments: str, examples: int = 3) -> None:
     ],
 )
 def test_every_operator(file: str, which: str) -> None:
-    interpreted(
-        f"tests/every_operator/{file}.py", "-k", f"triton and {which} and not contrastive_loss and not sigmoid_loss"
-    )
+    interpreted(f"tests/every_operator/{file}.py", "-k", f"triton and {which}")
 
 
 @pytest.mark.slow
 def test_what_is_peculiar_to_an_operator() -> None:
     """All but draws: the cases of every operator cross the borders of blocks, in any layout."""
-    folders = ("tests/attention", "tests/fusion", "tests/pooling")
+    folders = ("tests/attention", "tests/fusion", "tests/losses", "tests/pooling")
     interpreted(*folders, "-k", "triton and not compile and not opcheck", "-m", "not hypothesis")
 
 

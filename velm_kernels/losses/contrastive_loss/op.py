@@ -84,6 +84,7 @@ OPERATOR = Operator(
         "image_statistics",
         "text_statistics",
     ),
+    triton="losses.contrastive_loss.triton",
     cpu="losses.contrastive_loss.cpu",
     cuda=False,
     flops=_products,

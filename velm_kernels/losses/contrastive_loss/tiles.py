@@ -159,6 +159,11 @@ def backward(
     targets = Targets(image_labels, text_labels, image_targets, text_targets)
     rows, _ = unit_rows(image, normalize, image_statistics[INVERSE_NORM])
     columns, _ = unit_rows(text, normalize, text_statistics[INVERSE_NORM])
+    lift = None
+    if rows.dtype is torch.float16:
+        # What is left of a gradient in float16 where it is divided by the number of rows may be nothing.
+        lift = torch.maximum(grad_image_loss.abs().amax(), grad_text_loss.abs().amax()).clamp(min=1e-30)
+        grad_image_loss, grad_text_loss = grad_image_loss / lift, grad_text_loss / lift
     row_factors = factors(grad_image_loss, image_statistics, len(text), targets, smoothing)
     column_factors = factors(grad_text_loss, text_statistics, len(image), targets.turned, smoothing)
     # The gradient of the scale is a sum over that of one of the two, and NaN in it is NaN in that of the bias.
@@ -176,6 +181,8 @@ def backward(
         (of_columns, columns, text_statistics, grad_text),
     ):
         if (found := sums.result()) is not None:
+            if lift is not None:
+                found *= lift
             total = gradient_of_rows(found, unit, kept[INVERSE_NORM] if normalize else None, scale, to)
     if grad_scale is not None and total is not None:
         grad_scale.copy_(total)

@@ -85,6 +85,7 @@ OPERATOR = Operator(
         "made_text",
         "made_factors",
     ),
+    triton="losses.sigmoid_loss.triton",
     cpu="losses.sigmoid_loss.cpu",
     cuda=False,
     flops=_products,
