@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from velm_kernels import checks
@@ -41,6 +43,23 @@ def meaning(
     return maps, logits if return_logits else None
 
 
+def gradients(a: Any, wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """Those of the meaning, by the maps that forward computed: backward is not given the bias, which is in them."""
+
+    def near(v: Tensor, q: Tensor, h: Tensor, bias: Tensor | None, *masks_and_return_logits: Any) -> Any:
+        *masks, _ = masks_and_return_logits
+        v_live, q_live = _live(v, q, *masks)
+        _, products = reference.bilinear_attention(v, q, h, None, v_live, q_live)
+        pairs = v_live[:, None, :, None] & q_live[:, None, None]
+        scores = torch.where(pairs, products, 0.0)
+        # What scores that differ a little add to a softmax that is these maps.
+        maps = a.maps * (scores - (a.maps * scores).sum((-2, -1), keepdim=True))
+        logits = scores if bias is None else scores + bias[:, None, None]
+        return torch.where(pairs, maps, 0.0), torch.where(pairs, logits, -torch.inf)
+
+    return ATTENTION.differentiated(a, wanted, near)
+
+
 def pool_meaning(v: Tensor, q: Tensor, attention: Tensor, *masks: Tensor | None) -> Tensor:
     return reference.bilinear_attention_pool(v, q, attention, *_live(v, q, *masks))
 
@@ -74,6 +93,7 @@ ATTENTION = Operator(
     differentiable=("v", "q", "h", "bias"),
     may_lack=("maps", "logits"),
     saves=("v", "q", "h", *MASK_NAMES, "maps"),
+    gradients=gradients,
     gradient_shapes={"bias": lambda a: a.h.new_empty(a.h.shape[:1])},
     triton="fusion.bilinear_attention.triton",
     check=check_values,

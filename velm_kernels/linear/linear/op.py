@@ -34,7 +34,7 @@ def meaning(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, keeps: str
 ) -> tuple[Tensor, Tensor | None]:
     z = reference.linear(x, weight, bias)
-    value = reference.activate(z, activation)
+    value = reference.value_of(z, activation)
     # A copy, as results of an operator are not one another.
     kept = {"": None, "z": z, "value": value}[keeps]
     return value if residual is None else value + residual, None if kept is None else kept.clone()

@@ -37,6 +37,12 @@ def activate(z: Tensor, activation: str) -> Tensor:
     raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS[1:])} or None, given {activation!r}")
 
 
+def value_of(z: Tensor, activation: str) -> Tensor:
+    """``activate(z)`` also of infinity, of which torch's gelu is NaN where it computes in vectors."""
+    value = activate(z, activation)
+    return torch.where(z == torch.inf, z, value) if activation == "gelu" else value
+
+
 def activation_gradient(grad: Tensor, saved: Tensor, activation: str, of_value: bool) -> Tensor:
     """``grad * activate'(z)``, where ``saved`` is ``activate(z)`` if ``of_value`` (:func:`from_value`), else ``z``."""
     if activation == "":
@@ -69,5 +75,5 @@ def linear(
     z = x @ weight.transpose(0, 1)
     if bias is not None:
         z = z + bias
-    out = activate(z, activation)
+    out = value_of(z, activation)
     return out if residual is None else out + residual
