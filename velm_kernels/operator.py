@@ -153,6 +153,7 @@ class Operator:
         self._gradients_again = gradients_again
         self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
+        self._check_names()
         alone = torch_alone or bool(composed)
         given = {"triton": triton, "cpu": False if alone else cpu, "cuda": False if alone else cuda}
         given |= {"torch": torch, "torch_gives": torch_gives, "torch_alone": torch_alone, "composed": composed}
@@ -174,6 +175,27 @@ class Operator:
                 differentiable_backward=None if gradients_again is None else recording.backward_again,
                 given=None if self._lists else recording.arguments,
             )
+
+    def _check_names(self) -> None:
+        """A name that is misspelt in a declaration would be kept for no gradient, and read by no kernel."""
+        tensors = [parameter.name for parameter in self.parameters if parameter.is_tensor]
+        saved = self._saved()
+        known = {
+            "may_be_absent": (self._may_be_absent, self.results),
+            "differentiable": (self.differentiable, tensors),
+            "passed_on": (self._passed_on, tensors),
+            "without_gradient": (self._without_gradient, self.results),
+            "only_again": (self._only_again, self.results),
+            "may_lack": (self._may_lack, self.results),
+            "saves": ((*self._saves, *saved), (*tensors, *self.results)),
+            "saves_only_if": (self._saves_only_if, saved),
+            "forward_only": (self._forward_only, self.names),
+            "gradient_shapes": (self._gradient_shapes, self.differentiable),
+        }
+        for field, (given, names) in known.items():
+            for name in given:
+                if name not in names:
+                    raise ValueError(f"{field} of {self.name}: expected one of {', '.join(names)}, given {name!r}")
 
     def __repr__(self) -> str:
         return f"Operator({self.name!r})"

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/needed.h"
+
 namespace velm::attention {
 
 ScalarType dtype_of(const Tensor& t) {
@@ -74,7 +76,7 @@ Problem::Problem(const Arguments& a) {
   v = rows_of(a.value, varlen);
   if (varlen) {
     query_offsets_ = offsets(*a.cu_seqlens_q, a.query.size(0));
-    key_offsets_ = offsets(*a.cu_seqlens_k, a.key.size(0));
+    key_offsets_ = offsets(needed(a.cu_seqlens_k, "cu_seqlens_k"), a.key.size(0));
     batch = static_cast<int64_t>(query_offsets_.size()) - 1;
     queries = a.query.size(0);
     keys = a.key.size(0);
@@ -97,6 +99,7 @@ Problem::Problem(const Arguments& a) {
   start_ = integers(a.range_start);
   stop_ = integers(a.range_stop);
   ranges_ = start_ != nullptr;
+  if (ranges_) needed(a.range_stop, "range_stop");
   if (a.dropout_p > 0) {
     dropout = true;
     dropout_below = static_cast<uint32_t>(std::floor(a.dropout_p * 4294967296.0));

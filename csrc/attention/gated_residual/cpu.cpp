@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/needed.h"
 #include "common/tensor.h"
 #include "simd/parallel.h"
 
@@ -176,7 +177,7 @@ void gated_residual_backward(Tensor grad, std::optional<Tensor> x, Tensor gate, 
       using G = decltype(g);
       using X = decltype(b);
       const BackwardChunk<G, X> work{const_data<G>(grad),
-                                     wants_gate ? const_data<X>(*x) : nullptr,
+                                     wants_gate ? const_data<X>(needed(x, "x")) : nullptr,
                                      wants_gate ? x->stride(0) : 0,
                                      dim,
                                      tanh_gate.data(),

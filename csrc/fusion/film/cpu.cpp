@@ -1,5 +1,6 @@
 // film, (offset + gamma) * x + beta: each input and each gradient passes through the processor once.
 
+#include "common/needed.h"
 #include "fusion/regions_cpu.h"
 
 namespace velm {
@@ -145,11 +146,12 @@ void film_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> g
   p.grad = Lines(grad, p.regions * p.dim, along);
   if (grad_x) {
     p.grad_x = Lines(*grad_x, p.regions * p.dim, along);
-    p.gamma = Lines(*gamma, gamma->stride(0), 1);
+    const Tensor& given = needed(gamma, "gamma");
+    p.gamma = Lines(given, given.stride(0), 1);
   }
   if (grad_gamma) {
     p.grad_gamma = Lines(*grad_gamma, p.dim, 1);
-    p.x = lines_of(*x, regions_contiguous);
+    p.x = lines_of(needed(x, "x"), regions_contiguous);
   }
   if (grad_beta) p.grad_beta = Lines(*grad_beta, p.dim, 1);
   if (regions_contiguous) {

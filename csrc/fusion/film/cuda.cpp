@@ -2,6 +2,7 @@
 
 #include "fusion/film/cuda.h"
 
+#include "common/needed.h"
 #include "device/tensor.h"
 #include "fusion/regions.h"
 
@@ -31,9 +32,9 @@ void film_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
                       double gamma_offset, std::optional<Tensor> grad_x, std::optional<Tensor> grad_gamma,
                       std::optional<Tensor> grad_beta) {
   const Current current(grad);
-  Film p = film_of(grad_gamma ? view_of(*x) : absent(view_of(grad)), regions_contiguous, gamma_offset);
+  Film p = film_of(grad_gamma ? view_of(needed(x, "x")) : absent(view_of(grad)), regions_contiguous, gamma_offset);
   p.grad = view_of(grad);
-  if (grad_x) p.gamma = view_of(*gamma);
+  if (grad_x) p.gamma = view_of(needed(gamma, "gamma"));
   p.grad_x = view_of(grad_x);
   p.grad_gamma = view_of(grad_gamma);
   p.grad_beta = view_of(grad_beta);

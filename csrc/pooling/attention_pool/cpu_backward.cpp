@@ -5,6 +5,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/needed.h"
 #include "pooling/attention_pool/cpu.h"
 #include "simd/parallel.h"
 
@@ -187,6 +188,7 @@ void attention_pool_backward(Tensor grad, Tensor x, Tensor rows, std::optional<T
                              Tensor /*logsumexp*/, std::optional<Tensor> grad_x, std::optional<Tensor> grad_rows) {
   in_large_pages(grad_x);
   const int64_t segments = grad.size(0);
+  if (x.dim() == 2) needed(cu_seqlens, "cu_seqlens");
   const Problem p(x, rows, segments, lengths, mask, cu_seqlens);
   const bool wants_x = grad_x.has_value(), wants_rows = grad_rows.has_value();
   const int64_t tokens = p.tokens.tokens;

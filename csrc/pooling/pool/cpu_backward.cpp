@@ -4,6 +4,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "common/needed.h"
 #include "pooling/pool/cpu.h"
 #include "simd/parallel.h"
 #include "simd/scratch.h"
@@ -203,6 +204,7 @@ void pool_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> l
   const auto mode = static_cast<Mode>(mode_number);
   const int64_t segments = grad.size(0), dim = grad.size(1);
   const Tokens tokens(segments, token_count, lengths, mask, cu_seqlens);
+  if (mode == kLogSumExp || mode == kGem) needed(x, "x");
   const auto run = [&](const auto& rule) {
     if (segments == 0 || dim == 0 || token_count == 0) return;
     if (tokens_contiguous)

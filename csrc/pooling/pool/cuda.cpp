@@ -2,6 +2,7 @@
 
 #include "pooling/pool/cuda.h"
 
+#include "common/needed.h"
 #include "device/tensor.h"
 
 namespace velm::cuda {
@@ -37,7 +38,9 @@ void pool_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
                       double power, Tensor grad_x) {
   const Current current(grad);
   const View to = view_of(grad_x);
-  Pool p = problem_of(x ? view_of(*x) : absent(to), lengths, mask, cu_seqlens, tokens_contiguous, mode, power);
+  const bool reads_x = mode == kPoolLogSumExp || mode == kPoolGem;
+  Pool p = problem_of(reads_x ? view_of(needed(x, "x")) : absent(to), lengths, mask, cu_seqlens, tokens_contiguous,
+                      mode, power);
   Tensor counts = torch::stable::new_empty(grad, {p.segments()}, ScalarType::Int);
   p.stats = view_of(stats);
   p.grad = view_of(grad);
