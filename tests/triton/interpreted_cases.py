@@ -141,6 +141,17 @@ def test_keys_that_nobody_sees_may_be_nan(hidden_by: str) -> None:
         assert with_zero.isfinite().all() and torch.equal(with_nan, with_zero)
 
 
+def test_ranges_that_begin_and_end_inside_of_tiles() -> None:
+    """Of all queries of a block: what each key receives, and every gradient."""
+    torch.manual_seed(0)
+    starts = (torch.arange(40) // 16 * 10 + 5)[None]
+    ranges = starts, starts + 9
+    compare(
+        lambda q, k, v: velm_kernels.cross_attention(q, k, v, key_ranges=ranges, return_key_mass=True),
+        [randn(1, 2, 40, 16), randn(1, 1, 40, 16), randn(1, 1, 40, 16)],
+    )
+
+
 def test_dropout_drops_the_same_elements_as_the_reference() -> None:
     torch.manual_seed(0)
     query, key = torch.zeros(2, 3, 9, 16), torch.zeros(2, 3, 37, 16)
