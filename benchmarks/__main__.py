@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, harness, linear, models, pooling, published, static, terminal
+from benchmarks import attention, fusion, harness, linear, models, pooling, published, sequence, static, terminal
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,6 +21,7 @@ OPERATORS = {
     "linear": linear.cases,
     "pooling": pooling.cases,
     "published": published.cases,
+    "sequence": sequence.cases,
 }
 FAMILIES = (*OPERATORS, "models")
 

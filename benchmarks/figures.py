@@ -23,7 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "figures.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- begin figures: python -m benchmarks figures -->", "<!-- end figures -->"
-FAMILIES = ("attention", "linear", "fusion", "pooling", "published", "models")
+FAMILIES = ("attention", "linear", "fusion", "pooling", "published", "sequence", "models")
 RUN, BENCH, TRAINED = "run.json", "bench.csv", "results.csv"
 
 # What README.md shows: name of the case, what to call it. One of them is a loss.

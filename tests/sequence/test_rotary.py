@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend
+from tests.conftest import Backend, every_backend, every_cpu_backend
 from velm_kernels.sequence.rotary import reference, tables
 
 BATCH, HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 4, 2, 21, 40
@@ -226,12 +226,22 @@ def test_columns_that_are_not_rotated_are_copied(backend: Backend) -> None:
     """Bit by bit, NaN and infinity included, and they reach no other column."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         query, key = drawn(dtype)
-        query[..., 24:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e-40] * 4).to(dtype)
+        query[..., 24:] = torch.tensor([torch.nan, torch.inf, -torch.inf, 2.0**-100] * 4).to(dtype)
         table = angles(24, TOKENS)
         with backend.use():
             got, _ = velm_kernels.rotary(query, key, table.cos(), table.sin())
         assert torch.equal(got[..., 24:].nan_to_num(5.0), query[..., 24:].nan_to_num(5.0))
         assert got[..., :24].isfinite().all()
+
+
+@every_cpu_backend
+def test_subnormal_numbers_are_kept(backend: Backend) -> None:
+    for dtype, value in ((torch.float32, 1e-40), (torch.bfloat16, 1e-40), (torch.float16, 1e-7)):
+        query, _ = drawn(dtype)
+        query.fill_(value)
+        with backend.use():
+            got, _ = velm_kernels.rotary(query, None, torch.ones(TOKENS, HEAD_DIM), torch.zeros(TOKENS, HEAD_DIM))
+        assert query.count_nonzero() == query.numel() and torch.equal(got, query)
 
 
 @pytest.mark.parametrize("head_dim", [2, 6, 14, 34, 66, 72, 96, 130])

@@ -61,6 +61,8 @@ from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
 from velm_kernels.pooling.pool.reference import MODES
 from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
+from velm_kernels.sequence import triton_rows
+from velm_kernels.sequence.rotary import triton as triton_rotary
 
 FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
@@ -142,6 +144,12 @@ STREAMING = (
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
     "gather_rows",
+    "placed_rows",
+    "summed_rows",
+    "rotary",
+    "rotary_tables",
+    "normed_rotary",
+    "normed_rotary_backward",
     "inverse_norms",
     "attention_pool_softmax",
     "attention_pool_softmax_backward",
@@ -259,6 +267,7 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         _bilinear_attention(dtype)
         _pooling(dtype)
         _losses(dtype)
+        _sequence(dtype)
     return {launch.kind: launch for launch in launches}
 
 
@@ -313,6 +322,20 @@ def _pooling(dtype: torch.dtype) -> None:
     given, kept = (x, rows, lengths, mask, None), (rows, _empty(BATCH, HEADS, dtype=torch.float32))
     attention_pool_forward(*given, *kept)
     attention_pool_backward(rows, *given, *kept, x, rows)
+
+
+def _sequence(dtype: torch.dtype) -> None:
+    x, features, numbers = _empty(TOKENS, 768, dtype=dtype), _empty(TOKENS, 768, dtype=dtype), _empty(TOKENS)
+    triton_rows.put_rows(x, numbers, features, numbers, x, add=True)
+    triton_rows.sum_rows_of_text(x, numbers, numbers, features)
+    # The widest heads of published models, half of them rotated.
+    query, key = _empty(BATCH, HEADS, TOKENS, WIDEST, dtype=dtype), _empty(BATCH, 2, TOKENS, WIDEST, dtype=dtype)
+    table = _empty(BATCH, TOKENS, WIDEST // 2, dtype=torch.float32)
+    weights = _empty(HEADS * WIDEST, dtype=dtype), _empty(2 * WIDEST, dtype=dtype)
+    triton_rotary.rotary_forward(query, key, table, table, 2, True, True, query, key)
+    given = query, key, table, table, *weights, 1e-6, 2, True, True
+    triton_rotary.normed_rotary_forward(*given, query, key)
+    triton_rotary.normed_rotary_backward(query, key, *given, query, key, table, table, *weights)
 
 
 def _losses(dtype: torch.dtype) -> None:

@@ -37,6 +37,7 @@ OPERATOR = Operator(
     gradients=gradients,
     gradient_shapes={"features": rows_of_features},
     incoming=lambda grad, a: unit_last_stride(grad),
+    triton="sequence.add_at_tokens.triton",
     cuda=False,
 )
 

@@ -74,7 +74,7 @@ _IN_COMMON: dict[str, Any] = {
     "results": ("rotated_query", "rotated_key"),
     "gradient_shapes": _EMPTY_GRADIENTS,
     "incoming": lambda grad, a: unit_last_stride(grad),
-    "triton": "",
+    "triton": "sequence.rotary.triton",
     "cuda": False,
 }
 

@@ -67,5 +67,6 @@ OPERATOR = Operator(
     gradient_shapes={"weight": _rows_of_weight, "features": rows_of_features},
     incoming=lambda grad, a: unit_last_stride(grad),
     check=_check,
+    triton="sequence.splice_tokens.triton",
     cuda=False,
 )
