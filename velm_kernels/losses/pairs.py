@@ -75,9 +75,9 @@ def labels(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor | 
 def _numbered(together: Tensor) -> Tensor:
     """Places among the different ones, int32; labels may be hashes of 64 bits."""
     ordered, index = together.sort()
-    is_new = torch.ones_like(ordered)
-    is_new[1:] = (ordered[1:] != ordered[:-1]).long()
-    places = torch.empty_like(ordered).scatter_(0, index, is_new.cumsum(0) - 1)
+    # Nothing is written in place: what torch.func.linearize traces would be folded without it.
+    is_new = torch.cat([torch.ones_like(ordered[:1]), (ordered[1:] != ordered[:-1]).long()])
+    places = torch.zeros_like(ordered).scatter(0, index, is_new.cumsum(0) - 1)
     return torch.where(together < 0, -1, places).int()
 
 
@@ -108,7 +108,7 @@ def partners(own: Tensor, others: Tensor) -> Tensor:
     """How many of ``others`` have the label of each of ``own``, none for a label below 0. Both as of :func:`labels`."""
     most = own.shape[0] + others.shape[0]
     # Those without a label are counted in a place of their own.
-    counts = own.new_zeros(most + 1).scatter_add_(
+    counts = own.new_zeros(most + 1).scatter_add(
         0, torch.where(others < 0, most, others).long(), torch.ones_like(others)
     )
     return torch.where(own < 0, 0, counts.gather(0, own.clamp(min=0).long()))
