@@ -26,8 +26,8 @@ def differentiable_results(value: Any) -> list[Tensor]:
 
 
 def public_operators() -> set[str]:
-    """The names of all functions of the library that take tensors."""
-    others = {"explain", "use_backend", "patch", "unpatch", "make_sketch"}
+    """The names of all functions of the library that take tensors and are no draws of random numbers alone."""
+    others = {"explain", "use_backend", "patch", "unpatch", "make_sketch", "sample_hard_negatives"}
     return {name for name in velm_kernels.__all__ if inspect.isfunction(getattr(velm_kernels, name))} - others
 
 

@@ -55,6 +55,7 @@ from velm_kernels.losses import (
     contrastive_loss,
     linear_cross_entropy,
     maxsim,
+    sample_hard_negatives,
     sigmoid_loss,
 )
 from velm_kernels.pooling import (
@@ -145,6 +146,7 @@ __all__ = [
     "patch",
     "pixel_shuffle_tokens",
     "rotary",
+    "sample_hard_negatives",
     "segment_pool",
     "select_tokens",
     "sigmoid_loss",
