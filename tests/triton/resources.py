@@ -55,6 +55,7 @@ from velm_kernels.fusion.weighted_sum import triton as triton_weighted_sum
 from velm_kernels.linear.linear import triton as triton_linear
 from velm_kernels.losses.contrastive_loss.triton import contrastive_gradients, contrastive_statistics
 from velm_kernels.losses.linear_cross_entropy import triton as triton_linear_cross_entropy
+from velm_kernels.losses.maxsim.triton import maxsim_backward, maxsim_forward
 from velm_kernels.losses.sigmoid_loss.triton import sigmoid_pass
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
@@ -157,6 +158,8 @@ STREAMING = (
     "bilinear_attention_slopes",
     "linear_cross_entropy_sums",
     "linear_cross_entropy_gradient",
+    "maxsim_grad_queries",
+    "maxsim_grad_documents",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
@@ -172,6 +175,7 @@ PRODUCTS = (
     "bilinear_attention_scores",
     "bilinear_attention_side",
     "bilinear_attention_joint",
+    "maxsim",
 )
 # And those that float32 has no need of.
 IN_16_BITS = ("delta_of_products",)
@@ -354,6 +358,11 @@ def _losses(dtype: torch.dtype) -> None:
     contrastive_statistics(*of_tile, None, None, sums[:, :512], sums)
     contrastive_gradients(*of_tile, None, None, sums[:, :512], sums)
     sigmoid_pass(*of_tile, sums[0, :512], True, sums)
+    queries, documents = _empty(BATCH, 32, WIDEST, dtype=dtype), _empty(BATCH, TOKENS, WIDEST, dtype=dtype)
+    masks = _empty(BATCH, 32, dtype=torch.bool), _empty(BATCH, TOKENS, dtype=torch.bool)
+    out, places = _empty(BATCH, BATCH, dtype=torch.float32), _empty(BATCH * 32, BATCH)
+    maxsim_forward(queries, documents, *masks, True, out, places)
+    maxsim_backward(out, queries, documents, *masks, places, True, queries, documents)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

@@ -43,7 +43,8 @@ def maxsim_forward(
         "BLOCK_K": 16 if arch == 0 else STEP[queries.dtype.itemsize],
         "PRECISION": precision(queries.dtype),
     }
-    arguments = (queries, documents, query_mask, document_mask, best, places, rows, count, length, dim)
+    masks = (None if mask is None else mask.view(torch.uint8) for mask in (query_mask, document_mask))
+    arguments = (queries, documents, *masks, best, places, rows, count, length, dim)
     launch("maxsim", maxsim_kernel, cdiv(rows, config.block_m) * count, arguments, constants, config)
     torch.sum(best.view(*queries.shape[:2], count), 1, out=out)
 
