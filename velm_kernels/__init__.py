@@ -55,6 +55,7 @@ from velm_kernels.losses import (
     contrastive_loss,
     linear_cross_entropy,
     maxsim,
+    maxsim_contrastive_loss,
     sample_hard_negatives,
     sigmoid_loss,
 )
@@ -139,6 +140,7 @@ __all__ = [
     "make_sketch",
     "masked_pool",
     "maxsim",
+    "maxsim_contrastive_loss",
     "merge_attention",
     "merge_tokens",
     "multiscale_deformable_attention",

@@ -23,7 +23,14 @@ DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What CUDA does not have: linear, pixel_shuffle_tokens, which is made of it, losses, and what is around a sequence.
 NOT_THERE = {"linear", "pixel_shuffle_tokens", "contrastive_loss", "linear_cross_entropy", "maxsim", "sigmoid_loss"}
-NOT_THERE |= {"add_at_tokens", "multiscale_deformable_attention", "rotary", "splice_into", "splice_tokens"}
+NOT_THERE |= {
+    "maxsim_contrastive_loss",
+    "add_at_tokens",
+    "multiscale_deformable_attention",
+    "rotary",
+    "splice_into",
+    "splice_tokens",
+}
 
 
 def skip_what_is_not_there(backend: Backend, call: Call) -> None:

@@ -57,6 +57,7 @@ NOT_YET: dict[str, set[str]] = {
         "contrastive_loss",
         "linear_cross_entropy",
         "maxsim",
+        "maxsim_contrastive_loss",
         "sigmoid_loss",
     },
 }

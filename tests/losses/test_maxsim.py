@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import Backend, every_backend
-from velm_kernels import maxsim, measure
+from velm_kernels import maxsim, maxsim_contrastive_loss, measure
 
 
 def _drawn(*shape: int) -> Tensor:
@@ -72,3 +72,15 @@ def test_memory() -> None:
         torch.autograd.grad(maxsim(*leaves).sum(), leaves)
 
     assert measure.peak_memory(run) < scores / 3
+
+
+def test_the_loss_of_colpali() -> None:
+    """Each query's document stands in its place; what stands behind them are negatives."""
+    queries, documents = _drawn(3, 5, 16), _drawn(4, 33, 16)
+    scale = torch.tensor(0.1, requires_grad=True)
+    exact = torch.nn.functional.cross_entropy(scale * colpali(queries, documents), torch.arange(3))
+    got = maxsim_contrastive_loss(queries, documents, scale)
+    torch.testing.assert_close(got, exact)
+    torch.testing.assert_close(torch.autograd.grad(got, scale), torch.autograd.grad(exact, scale))
+    with pytest.raises(ValueError, match="documents: expected one for each of 3 queries or more"):
+        maxsim_contrastive_loss(queries, documents[:2])

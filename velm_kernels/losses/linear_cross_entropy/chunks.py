@@ -348,7 +348,6 @@ def backward(
         made = ((made_hidden, of_row), (made_weight, of_sum), (made_bias, of_sum))
         for (value, by), to in zip(made, (grad_hidden, grad_weight, grad_bias), strict=True):
             if to is not None and value is not None:
-                passes.fresh(to)
                 torch.mul(value, by, out=to)
         return
     work = _Work(passes, sizes, hidden, weight, bias, targets, softcap)
