@@ -53,10 +53,10 @@ class AttentionPool2d(Replacement):
     positional_embedding: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
-        # The original reads their weights too, and calls none of them.
+        # The original reads their weights and calls none of them: who listens to one hears nothing.
         for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
             projection = getattr(self, name)
-            if type(projection) is not nn.Linear or not are_plain(projection.weight, projection.bias):
+            if not is_bare(projection, nn.Linear) or not are_plain(projection.weight, projection.bias):
                 return self.velm_original(f"{name} is more than a linear projection", x)
         weight = self.q_proj.weight
         if x.dim() != 4 or (x.dtype != weight.dtype and not under_autocast(x)):

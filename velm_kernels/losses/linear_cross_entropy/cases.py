@@ -17,6 +17,8 @@ def _labelled(share: float, bias: bool, **settings: Any) -> Callable[..., Argume
     def make(draw: Draw, batch: int, tokens: int, dim: int, vocabulary: int) -> Arguments:
         targets = draw.integers(0, vocabulary, batch, tokens)
         unlabelled = ~draw.mask(batch, tokens, share=share) if vocabulary else torch.ones(batch, tokens) > 0
+        if vocabulary:
+            unlabelled.view(-1)[:1] = False  # the mean over no label is NaN
         arguments = {
             "hidden": draw(batch, tokens, dim),
             "weight": draw(vocabulary, dim) * max(dim, 1) ** -0.5,
