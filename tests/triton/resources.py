@@ -42,6 +42,7 @@ from velm_kernels.attention.cross_attention import triton as triton_attention
 from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.gated_residual import triton as triton_gated_residual
 from velm_kernels.attention.merge_attention import triton as triton_merge_attention
+from velm_kernels.attention.multiscale_deformable_attention import triton as triton_deformable
 from velm_kernels.backends import triton as backend
 from velm_kernels.backends.triton import Launch, pretend
 from velm_kernels.fusion.bilinear.triton import bilinear_backward, bilinear_forward
@@ -160,6 +161,10 @@ STREAMING = (
     "linear_cross_entropy_gradient",
     "maxsim_grad_queries",
     "maxsim_grad_documents",
+    "deformable",
+    "deformable_samples",
+    "deformable_corners",
+    "deformable_tokens",
 )
 BILINEAR = ("bilinear", "bilinear_inputs", "bilinear_weight")
 LOW_RANK = ("low_rank", "low_rank_gradients", "low_rank_projection")
@@ -272,7 +277,17 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         _pooling(dtype)
         _losses(dtype)
         _sequence(dtype)
+        _deformable(dtype)
     return {launch.kind: launch for launch in launches}
+
+
+def _deformable(dtype: torch.dtype) -> None:
+    value, locations = _empty(1, 80, 8, 32, dtype=dtype), _empty(1, 100, 8, 4, 4, 2, dtype=dtype)
+    given = (value, _empty(4, 2, dtype=torch.int64), locations, locations[..., 0])
+    triton_deformable.multiscale_deformable_attention_forward(*given, _empty(1, 100, 256, dtype=dtype))
+    triton_deformable.multiscale_deformable_attention_backward(
+        _empty(1, 100, 256, dtype=dtype), *given, value, locations, locations[..., 0]
+    )
 
 
 def _low_rank(dtype: torch.dtype) -> None:

@@ -36,6 +36,7 @@ OPERATOR = Operator(
     differentiable=("value", "sampling_locations", "attention_weights"),
     saves=("value", "spatial_shapes", "sampling_locations", "attention_weights"),
     check=fits,
+    triton="attention.multiscale_deformable_attention.triton",
     cuda=False,
     # A product with the share of each of four corners, their sum, a product with the weight, and the sum over samples.
     flops=lambda a: 10 * product(a.attention_weights) * a.value[3],
