@@ -241,6 +241,72 @@ def bidirectional_case(batch: int, heads: int, a: int, b: int, head_dim: int) ->
     )
 
 
+def deformable_case(
+    name: str, batch: int, queries: int, heads: int, points: int, height: int, width: int, d: int
+) -> Case:
+    """Four levels of a picture. In an encoder every token is a query, and samples around itself."""
+    shapes = [(-(-height // 2**level), -(-width // 2**level)) for level in range(4)]
+    sizes = [rows * columns for rows, columns in shapes]
+    tokens = sum(sizes)
+
+    def make(generator: torch.Generator) -> Inputs:
+        reference = torch.rand(batch, queries, 2, generator=generator, dtype=torch.float64)
+        if queries == tokens:
+            grids = [
+                torch.cartesian_prod((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns).flip(1)
+                for rows, columns in shapes
+            ]
+            reference = torch.cat(grids).double().expand(batch, -1, -1)
+        # Two tokens away, most of them.
+        sides = torch.tensor(shapes, dtype=torch.float64).flip(1)[:, None]
+        offsets = 2.0 * _randn(generator, batch, queries, heads, len(shapes), points, 2) / sides
+        weights = _randn(generator, batch, queries, heads, len(shapes) * points).softmax(-1)
+        return {
+            "value": _randn(generator, batch, tokens, heads, d),
+            "sampling_locations": reference[:, :, None, None, None] + offsets,
+            "attention_weights": weights.unflatten(-1, (len(shapes), points)),
+        }
+
+    def by_grid_sample(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+        """As transformers has it."""
+        grids = 2 * sampling_locations - 1
+        samples = []
+        for level, (rows, columns) in enumerate(shapes):
+            of_level = value.split(sizes, 1)[level].permute(0, 2, 3, 1).reshape(batch * heads, d, rows, columns)
+            grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
+            samples.append(F.grid_sample(of_level, grid, align_corners=False))
+        weights = attention_weights.transpose(1, 2).reshape(batch * heads, 1, queries, len(shapes) * points)
+        out = (torch.stack(samples, -2).flatten(-2) * weights).sum(-1).view(batch, heads * d, queries)
+        return out.transpose(1, 2).contiguous()
+
+    def velm(value: Tensor, sampling_locations: Tensor, attention_weights: Tensor) -> Tensor:
+        # A list would be copied to a GPU in every call.
+        if value.device not in levels:
+            levels[value.device] = torch.tensor(shapes, device=value.device)
+        return velm_kernels.multiscale_deformable_attention(
+            value, levels[value.device], sampling_locations, attention_weights
+        )
+
+    levels: dict[torch.device, Tensor] = {}
+    samples = float(batch * queries * heads * len(shapes) * points)
+    inputs = batch * tokens * heads * d + 3 * samples
+    out = float(batch * queries * heads * d)
+    return Case(
+        operator="multiscale_deformable_attention",
+        name=name,
+        shape=f"B{batch} H{heads} M{queries} D{d}, {points} of {' + '.join(f'{h} x {w}' for h, w in shapes)} each",
+        make=make,
+        wanted=("value", "sampling_locations", "attention_weights"),
+        ways={"eager": by_grid_sample, "velm": velm},
+        # Shares of four corners, their weighted sum; backward a product with each corner and one into it.
+        flops=10.0 * samples * d,
+        traffic=inputs + out,
+        backward_flops=16.0 * samples * d,
+        backward_traffic=2 * inputs + out,
+        work=samples * d,
+    )
+
+
 def gated_residual_case(batch: int, length: int, dim: int) -> Case:
     def make(generator: torch.Generator) -> Inputs:
         return {
@@ -299,5 +365,7 @@ def cases() -> list[Case]:
         case("decode-blip", backward=False),
         key_mass_case(*(mass[name] for name in ("batch", "heads", "queries", "keys", "head_dim"))),
         bidirectional_case(**size["grounding-dino-fusion"]),
+        deformable_case("deformable-encoder", **size["deformable-encoder"]),
+        deformable_case("deformable-decoder", **size["deformable-decoder"]),
         gated_residual_case(gated["batch"], gated["rows"], gated["dim"]),
     ]
