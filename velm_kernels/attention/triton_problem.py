@@ -221,9 +221,16 @@ class Problem:
         num_stages = config.num_stages if config.block_m < 32 and sums_over == "block_n" else 1
         smaller = {sums_over: max(16, getattr(config, sums_over) // 2)}
         config = replace(config, **smaller, num_warps=num_warps, num_stages=num_stages)
+        most = GUARDED_PIECE
+        older = backend.before(f"{kind}_guarded", self.level, self.dtype, self.widest, architecture(self.device))
+        if older is not None:
+            # The grid is that of the first launch.
+            other = "block_n" if sums_over == "block_m" else "block_m"
+            config = replace(older, **{other: getattr(config, other)})
+            most = older.columns or most
         widths = {name: constants[name] for name in ("BLOCK_D", "BLOCK_DV")}
         halves = {name: width // 2 if sums_over == "block_m" else 0 for name, width in widths.items()}
-        pieces = {name: min(width, max(GUARDED_PIECE, halves[name])) for name, width in widths.items()}
+        pieces = {name: min(width, max(most, halves[name])) for name, width in widths.items()}
         constants = constants | pieces | {"GUARDED": True, "FIRST_PHASE": 2}
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         launch(f"{kind}_guarded", kernel, grid, arguments, constants, config)

@@ -40,7 +40,8 @@ class Config:
     block_n: int
     num_warps: int
     num_stages: int
-    # Columns of its sums that a program holds at the most, where that is fewer than `parts_of` says.
+    # Columns of its sums that a program holds at the most, where that is fewer than `parts_of` says; of a second launch
+    # those that it multiplies at a time, where that is fewer than usual.
     columns: int = 0
 
 
@@ -286,13 +287,18 @@ TABLE: dict[tuple[str, str], _Rows] = {
 }
 
 # Where only older versions of Triton spill: (kernel, level, element bytes, largest head dimension, architecture) -> the
-# version that takes the entry of `TABLE`, and the entry of those before.
+# version that takes the entry of `TABLE`, and the entry of those before. A second launch ("_guarded") takes the tiles of
+# the first, made smaller; where it alone spills, it has an entry of its own.
 BEFORE: dict[tuple[str, str, int, int, int], tuple[tuple[int, int], _Blocks]] = {
     ("forward", "loaded", 2, 64, 100): ((3, 8), (128, 32, 8, 2)),
+    ("forward_guarded", "loaded", 2, 64, 80): ((3, 9), (128, 16, 8, 1)),
+    ("forward_guarded", "loaded", 2, 128, 80): ((3, 9), (128, 16, 8, 1, 32)),
+    ("forward_guarded", "loaded", 2, 128, 90): ((3, 9), (128, 16, 8, 1)),
+    ("grad_query", "plain", 2, 128, 80): ((3, 9), (64, 64, 8, 2)),
     ("grad_query", "loaded", 2, 256, 80): ((3, 8), (16, 32, 8, 1)),
     ("grad_query", "loaded", 2, 256, 120): ((3, 8), (16, 64, 8, 1)),
     ("grad_bias", "loaded", 2, 64, 100): ((3, 8), (64, 64, 8, 2)),
-    ("grad_key_value", "loaded", 2, 128, 90): ((3, 7), (32, 32, 8, 2)),
+    ("grad_key_value", "loaded", 2, 128, 90): ((3, 9), (32, 32, 8, 2)),
     ("grad_key_value", "loaded", 4, 64, 100): ((3, 7), (16, 64, 8, 1)),
     ("key_mass", "loaded", 4, 128, 120): ((3, 7), (32, 64, 4, 1)),
     ("key_mass", "loaded", 4, 256, 120): ((3, 7), (32, 64, 4, 1)),
@@ -318,15 +324,21 @@ def entry(kind: str, level: str, size: int, dim: int) -> _Row:
     return fitting[min(fitting)] if fitting else entry(kind, "loaded", size, dim)
 
 
+def before(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config | None:
+    """The entry of `BEFORE`, if this is one of the versions that take it."""
+    key = kind, level, dtype.itemsize, max(64, dimension_class(head_dim)), arch
+    first, blocks = BEFORE.get(key, ((0, 0), ()))
+    return Config(*blocks) if version() < first else None
+
+
 def _lookup(kind: str, level: str, dtype: torch.dtype, head_dim: int, arch: int) -> Config:
     if arch == 0:
         # Small tiles, so that small tests cross many of their edges.
         return Config(16, 16, 4, 1)
-    size, dim = dtype.itemsize, max(64, dimension_class(head_dim))
-    first, older = BEFORE.get((kind, level, size, dim, arch), ((0, 0), ()))
-    if version() < first:
-        return Config(*older)
-    row = entry(kind, level, size, dim)
+    older = before(kind, level, dtype, head_dim, arch)
+    if older is not None:
+        return older
+    row = entry(kind, level, dtype.itemsize, max(64, dimension_class(head_dim)))
     return Config(*row.get(arch, row[ANY]))
 
 
