@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,20 @@ def test_programs_that_take_several_steps(name: str, sizes: dict[str, int], monk
         assert error <= limit, (result, error, limit)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 20), (2, 1, 20, 1), (1, 4, 1, 1)])
+def test_gradient_of_a_bias_that_is_summed_in_several_steps(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one program for each of its tiles, over entries, heads, queries and keys. What is summed over all keys of a
+    row is the gradient of its logsumexp."""
+    torch.manual_seed(0)
+    triton = importlib.import_module("velm_kernels.attention.cross_attention.triton")
+    monkeypatch.setattr(triton, "BIAS_PROGRAMS", 1)
+    inputs = [randn(2, 4, 20, 16), randn(2, 2, 20, 16), randn(2, 2, 20, 16), randn(*shape)]
+    options: dict[str, Any] = {"dropout_p": 0.2, "seed": 3, "return_logsumexp": True}
+    compare(lambda q, k, v, bias: velm_kernels.cross_attention(q, k, v, bias=bias, **options), inputs)
+
+
 @pytest.mark.parametrize("dims", [(136, 72), (72, 136)])
 def test_rows_in_pieces_and_shared_by_programs(dims: tuple[int, int]) -> None:
     """Wider rows than one piece are read piece by piece, and wider sums than a program holds are those of several; the
@@ -99,6 +114,13 @@ def test_linear(activation: str | None, has_residual: bool) -> None:
     torch.manual_seed(0)
     inputs = [randn(3, 7, 40), randn(19, 40) / 4, randn(19)] + [randn(3, 7, 19)] * has_residual
     compare(lambda x, weight, bias, residual=None: velm_kernels.linear(x, weight, bias, activation, residual), inputs)
+
+
+def test_slope_of_tanh_in_16_bits() -> None:
+    """From the argument, as of a value that was rounded to 1 nothing is left."""
+    torch.manual_seed(0)
+    inputs = [randn(21, 40).half(), (randn(19, 40) / 4).half(), randn(19).half()]
+    compare(lambda x, weight, bias: velm_kernels.linear(x, weight, bias, "tanh"), inputs)
 
 
 def test_few_queries_split_their_keys() -> None:
@@ -142,13 +164,29 @@ def test_keys_that_nobody_sees_may_be_nan(hidden_by: str) -> None:
 
 
 def test_ranges_that_begin_and_end_inside_of_tiles() -> None:
-    """Of all queries of a block: what each key receives, and every gradient."""
+    """Of all queries of a block: what each key receives, and every gradient. The first block sees one key of its last
+    tile, the second one of its first."""
     torch.manual_seed(0)
     starts = (torch.arange(40) // 16 * 10 + 5)[None]
-    ranges = starts, starts + 9
+    ranges = starts, starts + 12
     compare(
-        lambda q, k, v: velm_kernels.cross_attention(q, k, v, key_ranges=ranges, return_key_mass=True),
-        [randn(1, 2, 40, 16), randn(1, 1, 40, 16), randn(1, 1, 40, 16)],
+        lambda q, k, v, bias: velm_kernels.cross_attention(q, k, v, bias=bias, key_ranges=ranges, return_key_mass=True),
+        [randn(1, 2, 40, 16), randn(1, 1, 40, 16), randn(1, 1, 40, 16), randn(1, 1, 40, 40)],
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "dropout_p": 0.2, "seed": 3}, {"key_ranges": True}])
+def test_packed_sequences(options: dict[str, Any]) -> None:
+    """With other numbers of keys than of queries in front of them: of more than one tile, and of none."""
+    torch.manual_seed(0)
+    bounds = torch.tensor([0, 3, 3, 23, 25]), torch.tensor([0, 20, 24, 42, 42])
+    if "key_ranges" in options:
+        start = torch.arange(25) % 5
+        options = {"key_ranges": (start, start + 9)}
+    extras = {"return_logsumexp": True, "return_key_mass": True}
+    compare(
+        lambda q, k, v: velm_kernels.cross_attention_varlen(q, k, v, *bounds, **options, **extras),
+        [randn(25, 4, 16), randn(42, 2, 16), randn(42, 2, 12)],
     )
 
 
