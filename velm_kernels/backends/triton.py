@@ -287,8 +287,8 @@ TABLE: dict[tuple[str, str], _Rows] = {
 }
 
 # Where only older versions of Triton spill: (kernel, level, element bytes, largest head dimension, architecture) -> the
-# version that takes the entry of `TABLE`, and the entry of those before. A second launch ("_guarded") takes the tiles of
-# the first, made smaller; where it alone spills, it has an entry of its own.
+# version that takes the entry of `TABLE`, and the entry of those before. A second launch ("_guarded") takes the tiles
+# of the first, made smaller; where it alone spills, it has an entry of its own.
 BEFORE: dict[tuple[str, str, int, int, int], tuple[tuple[int, int], _Blocks]] = {
     ("forward", "loaded", 2, 64, 100): ((3, 8), (128, 32, 8, 2)),
     ("forward_guarded", "loaded", 2, 64, 80): ((3, 9), (128, 16, 8, 1)),
