@@ -298,6 +298,16 @@ def test_nan_and_infinity_stay_in_their_row(value: float) -> None:
     assert torch.equal(mass.isnan(), seen) and torch.equal(dv.isnan().all(1), seen)
 
 
+def test_every_token_finds_its_segment() -> None:
+    """By halving, of numbers of segments that are no powers of two either; the sixth is empty."""
+    torch.manual_seed(0)
+    for segments in range(1, 8):
+        counts = (3 + 5 * torch.arange(segments)) % 7
+        bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        inputs = [randn(int(counts.sum()), 12)]
+        compare(lambda x, bounds=bounds: velm_kernels.segment_pool(x, bounds, "sum"), inputs)
+
+
 @pytest.mark.parametrize("values", [(torch.nan,), (torch.inf,), (torch.nan, torch.inf), (-torch.inf,)])
 def test_nan_and_infinity_in_reductions(values: tuple[float, ...]) -> None:
     torch.manual_seed(0)
