@@ -70,6 +70,33 @@ def test_closed_forms(backend: Backend) -> None:
         assert velm_kernels.sigmoid_loss(torch.randn(0, 4), torch.randn(0, 4), 2.0) == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_backend
+def test_each_image_has_a_gradient_of_its_own(
+    backend: Backend,
+    dtype: torch.dtype,
+    small_tiles: None,  # noqa: F811
+) -> None:
+    """Of a loss for each image, every score has the weight of its row, that of a pair too."""
+    image, text = features(100, 40, 1.0, dtype)
+    weights = torch.linspace(-2, 3, 100, dtype=torch.float64)
+
+    def own(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        losses = velm_kernels.sigmoid_loss(image, text, scale, bias, reduction="none")
+        return (losses * weights.to(losses.dtype)).sum()
+
+    def by_torch(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        logits = scale * F.normalize(image, dim=1) @ F.normalize(text, dim=1).t() + bias
+        losses = -F.logsigmoid((2 * torch.eye(100) - 1).to(logits.dtype) * logits).sum(1)
+        return (losses * weights.to(losses.dtype)).sum()
+
+    with backend.use():
+        got = run(own, image, text, 10.0, -4.0)
+    exact, way = run(by_torch, image.double(), text.double(), 10.0, -4.0), run(by_torch, image, text, 10.0, -4.0)
+    for name in NAMES:
+        assert_accurate(name, got[name], way[name], exact[name], dtype)
+
+
 @every_backend
 def test_labels(backend: Backend, small_tiles: None) -> None:  # noqa: F811
     image, text = features(60, 24, 0.5)
