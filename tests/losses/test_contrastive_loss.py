@@ -69,6 +69,23 @@ def test_scales(backend: Backend, dtype: torch.dtype, scale: float, likeness: fl
         assert_accurate(name, got[name], ways[name], exact[name], dtype, floor=floor, ulps=max(4.0, scale / 2))
 
 
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf])
+@every_backend
+def test_infinite_scores_are_no_loss_of_0(backend: Backend, special: float) -> None:
+    """Of a pair whose score is larger than all others by infinity, too; rows without one lose what they lost."""
+    image, text = features(20, 8, 1.0)
+    image[3, 2], text[3, 2] = special, 1.0
+    logits = image.double() @ text.double().t()
+    own = torch.arange(20)
+    rows, columns = (F.cross_entropy(z, own, reduction="none") for z in (logits, logits.t()))
+    exact = (rows + columns) / 2
+    with backend.use():
+        got = velm_kernels.contrastive_loss(image, text, 1.0, normalize=False, reduction="none")
+    assert exact.isfinite().any() and not exact[3].isfinite()
+    torch.testing.assert_close(got.isfinite(), exact.isfinite())
+    torch.testing.assert_close(got[exact.isfinite()].double(), exact[exact.isfinite()], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("likeness", [3.0, 10.0])
 @every_backend
 def test_where_the_diagonal_of_the_gradient_cancels(backend: Backend, likeness: float) -> None:
