@@ -56,6 +56,7 @@ from velm_kernels.losses import (
     linear_cross_entropy,
     maxsim,
     maxsim_contrastive_loss,
+    mutual_information,
     sample_hard_negatives,
     sigmoid_loss,
 )
@@ -144,6 +145,7 @@ __all__ = [
     "merge_attention",
     "merge_tokens",
     "multiscale_deformable_attention",
+    "mutual_information",
     "outer_product_fusion",
     "patch",
     "pixel_shuffle_tokens",

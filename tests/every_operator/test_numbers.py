@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NOT_THERE = {"linear", "pixel_shuffle_tokens", "contrastive_loss", "linear_cross_entropy", "maxsim", "sigmoid_loss"}
 NOT_THERE |= {
     "maxsim_contrastive_loss",
+    "mutual_information",
     "add_at_tokens",
     "multiscale_deformable_attention",
     "rotary",

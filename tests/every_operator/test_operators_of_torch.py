@@ -54,7 +54,7 @@ NOT_CAST = {
     "multiscale_deformable_attention",
 }
 # As torch's own: from what was rounded for their products, in float32.
-LOSSES = {"contrastive_loss", "sigmoid_loss"}
+LOSSES = {"contrastive_loss", "mutual_information", "sigmoid_loss"}
 
 
 @every_call

@@ -11,7 +11,12 @@ from velm_kernels import checks
 from velm_kernels.layout import unit_last_stride
 
 
-def rows(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> tuple[Tensor, Tensor]:
+def rows(
+    image: Any,
+    text: Any,
+    names: tuple[str, str] = ("image", "text"),
+    counts: tuple[str, str] = ("images", "texts"),
+) -> tuple[Tensor, Tensor]:
     """``(images, d)`` and ``(texts, d)`` in one dtype, neighbours in a row next to each other."""
     if not checks.ordinary(image, text):
         checks.tensor(names[0], image)
@@ -20,9 +25,9 @@ def rows(image: Any, text: Any, names: tuple[str, str] = ("image", "text")) -> t
         checks.dtype_in(names[0], image, checks.FLOAT_DTYPES)
         checks.dtype_in(names[1], text, (image.dtype,))
         checks.same_device(names[1], text, names[0], image)
-    checks.tensor(names[0], image, dims=2, layout="(images, d)")
+    checks.tensor(names[0], image, dims=2, layout=f"({counts[0]}, d)")
     if text.dim() != 2 or text.shape[1] != image.shape[1]:
-        raise ValueError(f"{names[1]}: expected (texts, d) with d = {image.shape[1]}, given {tuple(text.shape)}")
+        raise ValueError(f"{names[1]}: expected ({counts[1]}, d) with d = {image.shape[1]}, given {tuple(text.shape)}")
     return unit_last_stride(image), unit_last_stride(text)
 
 
@@ -34,7 +39,7 @@ def as_many(image: Tensor, text: Tensor, names: tuple[str, str] = ("image", "tex
         )
 
 
-def factor(name: str, value: Any, image: Tensor) -> Tensor:
+def factor(name: str, value: Any, image: Tensor, of: str = "image") -> Tensor:
     """A number, or a tensor of one element, as a scalar tensor in float32 or wider on the device of ``image``."""
     dtype = torch.promote_types(image.dtype, torch.float32)
     if isinstance(value, Tensor):
@@ -44,7 +49,7 @@ def factor(name: str, value: Any, image: Tensor) -> Tensor:
             raise ValueError(f"{name}: expected a number or a tensor of one element, given {tuple(value.shape)}")
         # As torch's own operators take a scalar tensor of the CPU.
         if value.dim() or not value.is_cpu or image.is_meta:
-            checks.same_device(name, value, "image", image)
+            checks.same_device(name, value, of, image)
         return value.reshape(()).to(device=image.device, dtype=dtype)
     number = checks.number(name, value, -1e30, 1e30, described="a finite number")
     return torch.full((), number, dtype=dtype, device=image.device)
