@@ -63,7 +63,8 @@ def linear_cross_entropy(
     gradients that are wanted while it has the logits, and backward multiplies them by what comes in, in float32: three
     products, as many as plain torch has. Per-row results (``"none"``, ``return_logprobs``) have gradients of their own
     each, for which backward forms the logits a second time: a fourth product. On the CPU labelled rows are counted; on
-    a GPU that would wait for it, so all rows are multiplied there, those without a label as zeros.
+    a GPU that would wait for it, so all rows are multiplied there, those without a label as zeros. The products are
+    torch's: on the CPU their sums of about 1000 terms and more have other last bits for other numbers of threads.
 
     The formula: ``loss = logsumexp(z) - z[target]``; with ``p = softmax(z)`` the gradient of z is
     ``p - onehot(target)``, by chunks as in Liger Kernel (Hsu et al., 2024) and Cut Your Losses (Wijmans et al., 2024).
