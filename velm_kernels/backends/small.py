@@ -83,16 +83,17 @@ def values_of(tensor: Any, limit: int = 64) -> list[int] | None:
     computed now; else None."""
     if tensor.__class__ not in PLAIN or tensor.dtype not in _INTEGERS or not tensor.is_cpu or tensor.numel() > limit:
         return None
-    return tensor.reshape(-1).tolist() if _may_read() else None
+    return tensor.reshape(-1).tolist() if may_read() else None
 
 
 def value_of(tensor: torch.Tensor) -> float:
     """The value of a tensor of one element on the CPU; NaN where there are more, or somebody traces or transforms what
     is computed now."""
-    return float(tensor.item()) if tensor.numel() == 1 and _may_read() else math.nan
+    return float(tensor.item()) if tensor.numel() == 1 and may_read() else math.nan
 
 
-def _may_read() -> bool:
+def may_read() -> bool:
+    """Whether nobody traces or transforms what is computed now, so that values may decide."""
     return torch._C._functorch.peek_interpreter_stack() is None and torch._C._get_tracing_state() is None
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
+from velm_kernels.backends.small import PLAIN, takes_torch
 from velm_kernels.layout import unit_last_stride
 
 
@@ -53,6 +55,42 @@ def factor(name: str, value: Any, image: Tensor, of: str = "image") -> Tensor:
         return value.reshape(()).to(device=image.device, dtype=dtype)
     number = checks.number(name, value, -1e30, 1e30, described="a finite number")
     return torch.full((), number, dtype=dtype, device=image.device)
+
+
+# Elements of what small calls are given: above, work is that of the products.
+_MOST = 1 << 20
+
+
+def small_scores(
+    image: Any, text: Any, scale: Any, bias: Any = None, *, normalize: bool = False, most: int, recorded: int
+) -> Tensor | None:
+    """``scale * image @ text^T + bias`` by torch for at most ``most`` pairs, ``recorded`` where a gradient is, in a
+    small call (:mod:`velm_kernels.backends.small`); else None. It is laid out as ``(images, texts)``, float32."""
+    if image.__class__ not in PLAIN or image.dim() != 2 or not 0 < image.shape[0] <= max(most, recorded):
+        return None
+    tensors = [image, text]
+    for value in (scale, 0.0 if bias is None else bias):
+        if value.__class__ in PLAIN:
+            if value.dim() != 0:
+                return None
+            tensors.append(value)
+        elif value.__class__ not in (float, int) or not abs(value) < 1e9:
+            return None
+    if not takes_torch(_MOST, *tensors, recorded=_MOST) or text.shape != image.shape:
+        return None
+    if image.shape[0] > most and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return None
+    if normalize is True:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    elif normalize is not False:
+        return None
+    scores = scale * (image @ text.t())
+    return scores if bias is None else scores + bias
+
+
+def small_losses(scores: Tensor) -> Tensor:
+    """``-log sigmoid`` of what matches and of the negative of all others, pairs on the diagonal."""
+    return F.softplus(scores * (1.0 - 2.0 * torch.eye(scores.shape[0])))
 
 
 def labels(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:

@@ -10,7 +10,9 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.backends import derivatives
 from velm_kernels.backends.library import LIBRARY
+from velm_kernels.backends.small import ANY, PLAIN, may_read, takes_torch
 from velm_kernels.layout import as_matrix, product
+from velm_kernels.processors import NEVER
 
 # mask: bool, of any shape. For each of its elements in order, the number of the feature that it takes, and for each
 # feature the number of the token that takes it, int32, -1 for none. On the CPU, and under VELM_CHECK=1, an error where
@@ -72,6 +74,25 @@ for _name, _run, _fake in (
 
 place_features = torch.ops.velm.place_features.default
 place_features_at = torch.ops.velm.place_features_at.default
+
+
+def small_places(rows: Any, features: Any, mask: Any, tokens: tuple[int, ...], most: int) -> Tensor | None:
+    """In a small call the numbers of the tokens that take a feature, as many as features ``(..., dim)``; else None.
+    ``rows`` are what they are put into, or an embedding's weight, ``tokens`` the shape of the mask, ``most`` elements
+    are in the result of a small call."""
+    if rows.__class__ not in PLAIN or features.__class__ not in PLAIN:
+        return None
+    # Rows without features are left to the operators.
+    if not 0 < product(tokens) * rows.shape[-1] <= most:
+        return None
+    if not takes_torch(NEVER, rows, features, dtype=ANY) or not may_read():
+        return None
+    if mask.__class__ not in PLAIN or mask.dtype is not torch.bool or not mask.is_cpu or mask.shape != tokens:
+        return None
+    if features.dim() < 2 or features.shape[-1] != rows.shape[-1] or not features.is_contiguous():
+        return None
+    place = mask.reshape(-1).nonzero()[:, 0]
+    return place if product(features.shape[:-1]) == place.shape[0] else None
 
 
 def checked_rows(name: str, value: Any) -> Tensor:

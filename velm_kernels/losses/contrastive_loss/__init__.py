@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
@@ -12,6 +13,10 @@ from velm_kernels.backends import Arguments
 from velm_kernels.losses import pairs
 from velm_kernels.losses.contrastive_loss import reference
 from velm_kernels.losses.contrastive_loss.op import OPERATOR
+
+REDUCTIONS = ("mean", "sum", "none")
+# Pairs up to which torch's form is the faster one, without and with a gradient, see velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 256, 96
 
 
 def contrastive_loss(
@@ -70,13 +75,29 @@ def contrastive_loss(
 
     Backward multiplies the scores again, and keeps image, text and four numbers a row. Where a column is the row's own
     pair, 1 minus its softmax is computed as the share of the others, so that gradients are exact to the last places
-    where a model is nearly right. The gradient of ``soft_targets`` is that of the written meaning, all logits at once.
+    where a model is nearly right. Small calls on the CPU, of a few pairs in float32, are computed by torch's own
+    ``cross_entropy``, whose gradients are not. The gradient of ``soft_targets`` is that of the written meaning, all
+    logits at once.
 
     Example:
         >>> image, text = torch.eye(4), torch.eye(4)
         >>> velm_kernels.contrastive_loss(image, text, 1.0)  # log(e + 3) - 1
         tensor(0.7437)
     """
+    small = plain(
+        image,
+        text,
+        logit_scale,
+        logit_bias,
+        normalize=normalize,
+        labels=labels,
+        label_smoothing=label_smoothing,
+        soft_targets=soft_targets,
+        reduction=reduction,
+        group=group,
+    )
+    if small is not None:
+        return small
     arguments = canonical(
         image,
         text,
@@ -99,6 +120,36 @@ def contrastive_loss(
         losses = OPERATOR(arguments)[:2]
     out = _reduced(losses, arguments, reduction)
     return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
+
+
+def plain(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = True,
+    labels: Any = None,
+    label_smoothing: float = 0.0,
+    soft_targets: Any = None,
+    reduction: str = "mean",
+    group: Any = None,
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if labels is not None or soft_targets is not None or group is not None:
+        return None
+    if label_smoothing.__class__ is not float or not 0.0 <= label_smoothing < 1.0:
+        return None
+    if reduction.__class__ is not str or reduction not in REDUCTIONS:
+        return None
+    given = (image, text, logit_scale, logit_bias)
+    scores = pairs.small_scores(*given, normalize=normalize, most=SMALL, recorded=SMALL_RECORDED)
+    if scores is None:
+        return None
+    own = torch.arange(scores.shape[0])
+    of_image = F.cross_entropy(scores, own, reduction=reduction, label_smoothing=label_smoothing)
+    of_text = F.cross_entropy(scores.t(), own, reduction=reduction, label_smoothing=label_smoothing)
+    return (of_image + of_text) / 2
 
 
 def _in_group(arguments: Arguments, labels: Any, reduction: str, group: Any) -> Tensor:
@@ -161,7 +212,7 @@ def canonical(
     sizes = image.shape[0], text.shape[0]
     of_rows: Any = (None, None)
     targets: Any = (None, None)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.choice("reduction", reduction, REDUCTIONS)
     if group is not None:
         pairs.in_group(group, image, reduction)
         if soft_targets is not None:
@@ -202,4 +253,4 @@ def _targets(given: Any, image: Tensor, sizes: tuple[int, int]) -> tuple[Tensor,
     return found[0], found[1] if both else found[0].t()
 
 
-OPERATOR.serves("contrastive_loss", canonical)
+OPERATOR.serves("contrastive_loss", canonical, plain)

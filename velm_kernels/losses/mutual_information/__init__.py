@@ -17,6 +17,8 @@ from velm_kernels.losses.sigmoid_loss.op import OPERATOR as SIGMOID_LOSS
 from velm_kernels.operator import Operator
 
 BOUNDS = ("infonce", "dv", "nwj", "jsd", "smile")
+# Pairs up to which torch's form is the faster one, without and with a gradient, see velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 256, 512
 
 
 def mutual_information(
@@ -65,10 +67,10 @@ def mutual_information(
         ValueError: shapes or devices do not fit together, the bound has another name, or clip is negative.
 
     Scores exist one tile at a time, forward and backward: memory grows with the number of pairs and not with its
-    square. Gradients are those of what is written above, of x, y and scale. That of ``"dv"`` is therefore the one of a
-    batch by itself, where MINE (section 3.2) takes a running mean of the denominator; that of ``"smile"`` is 0 at a
-    score that is clipped, where its authors' code reports this value and trains by the gradient of ``"jsd"``:
-    ``jsd + (smile - jsd).detach()``.
+    square, but in small calls on the CPU, which torch's own operators compute. Gradients are those of what is written
+    above, of x, y and scale. That of ``"dv"`` is therefore the one of a batch by itself, where MINE (section 3.2) takes
+    a running mean of the denominator; that of ``"smile"`` is 0 at a score that is clipped, where its authors' code
+    reports this value and trains by the gradient of ``"jsd"``: ``jsd + (smile - jsd).detach()``.
 
     Example:
         >>> x = 2 * torch.eye(4)
@@ -77,6 +79,9 @@ def mutual_information(
         >>> velm_kernels.mutual_information(x, x, bound="dv")  # 4 - log(1)
         tensor(4.)
     """
+    small = plain(x, y, scale, bound, clip=clip)
+    if small is not None:
+        return small
     arguments = canonical(x, y, scale, bound, clip=clip)
     if x.shape[0] < 2:
         found = _nothing(arguments)
@@ -86,6 +91,22 @@ def mutual_information(
         positive, others = OPERATOR(arguments)
         found = _from_sums(positive, others, bound)
     return found.to(torch.float32 if checks.autocast_enabled(x.device) else x.dtype)
+
+
+def plain(
+    x: Tensor, y: Tensor, scale: float | Tensor = 1.0, bound: str = "infonce", *, clip: float = 5.0
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if bound.__class__ is not str or bound not in BOUNDS or clip.__class__ is not float or not 0.0 <= clip < 1e30:
+        return None
+    scores = pairs.small_scores(x, y, scale, most=SMALL, recorded=SMALL_RECORDED)
+    if scores is None or scores.shape[0] < 2:
+        return None
+    if bound == "jsd":
+        of_all = pairs.small_losses(scores).sum() / scores.shape[0]
+        return _weighed(of_all, scores.diagonal())
+    positive, others = reference.sums_of(scores, clip if bound == "smile" else math.inf)
+    return _from_sums(positive, others, bound)
 
 
 def _nothing(arguments: Arguments) -> Tensor:
@@ -151,4 +172,4 @@ def _operator_for(arguments: Arguments) -> Operator:
     return OPERATOR if "clip" in arguments else SIGMOID_LOSS
 
 
-OPERATOR.serves("mutual_information", canonical, operator_for=_operator_for)
+OPERATOR.serves("mutual_information", canonical, plain, _operator_for)

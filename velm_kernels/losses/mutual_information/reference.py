@@ -12,7 +12,11 @@ from torch import Tensor
 def sums(x: Tensor, y: Tensor, scale: Tensor, clip: float = math.inf) -> tuple[Tensor, Tensor]:
     """For each pair its score, and the logarithm of the mean of the exponentials of its x's scores with all other y,
     each clipped."""
-    scores = scale * (x @ y.t())
+    return sums_of(scale * (x @ y.t()), clip)
+
+
+def sums_of(scores: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """The same of the matrix of scores."""
     own = torch.eye(scores.shape[0], dtype=torch.bool, device=scores.device)
     others = scores if clip == math.inf else scores.clamp(-clip, clip)
     return scores.diagonal(), log_mean_exp(others.masked_fill(own, -math.inf), scores.shape[0] - 1)

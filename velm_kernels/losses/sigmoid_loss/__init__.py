@@ -12,6 +12,10 @@ from velm_kernels.backends import Arguments, derivatives
 from velm_kernels.losses import pairs
 from velm_kernels.losses.sigmoid_loss.op import OPERATOR
 
+REDUCTIONS = ("mean", "sum", "none")
+# Pairs up to which torch's form is the faster one, without and with a gradient, see velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 128, 64
+
 
 def sigmoid_loss(
     image: Tensor,
@@ -58,7 +62,7 @@ def sigmoid_loss(
             labels of both.
 
     For ``"mean"`` and ``"sum"`` the gradients of image and text are made in forward and kept, beside these; for
-    ``"none"`` backward multiplies the scores again.
+    ``"none"`` backward multiplies the scores again. Small calls on the CPU are computed by torch's own operators.
 
     Example:
         >>> image, text = torch.eye(4), torch.eye(4)
@@ -66,6 +70,9 @@ def sigmoid_loss(
         tensor(0.6933)
     """
     given = (image, text, logit_scale, logit_bias)
+    small = plain(*given, normalize=normalize, labels=labels, reduction=reduction, group=group)
+    if small is not None:
+        return small
     arguments = canonical(*given, normalize=normalize, labels=labels, reduction=reduction, group=group)
     if group is not None:
         out = _in_group(arguments, labels, reduction, group)
@@ -74,6 +81,30 @@ def sigmoid_loss(
         if reduction == "mean":
             out = out / max(1, image.shape[0])
     return out.to(torch.float32 if checks.autocast_enabled(image.device) else image.dtype)
+
+
+def plain(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    *,
+    normalize: bool = True,
+    labels: Any = None,
+    reduction: str = "mean",
+    group: Any = None,
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if labels is not None or group is not None or reduction.__class__ is not str or reduction not in REDUCTIONS:
+        return None
+    given = (image, text, logit_scale, logit_bias)
+    scores = pairs.small_scores(*given, normalize=normalize, most=SMALL, recorded=SMALL_RECORDED)
+    if scores is None:
+        return None
+    losses = pairs.small_losses(scores)
+    if reduction == "none":
+        return losses.sum(1)
+    return losses.sum() / scores.shape[0] if reduction == "mean" else losses.sum()
 
 
 def _in_group(arguments: Arguments, labels: Any, reduction: str, group: Any) -> Tensor:
@@ -101,7 +132,7 @@ def canonical(
 ) -> Arguments:
     """Checks the arguments of :func:`sigmoid_loss` and returns those of the operator."""
     image, text = pairs.rows(image, text)
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.choice("reduction", reduction, REDUCTIONS)
     if group is not None:
         pairs.in_group(group, image, reduction)
     of_rows = pairs.labels(labels, image, (image.shape[0], text.shape[0]))
@@ -123,4 +154,4 @@ def canonical(
     }
 
 
-OPERATOR.serves("sigmoid_loss", canonical)
+OPERATOR.serves("sigmoid_loss", canonical, plain)

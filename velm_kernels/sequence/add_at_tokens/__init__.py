@@ -11,6 +11,9 @@ from velm_kernels.layout import as_matrix
 from velm_kernels.sequence import places
 from velm_kernels.sequence.add_at_tokens.op import OPERATOR, add_in_place
 
+# Elements of a result up to which torch's index_add is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 18
+
 
 def add_at_tokens(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor:
     """Adds the rows of ``features``, in order, where ``mask`` is True: DeepStack (Meng et al., 2024), for which
@@ -43,6 +46,9 @@ def add_at_tokens(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bo
                  [2., 3.],
                  [1., 1.]]])
     """
+    small = plain(hidden, features, mask, inplace=inplace)
+    if small is not None:
+        return small
     places.checked_rows("hidden", hidden)
     features = places.checked_features(features, hidden.shape[-1], "hidden", hidden)
     mask = places.checked_mask(mask, "hidden", hidden)
@@ -58,4 +64,21 @@ def add_at_tokens(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bo
     return out.view(hidden.shape)
 
 
-register_composed(add_at_tokens)
+def plain(hidden: Tensor, features: Tensor, mask: Tensor, *, inplace: bool = False) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if not isinstance(hidden, Tensor) or hidden.dim() < 2 or not hidden.is_contiguous():
+        return None
+    if inplace is not False and inplace is not True:
+        return None
+    place = places.small_places(hidden, features, mask, hidden.shape[:-1], SMALL)
+    if place is None:
+        return None
+    dim = hidden.shape[-1]
+    rows, features = hidden.view(-1, dim), features.view(-1, dim)
+    if inplace and not (torch.is_grad_enabled() and (hidden.requires_grad or features.requires_grad)):
+        rows.index_add_(0, place, features)
+        return hidden
+    return rows.index_add(0, place, features).view(hidden.shape)
+
+
+register_composed(add_at_tokens, plain)

@@ -9,6 +9,9 @@ from velm_kernels.layout import as_matrix
 from velm_kernels.sequence import places
 from velm_kernels.sequence.splice_into.op import OPERATOR
 
+# Elements of a result up to which torch's index_copy is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 16
+
 
 def splice_into(embeddings: Tensor, features: Tensor, mask: Tensor) -> Tensor:
     """Puts the rows of ``features``, in order, where ``mask`` is True, and the embeddings everywhere else: one pass in
@@ -41,9 +44,23 @@ def splice_into(embeddings: Tensor, features: Tensor, mask: Tensor) -> Tensor:
                  [3., 4.],
                  [0., 0.]]])
     """
+    small = plain(embeddings, features, mask)
+    if small is not None:
+        return small
     arguments = _canonical(embeddings, features, mask)
     out: Tensor = OPERATOR(arguments)
     return out.view(embeddings.shape)
+
+
+def plain(embeddings: Tensor, features: Tensor, mask: Tensor) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if not isinstance(embeddings, Tensor) or embeddings.dim() < 2 or not embeddings.is_contiguous():
+        return None
+    place = places.small_places(embeddings, features, mask, embeddings.shape[:-1], SMALL)
+    if place is None:
+        return None
+    dim = embeddings.shape[-1]
+    return embeddings.view(-1, dim).index_copy(0, place, features.view(-1, dim)).view(embeddings.shape)
 
 
 def _canonical(embeddings: Tensor, features: Tensor, mask: Tensor) -> Arguments:
@@ -55,4 +72,4 @@ def _canonical(embeddings: Tensor, features: Tensor, mask: Tensor) -> Arguments:
     return {"embeddings": as_matrix(embeddings), "features": features, "index": index, "place": place}
 
 
-register_composed(splice_into)
+register_composed(splice_into, plain)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments, register_composed
+from velm_kernels.backends.small import PLAIN
 from velm_kernels.layout import unit_last_stride
 from velm_kernels.sequence import places
 from velm_kernels.sequence.splice_tokens.op import OPERATOR
+
+# Elements of a result up to which torch's index_copy is the faster one, see velm_kernels.backends.small.
+SMALL = 1 << 16
 
 
 def splice_tokens(
@@ -49,9 +55,42 @@ def splice_tokens(
         >>> velm_kernels.splice_tokens(token_ids, weight, torch.tensor([[10.0], [20.0]]), image_token_id=99).flatten()
         tensor([ 0.2500, 10.0000, 20.0000,  0.5000])
     """
+    small = plain(token_ids, embedding_weight, features, image_token_id, positions=positions)
+    if small is not None:
+        return small
     arguments = _canonical(token_ids, embedding_weight, features, image_token_id, positions)
     out: Tensor = OPERATOR(arguments)
     return out.view(*token_ids.shape, embedding_weight.shape[1])
+
+
+def plain(
+    token_ids: Tensor,
+    embedding_weight: Tensor,
+    features: Tensor,
+    image_token_id: int | None = None,
+    *,
+    positions: Tensor | None = None,
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if image_token_id.__class__ is not int or positions is not None:
+        return None
+    if not -(2**63) <= image_token_id < 2**63:
+        return None
+    if token_ids.__class__ not in PLAIN or token_ids.dtype is not torch.int64 or not token_ids.is_cpu:
+        return None
+    if token_ids.dim() == 0 or embedding_weight.__class__ not in PLAIN or embedding_weight.dim() != 2:
+        return None
+    mask = token_ids == image_token_id
+    place = places.small_places(embedding_weight, features, mask, token_ids.shape, SMALL)
+    if place is None or not embedding_weight.shape[0]:
+        return None
+    try:
+        # The gradient of what is put in the place of the first embedding is 0.
+        embeddings = F.embedding(token_ids.masked_fill(mask, 0), embedding_weight)
+    except IndexError:
+        return None
+    dim = embedding_weight.shape[1]
+    return embeddings.view(-1, dim).index_copy(0, place, features.view(-1, dim)).view(*token_ids.shape, dim)
 
 
 def _canonical(
@@ -94,4 +133,4 @@ def _canonical(
     }
 
 
-register_composed(splice_tokens)
+register_composed(splice_tokens, plain)
