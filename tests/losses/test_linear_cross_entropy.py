@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -13,7 +14,18 @@ import velm_kernels
 from tests.conftest import Backend, every_backend
 from velm_kernels import linear_cross_entropy, measure
 from velm_kernels.backends import cpu as cpu_backend
+from velm_kernels.backends import small
 from velm_kernels.losses.linear_cross_entropy import chunks, cpu, reference
+
+# The function of this name hides the module.
+module = importlib.import_module("velm_kernels.losses.linear_cross_entropy")
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in forward", "in backward"])
+def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of means and sums are made by forward, or, as of few rows, by backward."""
+    monkeypatch.setattr(small, "enabled", request.param)
+    monkeypatch.setattr(module, "FEW_ROWS", dict.fromkeys(module.FEW_ROWS, 1 << 20))
 
 
 def _drawn(rows: int, dim: int, vocabulary: int, share: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,6 +34,20 @@ def _drawn(rows: int, dim: int, vocabulary: int, share: float = 0.5) -> tuple[Te
     weight = torch.randn(vocabulary, dim, generator=generator) * dim**-0.5
     targets = torch.randint(0, vocabulary, (rows,), generator=generator)
     return hidden, weight, targets.masked_fill(torch.rand(rows, generator=generator) >= share, -100)
+
+
+def test_which_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the library is: what backward keeps says who makes the gradient of weight."""
+    monkeypatch.undo()
+    monkeypatch.setattr(small, "enabled", True)
+    for dtype, rows in {torch.float32: 128, torch.bfloat16: 512}.items():
+        for count in (rows, rows + 1):
+            hidden, weight = torch.randn(count, 3, dtype=dtype), torch.randn(5, 3, dtype=dtype)
+            targets = torch.zeros(count, dtype=torch.int64)
+            for leaf, is_later in ((weight, count <= rows), (hidden, False)):
+                loss = linear_cross_entropy(*(x.requires_grad_(x is leaf) for x in (hidden, weight)), targets)
+                kept = [tuple(x.shape) for x in loss.grad_fn.saved_tensors if x is not None]  # type: ignore[union-attr]
+                assert ((1, count) in kept) == is_later
 
 
 def _gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
@@ -105,6 +131,21 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, details: bo
     for value, other, true in zip(parts, whole, exact, strict=True):
         limit = 2 * measure.relative_rms([other], [true]) + 4 * torch.finfo(dtype).eps
         assert measure.relative_rms([value], [true]) <= limit
+
+
+@pytest.mark.skipif(cpu_backend.in_use() is None, reason="no library")
+def test_many_chunks_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they add up to is rounded once."""
+    hidden, weight, targets = _drawn(512, 16, 40, 1.0)
+    exact = torch.autograd.grad(F.cross_entropy(hidden @ weight.requires_grad_().t(), targets), weight)
+    leaf = weight.detach().bfloat16().requires_grad_()
+    errors = []
+    for rows in (512, 4):
+        monkeypatch.setattr(cpu, "BYTES", 1)
+        monkeypatch.setattr(cpu, "LEAST_ROWS", rows)
+        found = torch.autograd.grad(linear_cross_entropy(hidden.bfloat16(), leaf, targets), leaf)
+        errors.append(measure.relative_rms([x.float() for x in found], list(exact)))
+    assert errors[1] <= 1.2 * errors[0]
 
 
 def test_logits_are_never_whole() -> None:

@@ -135,17 +135,19 @@ class _Work:
 
 
 class _Gradients:
-    """Sums over chunks in float32: of hidden (rows, dim), weight and bias."""
+    """Sums over chunks in float32: of hidden (rows, dim), weight and bias. What one chunk is all of is a product, and
+    no sum: torch rounds it into its place."""
 
     def __init__(self, work: _Work, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
         self._work, self._to = work, (hidden, weight, bias)
-        wide = [to is not None and to.dtype == torch.float32 for to in self._to]
         like = work.hidden
         gathered = work.places is not None
+        products = {torch.float32, work.dtype} if len(work.chunks()) == 1 else {torch.float32}
 
         def sums(place: int, shape: tuple[int, ...]) -> Tensor | None:
             to = self._to[place]
-            if to is None or (wide[place] and not (gathered and place == 0)):
+            fits = to is not None and to.dtype in (products if place < 2 else (torch.float32,))
+            if to is None or (fits and not (gathered and place == 0)):
                 return to
             return like.new_empty(shape, dtype=torch.float32)
 
@@ -195,8 +197,8 @@ class _Gradients:
 
 
 def _add_product(a: Tensor, b: Tensor, sums: Tensor, is_first: bool) -> None:
-    """``sums (float32) = a b``, or ``+= a b``."""
-    if a.dtype == torch.float32:
+    """``sums = a b``, or ``+= a b`` in float32."""
+    if a.dtype == sums.dtype:
         torch.addmm(sums, a, b, beta=0.0 if is_first else 1.0, out=sums)
     elif is_first:
         sums.copy_(a @ b)

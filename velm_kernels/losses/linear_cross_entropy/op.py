@@ -13,12 +13,14 @@ from velm_kernels.losses.linear_cross_entropy import reference
 from velm_kernels.operator import Operator
 
 HIDDEN, WEIGHT, BIAS = 1, 2, 4
+# Beside them: backward makes them, whatever the reduction.
+LATER = 8
 
 
 def made_in_forward(reduction: str, details: bool, records: int) -> int:
     """Which of the gradients that are wanted forward makes, while it has the logits: all where every row's loss has the
     same gradient, known up to a factor; else none, and backward forms the logits again."""
-    return 0 if reduction == "none" or details else records
+    return 0 if reduction == "none" or details or records & LATER else records
 
 
 def _shapes(a: Any) -> tuple[Tensor | None, ...]:
