@@ -139,6 +139,28 @@ def test_any_number_of_columns(backend: Backend, dtype: torch.dtype, d: int) -> 
         assert error < 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_samples_of_a_large_value(dtype: torch.dtype) -> None:
+    """Of which the CPU reads a copy, head by head; few samples read the heads where they lie."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1, 128 * 64, 8, 32, generator=generator).to(dtype)[:, :, 1:5]
+    locations = torch.rand(1, 4096, 4, 1, 4, 2, generator=generator)
+    weights = torch.rand(1, 4096, 4, 1, 4, generator=generator)
+
+    def few_or_many(queries: slice) -> Tensor:
+        return velm_kernels.multiscale_deformable_attention(
+            value, [(128, 64)], locations[:, queries], weights[:, queries]
+        )
+
+    many = few_or_many(slice(None))
+    exact = reference.multiscale_deformable_attention(
+        value.double(), torch.tensor([[128, 64]]), locations.double(), weights.double()
+    )
+    error = torch.linalg.vector_norm(many.double() - exact) / torch.linalg.vector_norm(exact)
+    assert error < 8 * torch.finfo(dtype).eps
+    assert torch.equal(few_or_many(slice(1000, 1100)), many[:, 1000:1100])
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     before, bits = torch.get_num_threads(), []
     try:

@@ -22,6 +22,8 @@ using namespace simd;
 
 // Queries whose samples are placed at once.
 constexpr int64_t kQueries = 16;
+// Bytes of a value that no cache near a core holds.
+constexpr int64_t kPackedBytes = int64_t{2} << 20;
 // Products below which another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 // Columns are counted in float32.
@@ -71,8 +73,32 @@ struct Tokens {
 
   Tokens(const Tensor& t, int64_t b, int64_t head)
       : data(const_cast<T*>(const_data<T>(t)) + b * t.stride(0) + head * t.stride(2)), stride(t.stride(1)) {}
+  Tokens(T* first, int64_t elements) : data(first), stride(elements) {}
   T* at(int64_t token) const { return data + token * stride; }
 };
+
+// Rows of a head lie `heads` rows apart: in some of the sets of a cache alone, and a few to a page. Of a large value,
+// of which most rows are read several times, a copy in which they lie side by side pays.
+template <class T>
+bool pays_to_pack(const Problem& p) {
+  const int64_t bytes = p.tokens * p.heads * p.d * static_cast<int64_t>(sizeof(T));
+  return p.heads > 1 && bytes >= kPackedBytes && p.queries * p.levels * p.points >= 2 * p.tokens;
+}
+
+// (batch, heads, tokens, d), or null where that does not pay.
+template <class T>
+T* packed_heads(Scratch& memory, const Tensor& value, const Problem& p) {
+  if (!pays_to_pack<T>(p)) return nullptr;
+  T* packed = memory.take<T>(p.batch * p.heads * p.tokens * p.d);
+  parallel_ranges(p.batch * p.tokens, kGrain / std::max<int64_t>(p.heads * p.d, 1), [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item / p.tokens, token = item % p.tokens;
+      for (int64_t head = 0; head < p.heads; ++head)
+        std::copy_n(Tokens<T>(value, b, head).at(token), p.d, packed + ((b * p.heads + head) * p.tokens + token) * p.d);
+    }
+  });
+  return packed;
+}
 
 // Samples side by side: where each lies among the tokens, and the shares of its four corners, by rows.
 struct Samples {
@@ -232,6 +258,8 @@ void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes
   with_type(value.scalar_type(), [&](auto t) {
     using T = decltype(t);
     T* results = mutable_data<T>(out);
+    Scratch shared;
+    T* packed = packed_heads<T>(shared, value, p);
     parallel_ranges(p.batch * p.heads * blocks, kGrain / products, [&](int64_t begin, int64_t end) {
       Scratch memory;
       Samples samples(memory, kQueries * of_query);
@@ -243,7 +271,8 @@ void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes
         for (int64_t q = 0; q < count; ++q)
           samples.read(q * of_query, of_query, locations, weights, p.sample(b, first + q, head, 0));
         samples.place(count * of_query, sides.width, sides.height);
-        const Tokens<T> tokens(value, b, head);
+        const Tokens<T> tokens = packed == nullptr ? Tokens<T>(value, b, head)
+                                                   : Tokens<T>(packed + (b * p.heads + head) * p.tokens * p.d, p.d);
         for (int64_t q = 0; q < count; ++q)
           sum_samples<T>(samples, q * of_query, (q + 1) * of_query, tokens, p.d,
                          results + ((b * p.queries + first + q) * p.heads + head) * p.d);
