@@ -87,8 +87,8 @@ def test_backward_of_its_results_by_another_backend() -> None:
     arguments = velm_kernels.backends._public_functions["cross_attention"].canonical(query, query, query)
     values = [value.detach() if isinstance(value, torch.Tensor) else value for value in arguments.values()][:-1]
     grads = torch.ops.velm.attention_backward(
-        *(torch.ones_like(out), torch.ones_like(logsumexp), *values[:14], out.detach(), logsumexp.detach()),
-        *(*values[14:], 7, ""),
+        *(torch.ones_like(out), torch.ones_like(logsumexp), *values[:16], out.detach(), logsumexp.detach()),
+        *(*values[16:], 7, ""),
     )
     torch.testing.assert_close(sum(grads[:3]), expected[0])
 

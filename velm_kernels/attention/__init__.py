@@ -7,6 +7,7 @@ from velm_kernels.attention.gated_residual import gated_residual
 from velm_kernels.attention.merge_attention import merge_attention
 from velm_kernels.attention.modules import BidirectionalAttention, CoAttention, CrossAttention, GatedCrossAttention
 from velm_kernels.attention.multiscale_deformable_attention import multiscale_deformable_attention
+from velm_kernels.attention.position_bias import decomposed_position_bias
 
 __all__ = [
     "BidirectionalAttention",
@@ -16,6 +17,7 @@ __all__ = [
     "bidirectional_attention",
     "cross_attention",
     "cross_attention_varlen",
+    "decomposed_position_bias",
     "gated_residual",
     "merge_attention",
     "multiscale_deformable_attention",

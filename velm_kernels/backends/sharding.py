@@ -23,7 +23,10 @@ Placement = int | str | None
 Way = tuple[list[Placement], dict[str, Placement]]
 Ways = Callable[[dict[str, Any]], list[Way]]
 
-_GRADIENTS = ("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight")
+_GRADIENTS = (
+    *("query", "key", "value", "bias", "rel_pos_height", "rel_pos_width"),
+    *("query_norm_weight", "key_norm_weight"),
+)
 
 
 @torch.compiler.assume_constant_result
@@ -109,7 +112,7 @@ def _attention_dims(given: dict[str, Any]) -> list[int]:
 
 
 def _attention_inputs(given: dict[str, Any], dim: int) -> dict[str, Placement]:
-    named: dict[str, Placement] = dict.fromkeys(("query", "key", "value"), dim)
+    named: dict[str, Placement] = dict.fromkeys(("query", "key", "value", "rel_pos_height", "rel_pos_width"), dim)
     if dim == 0:
         named |= dict.fromkeys(("key_lengths", "range_start", "range_stop", "key_mask"), 0)
     named |= {name: dim for name in ("mask", "bias") if given[name] is not None and given[name].shape[dim] > 1}

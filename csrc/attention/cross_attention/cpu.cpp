@@ -32,8 +32,8 @@ Tensor new_floats_heads_last(const Tensor& like) {
 }
 
 void attention_forward(Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start,
-                       MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
-                       MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
+                       MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor,
+                       MaybeTensor, MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
                        MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, int64_t, int64_t, bool is_causal,
                        double scale, double softcap, double norm_eps, double dropout_p, bool, Tensor out,
                        Tensor logsumexp, MaybeTensor key_mass) {
@@ -57,12 +57,12 @@ void convert_bias_gradient(const Tensor& to, const float* from) {
 
 void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value,
                         MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop, MaybeTensor key_mask,
-                        MaybeTensor mask, MaybeTensor bias, MaybeTensor query_norm_weight, MaybeTensor key_norm_weight,
-                        MaybeTensor seed, MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, Tensor out,
-                        Tensor logsumexp, int64_t, int64_t, bool is_causal, double scale, double softcap,
-                        double norm_eps, double dropout_p, MaybeTensor grad_query, MaybeTensor grad_key,
-                        MaybeTensor grad_value, MaybeTensor grad_bias, MaybeTensor grad_query_norm,
-                        MaybeTensor grad_key_norm) {
+                        MaybeTensor mask, MaybeTensor bias, MaybeTensor, MaybeTensor, MaybeTensor query_norm_weight,
+                        MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
+                        MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t, int64_t, bool is_causal,
+                        double scale, double softcap, double norm_eps, double dropout_p, MaybeTensor grad_query,
+                        MaybeTensor grad_key, MaybeTensor grad_value, MaybeTensor grad_bias, MaybeTensor, MaybeTensor,
+                        MaybeTensor grad_query_norm, MaybeTensor grad_key_norm) {
   const Arguments arguments =
       apply_norms({query, key, value, key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight,
                    key_norm_weight, seed, cu_seqlens_q, cu_seqlens_k, is_causal, scale, softcap, norm_eps, dropout_p});

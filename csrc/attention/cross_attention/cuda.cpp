@@ -57,8 +57,8 @@ void set_problem(Attention& p, const Arguments& a, const Tensor& query, const Te
 }
 
 void attention_forward_op(Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start,
-                          MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
-                          MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
+                          MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor,
+                          MaybeTensor, MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
                           MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, int64_t max_seqlen_q,
                           int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
                           double dropout_p, bool, Tensor out, Tensor logsumexp, MaybeTensor key_mass) {
@@ -107,12 +107,13 @@ void norm_backward(const Tensor& x, const Tensor& weight, const Tensor& grad_y, 
 
 void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value,
                            MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop,
-                           MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor query_norm_weight,
-                           MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
-                           MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t max_seqlen_q,
-                           int64_t max_seqlen_k, bool is_causal, double scale, double softcap, double norm_eps,
-                           double dropout_p, MaybeTensor grad_query, MaybeTensor grad_key, MaybeTensor grad_value,
-                           MaybeTensor grad_bias, MaybeTensor grad_query_norm, MaybeTensor grad_key_norm) {
+                           MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor, MaybeTensor,
+                           MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
+                           MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp,
+                           int64_t max_seqlen_q, int64_t max_seqlen_k, bool is_causal, double scale, double softcap,
+                           double norm_eps, double dropout_p, MaybeTensor grad_query, MaybeTensor grad_key,
+                           MaybeTensor grad_value, MaybeTensor grad_bias, MaybeTensor, MaybeTensor,
+                           MaybeTensor grad_query_norm, MaybeTensor grad_key_norm) {
   const Current current(query);
   const Arguments a{query,        key,          value,        key_lengths,       range_start,     range_stop,
                     key_mask,     mask,         bias,         query_norm_weight, key_norm_weight, seed,

@@ -14,6 +14,7 @@ from velm_kernels.attention.cross_attention.arguments import (
     heads,
     integers,
     ranges,
+    rel_pos,
     results,
     shared,
 )
@@ -31,6 +32,8 @@ def cross_attention(
     key_mask: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rel_pos_height: torch.Tensor | None = None,
+    rel_pos_width: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
@@ -48,6 +51,7 @@ def cross_attention(
 
         s = scale * query @ key^T            # after RMS norms of query and key over head_dim, where weights are given
         s = softcap * tanh(s / softcap)      # where softcap is given
+        s = s + rel_pos_height[..., key // key_width] + rel_pos_width[..., key % key_width]    # where given
         s = s + bias, masked keys -> -inf
         out = dropout(softmax(s)) @ value
 
@@ -67,6 +71,12 @@ def cross_attention(
         mask: bool, broadcastable to ``(batch, heads, queries, keys)``, True = may be attended.
         bias: float of query's dtype or float32, broadcastable to ``(batch, heads, queries, keys)``, added to the
             scores; differentiable, its gradient summed over broadcast dimensions. -inf masks.
+        rel_pos_height, rel_pos_width: ``(batch, heads, queries, key_height)`` and ``(batch, heads, queries,
+            key_width)``, the first three each that or 1, of query's dtype or float32: a bias of the row and one of the
+            column in which a key stands, where the keys are a grid of ``key_height * key_width = keys``, row by row
+            (the decomposed relative positions of MViTv2, Li et al., 2022, equation 4; ViTDet, SAM). Both or neither;
+            differentiable. The ``(batch, heads, queries, keys)`` sums of the two never exist;
+            :func:`velm_kernels.decomposed_position_bias` makes them from query and tables. They mask nothing.
         is_causal: query i sees keys 0..i, aligned at the top left like ``scaled_dot_product_attention``.
         scale: factor of the scores, default ``head_dim ** -0.5``.
         softcap: bound of the scores' magnitude before the bias (Gemma 2), default none.
@@ -116,6 +126,7 @@ def cross_attention(
         and norm_eps.__class__ is dropout_p.__class__ is float
         and dropout_p == 0.0
         and norm_eps == 1e-6
+        and rel_pos_height is rel_pos_width is None
     ):
         hides = not (key_lengths is key_ranges is key_mask is mask is None)
         found: Any = None
@@ -152,6 +163,8 @@ def cross_attention(
         key_mask=key_mask,
         mask=mask,
         bias=bias,
+        rel_pos_height=rel_pos_height,
+        rel_pos_width=rel_pos_width,
         is_causal=is_causal,
         scale=scale,
         softcap=softcap,
@@ -194,6 +207,8 @@ def canonical(
     key_mask: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rel_pos_height: torch.Tensor | None = None,
+    rel_pos_width: torch.Tensor | None = None,
     **settings: Any,
 ) -> Arguments:
     """Checks the arguments of :func:`cross_attention` and gives those of its operator, in order."""
@@ -228,6 +243,8 @@ def canonical(
         checks.dtype_in("bias", bias, (query.dtype, torch.float32))
         checks.same_device("bias", bias, "query", query)
         bias = checks.broadcastable("bias", bias, layout, target)
+    if rel_pos_height is not None or rel_pos_width is not None:
+        rel_pos_height, rel_pos_width = rel_pos(query, rel_pos_height, rel_pos_width, keys)
     return NONE | {
         "query": query,
         "key": key,
@@ -238,6 +255,8 @@ def canonical(
         "key_mask": key_mask,
         "mask": mask,
         "bias": bias,
+        "rel_pos_height": rel_pos_height,
+        "rel_pos_width": rel_pos_width,
         **shared(query, **settings),
     }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention.cross_attention.op import OPERATOR
 from velm_kernels.attention.cross_attention.small import MAX_HEAD_DIM
 from velm_kernels.backends import Arguments
+from velm_kernels.layout import unit_last_stride
 
 # Of the operator, in their order.
 NONE: Arguments = dict.fromkeys(OPERATOR.names) | {"max_seqlen_q": 0, "max_seqlen_k": 0}
@@ -59,6 +61,30 @@ def ranges(
     checks.ranges("key_ranges", key_ranges)
     start = integers("key_ranges[0]", key_ranges[0], query, layout, expected)
     return start, integers("key_ranges[1]", key_ranges[1], query, layout, expected)
+
+
+def rel_pos(query: Tensor, height: Tensor | None, width: Tensor | None, keys: int) -> tuple[Tensor, Tensor]:
+    """The biases of the rows and of the columns of a grid of ``keys``, expanded to every query."""
+    given: dict[str, Tensor] = {}
+    for name, bias in (("rel_pos_height", height), ("rel_pos_width", width)):
+        if bias is None:
+            other = "rel_pos_width" if height is None else "rel_pos_height"
+            raise ValueError(f"{name}: expected a tensor beside {other}, given None")
+        layout = f"(batch, heads, queries, key_{name.removeprefix('rel_pos_')})"
+        checks.dtype_in(name, checks.tensor(name, bias, dims=4, layout=layout), checks.FLOAT_DTYPES)
+        if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
+            bias = bias.float()
+        checks.dtype_in(name, bias, (query.dtype, torch.float32))
+        checks.same_device(name, bias, "query", query)
+        target = (*query.shape[:3], bias.shape[3])
+        given[name] = unit_last_stride(checks.broadcastable(name, bias, layout, target).expand(target))
+    found = tuple(given.values())
+    if found[0].shape[3] * found[1].shape[3] != keys:
+        raise ValueError(
+            f"rel_pos_height, rel_pos_width: expected key_height * key_width = {keys} keys, given "
+            f"{tuple(found[0].shape)} and {tuple(found[1].shape)}"
+        )
+    return found[0], found[1]
 
 
 def shared(

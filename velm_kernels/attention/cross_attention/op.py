@@ -12,16 +12,17 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention.cross_attention import reference, torch_attention
-from velm_kernels.backends import Arguments, order
+from velm_kernels.backends import Arguments, cuda, order
 from velm_kernels.backends.schemas import parameters
 from velm_kernels.layout import empty_heads_last, empty_like_heads, product
 from velm_kernels.operator import Operator
 
 ARGUMENTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? key_lengths, Tensor? range_start, Tensor? range_stop, "
-    "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, "
-    "float scale, float softcap, float norm_eps, float dropout_p, bool return_key_mass"
+    "Tensor? key_mask, Tensor? mask, Tensor? bias, Tensor? rel_pos_height, Tensor? rel_pos_width, "
+    "Tensor? query_norm_weight, Tensor? key_norm_weight, Tensor? seed, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, bool is_causal, float scale, float softcap, float norm_eps, "
+    "float dropout_p, bool return_key_mass"
 )
 
 
@@ -103,11 +104,16 @@ def _pairs(a: Any) -> int:
     return product(a.query[:-1]) * (a.key[0] if len(a.query) == 3 else a.key[2])
 
 
+def _no_rel_pos(arguments: Arguments) -> list[str]:
+    return [] if arguments["rel_pos_height"] is None else ["there is no kernel with rel_pos_height and rel_pos_width"]
+
+
 # query, key, value: any strides, as torch's attention takes them; the other backends see to neighbours in memory.
 # key_lengths, range_*, cu_seqlens_*: contiguous int32. key_mask: contiguous bool. mask, bias: four dimensions, of which
-# each may be 1, any strides. *_norm_weight: contiguous. softcap: 0 for none. seed: int64 scalar, given iff
-# dropout_p > 0. out and the gradients of query, key and value: in memory (batch, rows, heads, dim), or as packed ones;
-# what else there is contiguous. grad_out: last stride 1; grad_logsumexp: any strides.
+# each may be 1, any strides. rel_pos_*: both or neither, of every query, last stride 1; the others may be 0.
+# *_norm_weight: contiguous. softcap: 0 for none. seed: int64 scalar, given iff dropout_p > 0. out and the gradients of
+# query, key and value: in memory (batch, rows, heads, dim), or as packed ones; what else there is contiguous. grad_out:
+# last stride 1; grad_logsumexp: any strides.
 _TENSORS = tuple(parameter.name for parameter in parameters(ARGUMENTS) if parameter.is_tensor)
 OPERATOR = Operator(
     "attention",
@@ -116,7 +122,16 @@ OPERATOR = Operator(
     reference=meaning,
     results=("out", "logsumexp", "key_mass"),
     may_be_absent=("key_mass",),
-    differentiable=("query", "key", "value", "bias", "query_norm_weight", "key_norm_weight"),
+    differentiable=(
+        "query",
+        "key",
+        "value",
+        "bias",
+        "rel_pos_height",
+        "rel_pos_width",
+        "query_norm_weight",
+        "key_norm_weight",
+    ),
     without_gradient=("key_mass",),
     may_lack=("logsumexp",),
     saves=(*_TENSORS, "out", "logsumexp"),
@@ -131,7 +146,7 @@ OPERATOR = Operator(
     cpu="attention.cross_attention.rows",
     cuda="attention.cross_attention.rows",
     torch_gives="attention.cross_attention.torch_attention",
-    reasons={"torch": torch_attention.why_not},
+    reasons={"torch": torch_attention.why_not} | dict.fromkeys(("cpu", "triton", *cuda.NAMESPACES), _no_rel_pos),
     check=_check_values,
     flops=lambda a: 2 * _pairs(a) * (a.query[-1] + a.value[-1]),
     backward_flops=lambda a: 2 * _pairs(a) * (3 * a.query[-1] + 2 * a.value[-1]),

@@ -86,6 +86,11 @@ def sums_of_rows(
     return weights @ rows
 
 
+def bias_on_grid(height: torch.Tensor, width: torch.Tensor) -> torch.Tensor:
+    """``(..., queries, keys)``: for key ``row * key_width + column`` the bias of its row and that of its column."""
+    return (height[..., :, None] + width[..., None, :]).flatten(-2)
+
+
 def cross_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -96,6 +101,8 @@ def cross_attention(
     key_mask: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    rel_pos_height: torch.Tensor | None = None,
+    rel_pos_width: torch.Tensor | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
@@ -147,6 +154,9 @@ def cross_attention(
     scores = products_of_rows(query, key, visible, not_finite) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if rel_pos_height is not None:
+        assert rel_pos_width is not None
+        scores = scores + torch.where(visible, bias_on_grid(rel_pos_height, rel_pos_width), zero)
     if bias is not None:
         scores = scores + torch.where(visible, bias, zero)
     scores = scores.masked_fill(~visible, -torch.inf)
@@ -174,7 +184,7 @@ def attention(a: Any, not_finite: bool = False) -> Results:
     settings = {name: getattr(a, name) for name in ("query_norm_weight", "key_norm_weight", "scale", "norm_eps")}
     settings |= {"softcap": a.softcap or None, "dropout_p": a.dropout_p}
     if a.cu_seqlens_q is None:
-        more = ("key_lengths", "key_mask", "mask", "bias", "is_causal", "seed")
+        more = ("key_lengths", "key_mask", "mask", "bias", "rel_pos_height", "rel_pos_width", "is_causal", "seed")
         settings |= {name: getattr(a, name) for name in more}
         ranges = None if a.range_start is None else (a.range_start, a.range_stop)
         return cross_attention(a.query, a.key, a.value, key_ranges=ranges, not_finite=not_finite, **settings)

@@ -476,7 +476,7 @@ def broadcast_grad_bias(b: Backward, bias: torch.Tensor, grad: torch.Tensor) -> 
 
 def attention_backward(*args: Any) -> None:
     a, grads = OPERATOR.named_backward(args)
-    to_query, to_key, to_value, to_bias, to_query_norm, to_key_norm = grads
+    to_query, to_key, to_value, to_bias, _, _, to_query_norm, to_key_norm = grads
     query = rms_norm(a.query, a.query_norm_weight, a.norm_eps)
     key = rms_norm(a.key, a.key_norm_weight, a.norm_eps)
     p = prepare(a, query, key)
