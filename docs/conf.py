@@ -50,6 +50,7 @@ TITLES = {
     "fusion": "Fusion",
     "pooling": "Pooling and fewer tokens",
     "losses": "Losses",
+    "retrieval": "Retrieval",
     "sequence": "The sequence of tokens",
     "backends": "Choosing a backend",
     "integrations": "Models",

@@ -18,7 +18,7 @@ CALLS = [case for case in cases.every() if not case.numbers_only]
 FOR_NUMBERS = cases.every()
 
 # Of 16 bits sums in float32, which stay so.
-IN_FLOAT32 = {"linear_cross_entropy", "maxsim", "maxsim_contrastive_loss"}
+IN_FLOAT32 = {"linear_cross_entropy", "maxsim", "maxsim_contrastive_loss", "topk_similarity"}
 
 
 def differentiable_results(value: Any) -> list[Tensor]:

@@ -80,6 +80,7 @@ from velm_kernels.pooling import (
     select_tokens,
     unmerge_tokens,
 )
+from velm_kernels.retrieval import merge_topk, topk_similarity
 from velm_kernels.sequence import add_at_tokens, rotary, splice_into, splice_tokens
 
 __all__ = [
@@ -146,6 +147,7 @@ __all__ = [
     "maxsim_contrastive_loss",
     "merge_attention",
     "merge_tokens",
+    "merge_topk",
     "multiscale_deformable_attention",
     "mutual_information",
     "outer_product_fusion",
@@ -159,6 +161,7 @@ __all__ = [
     "splice_into",
     "splice_tokens",
     "tensor_fusion",
+    "topk_similarity",
     "unmerge_tokens",
     "unpatch",
     "use_backend",

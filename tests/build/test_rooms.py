@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "velm_kernels"
-FAMILIES = ("attention", "fusion", "linear", "losses", "pooling", "sequence")
+FAMILIES = ("attention", "fusion", "linear", "losses", "pooling", "retrieval", "sequence")
 # What lies below the families knows none of them.
 BELOW = ("backends", "triton")
 

@@ -19,7 +19,7 @@ from tests.operators import CALLS, Arguments, Call
 
 LONGEST = 300
 # Integers of which every one is valid.
-OF_ANY_VALUE = {"labels"}
+OF_ANY_VALUE = {"labels", "ids", "indices"}
 
 
 def wrong_kinds(annotation: str) -> Iterator[tuple[str, Any]]:

@@ -52,6 +52,8 @@ NOT_CAST = {
     "splice_tokens",
     "add_at_tokens",
     "multiscale_deformable_attention",
+    "topk_similarity",
+    "merge_topk",
 }
 # As torch's own: from what was rounded for their products, in float32.
 LOSSES = {"contrastive_loss", "mutual_information", "sigmoid_loss"}

@@ -71,8 +71,10 @@ NOT_YET["device_on_host"] |= {
     "rotary",
     "splice_into",
     "splice_tokens",
+    "topk_similarity",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
+NOT_YET["cpu"] = NOT_YET["triton"] = {"topk_similarity"}
 
 
 def pattern(x: Tensor, only_finite: bool) -> Tensor:
