@@ -11,7 +11,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import attention, fusion, harness, linear, models, pooling, published, sequence, static, terminal
+from benchmarks import (
+    attention,
+    fusion,
+    harness,
+    linear,
+    losses,
+    models,
+    pooling,
+    published,
+    sequence,
+    static,
+    terminal,
+)
 from velm_kernels import measure
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -19,6 +31,7 @@ OPERATORS = {
     "attention": attention.cases,
     "fusion": fusion.cases,
     "linear": linear.cases,
+    "losses": losses.cases,
     "pooling": pooling.cases,
     "published": published.cases,
     "sequence": sequence.cases,

@@ -12,6 +12,7 @@ import importlib.util
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -130,3 +131,17 @@ def block_fusions() -> Any:
         stubs[names[-1]].Logger = object  # type: ignore[attr-defined]
         sys.modules.update(stubs)
     return importlib.import_module("block").models.networks.fusions.fusions
+
+
+def open_clip_loss(name: str) -> Any:
+    """A loss of open_clip, or None. Its file needs torch alone, its package torchvision."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None or found.submodule_search_locations is None:
+        return None
+    path = Path(found.submodule_search_locations[0]) / "loss.py"
+    spec = importlib.util.spec_from_file_location("open_clip.loss", path)
+    if spec is None or spec.loader is None:
+        return None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)()

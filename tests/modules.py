@@ -88,6 +88,11 @@ MODULES = [
         lambda normal: {"input": normal(2, 5, 8), "residual": normal(2, 5, 4)},
     ),
     ModuleCall("MLP", {"dim": 8}, lambda normal: {"x": normal(2, 5, 8), "residual": normal(2, 5, 8)}),
+    ModuleCall(
+        "PatchEmbed",
+        {"in_channels": 3, "embed_dim": 8, "patch_size": (2, 4)},
+        lambda normal: {"pixels": normal(2, 3, 5, 8)},
+    ),
     ModuleCall("MaskedPool", {}, _tokens),
     ModuleCall(
         "SegmentPool", {}, lambda normal: {"x": normal(7, 16), "cu_seqlens": torch.tensor([0, 3, 7], dtype=torch.int32)}

@@ -177,6 +177,15 @@ CALLS: dict[str, Small] = {
         },
         3, 20000,
     ),
+    # Of few pixels a convolution.
+    "patch_embed": Small(
+        "patch_embed",
+        lambda n, draw: {"pixels": draw(2, 6, 2 * n + 1, 3 * n), "weight": draw(5, 6, n, n), "bias": draw(5)}, 3, 0,
+    ),
+    "patch_embed in the layout of a convolution": Small(
+        "patch_embed",
+        lambda n, draw: {"pixels": draw(2, 6, n, 2 * n), "weight": draw(5, 6, n, n), "layout": "channels_first"}, 3, 0,
+    ),
     "bilinear": Small(
         "bilinear", lambda n, draw: {"x": draw(n, 4), "y": draw(n, 6), "weight": draw(8, 4, 6), "bias": draw(8)},
         3, 12000,

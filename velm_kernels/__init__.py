@@ -47,7 +47,7 @@ from velm_kernels.fusion import (
     weighted_sum,
 )
 from velm_kernels.integrations import patch, unpatch
-from velm_kernels.linear import MLP, Linear, linear
+from velm_kernels.linear import MLP, Linear, PatchEmbed, linear, patch_embed
 from velm_kernels.losses import (
     CoCaLoss,
     ContrastiveLoss,
@@ -112,6 +112,7 @@ __all__ = [
     "MaskedPool",
     "MergedTokens",
     "Mutan",
+    "PatchEmbed",
     "PerceiverResampler",
     "ProbePool",
     "SegmentPool",
@@ -152,6 +153,7 @@ __all__ = [
     "mutual_information",
     "outer_product_fusion",
     "patch",
+    "patch_embed",
     "pixel_shuffle_tokens",
     "rotary",
     "sample_hard_negatives",

@@ -51,10 +51,11 @@ LEFT_OUT = {
 NO_GRADIENTS = {("attention_pool", "value_bias")}
 # What a backend does not keep yet, by operator, or by operator and case.
 NOT_YET: dict[str, set[str]] = {
-    # There is no linear, of which pixel_shuffle_tokens is made, and no loss in CUDA.
+    # There is no linear, of which pixel_shuffle_tokens and patch_embed are made, and no loss in CUDA.
     "device_on_host": {
         "linear",
         "pixel_shuffle_tokens",
+        "patch_embed",
         "contrastive_loss",
         "linear_cross_entropy",
         "maxsim",
