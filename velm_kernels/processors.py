@@ -45,6 +45,8 @@ class Line:
         attention_scores: scores (batch times heads times queries times keys) up to which plain attention in float32 is
             faster by torch.
         attention_recorded: the same with a gradient, by torch's kernel or by forming the scores.
+        attention_widest: head_dim from which on, and not at it, plain attention in float32 with many scores is left to
+            torch, its forward pass only where nothing is causal.
         bfloat16_attention: whether plain attention in bfloat16 is faster here than by torch, forward.
         bfloat16_attention_backward: queries times keys times head_dim up to which its gradients are faster here.
         bfloat16_attention_recorded: scores up to which attention in bfloat16 with a gradient is faster by forming them.
@@ -61,6 +63,7 @@ class Line:
     float32_rows: int = NEVER
     attention_scores: int = 1 << 15
     attention_recorded: int = 1 << 15
+    attention_widest: int = 256
     bfloat16_attention: bool = True
     bfloat16_attention_backward: int = NEVER
     bfloat16_attention_recorded: int = 0
@@ -96,7 +99,9 @@ TABLE = (
         "to 0.57 forward and 0.51 to 1.6 with backward from 768 features on, bilinear over the product with outer "
         "products 0.53 to 0.73 forward from 64 rows on with 32 to 128 outputs, products in float32 over torch.bmm 0.30 "
         "to 0.55; attention with a gradient over the best of torch's forms in float32 0.26 to 0.92 up to 2^19 scores, "
-        "0.95 to 1.5 above but for heads of 256, in bfloat16 0.28 to 0.98 up to 512 x 512",
+        "0.95 to 1.5 above but for heads of 256, in bfloat16 0.28 to 0.98 up to 512 x 512; heads of 512 in float32, "
+        "256 to 1024 queries, forward 0.98 to 1.06, causal 0.33 to 0.76, backward 1.3 to 1.8, causal 1.1 to 1.6, "
+        "decode of 4096 keys 0.5",
         attention_scores=1 << 18,
         attention_recorded=1 << 19,
         bfloat16_attention=False,

@@ -29,9 +29,9 @@ def inputs(**changed: torch.Tensor) -> dict[str, Any]:
         ({"value": torch.zeros(2, 2, 7, 6).bfloat16()}, TypeError, ["value", "float32", "bfloat16"]),
         ({"query": torch.zeros(2, 3, 5, 8)}, ValueError, ["key", "3 heads", "2"]),
         (
-            {"query": torch.zeros(2, 4, 5, 257), "key": torch.zeros(2, 2, 7, 257)},
+            {"query": torch.zeros(2, 4, 5, 513), "key": torch.zeros(2, 2, 7, 513)},
             ValueError,
-            ["query", "1 to 256", "257"],
+            ["query", "1 to 512", "513"],
         ),
         ({"key_lengths": torch.tensor([1])}, ValueError, ["key_lengths", "(2,)", "(1,)"]),
         ({"key_lengths": torch.tensor([1.0, 2.0])}, TypeError, ["key_lengths", "int32", "float32"]),

@@ -14,6 +14,7 @@ from torch import Tensor
 import velm_kernels
 from velm_kernels import backends, processors
 from velm_kernels.attention.cross_attention import small as by_torch
+from velm_kernels.attention.cross_attention import torch_attention
 from velm_kernels.backends import cpu, small
 
 pytestmark = pytest.mark.skipif(cpu.in_use() is None, reason="no CPU library")
@@ -116,6 +117,41 @@ def test_gradients_on_every_side_of_the_rule(sizes: Any, dtype: torch.dtype, nod
     with velm_kernels.use_backend("cpu"):
         velm_kernels.cross_attention(**leaves)
     assert ran == ["attention_forward"]
+
+
+@pytest.mark.parametrize(
+    ("dim", "queries", "options", "forward", "backward"),
+    [
+        (264, 200, {}, "torch", "torch"),
+        (264, 200, {"is_causal": True}, "cpu", "torch"),
+        (264, 200, {"key_lengths": torch.tensor([100])}, "cpu", "cpu"),
+        (256, 200, {}, "cpu", "cpu"),
+        (264, 4, {}, "cpu", "cpu"),
+    ],
+)
+def test_wide_heads_on_every_side_of_the_rule(
+    dim: int, queries: int, options: dict[str, Any], forward: str, backward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four heads over two of keys."""
+    chosen: list[str] = []
+    select = backends._select_by_kind
+
+    def noted(operator: str, values: Any, wanted: str, *rest: Any) -> Any:
+        implementation = select(operator, values, wanted, *rest)
+        if not wanted:
+            chosen.append(implementation.backend)
+        return implementation
+
+    monkeypatch.setattr(backends, "_select_by_kind", noted)
+    monkeypatch.setattr(small, "enabled", False)
+    arguments = drawn(1, 4, queries, 190, dim) | options
+    arguments |= {name: arguments[name][:, ::2] for name in ("key", "value")}
+    got = computed(arguments, QUERY_KEY_VALUE)
+    assert chosen == [forward, backward]
+    close(got, exact(arguments, QUERY_KEY_VALUE))
+    # Older versions of torch.
+    monkeypatch.setattr(torch_attention, "_knows_groups", lambda: False)
+    close(computed(arguments, QUERY_KEY_VALUE), exact(arguments, QUERY_KEY_VALUE))
 
 
 @pytest.mark.parametrize("wanted", [QUERY_KEY_VALUE, ("query",), ("key", "value")])

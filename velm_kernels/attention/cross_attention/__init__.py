@@ -60,10 +60,10 @@ def cross_attention(
 
     Args:
         query: ``(batch, heads, queries, head_dim)``, float32, bfloat16, float16, or float64 (computed by the reference
-            backend). head_dim from 1 to 256. Accumulation is in float32.
+            backend). head_dim from 1 to 512. Accumulation is in float32.
         key: ``(batch, kv_heads, keys, head_dim)``; kv_heads divides heads (grouped heads: query head h reads key
             head ``h // (heads // kv_heads)``).
-        value: ``(batch, kv_heads, keys, value_dim)``, value_dim from 1 to 256.
+        value: ``(batch, kv_heads, keys, value_dim)``, value_dim from 1 to 512.
         key_lengths: ``(batch,)`` integers: only the first key_lengths[b] keys are attended to.
         key_ranges: ``(start, stop)``, each ``(batch, queries)`` integers from 0 to keys: query i sees the keys from
             start (included) to stop (excluded), none if stop <= start. Tiles outside of every range are skipped.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.attention.cross_attention import reference
+from velm_kernels.attention.cross_attention.arguments import MAX_HEAD_DIM
 from velm_kernels.cases import Arguments, Case, Draw
 
 _QKV = ("query", "key", "value")
@@ -104,6 +105,13 @@ def _unread(arguments: Arguments) -> Arguments:
     }
 
 
+def _wide(draw: Draw, batch: int, heads: int, queries: int, keys: int, head_dim: int, group: int = 1) -> Arguments:
+    """Heads of more than 256 columns; values that are narrower."""
+    head_dim = min(head_dim, MAX_HEAD_DIM)
+    value = _heads(draw, batch, heads, keys, head_dim - 24)
+    return _plain(draw, batch, heads, queries, keys, head_dim, group) | {"value": value, "is_causal": True}
+
+
 _SIZES = {"batch": 2, "queries": 5, "keys": 9, "heads": 2, "head_dim": 16}
 _LARGER = {"batch": 3, "queries": 37, "keys": 107, "heads": 4, "head_dim": 40}
 
@@ -145,12 +153,14 @@ _MODELS = {
     "decode-long": _of(1, 8, 1, 16384, 128, group=4),
     "decode-wide-group": _of(1, 8, 1, 8192, 128, group=8),
     "decode-blip": _of(16, 12, 1, 577, 64),
+    "gemma-4-global": _of(1, 4, 1024, 1024, 512, group=2),
 }
 
 CASES = [
     _attention("", _plain, numbers_only=False, published=_MODELS),
     _attention("everything", _everything, ("bias", *_WEIGHTS), numbers_only=False),
     _attention("grouped heads", _plain, sizes=_SIZES | {"group": 2}, larger=_LARGER | _FEW_HEADS | {"head_dim": 64}),
+    _attention("wide heads", _wide, sizes=_of(1, 1, 5, 9, 320, group=2), larger=_of(1, 2, 19, 40, 512, group=2)),
     _attention("few queries", _plain, sizes=_of(2, 2, 1, 40, 16, group=2), larger=_of(2, 3, 2, 1100, 64, group=4)),
     _attention(
         "logsumexp and key mass",

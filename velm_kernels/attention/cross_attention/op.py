@@ -79,6 +79,15 @@ def _sums(query: Tensor, shape: tuple[int, ...]) -> Tensor:
     return query.new_empty(shape) if is_float32_or_64 else query.new_empty(shape, dtype=torch.float32)
 
 
+# Columns of a row of query, key or value that kernels for GPUs are compiled for.
+WIDEST_ON_GPUS = 256
+
+
+def _too_wide(arguments: Arguments) -> list[str]:
+    widths = {"head_dim": arguments["query"].shape[-1], "value_dim": arguments["value"].shape[-1]}
+    return [f"{name} {width} is above {WIDEST_ON_GPUS}" for name, width in widths.items() if width > WIDEST_ON_GPUS]
+
+
 def meaning(*values: Any, not_finite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     a, _ = OPERATOR.named(values)
     return reference.attention(a, not_finite)
@@ -146,7 +155,11 @@ OPERATOR = Operator(
     cpu="attention.cross_attention.rows",
     cuda="attention.cross_attention.rows",
     torch_gives="attention.cross_attention.torch_attention",
-    reasons={"torch": torch_attention.why_not} | dict.fromkeys(("cpu", "triton", *cuda.NAMESPACES), _no_rel_pos),
+    reasons={
+        "torch": torch_attention.why_not,
+        "cpu": _no_rel_pos,
+        **dict.fromkeys(("triton", *cuda.NAMESPACES), lambda a: [*_no_rel_pos(a), *_too_wide(a)]),
+    },
     check=_check_values,
     flops=lambda a: 2 * _pairs(a) * (a.query[-1] + a.value[-1]),
     backward_flops=lambda a: 2 * _pairs(a) * (3 * a.query[-1] + 2 * a.value[-1]),

@@ -19,7 +19,7 @@ from velm_kernels.attention.cross_attention.torch_attention import CACHED_KEY, r
 from velm_kernels.backends import derivatives
 from velm_kernels.backends.small import ANY, PLAIN, in_float32, takes_torch
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 # Scores up to which forming them is the fastest way on every processor, and elements of 16 bits that become float32
 # for it.
 SMALL_SCORES, SMALL_WIDENED = 1 << 15, 1 << 16

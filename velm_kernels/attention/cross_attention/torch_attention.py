@@ -6,6 +6,7 @@ give the logsumexp that backward and callers want. Which of them a GPU takes is 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,8 @@ _KNOWN = ("query", "key", "value", "grad_out", "grad_logsumexp", "out", "logsume
 CUDNN_WIDEST = 128
 CPU_SHORTEST = processors.TORCH_ATTENTION_KEYS
 FEW_QUERIES = 4
+# Versions of torch from which on its kernel for CPUs knows heads that share a key head.
+KNOWS_GROUPS = (2, 13)
 # Elements of key that stay in the cache.
 CACHED_KEY = 1 << 20
 
@@ -82,10 +85,16 @@ def _of_heads(tensor: Tensor) -> Tensor:
     return empty_like_heads(tensor, tensor.shape[3]).copy_(tensor)
 
 
+@functools.cache
+def _knows_groups() -> bool:
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= KNOWS_GROUPS
+
+
 def _repeated(tensor: Tensor, heads: int) -> Tensor:
-    """Keys or values once for every head: the kernel for CPUs knows no groups."""
+    """Keys or values once for every head, where the kernel for CPUs knows no groups."""
     groups = heads // tensor.shape[1]
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, 1)
+    return tensor if groups == 1 or _knows_groups() else tensor.repeat_interleave(groups, 1)
 
 
 def _summed(grad: Tensor, kv_heads: int) -> Tensor:
@@ -183,7 +192,17 @@ def reads_keys_too_often(query: Tensor, key: Tensor) -> bool:
     return heads >= 2 * key.shape[1] and queries <= FEW_QUERIES and key.numel() > CACHED_KEY
 
 
+def _is_wide(query: Tensor, key: Tensor) -> bool:
+    """Whether a tile of rows of these heads leaves the first-level cache, which this library's kernels are written for,
+    and there is more than one product by a vector to it."""
+    if query.dim() != 4 or query.shape[-1] <= processors.rules().attention_widest:
+        return False
+    return query.shape[-2] > FEW_QUERIES and key.shape[-2] >= CPU_SHORTEST
+
+
 def is_best_on_cpu(arguments: Arguments) -> bool:
+    if arguments["query"].dtype == torch.float32:
+        return _is_wide(arguments["query"], arguments["key"]) and not arguments["is_causal"]
     # In shorter rows torch's kernel loses NaN.
     if arguments["query"].dtype != torch.bfloat16 or arguments["key"].shape[-2] < CPU_SHORTEST:
         return False
@@ -194,6 +213,8 @@ def is_best_on_cpu(arguments: Arguments) -> bool:
 
 def is_best_backward_on_cpu(arguments: Arguments) -> bool:
     query, rules = arguments["query"], processors.rules()
+    if query.dtype == torch.float32:
+        return _is_wide(query, arguments["key"])
     if query.dtype != torch.bfloat16 or rules.bfloat16_attention:
         return False
     return query.shape[-2] * arguments["key"].shape[-2] * query.shape[-1] > rules.bfloat16_attention_backward

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.attention.cross_attention import reference
+from velm_kernels.attention.cross_attention.arguments import MAX_HEAD_DIM
 from velm_kernels.cases import Arguments, Case, Draw
 
 _QKV = ("query", "key", "value")
@@ -28,6 +29,7 @@ def _ragged(
     draw: Draw, sequences: int, heads: int, queries: int, keys: int, head_dim: int, group: int = 2
 ) -> Arguments:
     """The second sequence has keys but no query, the third a query but no keys."""
+    head_dim = min(head_dim, MAX_HEAD_DIM - 8)
     counts_q = (queries + torch.arange(sequences)) * (torch.arange(sequences) % 4 != 1)
     counts_k = (keys - torch.arange(sequences)).clamp(min=0) * (torch.arange(sequences) % 4 != 2)
     bounds = [torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int() for counts in (counts_q, counts_k)]
@@ -71,11 +73,15 @@ CASES = [
         make,
         _meaning,
         _QKV,
-        sizes={"sequences": 3, "queries": 5, "keys": 9, "heads": 2, "head_dim": 16},
-        larger={"sequences": 4, "queries": 17, "keys": 70, "heads": 2, "head_dim": 40},
+        sizes={"sequences": 3, "queries": 5, "keys": 9, "heads": 2, "head_dim": 16} | wider,
+        larger={"sequences": 4, "queries": 17, "keys": 70, "heads": 2, "head_dim": 40} | wider,
         not_zero=("heads", "head_dim"),
         unread=_unread_sequences,
         numbers_only=name != "",
     )
-    for name, make in (("", _packed), ("ragged", _ragged))
+    for name, make, wider in (
+        ("", _packed, {}),
+        ("ragged", _ragged, {}),
+        ("wide heads", _ragged, {"heads": 1, "queries": 4, "head_dim": 488}),
+    )
 ]
