@@ -16,14 +16,23 @@ PLAIN = names_in("test_threads", "test_memory", "test_matrix", "test_numbers", "
 # AddressSanitizer guards the red zones itself, and ends the program.
 ADDRESS = [
     name
-    for name in names_in("test_memory", "planted_faults", "test_fusion", "test_kernels", "test_pooling")
+    for name in names_in(
+        "test_memory", "planted_faults", "test_fusion", "test_kernels", "test_pooling", "test_sequence"
+    )
     if name != "fault_red_zones"
 ]
 # Which thread comes first, and is named in a message, is up to the host there; the last three repeat other tests.
 THREAD = [
     name
     for name in names_in(
-        "test_threads", "test_memory", "test_matrix", "planted_faults", "test_fusion", "test_kernels", "test_pooling"
+        "test_threads",
+        "test_memory",
+        "test_matrix",
+        "planted_faults",
+        "test_fusion",
+        "test_kernels",
+        "test_pooling",
+        "test_sequence",
     )
     if not name.startswith("fault_")
     and name not in ("runs_on_after_a_fault", "as_real_threads", "the_order_of_threads_does_not_matter")

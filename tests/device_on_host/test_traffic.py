@@ -121,6 +121,32 @@ def test_weighted_sum(dtype: torch.dtype) -> None:
         check(count(a, b, row) + 3 * count(grad), count(a, b, row, weights), 1.15)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_features_at_tokens(dtype: torch.dtype) -> None:
+    dim, tokens = 2048 // dtype.itemsize, 256
+    mask = torch.arange(tokens)[None] % 4 == 1
+    hidden, features = torch.randn(1, tokens, dim).to(dtype), torch.randn(tokens // 4, dim).to(dtype)
+    weight, token_ids = torch.randn(tokens, dim).to(dtype), torch.arange(tokens).masked_fill(mask, -1)[None]
+    with velm_kernels.use_backend("device_on_host"), torch.no_grad():
+        cuda.launches()
+        # Beyond the least: the number of each row for every lane.
+        out = velm_kernels.splice_into(hidden, features, mask)
+        check(count(out), count(out), 1.08)
+        out = velm_kernels.splice_tokens(token_ids, weight, features, -1)
+        check(count(out), count(out), 1.13)
+        out = velm_kernels.add_at_tokens(hidden, features, mask)
+        check(count(out, features), count(out), 1.08)
+        velm_kernels.add_at_tokens(hidden, features, mask, inplace=True)
+        check(2 * count(features), count(features), 1.08)
+    leaves = [weight.requires_grad_(), features.requires_grad_()]
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.splice_tokens(token_ids, *leaves, -1)
+        cuda.launches()
+        torch.autograd.grad(out, leaves, torch.randn_like(out))
+        # The id and the number of each row for every lane, beside its 16 bytes.
+        check(count(out), count(out), 1.45)
+
+
 def test_bilinear() -> None:
     rows, dx, dy, out = 64, 64, 128, 64
     x, y, grad = (torch.randn(rows, dim).bfloat16() for dim in (dx, dy, out))

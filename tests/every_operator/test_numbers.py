@@ -22,17 +22,14 @@ from velm_kernels import cases
 DRAWS = int(os.environ.get("VELM_TEST_DRAWS", "1"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What CUDA does not have: linear, and pixel_shuffle_tokens and patch_embed, which are made of it, losses, and what is
-# around a sequence.
+# listed below.
 NOT_THERE = {"linear", "pixel_shuffle_tokens", "contrastive_loss", "linear_cross_entropy", "maxsim", "sigmoid_loss"}
 NOT_THERE |= {
     "patch_embed",
     "maxsim_contrastive_loss",
     "mutual_information",
-    "add_at_tokens",
     "multiscale_deformable_attention",
     "rotary",
-    "splice_into",
-    "splice_tokens",
     "topk_similarity",
 }
 # What only the reference has.

@@ -67,11 +67,8 @@ NOT_YET: dict[str, set[str]] = {
 
 
 NOT_YET["device_on_host"] |= {
-    "add_at_tokens",
     "multiscale_deformable_attention",
     "rotary",
-    "splice_into",
-    "splice_tokens",
     "topk_similarity",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]

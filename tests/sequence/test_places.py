@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend
+from tests.conftest import Backend, every_backend_with_cuda
 from velm_kernels.sequence import places
 
 BATCH, TOKENS, DIM, VOCABULARY, PICTURE = 3, 17, 10, 23, 7
@@ -34,7 +34,7 @@ def as_transformers_does(token_ids: Tensor, weight: Tensor, features: Tensor) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@every_backend
+@every_backend_with_cuda
 def test_splice_beside_masked_scatter(backend: Backend, dtype: torch.dtype) -> None:
     """Bits of the result and of the gradients of features; those of the picture token's own row are 0. torch sums rows
     of the weight in 16 bits."""
@@ -63,7 +63,7 @@ def test_splice_beside_masked_scatter(backend: Backend, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-@every_backend
+@every_backend_with_cuda
 def test_deepstack_of_qwen3_vl(backend: Backend, inplace: bool) -> None:
     pytest.importorskip("transformers")
     model = importlib.import_module("transformers.models.qwen3_vl.modeling_qwen3_vl").Qwen3VLTextModel
@@ -76,7 +76,7 @@ def test_deepstack_of_qwen3_vl(backend: Backend, inplace: bool) -> None:
     assert (got is hidden) == inplace
 
 
-@every_backend
+@every_backend_with_cuda
 def test_in_place_only_without_a_gradient(backend: Backend) -> None:
     _, _, features, mask = drawn()
     before = torch.randn(BATCH, TOKENS, 2 * DIM, generator=torch.Generator().manual_seed(2))
@@ -110,7 +110,7 @@ def test_counts_that_do_not_fit_name_both() -> None:
                 call()
 
 
-@every_backend
+@every_backend_with_cuda
 def test_counts_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: tokens behind the last feature keep what they have, unused features have gradient 0."""
     token_ids, weight, features, mask = drawn()
@@ -136,7 +136,7 @@ def test_counts_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: py
         assert torch.equal(grad, torch.cat([torch.full((number, DIM), 3.0), torch.zeros(len(given) - number, DIM)]))
 
 
-@every_backend
+@every_backend_with_cuda
 def test_ids_that_repeat_are_summed_in_float32(backend: Backend) -> None:
     """A thousand tokens of one id, whose sum in 16 bits would stop growing."""
     token_ids = torch.ones(1, 1000, dtype=torch.long)
@@ -145,6 +145,94 @@ def test_ids_that_repeat_are_summed_in_float32(backend: Backend) -> None:
         out = velm_kernels.splice_tokens(token_ids, weight, torch.zeros(0, 33), image_token_id=-200)
         (grad,) = torch.autograd.grad(out.sum(), weight)
     assert torch.equal(grad, torch.tensor([0.0, 1000.0, 0.0])[:, None].expand(3, 33).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# Of a kernel's accesses: one element, 4 bytes, 16 bytes, and several pieces of a row.
+@pytest.mark.parametrize("dim", [1, 13, 14, 16, 600, 1040])
+@every_backend_with_cuda
+def test_rows_of_every_width(backend: Backend, dim: int, dtype: torch.dtype) -> None:
+    """Rows that lie one behind the other, and those of wider tensors that begin at odd places."""
+    _, _, _, mask = drawn()
+    generator, count = torch.Generator().manual_seed(4), int(mask.sum())
+    token_ids = torch.randint(0, VOCABULARY, mask.shape, generator=generator).masked_fill(mask, -200)
+    for skipped in (0, 1, 2):
+        hidden, features, weight = (
+            torch.randn(*size, dim + skipped, generator=generator).to(dtype)[..., skipped:]
+            for size in ((BATCH, TOKENS), (count,), (VOCABULARY,))
+        )
+        upstream = torch.randn(BATCH, TOKENS, dim + skipped, generator=generator).to(dtype)[..., skipped:]
+        leaves = [x.detach().requires_grad_() for x in (hidden, features, weight)]
+        with backend.use():
+            into = velm_kernels.splice_into(leaves[0], leaves[1], mask)
+            tokens = velm_kernels.splice_tokens(token_ids, leaves[2], leaves[1], -200)
+            added = velm_kernels.add_at_tokens(leaves[0], leaves[1], mask)
+            of_into = torch.autograd.grad(into, leaves[:2], upstream)
+            of_features, of_weight = torch.autograd.grad(tokens, leaves[1:], upstream)
+            of_added = torch.autograd.grad(added, leaves[:2], upstream)
+            with torch.no_grad():
+                in_place = velm_kernels.add_at_tokens(hidden.clone(), features, mask, inplace=True)
+        wanted = hidden.clone()
+        wanted[mask] = features
+        assert torch.equal(into, wanted)
+        text = weight[token_ids.masked_fill(mask, 0)]
+        text[mask] = features
+        assert torch.equal(tokens, text)
+        wanted = hidden.clone()
+        wanted[mask] = (hidden[mask].float() + features.float()).to(dtype)
+        assert torch.equal(added, wanted) and torch.equal(in_place, wanted)
+        assert torch.equal(of_into[0], upstream.masked_fill(mask[..., None], 0.0))
+        for found in (of_into[1], of_features, of_added[1]):
+            assert torch.equal(found, upstream[mask])
+        assert torch.equal(of_added[0], upstream)
+        exact = torch.zeros(VOCABULARY, dim, dtype=torch.float64)
+        exact.index_add_(0, token_ids[~mask], upstream[~mask].double())
+        limit = 1e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(of_weight.double(), exact, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("dim", [5, 48])
+@every_backend_with_cuda
+def test_runs_of_one_id(backend: Backend, dim: int) -> None:
+    """Of every length around the stretches that a kernel adds up, and the same bits when they are summed again."""
+    generator = torch.Generator().manual_seed(5)
+    counts = [1, 31, 33, 0, 64, 63, 2, 97, 30, 1, 200, 32]
+    token_ids = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    token_ids = token_ids[torch.randperm(token_ids.shape[0], generator=generator)]
+    # The last stretch has tokens of pictures too, whose gradients are added to no row.
+    token_ids[::7] = -1
+    weight = torch.randn(len(counts), dim, generator=generator).requires_grad_()
+    features = torch.randn(int((token_ids == -1).sum()), dim, generator=generator)
+    upstream = torch.randn(token_ids.shape[0], dim, generator=generator)
+    found = []
+    for _ in range(2):
+        with backend.use():
+            out = velm_kernels.splice_tokens(token_ids, weight, features, -1)
+            found.append(torch.autograd.grad(out, weight, upstream)[0])
+    exact = torch.zeros(len(counts), dim, dtype=torch.float64)
+    exact.index_add_(0, token_ids[token_ids >= 0], upstream[token_ids >= 0].double())
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-6, atol=2e-5)
+    assert torch.equal(*found) and not found[0][3].any()
+
+
+@every_backend_with_cuda
+def test_ids_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, forward and backward, and an id that takes a feature is not looked at."""
+    token_ids, weight, features, mask = drawn()
+    monkeypatch.setattr(places.checks, "reads_values", lambda value: False)
+    token_ids = token_ids.masked_fill(mask, -(2**40))
+    token_ids[0, 0], token_ids[1, 0], token_ids[2, 0] = VOCABULARY, -5, 2**40
+    clamped = token_ids.clamp(0, VOCABULARY - 1)
+    found = []
+    for ids in (token_ids, clamped.masked_fill(mask, -(2**40))):
+        leaf = weight.clone().requires_grad_()
+        with backend.use():
+            out = velm_kernels.splice_tokens(ids, leaf, features, -(2**40))
+            found.append((out, *torch.autograd.grad(out.square().sum(), leaf)))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+    wanted = weight[clamped]
+    wanted[mask] = features
+    assert torch.equal(found[0][0], wanted)
 
 
 def test_what_backward_keeps() -> None:

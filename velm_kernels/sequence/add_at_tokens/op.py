@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels import backends
-from velm_kernels.backends import cpu
+from velm_kernels.backends import Arguments, cpu, cuda, failures
 from velm_kernels.backends.library import LIBRARY
 from velm_kernels.layout import empty_like, unit_last_stride
 from velm_kernels.operator import Operator
@@ -38,7 +38,6 @@ OPERATOR = Operator(
     gradient_shapes={"features": rows_of_features},
     incoming=lambda grad, a: unit_last_stride(grad),
     triton="sequence.add_at_tokens.triton",
-    cuda=False,
 )
 
 # The one operator that writes into an argument, for calls that record no gradient: kernels are those of
@@ -49,10 +48,29 @@ LIBRARY.define(
 )
 
 
+def _in_place_by_library(asked: str, values: Arguments) -> bool:
+    """Whether a library of this device has done it: forward of add_at_tokens with hidden as its result."""
+    hidden = values["hidden"]
+    if asked in ("", "cpu") and not cpu.reasons(OPERATOR.forward, values):
+        cpu.op(OPERATOR.forward)(*values.values(), hidden)
+        return True
+    backend = asked or "cuda"
+    if backend not in cuda.NAMESPACES or hidden.is_cpu == (backend == "cuda"):
+        return False
+    # Those of kernels that did not start are among them.
+    if backends.reasons_against(OPERATOR.forward, values, backend)[backend]:
+        return False
+    try:
+        cuda.op(backend, OPERATOR.forward)(*values.values(), hidden)
+    except failures.StartError as failure:
+        failures.remember(OPERATOR.forward, backend, values, failure)
+        return False
+    return True
+
+
 def _add_in_place(hidden: Tensor, features: Tensor, index: Tensor, place: Tensor) -> None:
     values = {"hidden": hidden, "features": features, "index": index, "place": place}
-    if backends.forced() in ("", "cpu") and not cpu.reasons(OPERATOR.forward, values):
-        cpu.op(OPERATOR.forward)(*values.values(), hidden)
+    if _in_place_by_library(backends.forced(), values):
         return
     if not hidden.is_cpu:
         # Features behind the last token are added as zeros, to the first one.

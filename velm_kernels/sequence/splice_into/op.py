@@ -51,5 +51,4 @@ OPERATOR = Operator(
     gradient_shapes={"embeddings": lambda a: empty_like(a.grad), "features": rows_of_features},
     incoming=lambda grad, a: unit_last_stride(grad),
     triton="sequence.splice_into.triton",
-    cuda=False,
 )

@@ -68,5 +68,5 @@ OPERATOR = Operator(
     incoming=lambda grad, a: unit_last_stride(grad),
     check=_check,
     triton="sequence.splice_tokens.triton",
-    cuda=False,
+    cuda="sequence.splice_tokens.cuda",
 )
