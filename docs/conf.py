@@ -89,7 +89,8 @@ def reference() -> dict[str, str]:
     """File name -> text of every page of the reference."""
     public = {name: getattr(velm_kernels, name) for name in velm_kernels.__all__ if not name.startswith("__")}
     functions = {name: value for name, value in public.items() if not inspect.isclass(value)}
-    results = [value for value in public.values() if inspect.isclass(value) and not is_module(value)]
+    others = {name: value for name, value in public.items() if inspect.isclass(value) and not is_module(value)}
+    results = [value for value in others.values() if hasattr(value, "_fields")]
     pages, index = {}, []
     for package in dict.fromkeys([*TITLES, *map(family, public.values())]):
         title, names = TITLES.get(package, package.capitalize()), []
@@ -100,6 +101,21 @@ def reference() -> dict[str, str]:
                 told += [f".. autoclass:: velm_kernels.{one.__name__}" for one in returned_by(function, results)]
                 pages[name] = page(name, *told)
         listed = [bullet("func", name, public[name]) for name in names]
+        objects = {name: one for name, one in others.items() if one not in results and family(one) == package}
+        returned: list[type] = []
+        for name, one in objects.items():
+            names.append(name)
+            methods = [method for method in vars(one).values() if inspect.isfunction(method)]
+            told = dict.fromkeys(result for method in methods for result in returned_by(method, results))
+            # What several return is told where it stands first.
+            first = [result for result in told if result not in returned]
+            returned += first
+            pages[name] = page(
+                name,
+                f".. autoclass:: velm_kernels.{name}\n   :members:",
+                *(f".. autoclass:: velm_kernels.{result.__name__}" for result in first),
+            )
+        listed += [bullet("class", name, one) for name, one in objects.items()]
         modules = [name for name, value in public.items() if is_module(value) and family(value) == package]
         if modules:
             names.append(f"{package}_modules")

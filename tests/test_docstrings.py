@@ -18,7 +18,9 @@ from .modules import MODULES, ModuleCall, call_module
 PUBLIC = [name for name in velm_kernels.__all__ if not name.startswith("__")]
 FUNCTIONS = [name for name in PUBLIC if not inspect.isclass(getattr(velm_kernels, name))]
 MODULE_NAMES = [call.name for call in MODULES]
-RESULTS = sorted(set(PUBLIC) - set(FUNCTIONS) - set(MODULE_NAMES))
+RESULTS = sorted(name for name in PUBLIC if hasattr(getattr(velm_kernels, name), "_fields"))
+# Classes that are neither modules nor results.
+OBJECTS = sorted(set(PUBLIC) - set(FUNCTIONS) - set(MODULE_NAMES) - set(RESULTS))
 # They compute nothing that has a shape or a formula.
 TOOLS = ("explain", "make_sketch", "patch", "unpatch", "use_backend")
 SHAPE = re.compile(r"``\(.*?\)``", re.S)
@@ -47,7 +49,7 @@ def arguments_told(name: str, doc: str) -> set[str]:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", FUNCTIONS + MODULE_NAMES)
+@pytest.mark.parametrize("name", FUNCTIONS + MODULE_NAMES + OBJECTS)
 def test_examples_give_what_they_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     value, doc = getattr(velm_kernels, name), told(name)
     if "import transformers" in doc:
@@ -65,7 +67,7 @@ def test_examples_give_what_they_show(name: str, monkeypatch: pytest.MonkeyPatch
     assert not output, "".join(output)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS + MODULE_NAMES)
+@pytest.mark.parametrize("name", FUNCTIONS + MODULE_NAMES + OBJECTS)
 def test_docstrings_have_arguments_shapes_and_errors(name: str) -> None:
     value, doc = getattr(velm_kernels, name), told(name)
     missing = []
@@ -77,7 +79,7 @@ def test_docstrings_have_arguments_shapes_and_errors(name: str) -> None:
         missing.append("Returns")
     if name not in TOOLS and not SHAPE.search(doc):
         missing.append("a shape")
-    if name in MODULE_NAMES and not section(doc, "Shape"):
+    if name in MODULE_NAMES + OBJECTS and not section(doc, "Shape"):
         missing.append("Shape")
     missing += sorted(set(inspect.signature(value).parameters) - arguments_told(name, doc))
     assert not missing, f"{name}: {', '.join(missing)}"
@@ -88,6 +90,19 @@ def test_results_say_what_their_fields_are(name: str) -> None:
     fields = section(told(name), "Attributes")
     for field in getattr(velm_kernels, name)._fields:
         assert re.search(rf"^    {field}: ``\(", fields, re.M), f"{name}.{field} has no shape"
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_methods_say_what_they_take(name: str) -> None:
+    missing = []
+    for method, value in vars(getattr(velm_kernels, name)).items():
+        if method.startswith("_") or not callable(value := getattr(value, "__func__", value)):
+            continue
+        doc = inspect.getdoc(value) or ""
+        taken = list(inspect.signature(value).parameters)[1:]
+        missing += [f"{method}: {one}" for one in taken if not re.search(rf"\b{one}\b", doc)]
+        missing += [] if doc else [method]
+    assert not missing, f"{name}: {', '.join(missing)}"
 
 
 def _floats(call: ModuleCall) -> list[int]:

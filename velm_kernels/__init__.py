@@ -80,7 +80,7 @@ from velm_kernels.pooling import (
     select_tokens,
     unmerge_tokens,
 )
-from velm_kernels.retrieval import merge_topk, topk_similarity
+from velm_kernels.retrieval import ImageTextIndex, Neighbours, merge_topk, topk_similarity
 from velm_kernels.sequence import add_at_tokens, rotary, splice_into, splice_tokens
 
 __all__ = [
@@ -105,6 +105,7 @@ __all__ = [
     "CrossAttention",
     "FiLM",
     "GatedCrossAttention",
+    "ImageTextIndex",
     "Linear",
     "LinearCrossEntropyLoss",
     "LinearSum",
@@ -112,6 +113,7 @@ __all__ = [
     "MaskedPool",
     "MergedTokens",
     "Mutan",
+    "Neighbours",
     "PatchEmbed",
     "PerceiverResampler",
     "ProbePool",

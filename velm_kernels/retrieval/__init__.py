@@ -1,6 +1,7 @@
 """Which rows of a database are nearest to a query."""
 
+from velm_kernels.retrieval.index import ImageTextIndex, Neighbours
 from velm_kernels.retrieval.merge_topk import merge_topk
 from velm_kernels.retrieval.topk_similarity import topk_similarity
 
-__all__ = ["merge_topk", "topk_similarity"]
+__all__ = ["ImageTextIndex", "Neighbours", "merge_topk", "topk_similarity"]
