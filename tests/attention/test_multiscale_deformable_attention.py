@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend
+from tests.conftest import Backend, every_backend_with_cuda
 from velm_kernels.attention.multiscale_deformable_attention import reference
 
 SHAPES = [(8, 16), (5, 7), (1, 3)]
@@ -75,7 +75,7 @@ def at_places() -> tuple[Tensor, Tensor, Tensor]:
     return value[:, :128], locations, torch.rand(locations.shape[:-1], generator=torch.Generator().manual_seed(2))
 
 
-@every_backend
+@every_backend_with_cuda
 def test_edges_are_those_of_grid_sample(backend: Backend) -> None:
     """Exactly on a token's middle, on a level's border, half outside and far away."""
 
@@ -94,7 +94,7 @@ def test_edges_are_those_of_grid_sample(backend: Backend) -> None:
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 def test_a_location_that_is_no_number(backend: Backend, special: float) -> None:
     """makes its row NaN, as plain torch has it, and no other; nothing of the value is read for it."""
@@ -111,7 +111,7 @@ def test_a_location_that_is_no_number(backend: Backend, special: float) -> None:
     assert torch.equal(theirs.isnan(), out.isnan())
 
 
-@every_backend
+@every_backend_with_cuda
 def test_what_no_location_touches_is_not_read(backend: Backend) -> None:
     """Corners outside are skipped and not multiplied with 0: NaN in the first and last token of a level stays there."""
     value, locations, weights = drawn()
@@ -124,7 +124,7 @@ def test_what_no_location_touches_is_not_read(backend: Backend) -> None:
 
 @pytest.mark.parametrize("d", [1, 8, 32, 41, 160])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@every_backend
+@every_backend_with_cuda
 def test_any_number_of_columns(backend: Backend, dtype: torch.dtype, d: int) -> None:
     """Whole vectors, several of them and a part of one; a value that lies in a wider projection."""
     value, locations, weights = drawn(dtype, d)
@@ -161,6 +161,31 @@ def test_many_samples_of_a_large_value(dtype: torch.dtype) -> None:
     assert torch.equal(few_or_many(slice(1000, 1100)), many[:, 1000:1100])
 
 
+@every_backend_with_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_samples(backend: Backend, dtype: torch.dtype) -> None:
+    """So many of each level that work is divided, in levels of more tokens than a block has threads, and of one."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = torch.tensor([(37, 41), (1, 1)])
+    value = torch.randn(1, 37 * 41 + 1, 2, 8, generator=generator).to(dtype)
+    locations = (0.4 * torch.randn(1, 423, 2, 2, 4, 2, generator=generator) + 0.5).to(dtype)
+    weights = torch.rand(1, 423, 2, 2, 4, generator=generator).to(dtype)
+
+    def here(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return velm_kernels.multiscale_deformable_attention(value, shapes, locations, weights)
+
+    def exactly(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return reference.multiscale_deformable_attention(value, shapes, locations, weights)
+
+    with backend.use():
+        found, again = (with_gradients(here, value, locations, weights) for _ in range(2))
+    wanted = with_gradients(exactly, *(x.double() for x in (value, locations, weights)))
+    for got, once_more, true in zip(found, again, wanted):
+        assert torch.equal(got, once_more)
+        error = torch.linalg.vector_norm(got.double() - true) / torch.linalg.vector_norm(true)
+        assert error < 16 * torch.finfo(dtype).eps
+
+
 def test_same_bits_for_any_number_of_threads() -> None:
     before, bits = torch.get_num_threads(), []
     try:
@@ -173,7 +198,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         assert all(torch.equal(x, y) for x, y in zip(bits[0], others))
 
 
-@every_backend
+@every_backend_with_cuda
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 2)])
 def test_gradients_that_are_asked_for(backend: Backend, wanted: tuple[int, ...]) -> None:
     every = with_gradients(ours, *drawn())[1:]

@@ -35,8 +35,8 @@ REGISTERS = 65536
 RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
-    r"(attention_pool|count_sketches|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge_attention|cross_attention_norm|pool|"
-    r"rotary|rows|weighted_sum) .*|"
+    r"(attention_pool|count_sketches|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge_attention|cross_attention_norm|"
+    r"multiscale_deformable_attention(_value)?|pool|rotary|rows|weighted_sum) .*|"
     r".* (add_splits|delta|gradients|inverse_norms|merge_splits|pair_maps|pair_slopes|sum_partials)_kernel<.*"
 )
 
@@ -112,7 +112,7 @@ def occupancy(registers: int, shared_bytes: int, threads: int, arch: str) -> flo
 
 def block_threads(instance: str) -> int:
     """Threads of a block, by the source's own constants; tests/device_on_host/test_traffic.py compares."""
-    if instance.startswith(("pair_maps_kernel", "pair_slopes_kernel")):
+    if instance.startswith(("pair_maps_kernel", "pair_slopes_kernel", "deformable_scan_kernel")):
         return 512
     return (
         64

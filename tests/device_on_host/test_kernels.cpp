@@ -7,6 +7,7 @@
 #include "attention/cuda_forward.h"
 #include "attention/gated_residual/cuda.h"
 #include "attention/merge_attention/cuda.h"
+#include "attention/multiscale_deformable_attention/cuda.h"
 #include "fusion/dropout_residual/cuda.h"
 #include "tests/device_on_host/values.h"
 
@@ -393,6 +394,81 @@ void check_dropout(int64_t dim) {
   CHECK(kept > 0 && kept < rows * dim);
 }
 
+// Two levels, one of a single token. With sizes that do not fit the tokens nothing but them may be touched.
+template <class T>
+void check_deformable(int64_t queries, int64_t d, bool fits) {
+  const int64_t heads = 2, points = 3, height = 5, width = 7, tokens = height * width + 1;
+  std::vector<int64_t> shapes{fits ? height : height + 60, width, 1, 1};
+  const int64_t samples = queries * heads * 2 * points;
+  auto value = random_values<T>(tokens * heads * d), grad = random_values<T>(queries * heads * d);
+  auto locations = random_values<float>(2 * samples);
+  auto weights = random_values<__half>(samples);
+  for (float& at : locations) at = 0.4f * at + 0.5f;
+  std::vector<T> out(grad.size()), grad_value(value.size()), again(value.size());
+  std::vector<float> grad_locations(locations.size());
+  std::vector<__half> grad_weights(weights.size());
+  Deformable p{};
+  p.batch = 1, p.tokens = tokens, p.heads = heads, p.d = d, p.queries = queries, p.levels = 2, p.points = points;
+  p.value = view(value, {1, tokens, heads, d});
+  p.shapes = view(shapes);
+  p.locations = view(locations);
+  p.weights = view(weights);
+  p.out = view(out, {1, queries, heads, d});
+  deformable_forward(p, nullptr);
+  p.grad = view(grad, {1, queries, heads, d});
+  p.grad_locations = view(grad_locations);
+  p.grad_weights = view(grad_weights);
+  deformable_samples_backward(p, nullptr);
+  for (std::vector<T>* to : {&grad_value, &again}) {
+    // The same bits in any order of threads.
+    options().reverse = to == &again;
+    std::vector<int32_t> counts(static_cast<size_t>(heads * p.cells() * p.chunks()));
+    std::vector<float> placed(static_cast<size_t>(heads * 2 * p.of_level() * 4));
+    p.counts = view(counts);
+    p.placed = view(placed);
+    p.grad_value = view(*to, {1, tokens, heads, d});
+    deformable_value_backward(p, nullptr);
+  }
+  options().reverse = false;
+  if (!fits) return;
+
+  std::vector<double> sums(value.size());
+  for (int64_t q = 0; q < queries; ++q)
+    for (int64_t h = 0; h < heads; ++h) {
+      std::vector<double> result(static_cast<size_t>(d));
+      for (int64_t i = 0; i < 2 * points; ++i) {
+        const int64_t sample = (q * heads + h) * 2 * points + i, level = i / points;
+        const double w = level ? 1 : width, h_ = level ? 1 : height;
+        const double x = locations[static_cast<size_t>(2 * sample)] * w - 0.5;
+        const double y = locations[static_cast<size_t>(2 * sample + 1)] * h_ - 0.5;
+        double of_weight = 0, of_x = 0;
+        for (int64_t ty = 0; ty < h_; ++ty)
+          for (int64_t tx = 0; tx < w; ++tx) {
+            const double along = std::max(0.0, 1 - std::abs(x - tx)), down = std::max(0.0, 1 - std::abs(y - ty));
+            const double slope = tx == std::floor(x) ? -1 : tx == std::floor(x) + 1 ? 1 : 0;
+            const auto token = static_cast<size_t>(((level ? height * width : ty * width + tx) * heads + h) * d);
+            for (int64_t c = 0; c < d; ++c) {
+              const auto k = static_cast<size_t>(c);
+              const double g = to_float(grad[static_cast<size_t>((q * heads + h) * d) + k]);
+              const double v = to_float(value[token + k]), weight = to_float(weights[static_cast<size_t>(sample)]);
+              result[k] += weight * along * down * v;
+              sums[token + k] += weight * along * down * g;
+              of_weight += along * down * g * v;
+              of_x += weight * slope * down * g * v * w;
+            }
+          }
+        CHECK(close(to_float(grad_weights[static_cast<size_t>(sample)]), of_weight));
+        CHECK(close(grad_locations[static_cast<size_t>(2 * sample)], of_x));
+      }
+      for (int64_t c = 0; c < d; ++c)
+        CHECK(close(to_float(out[static_cast<size_t>((q * heads + h) * d + c)]), result[static_cast<size_t>(c)]));
+    }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    CHECK(close(to_float(grad_value[i]), sums[i]));
+    CHECK(to_float(grad_value[i]) == to_float(again[i]));
+  }
+}
+
 }  // namespace
 
 TEST(kernels_gated_residual) {
@@ -432,4 +508,12 @@ TEST(kernels_dropout_residual) {
   check_dropout<float>(130);
   check_dropout<__half>(64);
   check_dropout<__nv_bfloat16>(37);
+}
+
+TEST(kernels_deformable) {
+  // Several runs of samples, vectors and single columns, and more columns than a warp has at a time.
+  check_deformable<float>(350, 8, true);
+  check_deformable<__half>(5, 7, true);
+  check_deformable<__nv_bfloat16>(9, 300, true);
+  check_deformable<float>(20, 4, false);
 }

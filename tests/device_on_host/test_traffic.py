@@ -258,6 +258,39 @@ def test_low_rank_fusion() -> None:
     assert int(projected["matrix_instructions"]) and int(fused["matrix_instructions"])
 
 
+def test_multiscale_deformable_attention() -> None:
+    sides, queries, heads, d, points = [(6, 10), (3, 5)], 48, 2, 32, 4
+    shapes, tokens, lanes = torch.tensor(sides), 75, 4
+    value = torch.randn(1, tokens, heads, d).bfloat16()
+    # All four corners are inside.
+    locations = 0.3 + 0.4 * torch.rand(1, queries, heads, len(sides), points, 2)
+    weights = torch.rand(1, queries, heads, len(sides), points)
+    leaves = [leaf.requires_grad_() for leaf in (value, locations, weights)]
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        out = velm_kernels.multiscale_deformable_attention(leaves[0], shapes, *leaves[1:])
+        (forward,) = cuda.launches()
+        torch.autograd.grad(out, leaves, torch.randn_like(out))
+    samples, counted, _, placed, of_value = launches = cuda.launches()
+    for launch in (forward, *launches):
+        check_shared_bytes(launch)
+    # Four lanes have a row, and all of them read where its samples lie.
+    corners = 4 * weights.numel() * d * value.itemsize
+    of_rows = lanes * (count(locations, weights) + queries * heads * count(shapes))
+    assert forward["global_bytes_read"] == corners + of_rows and forward["global_bytes_written"] == count(out)
+    assert samples["global_bytes_read"] == corners + of_rows + count(out)
+    assert samples["global_bytes_written"] == count(locations, weights)
+    # A sample is counted once, and once more placed as four numbers.
+    assert counted["global_bytes_written"] == 4 * weights.numel()
+    written = int(placed["global_bytes_written"]) - 4 * 4 * weights.numel()
+    assert 0 < written <= 4 * weights.numel()
+    # Each corner is read with what comes in; all lanes read the sizes of levels up to that of their token, and the ends
+    # of six cells, of which that before the first one is none.
+    of_tokens = 60 * 16 + 15 * 32 + 75 * 6 * 4 - len(sides) * 4
+    assert of_value["global_bytes_read"] == corners + 4 * weights.numel() * lanes * 16 + heads * 32 * of_tokens
+    assert of_value["global_bytes_written"] == count(value)
+
+
 HEADS, QUERIES, KEYS = 2, 130, 300
 # Rows of a block: each of them reads the keys and values that its rows see.
 BLOCK_ROWS = 64

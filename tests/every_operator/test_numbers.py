@@ -28,7 +28,6 @@ NOT_THERE |= {
     "patch_embed",
     "maxsim_contrastive_loss",
     "mutual_information",
-    "multiscale_deformable_attention",
     "rotary",
     "topk_similarity",
 }

@@ -67,7 +67,6 @@ NOT_YET: dict[str, set[str]] = {
 
 
 NOT_YET["device_on_host"] |= {
-    "multiscale_deformable_attention",
     "rotary",
     "topk_similarity",
     # Heads of more than 256 columns.

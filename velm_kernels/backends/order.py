@@ -35,6 +35,8 @@ TABLE: dict[str, _Row] = {
     "attention": (CUDA_FIRST, TORCH_FIRST, TORCH_FIRST, CUDA_FIRST),
     # Its CUDA kernel uses no matrix instructions yet.
     "attention_pool": (TRITON_FIRST,) * 4,
+    # No matrices. The CUDA kernels count samples for the gradient of value, Triton's sort their corners.
+    "multiscale_deformable_attention": (CUDA_FIRST,) * 4,
     # Nothing but products of matrices.
     "folded_bilinear": (TORCH_FIRST,) * 4,
     # cuBLASLt through torch: no other product reaches it.

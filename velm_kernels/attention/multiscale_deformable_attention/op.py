@@ -37,7 +37,6 @@ OPERATOR = Operator(
     saves=("value", "spatial_shapes", "sampling_locations", "attention_weights"),
     check=fits,
     triton="attention.multiscale_deformable_attention.triton",
-    cuda=False,
     # A product with the share of each of four corners, their sum, a product with the weight, and the sum over samples.
     flops=lambda a: 10 * product(a.attention_weights) * a.value[3],
     # Four corners read for the gradients of shares, four added to.
