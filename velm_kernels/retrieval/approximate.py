@@ -15,8 +15,9 @@ from velm_kernels.retrieval.topk_similarity.reference import LEAST_NORM, similar
 
 # Rows that are handed over at a time, and numbers that are gathered at a time.
 ROWS, NUMBERS = 65536, 1 << 24
-# How many more candidates are looked at where codes say less than features do.
-MORE = 4
+# How many more candidates are looked at where codes are compared with less precision than features are: of SQbf16 faiss
+# rounds queries to bfloat16 on processors that multiply it.
+MORE, PRECISE = 4, ("Flat", "SQfp16")
 CODES = {torch.float32: "Flat", torch.float16: "SQfp16", torch.bfloat16: "SQbf16"}
 
 
@@ -71,7 +72,7 @@ class Approximate:
     def search(self, state: State, queries: Tensor, k: int, order: Tensor | None) -> Found:
         """``(values, ids)``, at most ``(queries, k)``, in no order; values are computed from the features of the rows
         that were found."""
-        many = k if self.factory.rpartition(",")[2] in CODES.values() else MORE * k
+        many = k if self.factory.rpartition(",")[2] in PRECISE else MORE * k
         many = min(many, len(self.order))
         if not many or not len(queries):
             return queries.new_empty((len(queries), 0)).float(), torch.empty(len(queries), 0, dtype=torch.int64)

@@ -370,9 +370,9 @@ class ImageTextIndex:
 
         Args:
             factory: as ``faiss.index_factory`` takes it, beginning with ``IVF`` or ``HNSW``: ``"IVF4096,Flat"``,
-                ``"HNSW32,SQfp16"``, ``"IVF4096,PQ64"`` (codes that say less than the features: four times as many
-                candidates are compared by these). None: ``IVF`` with about ``4 sqrt(rows)`` lists and the dtype of the
-                index.
+                ``"HNSW32,SQfp16"``, ``"IVF4096,PQ64"`` (where codes are compared with less precision than features, as
+                of PQ and SQbf16, four times as many candidates are compared by their features). None: ``IVF`` with
+                about ``4 sqrt(rows)`` lists and the dtype of the index.
             nprobe: how many lists of an ``IVF`` a search looks through: more finds more and takes longer.
             ef_search: how many candidates a search of ``HNSW`` keeps.
 
