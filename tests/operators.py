@@ -27,9 +27,10 @@ def differentiable_results(value: Any) -> list[Tensor]:
 
 def public_operators() -> set[str]:
     """The names of all functions of the library that take tensors and are neither draws of random numbers alone nor
-    plain torch, as decomposed_position_bias is."""
+    plain torch, as decomposed_position_bias is, nor only say where something lies."""
     others = {"explain", "use_backend", "patch", "unpatch", "make_sketch", "sample_hard_negatives"}
     others |= {"decomposed_position_bias"}
+    others |= {"grid_positions", "resize_taps"}
     return {name for name in velm_kernels.__all__ if inspect.isfunction(getattr(velm_kernels, name))} - others
 
 

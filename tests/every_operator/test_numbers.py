@@ -28,6 +28,9 @@ NOT_THERE |= {
     "patch_embed",
     "maxsim_contrastive_loss",
     "mutual_information",
+    "interpolated_embedding",
+    "merge_patches",
+    "pool_grid",
     "rotary",
     "topk_similarity",
 }

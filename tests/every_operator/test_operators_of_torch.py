@@ -54,6 +54,9 @@ NOT_CAST = {
     "multiscale_deformable_attention",
     "topk_similarity",
     "merge_topk",
+    "interpolated_embedding",
+    "merge_patches",
+    "pool_grid",
 }
 # As torch's own: from what was rounded for their products, in float32.
 LOSSES = {"contrastive_loss", "mutual_information", "sigmoid_loss"}

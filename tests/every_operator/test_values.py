@@ -67,6 +67,9 @@ NOT_YET: dict[str, set[str]] = {
 
 
 NOT_YET["device_on_host"] |= {
+    "interpolated_embedding",
+    "merge_patches",
+    "pool_grid",
     "rotary",
     "topk_similarity",
     # Heads of more than 256 columns.
