@@ -124,6 +124,7 @@ class Operator:
         backward: Callable[[Any, Sequence[Any], str], Sequence[Any]] | None = None,
         gradients_again: Callable[[Any, Sequence[Any]], Any] | None = None,
         gradient_shapes: Mapping[str, Callable[..., Tensor]] | None = None,
+        in_place: Callable[[Any, Sequence[Any]], Sequence[Any] | None] | None = None,
         incoming: Callable[[Tensor, Any], Tensor] | None = None,
         triton: str = "",
         cpu: bool | str = True,
@@ -150,7 +151,7 @@ class Operator:
         self._forward_only = forward_only
         self._remembers = {parameters(kind)[0]: value for kind, value in (remembers or {}).items()}
         self._gradients, self._gradient_shapes = gradients, dict(gradient_shapes or {})
-        self._gradients_again = gradients_again
+        self._gradients_again, self._in_place = gradients_again, in_place
         self._saves_only_if = saves_only_if or {}
         self._saves = saves if isinstance(saves, Mapping) else dict.fromkeys(differentiable, saves)
         self._check_names()
@@ -383,6 +384,7 @@ class Operator:
             saved_by_name=_named(self._backward_names[len(self._grad_names) :]),
             run=self._run_backward,
             run_again=None if self._gradients_again is None else self._run_again,
+            in_place=None if self._in_place is None else self._run_in_place,
         )
 
     def _declare_backward(
@@ -523,6 +525,12 @@ class Operator:
         values, wanted = self._values_and_wanted(args[:-1])
         found = self._gradients_again(SimpleNamespace(**self._backward_by_name(values)._asdict(), **more), wanted)
         return found if found is NotImplemented else tuple(found)
+
+    def _run_in_place(self, *args: Any) -> Any:
+        assert self._in_place is not None
+        values, wanted = self._values_and_wanted(args)
+        found = self._in_place(self._backward_by_name(values), wanted)
+        return None if found is None else tuple(found)
 
 
 def _named(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:

@@ -7,6 +7,7 @@ transform, no mode, no compiler, no trace, no profiler) they ask for gradients a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -27,6 +28,15 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _trace = torch._C._get_tracing_state
 _profiles = torch._C._autograd._profiler_enabled
 
+
+class _Calls(threading.local):
+    """Whether the operator that runs now was called by a public function, which gives nobody all of its results, though
+    by torch's dispatcher: for a profiler."""
+
+    is_public = False
+
+
+calls = _Calls()
 # By operator: what sees its arguments before it runs, and how it is called to record a gradient.
 _checks: dict[str, Callable[[Arguments], None]] = {}
 _recording: dict[str, Callable[..., Any]] = {}
@@ -73,6 +83,12 @@ def call(name: str, arguments: Arguments) -> Any:
             return run(name, values, backends.forced(), kind, arguments)
         if needed and name in _recording:
             return _recording[name](values, backends.forced(), kind, arguments)
+    elif _untraced() and _profiles():
+        calls.is_public = True
+        try:
+            return getattr(torch.ops.velm, name)(*values, backends.forced())
+        finally:
+            calls.is_public = False
     return getattr(torch.ops.velm, name)(*values, backends.forced())
 
 
@@ -96,6 +112,11 @@ ops = _Operators()
 
 def _unnoticed() -> bool:
     """Whether no compiler, mode, transform, trace or profiler sees the operators that are called now."""
+    return _untraced() and not _profiles()
+
+
+def _untraced() -> bool:
+    """The same of all but a profiler."""
     return not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
@@ -103,7 +124,6 @@ def _unnoticed() -> bool:
         or _transform() is not None
         or forward_ad._current_level >= 0
         or _trace() is not None
-        or _profiles()
     )
 
 

@@ -86,7 +86,8 @@ def register_autograd(
     """Makes ``backward`` the derivative of ``velm::name``, and ``meaning`` what its other derivatives are those of.
 
     ``backward`` and ``setup_context`` are those of ``torch.library.register_autograd``, and so is what happens, but
-    that ``ctx.needs`` stands for ``ctx.needs_input_grad``: a flag for each argument, of a list for each of its tensors.
+    that ``ctx.needs`` stands for ``ctx.needs_input_grad``: a flag for each argument, of a list for each of its tensors;
+    and that ``ctx.is_direct`` says whether nobody but the public function has seen the results.
     ``leaves`` are the arguments that may have a gradient. Torch's own, in a call that records
     gradients, looks through the schema for defaults that the caller left out: for the twenty arguments of attention
     that takes ten times as long as all the rest, and these operators have none. ``given`` makes the arguments of
@@ -136,7 +137,7 @@ def register_autograd(
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 result = operator.redispatch(keyset & torch._C._after_autograd_keyset, *values, backend)
-        ctx.backend = backend
+        ctx.backend, ctx.is_direct = backend, keyset is None or direct.calls.is_public
         setup_context(ctx, (*values, backend), result)
         if given is None:
             derivatives.remember(ctx, derivatives.flat(values) if has_lists else values)

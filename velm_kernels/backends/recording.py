@@ -10,11 +10,15 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from velm_kernels.backends.derivatives import Absent, flat, in_lists
 
 Condition = Callable[[Any], bool]
+# Whether backward may be called again with what was saved: what torch's compiler asks before it reuses that.
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_hooks_of_saved_tensors = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 class Kept(NamedTuple):
@@ -52,6 +56,8 @@ class Declared(NamedTuple):
             and the backend.
         run_again: the same with the gradients of ``only_again`` before all others, in plain torch; None where there is
             no such form.
+        in_place: the same as ``run`` without the backend, on the memory of results that were kept; gives None where it
+            cannot. None where there is no such form.
     """
 
     names: Sequence[str]
@@ -72,6 +78,7 @@ class Declared(NamedTuple):
     saved_by_name: Callable[[Sequence[Any]], Any]
     run: Callable[..., Any]
     run_again: Callable[..., Any] | None
+    in_place: Callable[..., Any] | None
 
 
 class Plan(NamedTuple):
@@ -179,6 +186,9 @@ class Recording:
             if of.remembers:
                 settings = [*[value(a) for value in of.remembers], *settings]
         ctx.settings = settings
+        if of.in_place is not None:
+            # Hooks of saved tensors may give what others hold.
+            ctx.is_alone = ctx.is_direct and _hooks_of_saved_tensors(True) is None
         for place in self._may_be_absent:
             if saved[place] is None:
                 saved = [*saved[:place], made[0].new_empty((0,)), *saved[place + 1 :]]
@@ -264,7 +274,13 @@ class Recording:
             if found is NotImplemented:
                 return found
         else:
-            found = of.run(*chosen, *saved, *settings, *plan.wanted, ctx.backend)
+            found = None
+            # The reference computes from the arguments, whatever was made of them.
+            in_place = of.in_place
+            if in_place is not None and ctx.is_alone and ctx.backend != "reference" and not _graph_is_kept():
+                found = in_place(*chosen, *saved, *settings, *plan.wanted)
+            if found is None:
+                found = of.run(*chosen, *saved, *settings, *plan.wanted, ctx.backend)
         if found.__class__ is not tuple:
             found = (found,)
         for place, of_argument, which in plan.gradients:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from velm_kernels.losses.linear_cross_entropy.op import factor, made_in_forward
+from velm_kernels.losses.linear_cross_entropy.op import factor, factors, made_in_forward, scale_into
 
 
 class Passes(Protocol):
@@ -346,11 +346,11 @@ def backward(
     of_sum = None if grad_loss is None or reduction == "none" else factor(targets, grad_loss, reduction)
     if statistics is None:
         assert of_sum is not None
-        of_row = torch.where(targets >= 0, of_sum, 0.0)[:, None]
-        made = ((made_hidden, of_row), (made_weight, of_sum), (made_bias, of_sum))
-        for (value, by), to in zip(made, (grad_hidden, grad_weight, grad_bias), strict=True):
+        made = (made_hidden, made_weight, made_bias)
+        to_all = (grad_hidden, grad_weight, grad_bias)
+        for value, by, to in zip(made, factors(targets, of_sum), to_all, strict=True):
             if to is not None and value is not None:
-                torch.mul(value, by, out=to)
+                scale_into(value, by, to)
         return
     work = _Work(passes, sizes, hidden, weight, bias, targets, softcap)
     gradients = _Gradients(work, grad_hidden, grad_weight, grad_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from velm_kernels.operator import Operator
 HIDDEN, WEIGHT, BIAS = 1, 2, 4
 # Beside them: backward makes them, whatever the reduction.
 LATER = 8
+# Elements that are multiplied before they are rounded to 16 bits: 4 MiB.
+SCALED = 1 << 20
 
 
 def made_in_forward(reduction: str, details: bool, records: int) -> int:
@@ -93,6 +96,38 @@ def factor(targets: Tensor, grad: Tensor, reduction: str) -> Tensor:
     return torch.where(labelled > 0, grad / labelled, 0.0)
 
 
+def factors(targets: Tensor, of_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the gradients of the sum are multiplied with: of hidden, weight and bias. What has no label has none,
+    whatever comes in."""
+    return torch.where(targets >= 0, of_sum, 0.0)[:, None], of_sum, of_sum
+
+
+def scale_into(made: Tensor, by: Tensor, to: Tensor) -> Tensor:
+    """``to = made * by``. Where ``to`` is narrower torch would make the product whole in the wider dtype first."""
+    step = len(made) if made.dtype == to.dtype or made.dim() == 1 else max(1, SCALED // max(1, made.shape[1]))
+    for first in range(0, len(made), max(1, step)):
+        rows = slice(first, first + step)
+        torch.mul(made[rows], by if by.dim() == 0 else by[rows], out=to[rows])
+    return to
+
+
+def _in_place(a: Any, wanted: Sequence[bool]) -> list[Tensor | None] | None:
+    """A gradient of weight is as large as weight, and there should be but one."""
+    if a.statistics is not None or a.grad_loss is None:
+        return None
+    found: list[Tensor | None] = []
+    all_made = (a.made_hidden, a.made_weight, a.made_bias)
+    by_all = factors(a.targets, factor(a.targets, a.grad_loss, a.reduction))
+    for made, by, like, want in zip(all_made, by_all, (a.hidden, a.weight, a.bias), wanted):
+        if not want or made is None:
+            found.append(None)
+        elif made.dtype == like.dtype:
+            found.append(made.mul_(by))
+        else:
+            found.append(scale_into(made, by, like.new_empty(like.shape)))
+    return found
+
+
 def _check(arguments: Arguments) -> None:
     targets, vocabulary = arguments["targets"], arguments["weight"].shape[0]
     if targets.numel() and checks.reads_values(targets):
@@ -146,6 +181,7 @@ OPERATOR = Operator(
         "made_weight": lambda a: bool(made_in_forward(a.reduction, a.details, a.records) & WEIGHT),
         "made_bias": lambda a: bool(made_in_forward(a.reduction, a.details, a.records) & BIAS),
     },
+    in_place=_in_place,
     triton="losses.linear_cross_entropy.triton",
     cpu="losses.linear_cross_entropy.cpu",
     cuda=False,
