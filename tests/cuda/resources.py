@@ -36,7 +36,7 @@ RESERVED = 1024
 # Kernels that multiply no matrices, or too few rows to be worth it; all others do, and by matrix instructions.
 WITHOUT_PRODUCTS = re.compile(
     r"(attention_pool|count_sketches|dropout_residual|factorized_pool|film|gated_residual|gather_rows|merge_attention|cross_attention_norm|"
-    r"multiscale_deformable_attention(_value)?|pool|rotary|rows|weighted_sum) .*|"
+    r"multiscale_deformable_attention(_value)?|pool|rotary(_norms)?|rows|weighted_sum) .*|"
     r".* (add_splits|delta|gradients|inverse_norms|merge_splits|pair_maps|pair_slopes|sum_partials)_kernel<.*"
 )
 

@@ -147,6 +147,29 @@ def test_features_at_tokens(dtype: torch.dtype) -> None:
         check(count(out), count(out), 1.45)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_rotary(dtype: torch.dtype, head_dim: int) -> None:
+    query, key = torch.randn(1, 40, 16, head_dim).to(dtype), torch.randn(1, 40, 8, head_dim).to(dtype)
+    leaves = [x.transpose(1, 2).requires_grad_() for x in (query, key)]
+    cos, sin = torch.randn(2, 40, head_dim)
+    weight = torch.ones(head_dim)
+    both = count(query, key)
+    cuda.launches()
+    with velm_kernels.use_backend("device_on_host"):
+        outs = velm_kernels.rotary(*leaves, cos, sin)
+        # Tables once for every 8 heads.
+        check(both + 3 * count(cos, sin), both, 1.001)
+        torch.autograd.grad(outs, leaves, [x.detach() for x in leaves])
+        check(both + 3 * count(cos, sin), both, 1.001)
+        # From caches: what is normalised a second time, and tables and weight for every head.
+        outs = velm_kernels.rotary(*leaves, cos, sin, query_norm_weight=weight, key_norm_weight=weight)
+        check(2 * both + 24 * (count(cos, sin) + 40 * count(weight)), both, 1.001)
+        torch.autograd.grad(outs, leaves, [x.detach() for x in leaves])
+        # Of two passes, the second has the weight once for 8 rows.
+        check(4 * both + 24 * (2 * count(cos, sin) + 40 * count(weight)), both, 1.1)
+
+
 def test_bilinear() -> None:
     rows, dx, dy, out = 64, 64, 128, 64
     x, y, grad = (torch.randn(rows, dim).bfloat16() for dim in (dx, dy, out))

@@ -31,7 +31,6 @@ NOT_THERE |= {
     "interpolated_embedding",
     "merge_patches",
     "pool_grid",
-    "rotary",
     "topk_similarity",
 }
 # What only the reference has.

@@ -70,7 +70,6 @@ NOT_YET["device_on_host"] |= {
     "interpolated_embedding",
     "merge_patches",
     "pool_grid",
-    "rotary",
     "topk_similarity",
     # Heads of more than 256 columns.
     "cross_attention-wide heads",

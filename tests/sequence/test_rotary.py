@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend, every_cpu_backend
+from tests.conftest import CUDA_KERNELS, Backend, every_backend_with_cuda, every_cpu_backend
+from tests.numbers import assert_accurate
 from velm_kernels.sequence.rotary import reference, tables
 
 BATCH, HEADS, KV_HEADS, TOKENS, HEAD_DIM = 2, 4, 2, 21, 40
@@ -196,7 +197,7 @@ def test_norms_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("heads_last", [True, False])
-@every_backend
+@every_backend_with_cuda
 def test_packed_projections_are_read_where_they_lie(backend: Backend, heads_last: bool) -> None:
     """Views of (batch, tokens, 3, heads, head_dim), and results that the next view takes without a copy."""
     generator = torch.Generator().manual_seed(0)
@@ -221,7 +222,7 @@ def test_packed_projections_are_read_where_they_lie(backend: Backend, heads_last
     close(found[0], found[1])
 
 
-@every_backend
+@every_backend_with_cuda
 def test_columns_that_are_not_rotated_are_copied(backend: Backend) -> None:
     """Bit by bit, NaN and infinity included, and they reach no other column."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -246,7 +247,7 @@ def test_subnormal_numbers_are_kept(backend: Backend) -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 6, 14, 34, 66, 72, 96, 130])
 @pytest.mark.parametrize("layout", ["halves", "pairs", "quarters"])
-@every_backend
+@every_backend_with_cuda
 def test_head_dims_beside_whole_vectors(backend: Backend, layout: str, head_dim: int) -> None:
     query, key = drawn(head_dim=head_dim)
     rotated = head_dim // 4 * 4 if layout == "quarters" else head_dim
@@ -262,6 +263,51 @@ def test_head_dims_beside_whole_vectors(backend: Backend, layout: str, head_dim:
                 outs = velm_kernels.rotary(*given, layout=layout)
         found.append((outs, torch.autograd.grad(outs, given, upstream)))
     close(found[0], found[1])
+
+
+# Vectors of 16 bytes, of 8 and single columns; one norm over each head, or over all; more heads than a thread goes
+# through, and more rows of a norm than a block has.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("norms", [(), (1, 1), (HEADS + 7, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "head_dim", "rotated"),
+    [
+        ("halves", 64, 64), ("halves", 40, 24), ("halves", 22, 8), ("halves", 320, 320), ("halves", 24, 0),
+        ("pairs", 64, 32), ("pairs", 22, 18), ("quarters", 64, 64), ("quarters", 72, 48),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_cuda_kernels(
+    backend: Backend, layout: str, head_dim: int, rotated: int, norms: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(6)
+    query = torch.randn(BATCH, TOKENS, HEADS + 7, head_dim, generator=generator).transpose(1, 2).to(dtype)
+    # Of a wider tensor, whose rows begin at multiples of 16 bytes but for heads of 320.
+    skipped = 1 if head_dim == 320 else 8
+    key = torch.randn(BATCH, KV_HEADS, TOKENS, head_dim + skipped, generator=generator).to(dtype)[..., skipped:]
+    cos, sin = torch.randn(2, 1, TOKENS, rotated, generator=generator).to(torch.float32 if rotated == 32 else dtype)
+    names, leaves = ["query", "key", "cos", "sin"], [query, key, cos, sin]
+    for name, heads in zip(("query", "key"), norms, strict=False):
+        if heads:
+            names.append(f"{name}_norm_weight")
+            leaves.append(torch.randn(heads * head_dim, generator=generator).to(dtype))
+    upstream = [torch.randn(x.shape, generator=generator).to(dtype) for x in (query, key)]
+    found = []
+    for number in (torch.float64, dtype, None):
+        kinds = [x.dtype if number is None or number == dtype else number for x in leaves]
+        given = [x.detach().to(kind).requires_grad_() for x, kind in zip(leaves, kinds, strict=True)]
+        arguments = dict(zip(names, given, strict=True))
+        if number is None:
+            with backend.use():
+                outs = velm_kernels.rotary(**arguments, layout=layout, norm_eps=1e-3)
+        else:
+            tables = (arguments.pop(name).expand(BATCH, -1, -1) for name in ("cos", "sin"))
+            query_and_key = arguments.pop("query"), arguments.pop("key")
+            outs = reference.rotary(*query_and_key, *tables, layout=layout, norm_eps=1e-3, **arguments)
+        grads = torch.autograd.grad(outs, given, [g.to(out.dtype) for g, out in zip(upstream, outs, strict=True)])
+        found.append([*(out.detach() for out in outs), *grads])
+    for name, exact, plain, got in zip(("rotated_query", "rotated_key", *names), *found, strict=True):
+        assert_accurate(name, got, plain, exact)
 
 
 def test_what_backward_keeps() -> None:

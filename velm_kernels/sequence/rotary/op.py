@@ -75,7 +75,6 @@ _IN_COMMON: dict[str, Any] = {
     "gradient_shapes": _EMPTY_GRADIENTS,
     "incoming": lambda grad, a: unit_last_stride(grad),
     "triton": "sequence.rotary.triton",
-    "cuda": False,
 }
 
 # query: (batch, heads, tokens, head_dim), key: (batch, its own heads, tokens, head_dim), one dtype; cos, sin: (batch,
