@@ -76,7 +76,7 @@ NOT_YET["device_on_host"] |= {
     "cross_attention_varlen-wide heads",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
-NOT_YET["cpu"] = NOT_YET["triton"] = {"topk_similarity"}
+NOT_YET["triton"] = {"topk_similarity"}
 
 
 def pattern(x: Tensor, only_finite: bool) -> Tensor:

@@ -36,7 +36,7 @@ OPERATOR = Operator(
         "queries": lambda a: a.queries.new_empty(a.queries.shape),
         "database": lambda a: a.database.new_empty(a.database.shape),
     },
-    cpu=False,
+    cpu="retrieval.topk_similarity.cpu",
     cuda=False,
     flops=lambda a: 2 * a.queries[0] * a.database[0] * a.queries[1],
     backward_flops=lambda a: 2 * a.queries[0] * a.k * a.queries[1] * (bool(a.wanted & 1) + bool(a.wanted & 2)),
