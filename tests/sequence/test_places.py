@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
-from tests.conftest import Backend, every_backend_with_cuda
+from tests.conftest import CUDA_KERNELS, Backend, every_backend_with_cuda
+from velm_kernels.backends import cuda, failures
 from velm_kernels.sequence import places
 
 BATCH, TOKENS, DIM, VOCABULARY, PICTURE = 3, 17, 10, 23, 7
@@ -93,6 +94,28 @@ def test_in_place_only_without_a_gradient(backend: Backend) -> None:
             if wants:
                 (grad,) = torch.autograd.grad(got, rows, 3.0 * torch.ones_like(got))
                 assert torch.equal(grad, torch.full_like(features, 3.0))
+
+
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_in_place_by_torch_where_a_kernel_does_not_start(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, features, mask = drawn()
+    hidden, tried = torch.randn(BATCH, TOKENS, DIM, generator=torch.Generator().manual_seed(2)), []
+    wanted = velm_kernels.add_at_tokens(hidden, features, mask)
+
+    def kernel(*values: Any) -> None:
+        tried.append(values)
+        raise failures.StartError("planted")
+
+    monkeypatch.setattr(cuda, "op", lambda *names: kernel)
+    try:
+        # It is tried once.
+        for given in (hidden, hidden.clone()):
+            with backend.use():
+                got = velm_kernels.add_at_tokens(given, features, mask, inplace=True)
+            assert got is given
+        assert torch.equal(hidden, wanted) and len(tried) == 1
+    finally:
+        failures.forget()
 
 
 def test_counts_that_do_not_fit_name_both() -> None:

@@ -57,8 +57,7 @@ def _in_place_by_library(asked: str, values: Arguments) -> bool:
     backend = asked or "cuda"
     if backend not in cuda.NAMESPACES or hidden.is_cpu == (backend == "cuda"):
         return False
-    # Those of kernels that did not start are among them.
-    if backends.reasons_against(OPERATOR.forward, values, backend)[backend]:
+    if cuda.reasons(backend, OPERATOR.forward, values) or failures.against(OPERATOR.forward, backend, values):
         return False
     try:
         cuda.op(backend, OPERATOR.forward)(*values.values(), hidden)
