@@ -214,6 +214,43 @@ def test_rows_of_every_width(backend: Backend, dim: int, dtype: torch.dtype) -> 
         torch.testing.assert_close(of_weight.double(), exact, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_past_2_to_the_31_elements(backend: Backend) -> None:
+    """Rows as far apart as in a tensor too big to hold: memory that is not touched is not there."""
+    token_ids, weight, features, mask = drawn(torch.bfloat16)
+    far = torch.empty(2**31 + 2**20, dtype=torch.bfloat16)
+    hidden, upstream = torch.randn(2, 1, mask.numel(), DIM).bfloat16()
+    token_ids, mask = token_ids.view(1, -1), mask.view(1, -1)
+
+    def spread(x: Tensor) -> Tensor:
+        apart = (far.numel() - DIM) // (x.shape[-2] - 1)
+        strides = (apart, 1) if x.dim() == 2 else (far.numel(), apart, 1)
+        return far.as_strided(x.shape, strides).copy_(x)
+
+    def results(hidden: Tensor, weight: Tensor, features: Tensor, in_far: Tensor | None = None) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight, features)]
+        with backend.use():
+            into = velm_kernels.splice_into(leaves[0], leaves[2], mask)
+            tokens = velm_kernels.splice_tokens(token_ids, leaves[1], leaves[2], PICTURE)
+            added = velm_kernels.add_at_tokens(leaves[0], leaves[2], mask)
+            if in_far is None:
+                return [into, tokens, added]
+            in_far = spread(in_far)
+            of_into = torch.autograd.grad(into, leaves[::2], in_far)
+            return [*of_into, *torch.autograd.grad(tokens, leaves[1:], in_far)]
+
+    given = (hidden, weight, features)
+    near = results(*given)
+    for place in range(3):
+        with_far = results(*(spread(x) if i == place else x for i, x in enumerate(given)))
+        assert all(map(torch.equal, near, with_far))
+    of_into, of_features, of_weight, of_pictures = results(*given, in_far=upstream)
+    assert torch.equal(of_into, upstream.masked_fill(mask[..., None], 0.0))
+    assert torch.equal(of_features, upstream[mask]) and torch.equal(of_pictures, upstream[mask])
+    exact = torch.zeros(VOCABULARY, DIM).index_add_(0, token_ids[~mask], upstream[~mask].float())
+    torch.testing.assert_close(of_weight.float(), exact, rtol=2**-8, atol=2**-8)
+
+
 @pytest.mark.parametrize("dim", [5, 48])
 @every_backend_with_cuda
 def test_runs_of_one_id(backend: Backend, dim: int) -> None:

@@ -310,6 +310,35 @@ def test_cuda_kernels(
         assert_accurate(name, got, plain, exact)
 
 
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_past_2_to_the_31_elements(backend: Backend) -> None:
+    """Tokens as far apart as in a tensor too big to hold: memory that is not touched is not there."""
+    query, key = (x[:1] for x in drawn(torch.bfloat16))
+    table = torch.randn(2, 1, TOKENS, HEAD_DIM, generator=torch.Generator().manual_seed(3)).bfloat16()
+    upstream, weight = torch.randn(query.shape).bfloat16(), torch.randn(HEAD_DIM)
+    far = torch.empty(2**31 + 2**20, dtype=torch.bfloat16)
+
+    def spread(x: Tensor) -> Tensor:
+        *leading, tokens, dim = x.shape
+        heads = leading[-1]
+        apart = (far.numel() - heads * dim) // (tokens - 1) // 8 * 8
+        strides = (far.numel(), dim, apart, 1) if x.dim() == 4 else (far.numel(), apart, 1)
+        return far.as_strided(x.shape, strides).copy_(x)
+
+    def results(query: Tensor, cos: Tensor, sin: Tensor, norm: Tensor | None, in_far: bool = False) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (query, cos, sin)]
+        with backend.use():
+            out, _ = velm_kernels.rotary(leaves[0], key, *leaves[1:], query_norm_weight=norm)
+            return [out, *torch.autograd.grad(out, leaves, spread(upstream) if in_far else upstream)]
+
+    for norm in (None, weight):
+        near = results(query, *table, norm)
+        for place in range(2):
+            given = [spread(x) if i == place else x for i, x in enumerate((query, *table))]
+            assert all(map(torch.equal, near, results(*given, norm)))
+        assert all(map(torch.equal, near, results(query, *table, norm, in_far=True)))
+
+
 def test_what_backward_keeps() -> None:
     """cos and sin, and queries and keys only where something needs them."""
     query, key = (x.requires_grad_() for x in drawn())
