@@ -28,6 +28,8 @@ class Case:
     mask_shape: tuple[bool, bool, bool, bool] = (True, True, True, True)  # False: broadcast
     bias_shape: tuple[bool, bool, bool, bool] | None = None
     bias_float32: bool = False
+    key_height: int = 0  # of a grid of keys with rel_pos_height and rel_pos_width; 0: none
+    rel_pos_float32: bool = False
     is_causal: bool = False
     softcap: float | None = None
     norms: tuple[bool, bool] = (False, False)
@@ -108,6 +110,11 @@ class Case:
             bias = 2 * self.randn(*self.broadcast(self.bias_shape))
             bias[self.randn(*bias.shape) > 1.5] = -torch.inf
             tensors["bias"] = bias.to(torch.float32 if self.bias_float32 else self.dtype)
+        if self.key_height:
+            for name, size in (("height", self.key_height), ("width", self.keys // self.key_height)):
+                rel_pos = 2 * self.randn(self.batch, self.heads, self.queries, size)
+                dtype = torch.float32 if self.rel_pos_float32 else self.dtype
+                tensors[f"rel_pos_{name}"] = self.laid_out(rel_pos).to(dtype)
         for name, wanted in zip(("query_norm_weight", "key_norm_weight"), self.norms, strict=True):
             if wanted:
                 tensors[name] = (1 + 0.3 * self.randn(self.head_dim)).to(self.dtype)
@@ -129,6 +136,10 @@ class Case:
         unseen = ~visible.view(self.batch, self.kv_heads, self.group, self.queries, self.keys).any(3).any(2)
         poisoned["key"][unseen] = torch.inf
         poisoned["value"][unseen] = torch.nan
+        if self.key_height:
+            on_grid = visible.unflatten(3, (self.key_height, -1))
+            poisoned["rel_pos_height"][~on_grid.any(4)] = torch.nan
+            poisoned["rel_pos_width"][~on_grid.any(3)] = torch.nan
         return poisoned | {name: self.laid_out(poisoned[name]) for name in ("query", "key", "value")}
 
     def floors(
@@ -149,6 +160,9 @@ class Case:
         sizes["key"] = grad_key / rms[1] if self.norms[1] else grad_key
         if self.bias_shape is not None:
             sizes["bias"] = spread.sum([dim for dim, kept in enumerate(self.bias_shape) if not kept], keepdim=True)
+        if self.key_height:
+            on_grid = spread.unflatten(3, (self.key_height, -1))
+            sizes |= {"rel_pos_height": on_grid.sum(4), "rel_pos_width": on_grid.sum(3)}
         sizes = {f"grad_{name}": size for name, size in sizes.items()}
         seen = 0.5 * visible.double() / visible.sum(-1, keepdim=True).clamp(min=1)
         sizes["out"] = seen @ value.abs().repeat_interleave(self.group, 1)

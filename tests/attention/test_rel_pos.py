@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 import velm_kernels
+from tests.attention.cases import Case, cases
+from tests.attention.test_cross_attention import check
+from tests.conftest import BACKENDS, INTERPRETED, ONCE, TRITON, Backend, first_and_last_cpu_backend
 from velm_kernels import cross_attention, decomposed_position_bias
 from velm_kernels.attention.cross_attention import reference
 
@@ -76,8 +83,8 @@ def test_bad_tables(changed: dict[str, Any], error: type[Exception], words: list
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
-        ({"rel_pos_width": None}, ValueError, ["rel_pos_width", "beside rel_pos_height", "None"]),
-        ({"rel_pos_height": None}, ValueError, ["rel_pos_height", "beside rel_pos_width", "None"]),
+        ({"rel_pos_width": None}, ValueError, ["rel_pos_width", "as rel_pos_height is", "None"]),
+        ({"rel_pos_height": None}, ValueError, ["rel_pos_height", "as rel_pos_width is", "None"]),
         ({"rel_pos_height": torch.zeros(2, 4, 5, 4)}, ValueError, ["= 6 keys", "(2, 4, 5, 4)", "(2, 4, 5, 3)"]),
         ({"rel_pos_height": torch.zeros(4, 5, 2)}, ValueError, ["(batch, heads, queries, key_height)", "(4, 5, 2)"]),
         ({"rel_pos_width": torch.zeros(2, 4, 6, 3)}, ValueError, ["rel_pos_width", "(2, 4, 5, 3)", "(2, 4, 6, 3)"]),
@@ -104,3 +111,94 @@ def test_attention_has_the_bias_of_the_sums() -> None:
     torch.testing.assert_close(out, same)
     of_one, of_other = (torch.autograd.grad(result.sin().sum(), (height, width)) for result in (out, same))
     torch.testing.assert_close(of_one, of_other)
+
+
+LARGEST = 6 if INTERPRETED else 16
+# CUDA has no kernel.
+KERNELS = [backend for backend in [*BACKENDS, *TRITON] if backend.name == "cpu"]
+every_backend_here = pytest.mark.parametrize(
+    "backend", [backend for backend in ONCE if backend.name != "triton"], ids=str
+)
+
+
+@st.composite
+def grids(draw: st.DrawFn) -> Case:
+    """Any call of cross-attention whose keys are a grid."""
+    height, width = draw(st.integers(1, LARGEST)), draw(st.integers(1, LARGEST))
+    if draw(st.integers(0, 4)) == 0:
+        # Rows longer than a block of keys.
+        width = draw(st.integers(LARGEST, 40 if INTERPRETED else 250))
+        height = draw(st.integers(1, 2))
+    case = draw(cases(largest=20 if INTERPRETED else 150))
+    return replace(case, keys=height * width, key_height=height, rel_pos_float32=draw(st.booleans()))
+
+
+@pytest.mark.parametrize("backend", KERNELS, ids=str)
+@given(case=grids())
+@example(case=Case(batch=3, queries=49, keys=49, key_height=7, head_dim=64, value_dim=64))
+@example(case=Case(queries=33, keys=96 * 3, key_height=3, dtype=torch.bfloat16, head_dim=16))
+@example(case=Case(queries=5, keys=90, key_height=90, softcap=3.0, dropout_p=0.2, bias_shape=(True, True, True, True)))
+@example(case=Case(queries=70, keys=120, key_height=1, group=2, masks=frozenset({"key_ranges", "key_mask"})))
+@example(case=Case(queries=1, keys=12, key_height=4, dtype=torch.float16, rel_pos_float32=True))
+def test_numbers(backend: Backend, case: Case) -> None:
+    if INTERPRETED:
+        case = replace(case, queries=min(case.queries, 20))
+    check(case, backend)
+
+
+@first_and_last_cpu_backend
+def test_same_bits_for_any_number_of_threads(backend: Backend) -> None:
+    """Of so many keys that the backward pass splits them."""
+    case = Case(batch=1, kv_heads=1, group=2, queries=300, keys=32 * 40, key_height=32, head_dim=64, value_dim=64)
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(check(case, backend))
+    for name, other in itertools.product(results[0], results[1:]):
+        assert torch.equal(results[0][name], other[name]), name
+
+
+@every_backend_here
+@pytest.mark.parametrize("wanted", [("rel_pos_height",), ("rel_pos_width",), ("query",), ("rel_pos_width", "key")])
+def test_some_gradients(backend: Backend, wanted: tuple[str, ...]) -> None:
+    """Those that are not wanted leave the bits of the others."""
+    tensors = Case(queries=40, keys=35, key_height=5).tensors()
+
+    def gradients(names: tuple[str, ...]) -> list[torch.Tensor]:
+        leaves = {name: tensor.detach().requires_grad_(name in names) for name, tensor in tensors.items()}
+        with backend.use():
+            out = cross_attention(**leaves)
+        return list(torch.autograd.grad(out.sin().sum(), [leaves[name] for name in names]))
+
+    everything = dict(zip(tensors, gradients(tuple(tensors)), strict=True))
+    for name, grad in zip(wanted, gradients(wanted), strict=True):
+        assert torch.equal(grad, everything[name]), name
+
+
+@every_backend_here
+def test_biases_that_are_not_finite_mask_nothing(backend: Backend) -> None:
+    """-inf makes weights of 0, with which values that are not finite are multiplied all the same; a row without any
+    other score is NaN, as in plain torch."""
+    query, key, value = (torch.randn(1, 1, rows, 8) for rows in (4, 6, 6))
+    height, width = torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 3)
+    height[0, 0, 1, 0] = -torch.inf
+    height[0, 0, 2] = -torch.inf
+    width[0, 0, 3, 1] = torch.inf
+    bias = reference.bias_on_grid(height, width)
+    for value_of_the_first in (1.0, torch.nan):
+        value[0, 0, 0, 0] = value_of_the_first
+        expected = torch.softmax(query @ key.transpose(-1, -2) * 8**-0.5 + bias, -1) @ value
+        with backend.use():
+            out = cross_attention(query, key, value, rel_pos_height=height, rel_pos_width=width)
+        torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+@every_backend_here
+def test_broadcast_and_strided_biases(backend: Backend) -> None:
+    query, key = torch.randn(2, 3, 20, 8), torch.randn(2, 3, 28, 8)
+    height, width = torch.randn(1, 3, 1, 4), torch.randn(2, 7, 20, 3).permute(0, 3, 2, 1)
+    with backend.use():
+        got = cross_attention(query, key, key, rel_pos_height=height, rel_pos_width=width)
+        whole = height.expand(2, 3, 20, 4).contiguous(), width.contiguous()
+        same = cross_attention(query, key, key, rel_pos_height=whole[0], rel_pos_width=whole[1])
+    assert torch.equal(got, same)

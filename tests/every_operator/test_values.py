@@ -74,9 +74,10 @@ NOT_YET["device_on_host"] |= {
     # Heads of more than 256 columns.
     "cross_attention-wide heads",
     "cross_attention_varlen-wide heads",
+    "cross_attention-rel_pos",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
-NOT_YET["triton"] = {"topk_similarity"}
+NOT_YET["triton"] = {"topk_similarity", "cross_attention-rel_pos"}
 
 
 def pattern(x: Tensor, only_finite: bool) -> Tensor:

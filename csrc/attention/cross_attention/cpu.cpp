@@ -32,14 +32,15 @@ Tensor new_floats_heads_last(const Tensor& like) {
 }
 
 void attention_forward(Tensor query, Tensor key, Tensor value, MaybeTensor key_lengths, MaybeTensor range_start,
-                       MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias, MaybeTensor,
-                       MaybeTensor, MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
-                       MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, int64_t, int64_t, bool is_causal,
-                       double scale, double softcap, double norm_eps, double dropout_p, bool, Tensor out,
-                       Tensor logsumexp, MaybeTensor key_mass) {
-  const Arguments arguments =
-      apply_norms({query, key, value, key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight,
-                   key_norm_weight, seed, cu_seqlens_q, cu_seqlens_k, is_causal, scale, softcap, norm_eps, dropout_p});
+                       MaybeTensor range_stop, MaybeTensor key_mask, MaybeTensor mask, MaybeTensor bias,
+                       MaybeTensor rel_pos_height, MaybeTensor rel_pos_width, MaybeTensor query_norm_weight,
+                       MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
+                       MaybeTensor cu_seqlens_k, int64_t, int64_t, bool is_causal, double scale, double softcap,
+                       double norm_eps, double dropout_p, bool, Tensor out, Tensor logsumexp, MaybeTensor key_mass) {
+  const Arguments arguments = apply_norms(
+      {query,        key,          value,          key_lengths,   range_start,       range_stop,      key_mask,
+       mask,         bias,         rel_pos_height, rel_pos_width, query_norm_weight, key_norm_weight, seed,
+       cu_seqlens_q, cu_seqlens_k, is_causal,      scale,         softcap,           norm_eps,        dropout_p});
   const Problem p(arguments);
   forward(p, rows_of(out, p.varlen), static_cast<float*>(logsumexp.mutable_data_ptr()),
           key_mass ? static_cast<float*>(key_mass->mutable_data_ptr()) : nullptr);
@@ -57,15 +58,17 @@ void convert_bias_gradient(const Tensor& to, const float* from) {
 
 void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor query, Tensor key, Tensor value,
                         MaybeTensor key_lengths, MaybeTensor range_start, MaybeTensor range_stop, MaybeTensor key_mask,
-                        MaybeTensor mask, MaybeTensor bias, MaybeTensor, MaybeTensor, MaybeTensor query_norm_weight,
-                        MaybeTensor key_norm_weight, MaybeTensor seed, MaybeTensor cu_seqlens_q,
-                        MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t, int64_t, bool is_causal,
-                        double scale, double softcap, double norm_eps, double dropout_p, MaybeTensor grad_query,
-                        MaybeTensor grad_key, MaybeTensor grad_value, MaybeTensor grad_bias, MaybeTensor, MaybeTensor,
-                        MaybeTensor grad_query_norm, MaybeTensor grad_key_norm) {
-  const Arguments arguments =
-      apply_norms({query, key, value, key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight,
-                   key_norm_weight, seed, cu_seqlens_q, cu_seqlens_k, is_causal, scale, softcap, norm_eps, dropout_p});
+                        MaybeTensor mask, MaybeTensor bias, MaybeTensor rel_pos_height, MaybeTensor rel_pos_width,
+                        MaybeTensor query_norm_weight, MaybeTensor key_norm_weight, MaybeTensor seed,
+                        MaybeTensor cu_seqlens_q, MaybeTensor cu_seqlens_k, Tensor out, Tensor logsumexp, int64_t,
+                        int64_t, bool is_causal, double scale, double softcap, double norm_eps, double dropout_p,
+                        MaybeTensor grad_query, MaybeTensor grad_key, MaybeTensor grad_value, MaybeTensor grad_bias,
+                        MaybeTensor grad_rel_pos_height, MaybeTensor grad_rel_pos_width, MaybeTensor grad_query_norm,
+                        MaybeTensor grad_key_norm) {
+  const Arguments arguments = apply_norms(
+      {query,        key,          value,          key_lengths,   range_start,       range_stop,      key_mask,
+       mask,         bias,         rel_pos_height, rel_pos_width, query_norm_weight, key_norm_weight, seed,
+       cu_seqlens_q, cu_seqlens_k, is_causal,      scale,         softcap,           norm_eps,        dropout_p});
   const Problem p(arguments);
   Gradients g;
   g.out = rows_of(out, p.varlen);
@@ -84,6 +87,8 @@ void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor quer
   g.grad_query = rows(float_query ? float_query : grad_query);
   g.grad_key = rows(float_key ? float_key : grad_key);
   g.grad_value = rows(grad_value);
+  g.grad_rel_pos_height = rows(grad_rel_pos_height);
+  g.grad_rel_pos_width = rows(grad_rel_pos_width);
   MaybeTensor float_bias;
   if (grad_bias) {
     for (int d = 0; d < 4; ++d) g.bias_size[d] = bias->size(d);

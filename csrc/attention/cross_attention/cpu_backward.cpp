@@ -26,10 +26,22 @@ constexpr int64_t kKeptTiles = 1 << 20;
 // Rows of a key head that are few: reading their keys takes longer than the products.
 constexpr int64_t kFewRows = 64;
 
-void write_grad_query(const Problem& p, const Gradients& g, const Panel& panel, const float* dq) {
+// Columns of what is summed over the keys for each query: the gradient of the query, then those of its biases.
+int64_t summed_columns(const Problem& p, const Gradients& g) {
+  const bool on_grid = g.grad_rel_pos_height.data || g.grad_rel_pos_width.data;
+  return g.grad_query.data || on_grid ? p.head_dim + (on_grid ? p.grid() : 0) : 0;
+}
+
+void write_sums(const Problem& p, const Gradients& g, const Panel& panel, const float* sums) {
   alignas(64) float factor[kPanel];
-  std::fill_n(factor, kPanel, p.scale);
-  unpack_transposed(g.grad_query, p, panel, dq, panel.vectors * kLanes, p.head_dim, factor);
+  const int64_t width = panel.vectors * kLanes;
+  const auto write = [&](const Rows& rows, int64_t first, int64_t columns, float scale) {
+    std::fill_n(factor, kPanel, scale);
+    if (rows.data) unpack_transposed(rows, p, panel, sums + first * width, width, columns, factor);
+  };
+  write(g.grad_query, 0, p.head_dim, p.scale);
+  write(g.grad_rel_pos_height, p.head_dim, p.grid_height, 1.0f);
+  write(g.grad_rel_pos_width, p.head_dim + p.grid_height, p.grid_width, 1.0f);
 }
 
 template <class Format>
@@ -47,7 +59,8 @@ class Worker {
         partial_(partial),
         scratch_(memory_, p, kChunk, true),
         tiles_(p, g, plan, memory_, scratch_.additive) {
-    want_scores_ = g.grad_query.data || g.grad_key.data || g.grad_bias;
+    columns_ = summed_columns(p, g);
+    want_scores_ = columns_ || g.grad_key.data || g.grad_bias;
     head_words_ = words_of<Format>(p.head_dim);
     value_words_ = words_of<Format>(p.value_dim);
     ldk_ = padded(p.head_dim);
@@ -74,7 +87,8 @@ class Worker {
     ot_ = memory_.take<Word>(kPanel * value_words_);
     q_ = memory_.take<Word>(kept_ * kPanelWords * ldk_);
     do_ = memory_.take<Word>(kept_ * kPanelWords * ldv_);
-    if (g.grad_query.data && !partial) dq_ = memory_.take(most * kPanel * p.head_dim);
+    if (p.on_grid) grid_ = memory_.take(kept_ * kPanel * p.grid());
+    if (columns_ && !partial) dq_ = memory_.take(most * kPanel * columns_);
   }
 
   void run(const Job& job) {
@@ -119,12 +133,12 @@ class Worker {
       prepare(panels_.size() - 1, keep_all_ ? panels_.size() - 1 : 0);
     }
     float* dq = dq_;
-    const int64_t dq_size = static_cast<int64_t>(panels_.size()) * kPanel * p_.head_dim;
+    const int64_t dq_size = static_cast<int64_t>(panels_.size()) * kPanel * columns_;
     if (partial_) {
       const int64_t at = offsets_[pair.b * p_.kv_heads + pair.kv_head];
-      dq = partial_ + (job.split * offsets_.back() + at) * kPanel * p_.head_dim;
+      dq = partial_ + (job.split * offsets_.back() + at) * kPanel * columns_;
     }
-    if (g_.grad_query.data) std::fill_n(dq, dq_size, 0.0f);
+    if (columns_) std::fill_n(dq, dq_size, 0.0f);
 
     if (sums_first_) {
       for (int64_t c = 0; c < chunks; ++c)
@@ -134,8 +148,9 @@ class Worker {
     for (int64_t c = job.split * chunks / plan_.splits; c < (job.split + 1) * chunks / plan_.splits; ++c)
       run_chunk(Pass::differentiate, job, pair, c * kChunk, std::min(keys, (c + 1) * kChunk), dq);
 
-    if (g_.grad_query.data && !partial_) {
-      for (size_t i = 0; i < panels_.size(); ++i) write_grad_query(p_, g_, panels_[i], dq + i * kPanel * p_.head_dim);
+    if (columns_ && !partial_) {
+      for (size_t i = 0; i < panels_.size(); ++i)
+        write_sums(p_, g_, panels_[i], dq + static_cast<int64_t>(i) * kPanel * columns_);
     }
   }
 
@@ -198,6 +213,7 @@ class Worker {
     // Rows that see nothing may hold anything and must not spread it.
     const auto keep = [&](int l) { return prepared_[i].lse[l] != kInfinity; };
     pack_transposed(qt_ + slot * kPanel * head_words_, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), keep);
+    if (p_.on_grid) pack_grid(grid_ + slot * kPanel * p_.grid(), p_, panel, keep);
     if (want_scores_) {
       pack_transposed(dot_ + slot * kPanel * value_words_, width, p_, panel, g_.grad_out, p_.value_dim, 1.0f, keep);
     }
@@ -256,7 +272,7 @@ class Worker {
         if (!keep_all_) pack_panel(i, 0);
         const int64_t panels = static_cast<int64_t>(panels_.size());
         const int64_t tile = tiles_.number(first / kChunk, panels, static_cast<int64_t>(i));
-        float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * p_.head_dim;
+        float* panel_dq = dq + static_cast<int64_t>(i) * kPanel * columns_;
         Piece piece = piece_at(a, z, keep_all_ ? i : 0, first / kChunk * panels + static_cast<int64_t>(i));
         const auto run = [&](auto vectors) {
           constexpr int V = decltype(vectors)::value;
@@ -317,7 +333,8 @@ class Worker {
     const int64_t n = piece.to - piece.from;
     multiply_queries<V>(piece.weights, p_, block, piece.from, piece.to, qt_ + piece.slot * kPanel * head_words_,
                         kWidth);
-    products_to_scores<V>(piece.weights, p_, panel, block, piece.from, piece.to, additive, piece.tanh);
+    const float* grid = p_.on_grid ? grid_ + piece.slot * kPanel * p_.grid() : nullptr;
+    products_to_scores<V>(piece.weights, p_, panel, block, piece.from, piece.to, grid, additive, piece.tanh);
     if (want_scores_) {
       simd::product<V, false, simd::Start::zero>(piece.ds, kWidth, n, block.v + piece.from * block.ldv, block.ldv,
                                                  value_words_, dot_ + piece.slot * kPanel * value_words_, kWidth);
@@ -428,6 +445,7 @@ class Worker {
     } else if (g_.grad_bias) {
       add_bias_gradient<V>(job.grad_bias, g_.bias_size, panel, piece.ds, block.first + from, n);
     }
+    if (columns_ > p_.head_dim) add_grid_gradient<V>(dq + p_.head_dim * kWidth, p_, piece.ds, block.first + from, n);
     if (want_scores_ && p_.softcap > 0) {
       for (int64_t at = 0; at < n * kWidth; at += kLanes) {
         const Vec t = simd::load(piece.tanh + at), ds = simd::load(piece.ds + at);
@@ -499,9 +517,9 @@ class Worker {
   simd::Scratch memory_;
   ScoreScratch scratch_;
   bool want_scores_, keep_all_;
-  int64_t head_words_, value_words_, ldk_, ldv_, ldk_words_, ldv_words_, kept_;
+  int64_t columns_, head_words_, value_words_, ldk_, ldv_, ldk_words_, ldv_words_, kept_;
   Word *k_, *v_, *k_together_, *words_, *qt_, *dot_, *ot_, *q_, *do_;
-  float *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *dq_ = nullptr, *kept_tiles_ = nullptr;
+  float *dk_, *dv_, *weights_, *ds_, *dropped_ = nullptr, *dq_ = nullptr, *grid_ = nullptr, *kept_tiles_ = nullptr;
   bool sums_first_ = false, keeps_tiles_ = false;
   std::vector<char> v_finite_;  // of the chunks of a pair
   std::vector<Panel> panels_;
@@ -509,10 +527,10 @@ class Worker {
   SharedTiles<Format> tiles_;
 };
 
-// Adds the partial gradients of the queries up, in the order of the key splits.
-void reduce_grad_query(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets,
-                       float* partial) {
-  const int64_t pairs = p.batch * p.kv_heads, size = kPanel * p.head_dim;
+// Adds the partial sums of the queries up, in the order of the key splits.
+void reduce_sums(const Problem& p, const Gradients& g, const Plan& plan, const std::vector<int64_t>& offsets,
+                 float* partial) {
+  const int64_t columns = summed_columns(p, g), pairs = p.batch * p.kv_heads, size = kPanel * columns;
   simd::parallel_items(pairs, [&](int64_t pair) {
     const int64_t b = pair / p.kv_heads, rows = p.group * p.query_count(b);
     for (int64_t r = 0; r < rows; r += kPanel) {
@@ -520,10 +538,10 @@ void reduce_grad_query(const Problem& p, const Gradients& g, const Plan& plan, c
       float* sum = partial + (offsets[pair] + r / kPanel) * size;
       for (int64_t s = 1; s < plan.splits; ++s) {
         const float* other = sum + s * offsets.back() * size;
-        for (int64_t i = 0; i < panel.vectors * kLanes * p.head_dim; i += kLanes)
+        for (int64_t i = 0; i < panel.vectors * kLanes * columns; i += kLanes)
           simd::store(sum + i, simd::load(sum + i) + simd::load(other + i));
       }
-      write_grad_query(p, g, panel, sum);
+      write_sums(p, g, panel, sum);
     }
   });
 }
@@ -539,7 +557,8 @@ void backward(const Problem& p, const Gradients& g) {
   for (int64_t i = 0; i < pairs; ++i) offsets.push_back(offsets.back() + panel_count(p, i / p.kv_heads));
   simd::Scratch memory;
   float* partial = nullptr;
-  if (g.grad_query.data && plan.splits > 1) partial = memory.take(plan.splits * offsets.back() * kPanel * p.head_dim);
+  const int64_t columns = summed_columns(p, g);
+  if (columns && plan.splits > 1) partial = memory.take(plan.splits * offsets.back() * kPanel * columns);
 
   const std::vector<float> inverse = inverse_sums(p, g.logsumexp, [](int64_t) { return true; });
   const std::vector<Job> jobs = make_jobs(p, g, plan);
@@ -549,7 +568,7 @@ void backward(const Problem& p, const Gradients& g) {
         static_cast<int64_t>(jobs.size()), [&] { return FormatWorker(p, g, plan, offsets, inverse, partial); },
         [&](FormatWorker& worker, int64_t i) { worker.run(jobs[i]); });
   });
-  if (partial) reduce_grad_query(p, g, plan, offsets, partial);
+  if (partial) reduce_sums(p, g, plan, offsets, partial);
   if (g.grad_bias && plan.partials > 1) {
     const int64_t bias_count = g.bias_size[0] * g.bias_size[1] * g.bias_size[2] * g.bias_size[3];
     simd::parallel_ranges(bias_count, 4096, [&](int64_t begin, int64_t end) {

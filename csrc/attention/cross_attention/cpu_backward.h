@@ -10,7 +10,7 @@ struct Gradients {
   const float* logsumexp = nullptr;
   const float* grad_logsumexp = nullptr;  // (batch, heads, queries) with these strides, or null
   int64_t grad_logsumexp_stride[3] = {};
-  Rows grad_query, grad_key, grad_value;
+  Rows grad_query, grad_key, grad_value, grad_rel_pos_height, grad_rel_pos_width;
   float* grad_bias = nullptr;  // fp32, contiguous with sizes bias_size, zero at the start
   int64_t bias_size[4] = {};
 };

@@ -13,7 +13,7 @@ inline constexpr int kDecodeRows = 8;
 
 // Whether decode computes batch entry b.
 inline bool decodes(const Problem& p, int64_t b) {
-  return p.group * p.query_count(b) <= kDecodeRows;
+  return !p.on_grid && p.group * p.query_count(b) <= kDecodeRows;
 }
 
 // Writes out rows and logsumexp of all batch entries for which `decodes` holds.

@@ -24,6 +24,9 @@ constexpr int64_t kPanelsPerItem = 16;
 // Memory in which an item may keep its weights until the key mass can be summed from them.
 constexpr int64_t kKeptBytes = 4 << 20;
 
+// Floats of the biases of a grid that an item may hold for its panels, or one of them if it has more.
+constexpr int64_t kGridFloats = 1 << 18;
+
 // Panels of an item that share a key head: part number `part` of its rows.
 struct Group {
   int64_t b, kv_head, first, rows, part;
@@ -38,6 +41,7 @@ template <class Format>
 struct Running {
   typename Format::Word* qt;  // [words of head_dim][width]
   float* ot;                  // [value_dim][width]
+  float* grid = nullptr;      // [biases of the grid][width]
   alignas(64) float max[kPanel], sum[kPanel];
 };
 
@@ -56,9 +60,9 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
   multiply_queries<V>(s, p, block, from, to, state.qt, kWidth);
-  // A bias alone is added on the way to the maximum.
-  const bool adds = additive && only_adds(p, panel, block, from, to);
-  if (!adds) products_to_scores<V>(s, p, panel, block, from, to, additive, nullptr);
+  // Biases alone are added on the way to the maximum.
+  const bool adds = (additive || state.grid) && only_adds(p, panel, block, from, to);
+  if (!adds) products_to_scores<V>(s, p, panel, block, from, to, state.grid, additive, nullptr);
 
   Vec top[V], base[V];
   alignas(64) float alpha[kWidth];
@@ -70,7 +74,18 @@ void attend(const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int
                           VELM_INLINE_LAMBDA { top[v] = simd::maximum(score(i * kWidth + v * kLanes), top[v]); });
     }
   };
-  if (adds) {
+  if (adds && state.grid) {
+    OnGrid<V> bias(p, state.grid, block.first + from);
+    for (int64_t i = 0; i < n; ++i, bias.next()) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        const int64_t at = i * kWidth + v * kLanes;
+        Vec x = simd::load(s + at) + bias(v);
+        if (additive) x = add_to_score(x, simd::load(additive + at));
+        simd::store(s + at, x);
+        top[v] = simd::maximum(x, top[v]);
+      });
+    }
+  } else if (adds) {
     find_top([&](int64_t at) VELM_INLINE_LAMBDA {
       const Vec x = add_to_score(simd::load(s + at), simd::load(additive + at));
       simd::store(s + at, x);
@@ -149,8 +164,9 @@ std::vector<Item> make_items(const Problem& p, bool keeps) {
   int64_t panels = 0;
   for (int64_t b = 0; b < p.batch; ++b) panels += panels_of(b) * p.kv_heads;
   // Fewer panels an item where there would be too few items to share out.
-  const int64_t room =
+  int64_t room =
       keeps ? kKeptBytes / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, kept_floats(p)) : kPanelsPerItem;
+  if (p.on_grid) room = std::min(room, std::max<int64_t>(1, kGridFloats / (kPanel * std::max<int64_t>(1, p.grid()))));
   const int64_t per_item = std::clamp<int64_t>(panels / 16, 1, std::min(room, kPanelsPerItem));
   const bool across_batch = shares_additive(p);
   const int64_t batches = across_batch ? 1 : p.batch;
@@ -243,6 +259,10 @@ class Worker {
  private:
   void begin(const Panel& panel, Running<Format>& state) {
     const int width = panel.vectors * kLanes;
+    if (p_.on_grid) {
+      if (!state.grid) state.grid = memory_.take(p_.grid() * kPanel);
+      pack_grid(state.grid, p_, panel, [](int) { return true; });
+    }
     pack_transposed(state.qt, width, p_, panel, p_.q, p_.head_dim, query_factor(p_), [](int) { return true; });
     std::fill_n(state.ot, p_.value_dim * width, 0.0f);
     std::fill_n(state.max, kPanel, -kInfinity);

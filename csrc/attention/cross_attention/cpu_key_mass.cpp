@@ -32,6 +32,7 @@ class Worker {
     qt_ = memory_.take(p.head_dim * kPanel);
     s_ = memory_.take(kBlock * kPanel);
     sums_ = memory_.take(kBlock * kLanes);
+    if (p.on_grid) grid_ = memory_.take(p.grid() * kPanel);
   }
 
   void run(const Item& item) {
@@ -98,7 +99,8 @@ class Worker {
   void add(Panel& panel, const KeyBlock& block, int64_t from, int64_t to, float* rows) {
     constexpr int kWidth = V * kLanes;
     pack_transposed(qt_, kWidth, p_, panel, p_.q, p_.head_dim, query_factor(p_), [](int) { return true; });
-    if (!score_tile<V>(s_, p_, panel, block, from, to, qt_, kWidth, scratch_)) return;
+    if (p_.on_grid) pack_grid(grid_, p_, panel, [](int) { return true; });
+    if (!score_tile<V>(s_, p_, panel, block, from, to, qt_, kWidth, grid_, scratch_)) return;
     alignas(64) float lse[kPanel], inverse[kPanel];
     const bool scales = inverse_ && !rows;
     bool special = false;
@@ -134,13 +136,13 @@ class Worker {
   simd::Scratch memory_;
   ScoreScratch scratch_;
   int64_t ldk_;
-  float *k_, *qt_, *s_, *sums_;
+  float *k_, *qt_, *s_, *sums_, *grid_ = nullptr;
 };
 
 }  // namespace
 
 std::vector<float> inverse_sums(const Problem& p, const float* logsumexp, const std::function<bool(int64_t)>& wanted) {
-  if (!p.bias) return {};
+  if (!p.bias && !p.on_grid) return {};
   std::vector<Item> items;
   bool any = false;
   int64_t rows = 0;

@@ -140,6 +140,14 @@ void pack_transposed(Word* out, int64_t ld, const Problem& p, const Panel& panel
   });
 }
 
+// The biases of the grid's rows, then those of its columns: out[number * width + lane].
+template <class Keep>
+void pack_grid(float* out, const Problem& p, const Panel& panel, Keep&& keep) {
+  const int64_t width = panel.vectors * kLanes;
+  pack_transposed(out, width, p, panel, p.rel_pos_height, p.grid_height, 1.0f, keep);
+  pack_transposed(out + p.grid_height * width, width, p, panel, p.rel_pos_width, p.grid_width, 1.0f, keep);
+}
+
 // out[i * ld + d] = element d of kDepth rows, lane by lane, in one word, zero up to ld; unused and unwanted rows are
 // zero. True if all is finite.
 template <class Word, class Keep>

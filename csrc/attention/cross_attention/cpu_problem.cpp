@@ -93,6 +93,15 @@ Problem::Problem(const Arguments& a) {
   STD_TORCH_CHECK(keys < INT32_MAX && queries < INT32_MAX, "more than 2^31 - 1 tokens");
   mask = scores_of(a.mask);
   bias = scores_of(a.bias);
+  on_grid = a.rel_pos_height.has_value();
+  if (on_grid) {
+    const Tensor& width = needed(a.rel_pos_width, "rel_pos_width");
+    rel_pos_height = rows_of(*a.rel_pos_height, false);
+    rel_pos_width = rows_of(width, false);
+    grid_height = a.rel_pos_height->size(3);
+    grid_width = width.size(3);
+    STD_TORCH_CHECK(!varlen && grid_height * grid_width == keys, "expected a grid of all keys");
+  }
   scale = static_cast<float>(a.scale);
   softcap = static_cast<float>(a.softcap);
   causal_ = a.is_causal;

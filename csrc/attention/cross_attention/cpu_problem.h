@@ -54,8 +54,8 @@ struct Range {
 // The tensors both operators take, in the order of their schemas.
 struct Arguments {
   Tensor query, key, value;
-  std::optional<Tensor> key_lengths, range_start, range_stop, key_mask, mask, bias, query_norm_weight, key_norm_weight,
-      seed, cu_seqlens_q, cu_seqlens_k;
+  std::optional<Tensor> key_lengths, range_start, range_stop, key_mask, mask, bias, rel_pos_height, rel_pos_width,
+      query_norm_weight, key_norm_weight, seed, cu_seqlens_q, cu_seqlens_k;
   bool is_causal;
   double scale, softcap, norm_eps, dropout_p;
 };
@@ -70,6 +70,10 @@ struct Problem {
   bool varlen;
   Rows q, k, v;
   Scores mask, bias;
+  // Whether keys are a grid: key j stands in row j / grid_width and column j % grid_width, which both have a bias.
+  bool on_grid = false;
+  Rows rel_pos_height, rel_pos_width;
+  int64_t grid_height = 0, grid_width = 0;
   float scale, softcap;
   bool dropout = false;
   uint32_t dropout_below = 0;  // a random word below this drops its weight
@@ -87,6 +91,8 @@ struct Problem {
   int64_t mass_index(int64_t b, int64_t h, int64_t j) const {
     return varlen ? h * keys + first_key(b) + j : (b * heads + h) * keys + j;
   }
+  // Biases of the rows and columns of the grid that a query has.
+  int64_t grid() const { return grid_height + grid_width; }
   int64_t mass_size() const { return (varlen ? 1 : batch) * heads * keys; }
   // The keys that query i of batch entry b may see by lengths, ranges and causality.
   Range range(int64_t b, int64_t i) const;

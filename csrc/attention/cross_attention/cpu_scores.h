@@ -4,6 +4,8 @@
 // Powers of two would save two operations per element and lose that to the rounding of logsumexp.
 #pragma once
 
+#include <optional>
+
 #include "attention/cross_attention/cpu_panel.h"
 #include "common/philox.h"
 #include "simd/math.h"
@@ -113,6 +115,51 @@ struct ScoreScratch {
   float* tanh = nullptr;  // of the capped scores, for the gradient
 };
 
+// The biases of a panel's keys, one after the other, from those that pack_grid left.
+template <int V>
+class OnGrid {
+ public:
+  OnGrid(const Problem& p, const float* grid, int64_t first)
+      : columns_(grid + p.grid_height * kWidth),
+        end_(columns_ + p.grid_width * kWidth),
+        row_(grid + first / p.grid_width * kWidth),
+        column_(columns_ + first % p.grid_width * kWidth) {}
+  Vec operator()(int v) const { return simd::load(row_ + v * kLanes) + simd::load(column_ + v * kLanes); }
+  VELM_INLINE void next() {
+    column_ += kWidth;
+    if (column_ != end_) return;
+    column_ = columns_;
+    row_ += kWidth;
+  }
+
+ private:
+  static constexpr int kWidth = V * kLanes;
+  const float *columns_, *end_, *row_, *column_;
+};
+
+// Adds ds[i * V * kLanes + lane], keys first + i, to the gradients of the biases of the grid, which lie as pack_grid
+// leaves those.
+template <int V>
+void add_grid_gradient(float* grad, const Problem& p, const float* ds, int64_t first, int64_t n) {
+  constexpr int kWidth = V * kLanes;
+  float *row = grad + first / p.grid_width * kWidth, *columns = grad + p.grid_height * kWidth;
+  int64_t column = first % p.grid_width;
+  for (int64_t i = 0; i < n; column = 0, row += kWidth) {
+    const int64_t end = std::min(n, i + p.grid_width - column);
+    Vec sum[V];
+    simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA { sum[v] = simd::zero(); });
+    for (float* to = columns + column * kWidth; i < end; ++i, to += kWidth) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        const Vec x = simd::load(ds + i * kWidth + v * kLanes);
+        sum[v] += x;
+        simd::store(to + v * kLanes, simd::load(to + v * kLanes) + x);
+      });
+    }
+    simd::unroll<V>([&](auto v)
+                        VELM_INLINE_LAMBDA { simd::store(row + v * kLanes, simd::load(row + v * kLanes) + sum[v]); });
+  }
+}
+
 // Products s[(j - from) * V * kLanes + lane] of the panel's queries with keys [from, to) relative to the block, times
 // query_factor.
 template <int V, class Format>
@@ -130,19 +177,29 @@ VELM_INLINE Vec add_to_score(Vec score, Vec additive) {
   return simd::select(additive == Vec(-kInfinity), Vec(-kInfinity), score + additive);
 }
 
-// Whether products of keys [from, to) of the block become scores by adding `additive` to them alone, if it is given.
+// Whether products of keys [from, to) of the block become scores by adding `grid` and `additive` to them alone, if they
+// are given.
 template <class Format>
 bool only_adds(const Problem& p, const Panel& panel, const KeyBlockOf<Format>& block, int64_t from, int64_t to) {
   return p.softcap <= 0 && !block.holes && panel.sees_all(block.first + from, block.first + to);
 }
 
 // Products s[(j - from) * V * kLanes + lane] for keys [from, to) relative to the block become scores, -inf where
-// masked.
+// masked. `grid` is what pack_grid leaves, or null.
 template <int V, class Format>
 void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int64_t from,
-                        int64_t to, const float* additive, float* tanh) {
+                        int64_t to, const float* grid, const float* additive, float* tanh) {
   constexpr int kWidth = V * kLanes;
   const int64_t n = to - from;
+  if (grid && p.softcap <= 0) {
+    OnGrid<V> bias(p, grid, block.first + from);
+    for (int64_t i = 0; i < n; ++i, bias.next()) {
+      simd::unroll<V>([&](auto v) VELM_INLINE_LAMBDA {
+        float* at = s + i * kWidth + v * kLanes;
+        simd::store(at, simd::load(at) + bias(v));
+      });
+    }
+  }
   if (only_adds(p, panel, block, from, to)) {
     for (int64_t at = 0; additive && at < n * kWidth; at += kLanes)
       simd::store(s + at, add_to_score(simd::load(s + at), simd::load(additive + at)));
@@ -157,6 +214,8 @@ void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock
       hi[v] = simd::load(panel.relative_hi + v * kLanes);
     }
   }
+  std::optional<OnGrid<V>> bias;
+  if (grid && p.softcap > 0) bias.emplace(p, grid, block.first + from);
   for (int64_t i = 0; i < n; ++i) {
     const bool hole = block.holes && !block.holes[from + i];
     const Vec j(static_cast<float>(from + i));
@@ -167,12 +226,14 @@ void products_to_scores(float* s, const Problem& p, Panel& panel, const KeyBlock
         const Vec t = simd::tanh(x);
         if (tanh) simd::store(tanh + at, t);
         x = t * p.softcap;
+        if (bias) x += (*bias)(v);
       }
       if (additive) x = add_to_score(x, simd::load(additive + at));
       if (bounded) x = simd::select((j >= lo[v]) && (j < hi[v]), x, Vec(-kInfinity));
       if (hole) x = Vec(-kInfinity);
       simd::store(s + at, x);
     }
+    if (bias) bias->next();
   }
 }
 
@@ -221,11 +282,11 @@ class Sight {
 // with s undefined, where mask and bias hide every key from every row.
 template <int V, class Format>
 bool score_tile(float* s, const Problem& p, Panel& panel, const KeyBlockOf<Format>& block, int64_t from, int64_t to,
-                const typename Format::Word* qt, int64_t ldq, const ScoreScratch& scratch) {
+                const typename Format::Word* qt, int64_t ldq, const float* grid, const ScoreScratch& scratch) {
   if (scratch.additive && !additive_tile<V>(scratch.additive, p, panel, block.first + from, block.first + to))
     return false;
   multiply_queries<V>(s, p, block, from, to, qt, ldq);
-  products_to_scores<V>(s, p, panel, block, from, to, scratch.additive, scratch.tanh);
+  products_to_scores<V>(s, p, panel, block, from, to, grid, scratch.additive, scratch.tanh);
   return true;
 }
 

@@ -65,26 +65,31 @@ def ranges(
 
 def rel_pos(query: Tensor, height: Tensor | None, width: Tensor | None, keys: int) -> tuple[Tensor, Tensor]:
     """The biases of the rows and of the columns of a grid of ``keys``, expanded to every query."""
-    given: dict[str, Tensor] = {}
-    for name, bias in (("rel_pos_height", height), ("rel_pos_width", width)):
+    found = [_of_every_query(query, side, bias) for side, bias in (("height", height), ("width", width))]
+    for one, other, bias in (("height", "width", found[0]), ("width", "height", found[1])):
         if bias is None:
-            other = "rel_pos_width" if height is None else "rel_pos_height"
-            raise ValueError(f"{name}: expected a tensor beside {other}, given None")
-        layout = f"(batch, heads, queries, key_{name.removeprefix('rel_pos_')})"
-        checks.dtype_in(name, checks.tensor(name, bias, dims=4, layout=layout), checks.FLOAT_DTYPES)
-        if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
-            bias = bias.float()
-        checks.dtype_in(name, bias, (query.dtype, torch.float32))
-        checks.same_device(name, bias, "query", query)
-        target = (*query.shape[:3], bias.shape[3])
-        given[name] = unit_last_stride(checks.broadcastable(name, bias, layout, target).expand(target))
-    found = tuple(given.values())
-    if found[0].shape[3] * found[1].shape[3] != keys:
+            raise ValueError(f"rel_pos_{one}: expected a tensor, as rel_pos_{other} is one, given None")
+    height, width = found
+    assert height is not None and width is not None
+    if height.shape[3] * width.shape[3] != keys:
         raise ValueError(
-            f"rel_pos_height, rel_pos_width: expected key_height * key_width = {keys} keys, given "
-            f"{tuple(found[0].shape)} and {tuple(found[1].shape)}"
+            f"rel_pos_height: expected key_height * key_width = {keys} keys, given {tuple(height.shape)} and "
+            f"rel_pos_width {tuple(width.shape)}"
         )
-    return found[0], found[1]
+    return height, width
+
+
+def _of_every_query(query: Tensor, side: str, bias: Tensor | None) -> Tensor | None:
+    if bias is None:
+        return None
+    name, layout = f"rel_pos_{side}", f"(batch, heads, queries, key_{side})"
+    checks.dtype_in(name, checks.tensor(name, bias, dims=4, layout=layout), checks.FLOAT_DTYPES)
+    if checks.autocast_enabled(query.device) and bias.dtype != query.dtype:
+        bias = bias.float()
+    checks.dtype_in(name, bias, (query.dtype, torch.float32))
+    checks.same_device(name, bias, "query", query)
+    target = (*query.shape[:3], bias.shape[3])
+    return unit_last_stride(checks.broadcastable(name, bias, layout, target).expand(target))
 
 
 def shared(

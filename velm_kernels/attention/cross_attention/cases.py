@@ -62,6 +62,12 @@ def _bias(draw: Draw, batch: int, heads: int, queries: int, keys: int, head_dim:
     return {"bias": 2 * draw(1, heads, queries, keys)}
 
 
+def _rel_pos(draw: Draw, batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Arguments:
+    height = max((side for side in range(1, keys + 1) if keys % side == 0 and side * side <= keys), default=0)
+    sides = {"rel_pos_height": height, "rel_pos_width": keys // height if height else 1}
+    return {name: 2 * draw(batch, heads, queries, size) for name, size in sides.items()}
+
+
 def _norms(draw: Draw, batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Arguments:
     return {name: 1 + 0.3 * draw(head_dim) for name in ("query_norm_weight", "key_norm_weight")}
 
@@ -177,6 +183,15 @@ CASES = [
         ("bias",),
         larger=_of(3, 16, 37, 107, 24),
         published={"trained-bias": _of(4, 12, 128, 577, 64)},
+    ),
+    _attention(
+        "rel_pos",
+        _with(_rel_pos, _lengths),
+        ("rel_pos_height", "rel_pos_width"),
+        numbers_only=False,
+        sizes=_SIZES | {"queries": 6},
+        larger=_of(3, 4, 37, 110, 24),
+        published={"sam-window": _of(25, 12, 196, 196, 64), "sam-global": _of(1, 12, 4096, 4096, 64)},
     ),
     _attention("causal", _with(_always(is_causal=True))),
     _attention("softcap", _with(_always(softcap=5.0))),

@@ -114,7 +114,7 @@ def _pairs(a: Any) -> int:
 
 
 def _no_rel_pos(arguments: Arguments) -> list[str]:
-    return [] if arguments["rel_pos_height"] is None else ["there is no kernel with rel_pos_height and rel_pos_width"]
+    return [] if arguments["rel_pos_height"] is None else ["it has no rel_pos_height and rel_pos_width"]
 
 
 # query, key, value: any strides, as torch's attention takes them; the other backends see to neighbours in memory.
@@ -157,7 +157,6 @@ OPERATOR = Operator(
     torch_gives="attention.cross_attention.torch_attention",
     reasons={
         "torch": torch_attention.why_not,
-        "cpu": _no_rel_pos,
         **dict.fromkeys(("triton", *cuda.NAMESPACES), lambda a: [*_no_rel_pos(a), *_too_wide(a)]),
     },
     check=_check_values,
