@@ -132,6 +132,14 @@ def tokens_of(x: Tensor) -> int:
     return product(x.shape[:-1])
 
 
+def text_by_id(token_ids: Tensor, index: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """The tokens in the order of their ids, of one id in their own: (ids, numbers of tokens), int32. Behind those of
+    text come those that take a feature, with ``vocabulary`` as their id."""
+    keys = torch.where(index < 0, token_ids.clamp(0, max(vocabulary - 1, 0)), vocabulary)
+    keys, order = keys.sort(stable=True)
+    return keys, order.int()
+
+
 def placeholders(batch: int, tokens: int) -> tuple[Tensor, int]:
     """A mask for cases, (batch, tokens), of which two thirds are True, and how many: no value is read."""
     number = torch.arange(batch * tokens).view(batch, tokens)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.backends.triton import Config, launch
+from velm_kernels.sequence.places import text_by_id
 from velm_kernels.sequence.triton_kernels import placed_rows_kernel, summed_rows_kernel
 from velm_kernels.triton.launches import cdiv
 
@@ -34,9 +35,8 @@ def sum_rows_of_text(grad: Tensor, ids: Tensor, index: Tensor, out: Tensor) -> N
     """``out[id]`` = the sum of the rows of ``grad`` whose token has this id and takes no feature."""
     vocabulary, dim = out.shape
     out.zero_()
-    keys = torch.where(index < 0, ids.clamp(0, max(vocabulary - 1, 0)), vocabulary)
-    keys, order = keys.sort(stable=True)
+    keys, order = text_by_id(ids, index, vocabulary)
     ends = torch.searchsorted(keys, keys, right=True, out_int32=True)
     dim_blocks = cdiv(dim, SUMS.block_n)
-    arguments = (grad, order.int(), keys, ends, out, grad.stride(0), vocabulary, dim, dim_blocks)
+    arguments = (grad, order, keys, ends, out, grad.stride(0), vocabulary, dim, dim_blocks)
     launch("summed_rows", summed_rows_kernel, ids.shape[0] * dim_blocks, arguments, {"BLOCK_N": SUMS.block_n}, SUMS)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from velm_kernels.sequence.places import text_by_id
 
 
 def splice_tokens_forward(kernel: Callable[[str], Callable[..., Any]], *arguments: Any) -> None:
@@ -29,11 +30,3 @@ def splice_tokens_backward(
         keys, order = text_by_id(token_ids, index, vocabulary)
     # In place of ids and index: keys in rising order, and the tokens that have them.
     kernel("splice_tokens_backward")(grad, keys, order, place, vocabulary, grad_weight, grad_features)
-
-
-def text_by_id(token_ids: Tensor, index: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """The tokens in the order of their ids, of one id in their own: (ids, numbers of tokens), int32. Behind those of
-    text come those that take a feature, with ``vocabulary`` as their id."""
-    keys = torch.where(index < 0, token_ids.clamp(0, max(vocabulary - 1, 0)), vocabulary)
-    keys, order = keys.sort(stable=True)
-    return keys, order.int()
