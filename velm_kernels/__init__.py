@@ -85,7 +85,7 @@ from velm_kernels.pooling import (
     select_tokens,
     unmerge_tokens,
 )
-from velm_kernels.retrieval import ImageTextIndex, Neighbours, merge_topk, topk_similarity
+from velm_kernels.retrieval import ImageTextIndex, Neighbours, ShardedIndex, merge_topk, topk_similarity
 from velm_kernels.sequence import add_at_tokens, rotary, splice_into, splice_tokens
 
 __all__ = [
@@ -124,6 +124,7 @@ __all__ = [
     "ProbePool",
     "SegmentPool",
     "SelectedTokens",
+    "ShardedIndex",
     "SigmoidLoss",
     "Sketch",
     "TensorFusion",

@@ -11,7 +11,6 @@ import ctypes
 import fcntl
 import json
 import os
-import secrets
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -128,7 +127,7 @@ def sync_folder(folder: Path) -> None:
 def _aside(target: Path) -> tuple[Path, BinaryIO]:
     """A new file, locked as long as it is open: what a process leaves that was killed is not locked."""
     while True:
-        path = target.with_name(f".{target.name}.{secrets.token_hex(4)}{ASIDE}")
+        path = target.with_name(f".{target.name}.{os.urandom(4).hex()}{ASIDE}")
         file = open(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666), "wb")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX)

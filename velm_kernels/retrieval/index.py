@@ -189,12 +189,14 @@ class ImageTextIndex:
         rows = given.ids("ids", ids)
         if features is not None:
             features = self._features("features", features, len(rows))
-        texts = None if metadata is None else given.texts("metadata", metadata, len(rows))
+        self._update(rows, features, None if metadata is None else given.texts("metadata", metadata, len(rows)))
+
+    def _update(self, ids: Tensor, features: Tensor | None, texts: Sequence[bytes] | None) -> None:
         with self._store.lock:
-            state, order = self._store.find(rows)
-            given.there("ids", rows, order)
+            state, order = self._store.find(ids)
+            given.there("ids", ids, order)
             features = state.features(order) if features is None else features
-            self._store.update(Rows(features, rows, state.texts(order) if texts is None else texts))
+            self._store.update(Rows(features, ids, state.texts(order) if texts is None else texts))
 
     def search(
         self,
