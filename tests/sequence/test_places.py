@@ -148,10 +148,12 @@ def test_counts_that_nobody_checks_are_clamped(backend: Backend, monkeypatch: py
             tokens = velm_kernels.splice_tokens(token_ids, weight, leaf, PICTURE)
             added = velm_kernels.add_at_tokens(embeddings, leaf, mask)
             (grad,) = torch.autograd.grad((into.sum() + tokens.sum() + added.sum()), leaf)
+            in_place = velm_kernels.add_at_tokens(embeddings.clone(), given, mask, inplace=True)
         for out, base, row in (
             (into, embeddings, given[:number]),
             (tokens, weight[token_ids], given[:number]),
             (added, embeddings, embeddings.view(-1, DIM)[at] + given[:number]),
+            (in_place, embeddings, embeddings.view(-1, DIM)[at] + given[:number]),
         ):
             wanted = base.reshape(-1, DIM).clone()
             wanted[at] = row

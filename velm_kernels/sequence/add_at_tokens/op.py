@@ -71,10 +71,10 @@ def _add_in_place(hidden: Tensor, features: Tensor, index: Tensor, place: Tensor
     values = {"hidden": hidden, "features": features, "index": index, "place": place}
     if _in_place_by_library(backends.forced(), values):
         return
-    if not hidden.is_cpu:
-        # Features behind the last token are added as zeros, to the first one.
-        features, place = features.masked_fill((place < 0)[:, None], 0.0), place.clamp(min=0)
-    hidden.index_add_(0, place, features)
+    if hidden.shape[0] == 0:
+        return
+    # Features behind the last token are added as zeros, to the first one.
+    hidden.index_add_(0, place.clamp(min=0), features.masked_fill((place < 0)[:, None], 0.0))
 
 
 LIBRARY.impl("add_in_place", _add_in_place, "CompositeExplicitAutograd")
