@@ -118,6 +118,15 @@ def _scored(x: str, y: str, factors: tuple[str, ...], **options: Any) -> Callabl
     }
 
 
+def _labelled(bias: bool = False, **options: Any) -> Callable[..., dict[str, Any]]:
+    def make(n: int, normal: Any) -> dict[str, Any]:
+        targets = (7 * torch.arange(2 * n) % (n + 7)).view(2, n)
+        given = {"hidden": normal(2, n, 8), "weight": normal(n + 7, 8), "targets": targets}
+        return given | ({"bias": normal(n + 7)} if bias else {}) | options
+
+    return make
+
+
 def _tied(n: int, normal: Any) -> dict[str, Any]:
     # Equal scores, infinities and NaN: the first of equal ones is taken.
     scores = (normal(3, n) * 2).round()
@@ -243,6 +252,17 @@ CALLS: dict[str, Small] = {
         )
         for bound in ("infonce", "dv", "nwj", "jsd", "smile")
     },
+    "linear_cross_entropy": Small("linear_cross_entropy", _labelled(), 5, 1600),
+    "linear_cross_entropy of a part": Small(
+        "linear_cross_entropy", _labelled(bias=True, reduction="sum", ignore_index=7), 5, 1700
+    ),
+    "linear_cross_entropy of a capped head": Small(
+        "linear_cross_entropy",
+        _labelled(bias=True, softcap=2.0, label_smoothing=0.2, reduction="none"), 5, 1600,
+    ),
+    "maxsim": Small(
+        "maxsim", lambda n, draw: {"queries": draw(2, 3, 8), "documents": draw(4, n, 8)}, 5, 30000
+    ),
     **{name: Small(name, _spliced(name), 5, 60000) for name in ("splice_into", "splice_tokens", "add_at_tokens")},
     "attention_pool of few tokens": Small("attention_pool", _of_queries((1,)), 5, 23000),
     "attention_pool folded": Small("attention_pool", _of_queries((1,)), 20, 23000),

@@ -21,10 +21,17 @@ from velm_kernels.losses.linear_cross_entropy import chunks, cpu, reference
 module = importlib.import_module("velm_kernels.losses.linear_cross_entropy")
 
 
+def no_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's form; what is few rows the same switch says."""
+    for limit in ("SMALL", "SMALL_OF_HIDDEN", "SMALL_OF_WEIGHT"):
+        monkeypatch.setattr(module, limit, 0)
+
+
 @pytest.fixture(autouse=True, params=[False, True], ids=["in forward", "in backward"])
 def few_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of means and sums are made by forward, or, as of few rows, by backward."""
     monkeypatch.setattr(small, "enabled", request.param)
+    no_small_calls(monkeypatch)
     monkeypatch.setattr(module, "FEW_ROWS", dict.fromkeys(module.FEW_ROWS, 1 << 20))
 
 
@@ -40,6 +47,7 @@ def test_which_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the library is: what backward keeps says who makes the gradient of weight."""
     monkeypatch.undo()
     monkeypatch.setattr(small, "enabled", True)
+    no_small_calls(monkeypatch)
     for dtype, rows in {torch.float32: 128, torch.bfloat16: 512}.items():
         for count in (rows, rows + 1):
             hidden, weight = torch.randn(count, 3, dtype=dtype), torch.randn(5, 3, dtype=dtype)

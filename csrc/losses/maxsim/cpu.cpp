@@ -27,8 +27,16 @@ struct Best {
   int32_t place;
 };
 
+VELM_INLINE float value(const float* z) {
+  return *z;
+}
+VELM_INLINE float value(const bf16* z) {
+  return to_float(*z);
+}
+
 // Of numbers of which all count: the largest, of equal ones the first; the first NaN before all.
-Best best_of(const float* z, int64_t count) {
+template <class T>
+Best best_of(const T* z, int64_t count) {
   Vec highest(-kInfinity), sum = zero();
   // The number of the vector that it was found in.
   Vec vector_of = zero();
@@ -51,23 +59,26 @@ Best best_of(const float* z, int64_t count) {
     }
   }
   for (; j < count; ++j) {
-    is_nan |= std::isnan(z[j]);
-    if (z[j] > found.value) found = {z[j], static_cast<int32_t>(j)};
+    const float x = value(z + j);
+    is_nan |= std::isnan(x);
+    if (x > found.value) found = {x, static_cast<int32_t>(j)};
   }
   // A sum of infinities of both signs is NaN too.
   if (is_nan)
     for (j = 0; j < count; ++j)
-      if (std::isnan(z[j])) return {z[j], static_cast<int32_t>(j)};
+      if (const float x = value(z + j); std::isnan(x)) return {x, static_cast<int32_t>(j)};
   return found;
 }
 
 // The same of those that count.
-Best best_of(const float* z, const bool* counts, int64_t count) {
+template <class T>
+Best best_of(const T* z, const bool* counts, int64_t count) {
   Best found{-kInfinity, -1};
   for (int64_t j = 0; j < count; ++j) {
     if (!counts[j]) continue;
-    if (std::isnan(z[j])) return {z[j], static_cast<int32_t>(j)};
-    if (found.place < 0 || z[j] > found.value) found = {z[j], static_cast<int32_t>(j)};
+    const float x = value(z + j);
+    if (std::isnan(x)) return {x, static_cast<int32_t>(j)};
+    if (found.place < 0 || x > found.value) found = {x, static_cast<int32_t>(j)};
   }
   return found;
 }
@@ -85,10 +96,11 @@ struct Counted {
   }
 };
 
-void maxsim_best(Tensor z, Optional query_mask, Optional document_mask, int64_t length, int64_t first, Tensor best,
-                 Optional places) {
+template <class T>
+void best_of_all(const Tensor& z, const Optional& query_mask, const Optional& document_mask, int64_t length,
+                 int64_t first, Tensor& best, Optional& places) {
   const int64_t rows = z.size(0), stride = z.stride(0), all = best.size(1), documents = z.size(1) / length;
-  const auto* scores = const_data<float>(z);
+  const T* scores = const_data<T>(z);
   const bool* counts = query_mask ? const_data<bool>(*query_mask) : nullptr;
   const bool* counts_in = document_mask ? const_data<bool>(*document_mask) : nullptr;
   std::vector<Counted> counted;
@@ -99,7 +111,7 @@ void maxsim_best(Tensor z, Optional query_mask, Optional document_mask, int64_t 
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t d = 0; d < documents; ++d) {
         const Counted& in = counted[static_cast<size_t>(d)];
-        const float* of = scores + row * stride + d * length;
+        const T* of = scores + row * stride + d * length;
         Best found{0.0f, -1};
         if (in.begin < in.end && (!counts || counts[row])) {
           found = in.all ? best_of(of + in.begin, in.end - in.begin) : best_of(of, counts_in + d * length, length);
@@ -110,6 +122,14 @@ void maxsim_best(Tensor z, Optional query_mask, Optional document_mask, int64_t 
       }
     }
   });
+}
+
+void maxsim_best(Tensor z, Optional query_mask, Optional document_mask, int64_t length, int64_t first, Tensor best,
+                 Optional places) {
+  if (z.scalar_type() == ScalarType::BFloat16)
+    best_of_all<bf16>(z, query_mask, document_mask, length, first, best, places);
+  else
+    best_of_all<float>(z, query_mask, document_mask, length, first, best, places);
 }
 
 // to += factor * from

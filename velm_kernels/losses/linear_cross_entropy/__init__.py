@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from velm_kernels import checks
@@ -10,8 +13,16 @@ from velm_kernels.backends import Arguments, small
 from velm_kernels.layout import as_matrix, unit_last_stride
 from velm_kernels.losses.linear_cross_entropy import reference
 from velm_kernels.losses.linear_cross_entropy.op import BIAS, HIDDEN, LATER, OPERATOR, WEIGHT
+from velm_kernels.processors import NEVER
+from velm_kernels.products import own_product_of
 
 REDUCTIONS = ("none", "mean", "sum")
+# Logits up to which torch's form is the faster one: without a gradient, with one of hidden alone, and with one of
+# weight, see velm_kernels.backends.small. What it makes of so many is no more than a chunk.
+SMALL, SMALL_OF_HIDDEN, SMALL_OF_WEIGHT = 1 << 21, 1 << 20, 1 << 22
+# Rows whose targets are looked at for that.
+SMALL_ROWS = 1 << 12
+_DTYPES = frozenset((torch.float32, torch.bfloat16))
 # Rows up to which a second multiplication of the logits costs less than writing a gradient of weight twice: on a server
 # of 2 threads with AMX, at 1024 x 32000, backward makes 8 rows 3 times as fast, 128 (float32) and 512 (bfloat16) no
 # slower, and 2048 slower.
@@ -82,6 +93,20 @@ def linear_cross_entropy(
         >>> velm_kernels.linear_cross_entropy(hidden, weight, targets, shift=True).shape
         torch.Size([])
     """
+    found = plain(
+        hidden,
+        weight,
+        targets,
+        bias,
+        ignore_index,
+        label_smoothing,
+        softcap,
+        shift,
+        reduction,
+        return_logprobs,
+    )
+    if found is not None:
+        return found
     if isinstance(hidden, Tensor):
         hidden, weight, bias = checks.autocast(hidden, weight, bias)
     arguments = canonical(
@@ -104,6 +129,69 @@ def linear_cross_entropy(
     if reduction == "none":
         loss = loss.view(targets.shape)
     return (loss, logprobs.view(targets.shape), entropy.view(targets.shape)) if return_logprobs else loss
+
+
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    shift: bool = False,
+    reduction: str = "mean",
+    return_logprobs: bool = False,
+) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if return_logprobs is not False or shift is not False or reduction.__class__ is not str:
+        return None
+    if reduction not in REDUCTIONS or ignore_index.__class__ is not int or label_smoothing.__class__ is not float:
+        return None
+    if not 0.0 <= label_smoothing < 1.0 or not (softcap is None or _is_cap(softcap)):
+        return None
+    tensors = (hidden, weight) if bias is None else (hidden, weight, bias)
+    if not small.takes_torch(NEVER, *tensors, dtype=_DTYPES) or targets.__class__ is not Tensor:
+        return None
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        return None
+    vocabulary = weight.shape[0]
+    most = SMALL
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            most = SMALL_OF_WEIGHT
+        elif any(tensor.requires_grad for tensor in tensors):
+            most = SMALL_OF_HIDDEN
+    dim, bound = hidden.shape[-1], 2**63
+    if targets.shape != hidden.shape[:-1] or targets.dtype is not torch.int64 or not -bound <= ignore_index < bound:
+        return None
+    if vocabulary == 0 or dim == 0 or (bias is not None and bias.shape != (vocabulary,)):
+        return None
+    labels = small.values_of(targets, SMALL_ROWS)
+    if labels is None or own_product_of(len(labels), hidden.dtype):
+        return None
+    count = len(labels)
+    if ignore_index in labels:
+        places = [place for place, label in enumerate(labels) if label != ignore_index]
+        labels = [labels[place] for place in places]
+    if not 0 < len(labels) * vocabulary <= most or min(labels) < 0 or max(labels) >= vocabulary:
+        return None
+    if len(labels) < count and reduction == "none":
+        return None
+    rows, of_rows = hidden.reshape(-1, dim), targets.reshape(-1)
+    if len(labels) < count:
+        # Nothing else is read.
+        labelled = torch.tensor(places)
+        rows, of_rows = rows.index_select(0, labelled), of_rows.index_select(0, labelled)
+    logits = F.linear(rows, weight, bias).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = F.cross_entropy(logits, of_rows, reduction=reduction, label_smoothing=label_smoothing)
+    return loss.view(targets.shape) if reduction == "none" else loss
+
+
+def _is_cap(softcap: Any) -> bool:
+    return softcap.__class__ is float and 1e-30 <= softcap < float("inf")
 
 
 def canonical(
@@ -174,4 +262,4 @@ def _is_few(hidden: Tensor, records: int) -> bool:
     return hidden.shape[0] <= FEW_ROWS.get(hidden.dtype, 0)
 
 
-OPERATOR.serves("linear_cross_entropy", canonical)
+OPERATOR.serves("linear_cross_entropy", canonical, plain)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.backends import Arguments
+from velm_kernels.backends.small import takes_torch
 from velm_kernels.losses.maxsim.op import OPERATOR
+from velm_kernels.losses.products import arithmetic
+from velm_kernels.processors import NEVER
+
+# Scores of tokens up to which torch's form is the faster one, without and with a gradient, see
+# velm_kernels.backends.small.
+SMALL, SMALL_RECORDED = 1 << 19, 1 << 15
+_DTYPES = frozenset((torch.float32, torch.bfloat16))
 
 
 def maxsim(
@@ -33,7 +43,8 @@ def maxsim(
 
     The scores of tokens, ``(queries, documents, tokens, tokens of a document)``, exist for some documents at a time. Of
     each token of a query the place of the nearest one in a document is kept where a gradient is recorded, int32, of
-    equal ones the first; backward adds those rows alone. Products and sums are in float32.
+    equal ones the first; backward adds those rows alone. Products and sums are in float32; without a gradient each
+    score of bfloat16 is rounded before its sum, on processors that multiply bfloat16.
 
     The formula is that of ColBERT (Khattab and Zaharia, 2020) and ColPali (Faysse et al., 2024).
 
@@ -42,12 +53,32 @@ def maxsim(
         >>> velm_kernels.maxsim(queries, documents).shape
         torch.Size([3, 5])
     """
+    small = plain(queries, documents, query_mask, document_mask)
+    if small is not None:
+        return small
     if isinstance(queries, Tensor):
         queries, documents = checks.autocast(queries, documents)
     arguments = canonical(queries, documents, query_mask, document_mask)
     arguments["records"] = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
     out: Tensor = OPERATOR(arguments)[0]
     return out
+
+
+def plain(queries: Tensor, documents: Tensor, query_mask: Any = None, document_mask: Any = None) -> Tensor | None:
+    """The result of a small call by torch's own operators, or None."""
+    if query_mask is not None or document_mask is not None:
+        return None
+    if not takes_torch(NEVER, queries, documents, dtype=_DTYPES) or not queries.dim() == documents.dim() == 3:
+        return None
+    (of_queries, tokens, dim), (of_documents, length, other) = queries.shape, documents.shape
+    scores = of_queries * tokens * of_documents * length
+    records = torch.is_grad_enabled() and (queries.requires_grad or documents.requires_grad)
+    if dim != other or not scores * dim > 0 or scores > (SMALL_RECORDED if records else SMALL):
+        return None
+    dtype = torch.float32 if records else arithmetic(queries)
+    rows, columns = (x.to(dtype).reshape(-1, dim) for x in (queries, documents))
+    best = torch.mm(rows, columns.t()).view(-1, of_documents, length).max(2).values
+    return best.view(of_queries, tokens, of_documents).sum(1, dtype=torch.float32)
 
 
 def canonical(
@@ -80,4 +111,4 @@ def canonical(
     }
 
 
-OPERATOR.serves("maxsim", canonical)
+OPERATOR.serves("maxsim", canonical, plain)

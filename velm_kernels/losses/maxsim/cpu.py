@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from velm_kernels.backends import cpu
+from velm_kernels.losses.products import arithmetic
 
-# z (rows, documents * length), float32; of each row and each of these documents the largest, and its place if asked
-# for, into the columns of best (rows, all documents), float32, and places, int32, from `first` on.
+# z (rows, documents * length), float32 or bfloat16; of each row and each of these documents the largest, and its place
+# if asked for, into the columns of best (rows, all documents), float32, and places, int32, from `first` on.
 cpu.declare(
     "maxsim_best(Tensor z, Tensor? query_mask, Tensor? document_mask, int length, int first, "
     "Tensor(a!) best, Tensor(b!)? places) -> ()"
@@ -37,15 +38,17 @@ def maxsim_forward(
     places: Tensor | None,
 ) -> None:
     count, length, _ = documents.shape
-    # In float32: which of two is the larger one is not left to how 16 bits round.
-    rows = queries.flatten(0, 1).float()
-    best = rows.new_zeros((len(rows), count))
+    # In float32: which of two is the larger one is not left to how 16 bits round. Where nobody asks which, the largest
+    # in bfloat16 is as good as its own rounding.
+    dtype = torch.float32 if records else arithmetic(queries)
+    rows = queries.flatten(0, 1).to(dtype)
+    best = rows.new_zeros((len(rows), count), dtype=torch.float32)
     step = max(1, SCORES // max(1, len(rows) * length))
     room = rows.new_empty((len(rows), min(step, count) * length))
     if length == 0 and places is not None:
         places.fill_(-1)
     for first in range(0, count if length else 0, step):
-        some = documents[first : first + step].float().flatten(0, 1)
+        some = documents[first : first + step].to(dtype).flatten(0, 1)
         z = room[:, : len(some)]
         torch.mm(rows, some.t(), out=z)
         mask = None if document_mask is None else document_mask[first : first + step]
