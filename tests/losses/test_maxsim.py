@@ -63,6 +63,31 @@ def test_the_first_of_equal_tokens_and_of_nan(backend: Backend, hidden: bool) ->
             assert gradient[0, :, 0].nonzero().view(-1).tolist() == [places[1] if hidden else places[0]]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 16, 37])
+@every_backend
+def test_without_a_gradient_in_16_bits(backend: Backend, length: int, masked: bool) -> None:
+    """Scores of bfloat16 are rounded, where a processor multiplies it, once: as those of plain torch."""
+    queries, documents = _drawn(3, 5, 16).bfloat16(), _drawn(4, length, 16).bfloat16()
+    given = [None, None]
+    if masked:
+        given = [torch.arange(5) < torch.tensor([[5], [3], [0]]), torch.arange(length) % 3 != 1]
+        given[1] = given[1].expand(4, length)
+        documents[:, 1::3] = torch.nan
+        queries[1, 3:] = torch.nan
+    exact = maxsim(queries.double(), documents.double(), *given)
+    with backend.use():
+        got = maxsim(queries, documents, *given)
+    assert got.dtype == torch.float32 and exact.isfinite().all()
+    terms = queries.double().nan_to_num().norm(dim=2).sum(1)[:, None]
+    assert ((got - exact).abs() <= 2.0**-8 * terms * documents.double().nan_to_num().norm(dim=2).amax()).all()
+    documents[2, 0, 3] = torch.nan
+    with backend.use():
+        lost = maxsim(queries, documents, *given).isnan()
+    there = queries.isnan().any(2).logical_not().any(1) if given[0] is None else given[0].any(1)
+    assert torch.equal(lost, there[:, None] & (torch.arange(4) == 2))
+
+
 def test_memory() -> None:
     """A place for each token of a query and each document is kept, and no scores."""
     leaves = [_drawn(8, 32, 16).requires_grad_(), _drawn(64, 200, 16).requires_grad_()]
