@@ -61,8 +61,11 @@ from velm_kernels.losses.sigmoid_loss.triton import sigmoid_pass
 from velm_kernels.pooling.attention_pool.triton import attention_pool_backward, attention_pool_forward
 from velm_kernels.pooling.gather_rows.triton import gather_rows_forward
 from velm_kernels.pooling.match_rows.triton import match_rows_forward
+from velm_kernels.pooling.merge_patches.triton import merge_patches_backward, merge_patches_forward
 from velm_kernels.pooling.pool.reference import MODES
 from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
+from velm_kernels.pooling.pool_grid.triton import pool_grid_backward, pool_grid_forward
+from velm_kernels.pooling.weighted_rows.triton import weighted_rows_backward, weighted_rows_forward
 from velm_kernels.sequence import triton_rows
 from velm_kernels.sequence.rotary import triton as triton_rotary
 
@@ -146,6 +149,13 @@ STREAMING = (
     *(f"pool_{mode}_backward" for mode in MODES),
     "pool_counts",
     "gather_rows",
+    "pool_grid",
+    "pool_grid_backward",
+    "merge_patches",
+    "merge_patches_backward",
+    "weighted_rows",
+    "weighted_rows_backward",
+    "tap_dots",
     "placed_rows",
     "summed_rows",
     "rotary",
@@ -252,7 +262,7 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
     with pretend(arch) as launches:
         # With many queries for the delta of the result, with few for that of the products.
         _run(_arguments("plain", dtype, WIDEST), "query")
-        out, logsumexp = _run(given, *OPERATOR.differentiable)
+        out, logsumexp = _run(given, *(name for name in OPERATOR.differentiable if given[name] is not None))
         outs, logsumexps = [out] * shards, [logsumexp] * shards
         triton_merge_attention.merge_attention_forward(outs, logsumexps, out, logsumexp)
         triton_merge_attention.merge_attention_backward(
@@ -337,6 +347,15 @@ def _pooling(dtype: torch.dtype) -> None:
     index, weight = _empty(BATCH, TOKENS), _empty(BATCH, TOKENS, dtype=torch.float32)
     gather_rows_forward(x, index, _empty(BATCH, TOKENS // 2 + 1), weight, index, None, weight, x[:, : TOKENS // 2])
     match_rows_forward(x, x, weight, index)
+    windows, squares = _empty(BATCH, TOKENS // 4, 2), x[:, : TOKENS // 4]
+    pool_grid_forward(x, windows, 0, 0, 2, squares)
+    pool_grid_backward(squares, windows, TOKENS, 0, 0, 2, x)
+    merged = _empty(BATCH, TOKENS // 4, 4 * 768, dtype=dtype)
+    merge_patches_forward(x, windows, 0, 0, 2, True, merged)
+    merge_patches_backward(merged, windows, TOKENS, 768, 0, 0, 2, True, x)
+    taps = _empty(TOKENS // 2, 4), _empty(TOKENS // 2, 4, dtype=torch.float32)
+    weighted_rows_forward(x, *taps, x[:, : TOKENS // 2])
+    weighted_rows_backward(x[:, : TOKENS // 2], x, *taps, TOKENS, x, taps[1])
     rows = _empty(BATCH, HEADS, 768, dtype=dtype)
     given, kept = (x, rows, lengths, mask, None), (rows, _empty(BATCH, HEADS, dtype=torch.float32))
     attention_pool_forward(*given, *kept)

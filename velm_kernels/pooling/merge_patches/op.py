@@ -30,5 +30,6 @@ OPERATOR = Operator(
     gradients=_gradients,
     gradient_shapes={"x": lambda a: a.grad.new_empty((a.grad.shape[0], a.tokens, a.dim))},
     incoming=lambda grad, a: unit_last_stride(grad),
+    triton="pooling.merge_patches.triton",
     cuda=False,
 )

@@ -57,5 +57,6 @@ OPERATOR = Operator(
     gradients=_gradients,
     gradient_shapes={"x": lambda a: a.grad.new_empty((a.grad.shape[0], a.tokens, a.grad.shape[2]))},
     incoming=lambda grad, a: unit_last_stride(grad),
+    triton="pooling.pool_grid.triton",
     cuda=False,
 )

@@ -53,6 +53,7 @@ OPERATOR = Operator(
         "weights": lambda a: a.grad.new_empty(a.indices.shape, dtype=weights_dtype(a.grad)),
     },
     incoming=lambda grad, a: unit_last_stride(grad),
+    triton="pooling.weighted_rows.triton",
     cuda=False,
     reasons=dict.fromkeys(("cpu", "triton"), _too_many),
     flops=lambda a: 2 * a.x[0] * a.x[2] * a.indices[0] * a.indices[1],
