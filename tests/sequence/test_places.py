@@ -216,6 +216,28 @@ def test_rows_of_every_width(backend: Backend, dim: int, dtype: torch.dtype) -> 
         torch.testing.assert_close(of_weight.double(), exact, rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_one_row_of_any_width(backend: Backend, dtype: torch.dtype) -> None:
+    """Whose stride says nothing of how many columns there are."""
+    for dim in (3, 13, 14, 16):
+        hidden, features, weight = (x.to(dtype) for x in torch.randn(3, 1, dim))
+        for mask in (torch.tensor([True]), torch.tensor([False])):
+            given = features if mask.all() else features[:0]
+            leaf = weight.clone().requires_grad_()
+            with backend.use():
+                into = velm_kernels.splice_into(hidden, given, mask)
+                tokens = velm_kernels.splice_tokens(torch.where(mask, -1, 0), leaf, given, -1)
+                added = velm_kernels.add_at_tokens(hidden, given, mask)
+                in_place = velm_kernels.add_at_tokens(hidden.clone(), given, mask, inplace=True)
+                (grad,) = torch.autograd.grad(tokens, leaf, hidden)
+            assert torch.equal(into, features if mask.all() else hidden)
+            assert torch.equal(tokens, features if mask.all() else weight)
+            wanted = (hidden.float() + features.float()).to(dtype) if mask.all() else hidden
+            assert torch.equal(added, wanted) and torch.equal(in_place, wanted)
+            assert torch.equal(grad, torch.zeros_like(hidden) if mask.all() else hidden)
+
+
 @pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
 def test_past_2_to_the_31_elements(backend: Backend) -> None:
     """Rows as far apart as in a tensor too big to hold: memory that is not touched is not there."""

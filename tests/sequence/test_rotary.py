@@ -268,7 +268,9 @@ def test_head_dims_beside_whole_vectors(backend: Backend, layout: str, head_dim:
 # Vectors of 16 bytes, of 8 and single columns; one norm over each head, or over all; more heads than a thread goes
 # through, and more rows of a norm than a block has.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("norms", [(), (1, 1), (HEADS + 7, 1), (1, 0)], ids=str)
+@pytest.mark.parametrize(
+    "norms", [(), (1, 1), (HEADS + 7, 1), (1, 0)], ids=["plain", "normed", "over_heads", "query_alone"]
+)
 @pytest.mark.parametrize(
     ("layout", "head_dim", "rotated"),
     [
@@ -308,6 +310,24 @@ def test_cuda_kernels(
         found.append([*(out.detach() for out in outs), *grads])
     for name, exact, plain, got in zip(("rotated_query", "rotated_key", *names), *found, strict=True):
         assert_accurate(name, got, plain, exact)
+
+
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_one_row_of_any_width(backend: Backend) -> None:
+    """Whose strides say nothing of how many columns there are."""
+    for layout, head_dim, rotated in (("halves", 13, 8), ("halves", 12, 12), ("pairs", 20, 20), ("quarters", 24, 24)):
+        x = torch.randn(1, 1, 1, head_dim, generator=torch.Generator().manual_seed(7))
+        table = torch.randn(2, 1, rotated, generator=torch.Generator().manual_seed(8))
+        for dtype in (torch.float32, torch.bfloat16):
+            for weight in (None, torch.ones(head_dim)):
+                leaf = x.to(dtype).requires_grad_()
+                given = {"layout": layout, "query_norm_weight": weight}
+                wanted = reference.rotary(x.to(dtype).float(), x[:, :0], *table[:, None], **given)[0]
+                with backend.use():
+                    out, _ = velm_kernels.rotary(leaf, None, *table, **given)
+                    (grad,) = torch.autograd.grad(out, leaf, out.detach())
+                torch.testing.assert_close(out.float(), wanted, rtol=2**-7, atol=2**-7)
+                assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
