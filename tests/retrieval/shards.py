@@ -76,7 +76,6 @@ class Pair:
             exclude = self.some_ids(2 * len(queries)).view(len(queries), -1) if len(self.alone) > 10 else None
             among = self.some_ids(len(self.alone) // 2)
             for k, more, excluded in (
-                (4, {}, None),
                 (len(self.alone) + 3, {}, None),
                 (5, {}, exclude),
                 (5, {"ids": among, "where": {"row": {1, 2, 3}}}, exclude),
@@ -109,7 +108,6 @@ def changes(rank: int, world: int, folder: Path) -> None:
             gone = pair.sharded._processes.gather(pair.sharded.local.ids)[step % 3][::2]
             pair.alone.remove(gone)
             pair.sharded.remove(gone)
-            pair.same()
             changed, own = pair.some_ids(sum(QUERIES)), pair.own(QUERIES)
             changed, rows = changed[: sum(QUERIES)], pair.features(len(changed))
             texts = [{"row": 2}] * len(changed)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -420,6 +424,54 @@ def test_a_refresh_that_fails_changes_nothing() -> None:
         done.result(30)
     assert torch.equal(index.features([0, 1]), torch.eye(2))
     assert index.refresh(lambda ids, _: torch.ones(len(ids), 2)).result() == 2
+
+
+def test_what_is_added_in_inference_mode_stays_usable(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        index = ImageTextIndex(4, metric="dot")
+        index.add(torch.ones(300, 4))
+        index.update([1], torch.full((1, 4), 2.0))
+        index.remove(range(2, 200))
+        index.refresh(lambda ids, _: torch.ones(len(ids), 4))
+        indices = [index]
+        if importlib.util.find_spec("safetensors"):
+            index.save(tmp_path / "file")
+            indices.append(ImageTextIndex.load(tmp_path / "file"))
+        assert index.search(torch.ones(1, 4), 1).values.is_inference()
+    for one in indices:
+        one.add(torch.ones(300, 4), range(1000, 1300))
+        one.remove([0])
+        one.refresh(lambda ids, _: torch.full((len(ids), 4), 3.0))
+        queries = torch.ones(2, 4, requires_grad=True)
+        one.search(queries, 2).values.sum().backward()
+        assert torch.equal(queries.grad, torch.full((2, 4), 6.0))
+
+
+def test_another_default_device() -> None:
+    with torch.device("meta"):
+        index = ImageTextIndex(4, metric="dot")
+        rows = features(400, 4).to("meta")
+        assert rows.is_meta and index.device.type == "cpu"
+        with pytest.raises(ValueError, match="features: expected device cpu like the index, given meta"):
+            index.add(rows)
+        index.add(torch.ones(400, 4, device="cpu"), metadata=[1] * 400)
+        index.remove(range(300))
+        index.update([399], metadata=[2])
+        found = index.search(torch.ones(1, 4, device="cpu"), 2, where=lambda told: told == 2, exclude=[-1])
+        assert found.ids.tolist() == [[399, -1]] and index.metadata([399]) == [2]
+        index.refresh(lambda ids, _: torch.zeros(len(ids), 4, device="cpu"))
+
+
+def test_copies_are_indices_of_their_own() -> None:
+    index = ImageTextIndex(4, metric="dot")
+    index.add(features(30, 4), metadata=list(range(30)))
+    index.remove([4])
+    for other in (copy.deepcopy(index), pickle.loads(pickle.dumps(index))):
+        assert torch.equal(other.ids, index.ids) and other.metadata([7]) == [7]
+        other.remove([7])
+        other.refresh(lambda ids, _: torch.zeros(len(ids), 4))
+        assert 7 in index and 7 not in other and other.add(torch.ones(1, 4)).tolist() == [30]
+    assert torch.equal(index.features([3]), features(30, 4)[3:4])
 
 
 def test_public_names() -> None:

@@ -8,10 +8,9 @@ import multiprocessing
 import os
 import random
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -257,17 +256,9 @@ def processes() -> Any:
     return context
 
 
-@pytest.fixture
-def tmp_memory() -> Iterator[Path]:
-    """A folder in memory, where others do not keep the disk busy: what a killed process leaves is the same there."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else None) as folder:
-        yield Path(folder)
-
-
-def test_killed_at_any_moment(tmp_memory: Path, processes: Any) -> None:
+def test_killed_at_any_moment(tmp_path: Path, processes: Any) -> None:
     """50 times, while the file that was there first is mapped."""
-    path = tmp_memory / "file"
+    path = tmp_path / "file"
     saving.MADE[0].save(path)
     reader = ImageTextIndex.load(path)
     draw = random.Random(0)
@@ -281,13 +272,13 @@ def test_killed_at_any_moment(tmp_memory: Path, processes: Any) -> None:
         process.join()
         assert process.exitcode == -signal.SIGKILL
         found.append(saving.version_of(ImageTextIndex.load(path, memory_map=draw.random() < 0.5)))
-        left_over += any(entry.name.endswith(files.ASIDE) for entry in tmp_memory.iterdir())
+        left_over += any(entry.name.endswith(files.ASIDE) for entry in tmp_path.iterdir())
     assert set(found) == {1, 2}
     # Most were killed while they were writing.
     assert left_over > 10
     assert saving.version_of(reader) == 0
     saving.MADE[1].save(path)
-    assert sorted(entry.name for entry in tmp_memory.iterdir()) == ["file"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file"]
 
 
 def test_killed_at_every_step(tmp_path: Path, processes: Any) -> None:

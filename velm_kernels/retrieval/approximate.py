@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.retrieval.search import Found, worst
-from velm_kernels.retrieval.store import State
+from velm_kernels.retrieval.store import State, lasting
 from velm_kernels.retrieval.topk_similarity.reference import LEAST_NORM, similarity
 
 # Rows that are handed over at a time, and numbers that are gathered at a time.
@@ -55,7 +55,9 @@ class Approximate:
     def without(self, order: Tensor) -> Approximate:
         """Rows that are no longer there are not found from now on."""
         places = self._places(order)
-        alive = torch.ones(len(self.order), dtype=torch.bool) if self.alive is None else self.alive.clone()
+        alive = (
+            torch.ones(len(self.order), dtype=torch.bool, device="cpu") if self.alive is None else self.alive.clone()
+        )
         alive[places] = False
         return replace(self, alive=alive)
 
@@ -75,7 +77,9 @@ class Approximate:
         many = k if self.factory.rpartition(",")[2] in PRECISE else MORE * k
         many = min(many, len(self.order))
         if not many or not len(queries):
-            return queries.new_empty((len(queries), 0)).float(), torch.empty(len(queries), 0, dtype=torch.int64)
+            return queries.new_empty((len(queries), 0)).float(), torch.empty(
+                len(queries), 0, dtype=torch.int64, device="cpu"
+            )
         rows = _rows(queries.detach(), self.metric)
         _, places = self.index.search(rows, many, params=self._parameters(order, many))
         places = torch.from_numpy(places)
@@ -97,7 +101,7 @@ class Approximate:
         faiss = library()
         chosen = self.alive
         if order is not None:
-            chosen = torch.zeros(len(self.order), dtype=torch.bool)
+            chosen = torch.zeros(len(self.order), dtype=torch.bool, device="cpu")
             chosen[self._places(order)] = True
             chosen = chosen if self.alive is None else chosen & self.alive
         if self.factory.startswith("IVF"):
@@ -129,6 +133,7 @@ def usual(rows: int, dtype: torch.dtype) -> str:
     return f"IVF{max(1, min(int(4 * math.sqrt(rows)), rows // 39))},{CODES[dtype]}"
 
 
+@lasting
 def build(state: State, metric: str, factory: str | None, nprobe: int, ef_search: int, until: int) -> Approximate:
     """The rows that are there; their features are read twice, some at a time."""
     faiss = library()
@@ -142,7 +147,7 @@ def build(state: State, metric: str, factory: str | None, nprobe: int, ef_search
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(f"factory: expected what faiss.index_factory makes, given {factory!r} ({reason})") from None
     if not index.is_trained:
-        some = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
+        some = torch.randperm(len(order), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         some = some[: 256 * max(getattr(index, "nlist", 1), 256)].sort().values
         try:
             index.train(_rows(state.features(order[some]), metric))

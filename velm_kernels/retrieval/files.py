@@ -58,7 +58,9 @@ def write(path: str | os.PathLike[str], facts: Mapping[str, str], parts: Iterabl
     parts = sorted(parts, key=lambda part: -part.dtype.itemsize)
     facts = {"format": FORMAT, "version": str(VERSION), **facts, CHECKSUMS: " ".join(part.name for part in parts)}
     with replaced(path) as file:
-        file.write(_header(facts, [*parts, whole(CHECKSUMS, torch.empty(4 * len(parts), dtype=torch.uint8))]))
+        file.write(
+            _header(facts, [*parts, whole(CHECKSUMS, torch.empty(4 * len(parts), dtype=torch.uint8, device="cpu"))])
+        )
         checksums = b""
         for part in parts:
             checksum, size = 0, 0

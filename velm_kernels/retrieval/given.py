@@ -59,7 +59,7 @@ def some_ids(name: str, value: Any) -> Tensor:
             if isinstance(value, (str, bytes)):
                 raise TypeError
             given = value if isinstance(value, int) else list(value)
-            value = torch.tensor(given, dtype=None if given != [] else torch.int64)
+            value = torch.tensor(given, dtype=None if given != [] else torch.int64, device="cpu")
         except (TypeError, ValueError, RuntimeError, OverflowError):
             raise TypeError(f"{name}: expected integers below 2^63, given {checks.describe(value)}") from None
     if value.dtype not in checks.INTEGER_DTYPES:

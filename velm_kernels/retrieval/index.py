@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ class ImageTextIndex:
         dim: how many numbers a row of features has.
         metric: ``"cosine"``, ``"dot"`` or ``"l2"`` (squared distance), as in :func:`velm_kernels.topk_similarity`.
         dtype: of the features in the index: float32, bfloat16 or float16. Those that are added are rounded to it.
-        device: of the features, which queries have to be on too. Ids and metadata are on the CPU.
+        device: of the features, which queries have to be on too; None: the CPU, where ids and metadata always are.
         engine: ``"exact"``; or ``"faiss"``, for the CPU: what :meth:`build` was called for is searched approximately,
             rows that came since exactly.
 
@@ -103,6 +104,12 @@ class ImageTextIndex:
         # Features are made anew by one at a time.
         self._renewal = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_renewal": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _renewal=threading.Lock())
+
     @property
     def dim(self) -> int:
         return self._store.dim
@@ -133,9 +140,9 @@ class ImageTextIndex:
         return self._store.state.size
 
     def __contains__(self, id: object) -> bool:
-        if isinstance(id, bool) or not isinstance(id, int) or not 0 <= id < 2**63:
+        if isinstance(id, bool) or not isinstance(id, numbers.Integral) or not 0 <= int(id) < 2**63:
             return False
-        return bool(self._store.find(torch.tensor([id]))[1] >= 0)
+        return bool(self._store.find(torch.tensor([int(id)], device="cpu"))[1] >= 0)
 
     def __repr__(self) -> str:
         return (
@@ -160,7 +167,7 @@ class ImageTextIndex:
         with self._store.lock:
             if new is None:
                 self._room_for(len(features))
-                new = torch.arange(self._next_id, self._next_id + len(features))
+                new = torch.arange(self._next_id, self._next_id + len(features), device="cpu")
             else:
                 given.new("ids", new, self._store.find(new)[1])
             self._store.append(Rows(features, new, texts))
@@ -274,7 +281,7 @@ class ImageTextIndex:
         if where is not None:
             holds = given.condition("where", where)
             order = state.order() if order is None else order
-            order = order[torch.tensor([holds(text) for text in state.texts(order)], dtype=torch.bool)]
+            order = order[torch.tensor([holds(text) for text in state.texts(order)], dtype=torch.bool, device="cpu")]
         return state, None if order is None else order.sort().values
 
     def select(self, where: Where) -> Tensor:

@@ -31,7 +31,9 @@ class Places:
             found = torch.where(self._ids[at] == ids, self._places[at], found)
         if self._changed:
             changed = self._changed
-            found = torch.tensor([changed.get(id_, place) for id_, place in zip(ids.tolist(), found.tolist())])
+            found = torch.tensor(
+                [changed.get(id_, place) for id_, place in zip(ids.tolist(), found.tolist())], device="cpu"
+            )
             found = found.to(torch.int64)
         return found
 
@@ -46,7 +48,10 @@ class Places:
 
     def _merge(self, ids: Tensor, places: Tensor) -> None:
         # The last one counts where an id is there several times.
-        before = (torch.tensor(list(values), dtype=torch.int64) for values in (self._changed, self._changed.values()))
+        before = (
+            torch.tensor(list(values), dtype=torch.int64, device="cpu")
+            for values in (self._changed, self._changed.values())
+        )
         all_ids, all_places = (torch.cat(three) for three in zip((self._ids, self._places), before, (ids, places)))
         self._changed = {}
         all_ids, index = all_ids.sort(stable=True)

@@ -74,7 +74,7 @@ class Processes:
         return [came.to(part.device) for came, part in zip(received, parts)]
 
     def exchange_texts(self, parts: Sequence[Sequence[bytes]], coming: Sequence[int]) -> list[list[bytes]]:
-        own = [torch.tensor([len(text) for text in part], dtype=torch.int64) for part in parts]
+        own = [torch.tensor([len(text) for text in part], dtype=torch.int64, device="cpu") for part in parts]
         lengths = self.exchange(own, coming)
         blobs = self.exchange([_as_tensor(b"".join(part)) for part in parts], [int(one.sum()) for one in lengths])
         found = []
@@ -94,7 +94,11 @@ class Processes:
 
 
 def _as_tensor(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if text
+        else torch.empty(0, dtype=torch.uint8, device="cpu")
+    )
 
 
 def leveled(sizes: Sequence[int], new: int) -> list[int]:

@@ -34,7 +34,9 @@ def exact(state: State, queries: Tensor, k: int, metric: str, order: Tensor | No
 
 def nearest(state: State, queries: Tensor, k: int, metric: str, order: Tensor | None, engine: str) -> Found:
     near = state.approximate
-    if engine == "exact" or near is None:
+    # Among few rows a search of lists would come to nothing often.
+    few = order is not None and len(order) * FEW < state.size
+    if engine == "exact" or near is None or few:
         return exact(state, queries, k, metric, order)
     parts = [near.search(state, queries, k, order), *_parts(state, queries, k, metric, order, near.until)]
     return merged(parts, k, metric)
@@ -65,7 +67,7 @@ def _chosen(segment: Segment, order: Tensor | None, since: int) -> tuple[Tensor,
         if len(rows) * FEW < len(ids):
             rows = rows.to(features.device)
             return features[rows], ids[rows], None
-        valid = torch.zeros(len(ids), dtype=torch.bool)
+        valid = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         valid[rows] = True
         return features, ids, valid.to(features.device)
     return features, ids, None if mask is None else mask[first:].to(features.device)

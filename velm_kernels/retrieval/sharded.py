@@ -146,7 +146,7 @@ class ShardedIndex:
             first = self._next_id + sum(counts[: processes.rank])
             if self._next_id + sum(counts) > 2**63 - 1:
                 raise ValueError(f"ids: expected to be given, as there are none left above {self._next_id - 1}")
-            new = torch.arange(first, first + counts[processes.rank])
+            new = torch.arange(first, first + counts[processes.rank], device="cpu")
             self._next_id += sum(counts)
         coming = leveled(self.sizes, sum(counts))
         self._move(Rows(rows, new, texts), flows(counts, coming))
@@ -155,7 +155,7 @@ class ShardedIndex:
 
     def _move(self, rows: Rows, flow: Sequence[Sequence[int]]) -> None:
         """Sends rows where they go, first those for the first process, and adds what comes."""
-        ends = torch.tensor([0, *flow[self._processes.rank]]).cumsum(0).tolist()
+        ends = torch.tensor([0, *flow[self._processes.rank]], device="cpu").cumsum(0).tolist()
         parts = [
             Rows(rows.features[start:stop], rows.ids[start:stop], rows.texts[start:stop])
             for start, stop in itertools.pairwise(ends)
@@ -299,7 +299,7 @@ class ShardedIndex:
             order = order[order >= 0]
         if holds is not None:
             order = state.order() if order is None else order
-            order = order[torch.tensor([holds(text) for text in state.texts(order)], dtype=torch.bool)]
+            order = order[torch.tensor([holds(text) for text in state.texts(order)], dtype=torch.bool, device="cpu")]
         return state, None if order is None else order.sort().values
 
     def select(self, where: Where) -> Tensor:

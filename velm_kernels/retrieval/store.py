@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +38,21 @@ class MappedTexts(Sequence[bytes]):
             return [self[i] for i in range(*row.indices(len(self)))]
         start, stop = self._offsets[row : row + 2].tolist()
         return ctypes.string_at(self._blob.data_ptr() + start, stop - start)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def lasting(function: F) -> F:
+    """What is kept is made outside of inference mode, or it could neither be written on nor have a part in a gradient
+    later."""
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return function(*args, **kwargs)
+
+    return cast(F, outside)
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Segment:
     def rows(self) -> Tensor:
         """The numbers of the rows that are there."""
         mask = self.mask()
-        return torch.arange(self.count) if mask is None else mask.nonzero().flatten()
+        return torch.arange(self.count, device="cpu") if mask is None else mask.nonzero().flatten()
 
     def find(self, order: Tensor) -> tuple[Tensor, Tensor]:
         """``(which of order are here, in which rows)``, those that are no longer there among them."""
@@ -95,7 +111,7 @@ class Segment:
 
     def without(self, rows: Tensor) -> Segment:
         mask = self.mask()
-        live = torch.ones(self.count, dtype=torch.bool) if mask is None else mask.clone()
+        live = torch.ones(self.count, dtype=torch.bool, device="cpu") if mask is None else mask.clone()
         live[rows] = False
         return replace(self, live=live, dead=self.dead + len(rows))
 
@@ -151,16 +167,26 @@ class State:
 class Store:
     """The state of an index, and everything that changes it. Changes wait for each other; who reads takes ``state``."""
 
+    @lasting
     def __init__(self, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         self.dim, self.dtype, self.device = dim, dtype, device
         self.lock = threading.RLock()
         self.state = State((self._segment(),))
-        self._places = Places(*torch.empty(2, 0, dtype=torch.int64))
+        self._places = Places(*torch.empty(2, 0, dtype=torch.int64, device="cpu"))
         self._next = 0
         # While others compute with the rows of segments these stay where they are.
         self._held = 0
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to this process: a copy is one of the rows."""
+        with self.lock:
+            return {**self.__dict__, "lock": None, "_held": 0}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
     @classmethod
+    @lasting
     def of(cls, segment: Segment, near: Any = None) -> Store:
         """A store of rows that are there already, with what searches them faster."""
         features = segment.features
@@ -173,13 +199,14 @@ class Store:
     def _segment(self, capacity: int = 0) -> Segment:
         features = torch.empty(capacity, self.dim, dtype=self.dtype, device=self.device)
         ids = torch.empty(capacity, dtype=torch.int64, device=self.device)
-        return Segment(features, ids, torch.empty(capacity, dtype=torch.int64), [], 0)
+        return Segment(features, ids, torch.empty(capacity, dtype=torch.int64, device="cpu"), [], 0)
 
     def find(self, ids: Tensor) -> tuple[State, Tensor]:
         """The state, and in it the numbers of the rows of ``ids``; -1 where there is none."""
         with self.lock:
             return self.state, self._places.find(ids)
 
+    @lasting
     def append(self, rows: Rows) -> None:
         with self.lock:
             order = self._numbers(len(rows))
@@ -187,6 +214,7 @@ class Store:
             self._places.put(rows.ids, order)
             self.state = state
 
+    @lasting
     def remove(self, ids: Tensor) -> None:
         """Takes out rows that are there."""
         with self.lock:
@@ -195,6 +223,7 @@ class Store:
             self._places.put(ids, torch.full_like(ids, -1))
             self._compact()
 
+    @lasting
     def update(self, rows: Rows) -> None:
         """Puts rows in the places of those that have their ids, in one step."""
         with self.lock:
@@ -206,7 +235,7 @@ class Store:
 
     def _numbers(self, count: int) -> Tensor:
         first, self._next = self._next, self._next + count
-        return torch.arange(first, first + count)
+        return torch.arange(first, first + count, device="cpu")
 
     def _with(self, state: State, rows: Rows, order: Tensor) -> State:
         last = self._longer(state.segments[-1], rows, order)
@@ -262,12 +291,14 @@ class Store:
                 self._held -= 1
                 self._compact()
 
+    @lasting
     def put_approximate(self, near: Any) -> None:
         """What was built of an earlier state, without the rows that have gone since."""
         with self.lock:
             gone = near.order[~torch.isin(near.order, self.state.order())]
             self.state = replace(self.state, approximate=near.without(gone) if len(gone) else near)
 
+    @lasting
     def made_anew(self, state: State, make: Callable[[Rows], Tensor], batch: int) -> State:
         """The state with other features, which ``make(rows)`` gives for ``batch`` rows at a time."""
         segments = []
@@ -278,6 +309,7 @@ class Store:
             segments.append(replace(segment, features=features, mapped=False))
         return replace(state, segments=tuple(segments))
 
+    @lasting
     def put(self, made: State) -> int:
         """All of what was made anew takes its place at once; rows that came since keep what they have, and those that
         went stay away. Returns how many rows are other ones now. Only while the state that it was made of is held."""

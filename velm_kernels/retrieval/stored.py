@@ -14,7 +14,7 @@ from torch import Tensor
 from velm_kernels import checks
 from velm_kernels.retrieval import files, given
 from velm_kernels.retrieval.files import Part, whole
-from velm_kernels.retrieval.store import MappedTexts, Segment, State
+from velm_kernels.retrieval.store import MappedTexts, Segment, State, lasting
 
 # Rows that are written to a file at a time.
 ROWS = 8192
@@ -37,6 +37,7 @@ def write(path: str | os.PathLike[str], state: State, metric: str, next_id: int,
     files.write(path, facts, parts_of(state))
 
 
+@lasting
 def read(path: str | os.PathLike[str], memory_map: bool, device: torch.device, with_near: bool) -> Stored:
     contents, name = files.read(path, memory_map, () if with_near else NEAR), os.fspath(path)
     metric = contents.facts.get("metric", "")
@@ -61,9 +62,9 @@ def parts_of(state: State) -> Iterator[Any]:
     """The tensors of a file: the rows that are there, and what was built for faiss."""
     order = state.order()
     features = state.segments[0].features
-    offsets, at = torch.zeros(len(order) + 1, dtype=torch.int64), 0
+    offsets, at = torch.zeros(len(order) + 1, dtype=torch.int64, device="cpu"), 0
     for some in order.split(ROWS):
-        lengths = torch.tensor([len(text) for text in state.texts(some)], dtype=torch.int64)
+        lengths = torch.tensor([len(text) for text in state.texts(some)], dtype=torch.int64, device="cpu")
         offsets[at + 1 : at + 1 + len(some)] = lengths
         at += len(some)
     offsets = offsets.cumsum(0)
@@ -111,7 +112,7 @@ def segment_of(path: str, found: Any, device: torch.device, mapped: bool) -> tup
     next_id = found.facts.get("next_id", "")
     if not next_id.isdecimal() or (rows and int(next_id) <= int(ids.max())):
         raise ValueError(f"{wrong}the id that comes next, above all others, given {next_id!r}")
-    order = torch.arange(rows)
+    order = torch.arange(rows, device="cpu")
     texts = MappedTexts(blob, offsets)
     return Segment(features.to(device), ids.to(device), order, texts, rows, mapped=mapped), int(next_id)
 
