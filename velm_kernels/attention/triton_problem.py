@@ -166,8 +166,9 @@ class Problem:
     @property
     def level(self) -> str:
         """How much the kernels do beside the products, which decides how large their tiles may be."""
-        is_loaded = self.hides_columns or self.dropout is not None or self.scaling.cap is not None
-        return "loaded" if is_loaded else "plain"
+        if self.hides_columns or self.dropout is not None or self.scaling.cap is not None:
+            return "loaded"
+        return "plain" if self.masks.rel_height is None else "grid"
 
     @property
     def widest(self) -> int:
@@ -285,13 +286,18 @@ def prepare(a: Any, query: torch.Tensor, key: torch.Tensor) -> Problem:
         **_masks_strides("mask", ("batch", "head", "row", "word"), mask),
         bias=bias,
         **_masks_strides("bias", ("batch", "head", "row"), bias),
+        rel_height=a.rel_pos_height,
+        **_masks_strides("rel_height", ("batch", "head", "row"), a.rel_pos_height),
+        rel_width=a.rel_pos_width,
+        **_masks_strides("rel_width", ("batch", "head", "row"), a.rel_pos_width),
+        key_width=None if a.rel_pos_width is None else a.rel_pos_width.shape[3],
     )
     softcap, scale = a.softcap, a.scale
     if softcap > 0:
         scaling = Scaling(product=scale / softcap, cap=softcap)
     else:
         scaling = Scaling(product=scale, cap=None)
-    hiding = ("key_lengths", "range_start", "key_mask", "mask", "bias")
+    hiding = ("key_lengths", "range_start", "key_mask", "mask", "bias", "rel_pos_height")
     present = [name for name in hiding if getattr(a, name) is not None]
     present += [
         name

@@ -157,7 +157,8 @@ OPERATOR = Operator(
     torch_gives="attention.cross_attention.torch_attention",
     reasons={
         "torch": torch_attention.why_not,
-        **dict.fromkeys(("triton", *cuda.NAMESPACES), lambda a: [*_no_rel_pos(a), *_too_wide(a)]),
+        "triton": _too_wide,
+        **dict.fromkeys(cuda.NAMESPACES, lambda a: [*_no_rel_pos(a), *_too_wide(a)]),
     },
     check=_check_values,
     flops=lambda a: 2 * _pairs(a) * (a.query[-1] + a.value[-1]),

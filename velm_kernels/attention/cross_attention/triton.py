@@ -22,6 +22,7 @@ from velm_kernels.attention.cross_attention.triton_kernels.grad_query import (
     delta_of_products_kernel,
     grad_query_kernel,
 )
+from velm_kernels.attention.cross_attention.triton_kernels.grad_rel_pos import grad_rel_pos_kernel
 from velm_kernels.attention.cross_attention.triton_kernels.norm import rms_norm_backward_kernel, rms_norm_kernel
 from velm_kernels.attention.triton_kernels.tiles import Strides
 from velm_kernels.attention.triton_problem import (
@@ -42,6 +43,8 @@ NORM_STEPS = 16
 # Elements of a tile of the norm: more would not fit the registers of backward.
 NORM_TILE = 2048
 BIAS_PROGRAMS = 512
+# Rows or columns of a grid of keys, of whose biases one program sums the gradients.
+REL_POS_COLUMNS = 64
 # In 16 bits, delta comes from the products of scores and values, once more, where so few query rows share a key head:
 # such launches wait for keys and values, which the cache has the second time. With more rows the two products would be
 # two of nine, and the rows that need them are few among them.
@@ -190,7 +193,7 @@ def forward(p: Problem, out: torch.Tensor, logsumexp: torch.Tensor) -> None:
 
 def row_shift(p: Problem, logsumexp: torch.Tensor) -> torch.Tensor | None:
     """What the weights of rows with a large logsumexp are short of, which a bias makes; None where there is none."""
-    if p.masks.bias is None:
+    if p.masks.bias is None and p.masks.rel_height is None:
         return None
     shift = torch.empty_like(logsumexp)
     config = Config(16, 16 if p.dtype == torch.float32 else 32, 4, 2)
@@ -474,9 +477,42 @@ def broadcast_grad_bias(b: Backward, bias: torch.Tensor, grad: torch.Tensor) -> 
     run(p.choose("grad_bias", run))
 
 
+def grad_rel_pos(b: Backward, grad_height: torch.Tensor | None, grad_width: torch.Tensor | None) -> None:
+    """Fills the gradients of the biases of a grid's rows and columns, of which either may be None."""
+    p = b.p
+    heights, widths = (0 if grad is None else grad.shape[3] for grad in (grad_height, grad_width))
+
+    def run(config: Config) -> None:
+        columns = min(REL_POS_COLUMNS, dimension_class(max(heights, widths)))
+        query_blocks, height_blocks = cdiv(p.queries, config.block_m), cdiv(heights, columns)
+        blocks = height_blocks + cdiv(widths, columns)
+        arguments = (
+            *b.inputs(),
+            grad_height,
+            grad_width,
+            *b.input_strides(),
+            p.logsumexp_strides,
+            p.masks,
+            p.dropout,
+            p.scaling,
+            p.sizes,
+            heights,
+            widths,
+            height_blocks,
+            blocks,
+            query_blocks,
+        )
+        constants = b.constants(config) | {"BLOCK_O": columns}
+        launch(
+            "grad_rel_pos", grad_rel_pos_kernel, p.batch * p.heads * query_blocks * blocks, arguments, constants, config
+        )
+
+    run(p.choose("grad_rel_pos", run))
+
+
 def attention_backward(*args: Any) -> None:
     a, grads = OPERATOR.named_backward(args)
-    to_query, to_key, to_value, to_bias, _, _, to_query_norm, to_key_norm = grads
+    to_query, to_key, to_value, to_bias, to_height, to_width, to_query_norm, to_key_norm = grads
     query = rms_norm(a.query, a.query_norm_weight, a.norm_eps)
     key = rms_norm(a.key, a.key_norm_weight, a.norm_eps)
     p = prepare(a, query, key)
@@ -497,6 +533,9 @@ def attention_backward(*args: Any) -> None:
             whole_bias = aligned_like(to_bias).zero_()
         else:
             broadcast_grad_bias(b, a.bias, to_bias)
+
+    if to_height is not None or to_width is not None:
+        grad_rel_pos(b, to_height, to_width)
 
     def before_norm(x: torch.Tensor, weight: torch.Tensor | None, *wanted: torch.Tensor | None) -> torch.Tensor | None:
         """Where the gradient of a side goes: one that still passes through a norm stays in float32."""

@@ -69,7 +69,8 @@ class Masks(NamedTuple):
     """Everything that restricts or shifts scores. Absent parts are None and cost nothing: a variant is compiled without
     them. `key_mask` (batch, words) and `mask` hold the bits of 64 keys a word (`pack_bits_kernel`); the rows of `bias`
     lie on multiples of 16 bytes, their elements one behind the other. What follows `mask` and `bias` are their strides:
-    0 where they broadcast, `mask_word` that of the words of a row."""
+    0 where they broadcast, `mask_word` that of the words of a row. `rel_height` and `rel_width` are the biases of the
+    rows and of the columns of a grid of keys, `key_width` columns wide, for each query."""
 
     lengths: Any
     range_start: Any
@@ -85,6 +86,15 @@ class Masks(NamedTuple):
     bias_batch: Any
     bias_head: Any
     bias_row: Any
+    rel_height: Any
+    rel_height_batch: Any
+    rel_height_head: Any
+    rel_height_row: Any
+    rel_width: Any
+    rel_width_batch: Any
+    rel_width_head: Any
+    rel_width_row: Any
+    key_width: Any
 
 
 class Sizes(NamedTuple):
@@ -290,6 +300,16 @@ def scores(
     b_n = along_keys(start_n + b_j, KEYS_FIRST)
     # Rows past the end see nothing; they read what the last one reads.
     b_m = tl.minimum(block.b_m, block.queries - 1)
+    if masks.rel_height is not None:
+        strides = Strides(masks.rel_height_batch, masks.rel_height_head, masks.rel_height_row)
+        p_rows = matrix_rows(masks.rel_height, strides, block.b, block.b_head, b_m)
+        b_there = b_n < block.keys
+        p_tile = along_queries(p_rows, KEYS_FIRST) + b_n // masks.key_width
+        b_rel = tl.load(p_tile, mask=b_there, other=0.0).to(tl.float32)
+        strides = Strides(masks.rel_width_batch, masks.rel_width_head, masks.rel_width_row)
+        p_rows = matrix_rows(masks.rel_width, strides, block.b, block.b_head, b_m)
+        p_tile = along_queries(p_rows, KEYS_FIRST) + b_n % masks.key_width
+        b_s += b_rel + tl.load(p_tile, mask=b_there, other=0.0).to(tl.float32)
     if masks.bias is not None:
         strides = Strides(masks.bias_batch, masks.bias_head, masks.bias_row)
         p_rows = matrix_rows(masks.bias, strides, block.b, block.b_head, b_m)
