@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +88,39 @@ def attention_case(
         work=pairs,
         gpu_ways=dict(peers.for_bias() if bias else peers.for_plain()),
         reads_only=queries * heads <= keys * kv_heads // 16,
+    )
+
+
+def positions_case(name: str, batch: int, heads: int, queries: int, keys: int, head_dim: int, group: int) -> Case:
+    """Decomposed relative positions of a square of tokens, from the tables of a tower (SAM, ViTDet)."""
+    side = math.isqrt(keys)
+    plain = attention_case(name, batch, heads * group, heads, queries, keys, head_dim, detail=f", grid {side} x {side}")
+
+    def make(generator: torch.Generator) -> Inputs:
+        tables = {f"{axis}_table": 0.1 * _randn(generator, 2 * side - 1, head_dim) for axis in ("height", "width")}
+        return plain.make(generator) | tables
+
+    def positions(query: Tensor, height_table: Tensor, width_table: Tensor) -> tuple[Tensor, Tensor]:
+        return velm_kernels.decomposed_position_bias(query, height_table, width_table, (side, side))
+
+    def formed(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(query: Tensor, key: Tensor, value: Tensor, **tables: Tensor) -> Tensor:
+            height, width = positions(query, **tables)
+            bias = (height[..., :, None] + width[..., None, :]).flatten(-2)
+            return attend(query, key, value, bias=bias)
+
+        return run
+
+    def velm(query: Tensor, key: Tensor, value: Tensor, **tables: Tensor) -> Tensor:
+        height, width = positions(query, **tables)
+        return velm_kernels.cross_attention(query, key, value, rel_pos_height=height, rel_pos_width=width)
+
+    return dataclasses.replace(
+        plain,
+        make=make,
+        wanted=(*plain.wanted, "height_table", "width_table"),
+        ways={"eager": formed(eager), "sdpa": formed(sdpa), "velm": velm},
+        gpu_ways={},
     )
 
 
@@ -358,6 +393,7 @@ def cases() -> list[Case]:
             interleaved["head_dim"],
         ),
         case("trained-bias", bias=True),
+        *(positions_case(name, **size[name]) for name in ("sam-window", "sam-global")),
         varlen_case(16, 64, [64] * 8, [196, 1024, 400, 729, 256, 576, 1369, 900]),
         case("decode", backward=False),
         case("decode-long", backward=False),

@@ -100,6 +100,7 @@ ATTENTION = (
     ("grad_key_value", "plain"),
     ("grad_key_value", "loaded"),
     ("grad_bias", "loaded"),
+    *((kind, "grid") for kind in ("forward", "grad_query", "grad_key_value", "grad_key", "grad_value", "grad_rel_pos")),
     ("key_mass", "loaded"),
     ("grad_side", "loaded"),
     ("grad_key", "plain"),
@@ -217,6 +218,10 @@ def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> di
     given |= {"is_causal": True, "softcap": 0.0, "dropout_p": 0.0, "return_key_mass": False}
     given["key_lengths"] = _empty(BATCH)
     given["key_mask"] = _empty(BATCH, TOKENS, dtype=torch.bool)
+    if level == "grid":
+        # More of either than one program sums of.
+        for name in ("rel_pos_height", "rel_pos_width"):
+            given[name] = _empty(BATCH, HEADS, queries, 32, dtype=dtype)
     if level == "loaded":
         given["range_start"] = given["range_stop"] = _empty(BATCH, queries)
         given["mask"] = _empty(BATCH, 1, queries, TOKENS, dtype=torch.bool)
@@ -243,7 +248,7 @@ def _run(given: dict[str, Any], *wanted: str) -> tuple[torch.Tensor, torch.Tenso
 def attention(level: str, dtype: torch.dtype, dim: int, arch: int) -> dict[str, Launch]:
     given = _arguments(level, dtype, dim) | {"return_key_mass": True}
     with pretend(arch) as launches:
-        out, logsumexp = _run(given, *(name for name in ("query", "key", "value", "bias") if given[name] is not None))
+        out, logsumexp = _run(given, *(name for name in OPERATOR.differentiable if given[name] is not None))
         x = given["query"]
         mask, seed = given["key_mask"], given["seed"]
         both = (out, out, None, None, x, x, x, x, mask, mask, seed, out, out, logsumexp, logsumexp)

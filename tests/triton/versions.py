@@ -27,8 +27,9 @@ ROOT = Path(__file__).parents[2]
 SUPPORTED = ("3.6", "3.7", "3.8", "3.9")
 OLDER = SUPPORTED[:-1]
 FILE = Path(__file__).with_name("versions.csv")
-# Second launches, which do nothing but where there is NaN: older versions have compiled some of them.
-NEWEST_FIRST = ("grad_key_guarded", "grad_value_guarded", "grad_side_guarded")
+# Second launches, which do nothing but where there is NaN, and the level of decomposed positions: older versions have
+# compiled some of them, or none.
+NEWEST_FIRST = ("grad_key_guarded", "grad_value_guarded", "grad_side_guarded", "grid")
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
 

@@ -197,9 +197,9 @@ def sums_both(dtype: torch.dtype, columns: int) -> bool:
 
 # (kernel, what it does beside its products) -> (element bytes, largest head dimension) -> architecture ->
 # (block_m, block_n, warps, stages, and `columns` where it is not 0); ANY stands for the architectures that have no
-# entry of their own. "plain" kernels mask by length, key mask and causality at most, "loaded" ones do anything; what
-# has no "plain" entry takes the "loaded" one. The entries were chosen from what the compiler reports
-# (tests/triton/resources.csv: no spills); they have not been timed on devices.
+# entry of their own. "plain" kernels mask by length, key mask and causality at most, "grid" ones add those of a
+# grid of keys, "loaded" ones do anything; what has no entry of its own takes the "loaded" one. The entries were chosen
+# from what the compiler reports (tests/triton/resources.csv: no spills); they have not been timed on devices.
 #
 # Eight warps are meant to run on a multiprocessor, with all of its registers, 255 per thread: two blocks of four,
 # so that one multiplies while the other waits, or one of eight where a tile serves more rows from one load. That is an
@@ -287,6 +287,12 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (64, 16, 4, 1), 80: (64, 16, 8, 1), 120: (64, 16, 8, 1, 64)},
     ),
 }
+
+# Heads of the published towers have 64 columns; wider ones take the entries of "loaded" kernels.
+for _kind in ("forward", "grad_query", "grad_key_value", "grad_rel_pos"):
+    TABLE[_kind, "grid"] = {key: row for key, row in TABLE[_kind, "loaded"].items() if key[1] == 64}
+TABLE["grad_query", "grid"][2, 64] = {ANY: (128, 32, 8, 2), 120: (64, 32, 8, 2)}
+TABLE["grad_key_value", "grid"][2, 64] = {ANY: (16, 64, 4, 2), 100: (32, 32, 8, 2), 120: (32, 32, 8, 2)}
 
 # Where only older versions of Triton spill: (kernel, level, element bytes, largest head dimension, architecture) -> the
 # version that takes the entry of `TABLE`, and the entry of those before. A second launch ("_guarded") takes the tiles
