@@ -122,7 +122,7 @@ def test_what_no_location_touches_is_not_read(backend: Backend) -> None:
     assert not any(x.any() for x in found)
 
 
-@pytest.mark.parametrize("d", [1, 8, 32, 41, 160])
+@pytest.mark.parametrize("d", [1, 8, 16, 32, 41, 64, 160])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @every_backend_with_cuda
 def test_any_number_of_columns(backend: Backend, dtype: torch.dtype, d: int) -> None:
@@ -147,18 +147,26 @@ def test_many_samples_of_a_large_value(dtype: torch.dtype) -> None:
     locations = torch.rand(1, 4096, 4, 1, 4, 2, generator=generator)
     weights = torch.rand(1, 4096, 4, 1, 4, generator=generator)
 
-    def few_or_many(queries: slice) -> Tensor:
-        return velm_kernels.multiscale_deformable_attention(
-            value, [(128, 64)], locations[:, queries], weights[:, queries]
-        )
+    def here(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return velm_kernels.multiscale_deformable_attention(value, [(128, 64)], locations, weights)
 
-    many = few_or_many(slice(None))
-    exact = reference.multiscale_deformable_attention(
-        value.double(), torch.tensor([[128, 64]]), locations.double(), weights.double()
-    )
-    error = torch.linalg.vector_norm(many.double() - exact) / torch.linalg.vector_norm(exact)
-    assert error < 8 * torch.finfo(dtype).eps
-    assert torch.equal(few_or_many(slice(1000, 1100)), many[:, 1000:1100])
+    def exactly(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return reference.multiscale_deformable_attention(value, torch.tensor([[128, 64]]), locations, weights)
+
+    leaves = [x.requires_grad_() for x in (value, locations, weights)]
+    many = here(*leaves)
+    upstream = torch.randn(many.shape, generator=generator).to(dtype)
+    found = (many, *torch.autograd.grad(many, leaves, upstream))
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = exactly(*doubles)
+    for got, wanted in zip(found, (exact, *torch.autograd.grad(exact, doubles, upstream.double()))):
+        error = torch.linalg.vector_norm(got.double() - wanted) / torch.linalg.vector_norm(wanted)
+        assert error < 16 * torch.finfo(dtype).eps
+    few = slice(1000, 1100)
+    alone = here(value, locations[:, few], weights[:, few])
+    assert torch.equal(alone, many[:, few])
+    of_locations, of_weights = torch.autograd.grad(alone, leaves[1:], upstream[:, few])
+    assert torch.equal(of_locations[:, few], found[2][:, few]) and torch.equal(of_weights[:, few], found[3][:, few])
 
 
 @every_backend_with_cuda

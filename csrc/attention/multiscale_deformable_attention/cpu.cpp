@@ -1,8 +1,8 @@
 // multiscale_deformable_attention: weighted sums of bilinear samples of several levels, without the samples in memory.
 //
 // Forward goes through the queries of one head after the other, so that what is read of the levels is one head's
-// tokens. Backward adds to those tokens, at places that only the numbers know: one thread has one level of one head,
-// whose gradients it sums in memory of its own in the order of the queries, whatever the number of threads.
+// tokens. Backward adds to those tokens, at places that only the numbers know: one thread has one head, or one level of
+// it, whose gradients it sums in memory of its own in the order of the queries, whatever the number of threads.
 
 #include <algorithm>
 #include <optional>
@@ -24,6 +24,8 @@ using namespace simd;
 constexpr int64_t kQueries = 16;
 // Bytes of a value that no cache near a core holds.
 constexpr int64_t kPackedBytes = int64_t{2} << 20;
+// Samples and rows that are asked for before their turn.
+constexpr int64_t kSamplesAhead = 4, kRowsAhead = 16;
 // Products below which another thread costs more than it saves.
 constexpr int64_t kGrain = 16384;
 // Columns are counted in float32.
@@ -62,6 +64,43 @@ struct Problem {
   // Of (batch, queries, heads, levels, points), contiguous.
   int64_t sample(int64_t b, int64_t query, int64_t head, int64_t l) const {
     return (((b * queries + query) * heads + head) * levels + l) * points;
+  }
+};
+
+// Asks for memory that is needed soon. What belongs to the queries of one head lies far apart, where no processor
+// guesses which line is next.
+template <bool kWrites>
+VELM_INLINE void ask_for(const void* first, int64_t bytes) {
+  constexpr std::uintptr_t kLine = 64;
+  const auto begin = reinterpret_cast<std::uintptr_t>(first);
+  for (std::uintptr_t at = begin / kLine * kLine; at < begin + static_cast<std::uintptr_t>(bytes); at += kLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(at), kWrites, 3);
+}
+
+// A contiguous tensor of any type of numbers, or none.
+struct Numbers {
+  char* data = nullptr;
+  ScalarType type = ScalarType::Float;
+  int64_t bytes = 4;  // of a number
+
+  explicit Numbers(const Tensor& t)
+      : data(const_cast<char*>(static_cast<const char*>(t.const_data_ptr()))),
+        type(t.scalar_type()),
+        bytes(static_cast<int64_t>(t.element_size())) {}
+  explicit Numbers(const std::optional<Tensor>& to) {
+    if (!to) return;
+    data = static_cast<char*>(to->mutable_data_ptr());
+    type = to->scalar_type();
+    bytes = static_cast<int64_t>(to->element_size());
+  }
+
+  template <bool kWrites>
+  void ask_for(int64_t first, int64_t count) const {
+    if (data != nullptr) velm::ask_for<kWrites>(data + first * bytes, count * bytes);
+  }
+  void put(int64_t first, const float* from, int64_t count) const {
+    if (data == nullptr) return;
+    with_type(type, [&](auto t) { convert(reinterpret_cast<decltype(t)*>(data) + first, from, count); });
   }
 };
 
@@ -119,16 +158,16 @@ struct Samples {
   }
 
   // Reads `count` locations and weights that lie side by side, of levels that are set.
-  void read(int64_t at, int64_t count, const Tensor& locations, const Tensor& weights, int64_t first) {
-    with_type(locations.scalar_type(), [&](auto t) {
-      const auto* xy = const_data<decltype(t)>(locations) + 2 * first;
+  void read(int64_t at, int64_t count, const Numbers& locations, const Numbers& weights, int64_t first) {
+    with_type(locations.type, [&](auto t) {
+      const auto* xy = reinterpret_cast<const decltype(t)*>(locations.data) + 2 * first;
       for (int64_t i = 0; i < count; ++i) {
         column[at + i] = to_float(xy[2 * i]);
         row[at + i] = to_float(xy[2 * i + 1]);
       }
     });
-    with_type(weights.scalar_type(),
-              [&](auto t) { convert(weight + at, const_data<decltype(t)>(weights) + first, count); });
+    with_type(weights.type,
+              [&](auto t) { convert(weight + at, reinterpret_cast<const decltype(t)*>(weights.data) + first, count); });
   }
 
   void place(int64_t count, const float* width, const float* height) {
@@ -170,6 +209,15 @@ struct Samples {
     }
   }
 
+  // Asks for the corners of a sample, of tokens from `first` on.
+  template <bool kWrites, class T>
+  VELM_INLINE void ask_for_corners(int64_t i, const Tokens<T>& tokens, int64_t first, int64_t d) const {
+    if (token[i] < 0) return;
+    const int64_t upper = token[i] - first, lower = upper + level[i]->width;
+    for (const int64_t number : {upper, upper + 1, lower, lower + 1})
+      ask_for<kWrites>(tokens.at(number), d * static_cast<int64_t>(sizeof(T)));
+  }
+
   // Shares times the zeros around a level: NaN where a location is no number.
   float of_outside(int64_t i) const {
     float of_zeros = 0.0f;
@@ -196,12 +244,16 @@ struct Sides {
 // out = sum over samples [begin, end) of weight * bilinear, kVectors vectors of columns; with `left` > 0 one vector, of
 // which as many columns are there.
 template <int kVectors, class T>
-VELM_INLINE void sum_samples(const Samples& samples, int64_t begin, int64_t end, const T* data, int64_t stride,
+VELM_INLINE void sum_samples(const Samples& samples, int64_t begin, int64_t end, const Tokens<T>& value, bool asks,
                              int left, T* out) {
+  const T* data = value.data;
+  const int64_t stride = value.stride;
   const auto read = [left](const T* p) VELM_INLINE_LAMBDA { return left > 0 ? load_first(p, left) : load(p); };
   Vec sum[kVectors];
   for (Vec& of : sum) of = zero();
   for (int64_t i = begin; i < end; ++i) {
+    if (asks && i + kSamplesAhead < end)
+      samples.ask_for_corners<false>(i + kSamplesAhead, value, 0, left > 0 ? left : kVectors * kLanes);
     const Vec weight(samples.weight[i]);
     if (samples.token[i] >= 0) {
       const T* upper = data + samples.token[i] * stride;
@@ -234,19 +286,20 @@ VELM_INLINE void sum_samples(const Samples& samples, int64_t begin, int64_t end,
 }
 
 template <class T>
-void sum_samples(const Samples& samples, int64_t begin, int64_t end, const Tokens<T>& value, int64_t d, T* out) {
+void sum_samples(const Samples& samples, int64_t begin, int64_t end, const Tokens<T>& value, bool asks, int64_t d,
+                 T* out) {
   int64_t j = 0;
-  for (; j + 4 * kLanes <= d; j += 4 * kLanes)
-    sum_samples<4>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+  const auto from = [&] { return Tokens<T>(value.data + j, value.stride); };
+  for (; j + 4 * kLanes <= d; j += 4 * kLanes) sum_samples<4>(samples, begin, end, from(), asks, 0, out + j);
   if (j + 2 * kLanes <= d) {
-    sum_samples<2>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+    sum_samples<2>(samples, begin, end, from(), asks, 0, out + j);
     j += 2 * kLanes;
   }
   if (j + kLanes <= d) {
-    sum_samples<1>(samples, begin, end, value.data + j, value.stride, 0, out + j);
+    sum_samples<1>(samples, begin, end, from(), asks, 0, out + j);
     j += kLanes;
   }
-  if (j < d) sum_samples<1>(samples, begin, end, value.data + j, value.stride, static_cast<int>(d - j), out + j);
+  if (j < d) sum_samples<1>(samples, begin, end, from(), asks, static_cast<int>(d - j), out + j);
 }
 
 void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes, Tensor locations, Tensor weights,
@@ -255,6 +308,7 @@ void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes
   const Problem p(value, spatial_shapes, locations);
   const int64_t of_query = p.levels * p.points, blocks = divide_up(p.queries, kQueries);
   const int64_t products = std::max<int64_t>(kQueries * of_query * p.d * 4, 1);
+  const Numbers of_locations(locations), of_weights(weights);
   with_type(value.scalar_type(), [&](auto t) {
     using T = decltype(t);
     T* results = mutable_data<T>(out);
@@ -269,12 +323,17 @@ void multiscale_deformable_attention_forward(Tensor value, Tensor spatial_shapes
         const int64_t b = item / blocks / p.heads, head = item / blocks % p.heads, first = item % blocks * kQueries;
         const int64_t count = std::min(kQueries, p.queries - first);
         for (int64_t q = 0; q < count; ++q)
-          samples.read(q * of_query, of_query, locations, weights, p.sample(b, first + q, head, 0));
+          samples.read(q * of_query, of_query, of_locations, of_weights, p.sample(b, first + q, head, 0));
+        for (int64_t q = first + kQueries; q < std::min(first + 2 * kQueries, p.queries); ++q) {
+          const int64_t next = p.sample(b, q, head, 0);
+          of_locations.ask_for<false>(2 * next, 2 * of_query);
+          of_weights.ask_for<false>(next, of_query);
+        }
         samples.place(count * of_query, sides.width, sides.height);
         const Tokens<T> tokens = packed == nullptr ? Tokens<T>(value, b, head)
                                                    : Tokens<T>(packed + (b * p.heads + head) * p.tokens * p.d, p.d);
         for (int64_t q = 0; q < count; ++q)
-          sum_samples<T>(samples, q * of_query, (q + 1) * of_query, tokens, p.d,
+          sum_samples<T>(samples, q * of_query, (q + 1) * of_query, tokens, packed == nullptr, p.d,
                          results + ((b * p.queries + first + q) * p.heads + head) * p.d);
       }
     });
@@ -302,34 +361,40 @@ VELM_INLINE void sum_lanes(Vec a, Vec b, Vec c, Vec d, float (&to)[4]) {
 #endif
 }
 
-// One level of one head: products of what comes in with the corners of each sample, and its shares added to them.
-template <class T>
-struct LevelBackward {
-  const Tokens<T>& value;
+// Products of what comes in with the corners of each sample, and its shares added to them. kVectors vectors of columns,
+// or with 0 any number of columns.
+template <class T, int kVectors>
+struct Corners {
+  Tokens<T> value;  // from `first` on
   int64_t d, stride;
-  float* of_tokens;  // (height * width, stride), or null
-  int64_t first;     // of the level's tokens
+  float* of_tokens;  // (tokens, stride), or null
+  int64_t first;
 
   // f(column, load, columns that are there) for the vectors of a row.
   template <class F>
   VELM_INLINE void for_vectors(const F& f) const {
-    int64_t j = 0;
-    for (; j + kLanes <= d; j += kLanes) f(j, [](const T* p) VELM_INLINE_LAMBDA { return load(p); });
-    if (const int left = static_cast<int>(d - j); left > 0)
-      f(j, [left](const T* p) VELM_INLINE_LAMBDA { return load_first(p, left); });
+    const auto whole = [](const T* p) VELM_INLINE_LAMBDA { return load(p); };
+    if constexpr (kVectors > 0) {
+      unroll<kVectors>([&](auto v) VELM_INLINE_LAMBDA { f(int64_t{v * kLanes}, whole); });
+    } else {
+      int64_t j = 0;
+      for (; j + kLanes <= d; j += kLanes) f(j, whole);
+      if (const int left = static_cast<int>(d - j); left > 0)
+        f(j, [left](const T* p) VELM_INLINE_LAMBDA { return load_first(p, left); });
+    }
   }
 
   // dots[corner] = grad . value there; `of_zeros` outside. grad has `stride` columns, zeros behind d.
-  template <bool kDots>
-  void run(const Samples& samples, int64_t i, const float* grad, float of_zeros, float (&dots)[4]) const {
+  template <bool kDots, bool kTokens>
+  VELM_INLINE void run(const Samples& samples, int64_t i, const float* grad, float of_zeros, float (&dots)[4]) const {
     const float weight = samples.weight[i];
     if (samples.token[i] >= 0) {
       const int64_t width = samples.level[i]->width;
-      const T* upper = value.at(samples.token[i]);
+      const T* upper = value.at(samples.token[i] - first);
       const T* lower = upper + width * value.stride;
       Vec sums[4] = {zero(), zero(), zero(), zero()};
-      float* to_upper = of_tokens + (samples.token[i] - first) * stride;
-      float* to_lower = to_upper + width * stride;
+      float* to_upper = kTokens ? of_tokens + (samples.token[i] - first) * stride : nullptr;
+      float* to_lower = kTokens ? to_upper + width * stride : nullptr;
       const Vec a(weight * samples.share[0][i]), b(weight * samples.share[1][i]);
       const Vec c(weight * samples.share[2][i]), e(weight * samples.share[3][i]);
       for_vectors([&](int64_t j, auto read) VELM_INLINE_LAMBDA {
@@ -340,7 +405,7 @@ struct LevelBackward {
           sums[2] = fma(g, read(lower + j), sums[2]);
           sums[3] = fma(g, read(lower + value.stride + j), sums[3]);
         }
-        if (of_tokens != nullptr) {
+        if constexpr (kTokens) {
           store(to_upper + j, fma(g, a, load(to_upper + j)));
           store(to_upper + stride + j, fma(g, b, load(to_upper + stride + j)));
           store(to_lower + j, fma(g, c, load(to_lower + j)));
@@ -351,15 +416,15 @@ struct LevelBackward {
       return;
     }
     std::fill_n(dots, 4, of_zeros);
-    samples.for_inside(i, [&](int corner, int64_t token) VELM_INLINE_LAMBDA {
-      const T* row = value.at(token);
+    samples.for_inside(i, [&](int corner, int64_t token) {
+      const T* row = value.at(token - first);
       Vec sum = zero();
-      float* to = of_tokens + (token - first) * stride;
+      float* to = kTokens ? of_tokens + (token - first) * stride : nullptr;
       const Vec share(weight * samples.share[corner][i]);
       for_vectors([&](int64_t j, auto read) VELM_INLINE_LAMBDA {
         const Vec g = load(grad + j);
         if constexpr (kDots) sum = fma(g, read(row + j), sum);
-        if (of_tokens != nullptr) store(to + j, fma(g, share, load(to + j)));
+        if constexpr (kTokens) store(to + j, fma(g, share, load(to + j)));
       });
       if constexpr (kDots) dots[corner] = simd::sum_lanes(sum);
     });
@@ -367,21 +432,133 @@ struct LevelBackward {
 };
 
 // The gradients of a sample's location and weight, of what comes in times each corner.
-VELM_INLINE void of_sample(const Samples& samples, int64_t i, const Level& level, const float (&dots)[4], float* xy,
-                           float* of_weight) {
+VELM_INLINE void of_sample(const Samples& samples, int64_t i, const float (&dots)[4], float* xy, float* of_weight) {
   const float weight = samples.weight[i], right = samples.right[i], lower = samples.lower[i];
   const float along = (1.0f - lower) * (dots[1] - dots[0]) + lower * (dots[3] - dots[2]);
   const float down = (1.0f - right) * (dots[2] - dots[0]) + right * (dots[3] - dots[1]);
-  xy[0] = weight * along * static_cast<float>(level.width);
-  xy[1] = weight * down * static_cast<float>(level.height);
+  xy[0] = weight * along * static_cast<float>(samples.level[i]->width);
+  xy[1] = weight * down * static_cast<float>(samples.level[i]->height);
   *of_weight = samples.share[0][i] * dots[0] + samples.share[1][i] * dots[1] + samples.share[2][i] * dots[2] +
                samples.share[3][i] * dots[3];
 }
 
-void put(const std::optional<Tensor>& to, int64_t at, const float* from, int64_t count) {
-  if (!to) return;
-  with_type(to->scalar_type(), [&](auto t) { convert(mutable_data<decltype(t)>(*to) + at, from, count); });
-}
+template <class T>
+struct Gradients {
+  const Problem& p;
+  const Tensor& value;
+  const T* grads;
+  Numbers locations, weights, of_locations, of_weights;
+  const std::optional<Tensor>& of_value;
+  // Levels of a head that a thread goes through at once.
+  int64_t levels;
+};
+
+// What a thread has for the heads, or levels of them, that it goes through.
+template <class T>
+struct BackwardWorker {
+  const Gradients<T>& g;
+  const Problem& p;
+  const int64_t stride, of_query;
+  Scratch memory;
+  Samples samples;
+  Sides sides;
+  float *row, *xy, *of_weights, *of_tokens = nullptr;
+  T* packed = nullptr;
+
+  explicit BackwardWorker(const Gradients<T>& gradients)
+      : g(gradients),
+        p(g.p),
+        stride(round_up(p.d, kLanes)),
+        of_query(g.levels * p.points),
+        samples(memory, kQueries * of_query),
+        sides(memory, samples),
+        row(memory.take(stride)),
+        xy(memory.take(2 * of_query)),
+        of_weights(memory.take(of_query)) {
+    std::fill_n(row, stride, 0.0f);
+    int64_t most = 0;
+    for (int64_t l = 0; l < p.levels; l += g.levels) most = std::max(most, tokens_of(l));
+    if (g.of_value) of_tokens = memory.take(most * stride);
+    if (pays_to_pack<T>(p)) packed = memory.take<T>(most * p.d);
+  }
+
+  int64_t tokens_of(int64_t first) const {
+    const Level& last = p.level[first + g.levels - 1];
+    return last.first + last.height * last.width - p.level[first].first;
+  }
+
+  // Of the levels from `level` on.
+  template <int kVectors>
+  void run(int64_t b, int64_t head, int64_t level) {
+    for (int64_t i = 0; i < kQueries * of_query; ++i) sides.set(samples, i, p.level[level + i / p.points % g.levels]);
+    const int64_t first_token = p.level[level].first, tokens = tokens_of(level);
+    const int64_t row_bytes = p.d * static_cast<int64_t>(sizeof(T));
+    if (of_tokens != nullptr) std::fill_n(of_tokens, tokens * stride, 0.0f);
+    const Tokens<T> of_head(g.value, b, head);
+    Tokens<T> read(of_head.at(first_token), of_head.stride);
+    if (packed != nullptr) {
+      for (int64_t i = 0; i < tokens; ++i) {
+        ask_for<false>(read.at(std::min(i + kRowsAhead, tokens - 1)), row_bytes);
+        std::copy_n(read.at(i), p.d, packed + i * p.d);
+      }
+      read = Tokens<T>(packed, p.d);
+    }
+    const Corners<T, kVectors> corners{read, p.d, stride, of_tokens, first_token};
+    if (g.of_locations.data == nullptr && g.of_weights.data == nullptr) {
+      for_queries<false, true>(corners, b, head, level);
+    } else if (of_tokens == nullptr) {
+      for_queries<true, false>(corners, b, head, level);
+    } else {
+      for_queries<true, true>(corners, b, head, level);
+    }
+    if (of_tokens == nullptr) return;
+    const Tokens<T> to(*g.of_value, b, head);
+    for (int64_t i = 0; i < tokens; ++i) {
+      ask_for<true>(to.at(first_token + std::min(i + kRowsAhead, tokens - 1)), row_bytes);
+      convert(to.at(first_token + i), of_tokens + i * stride, p.d);
+    }
+  }
+
+  template <bool kDots, bool kTokens, class C>
+  void for_queries(const C& corners, int64_t b, int64_t head, int64_t level) {
+    for (int64_t first = 0; first < p.queries; first += kQueries) {
+      const int64_t count = std::min(kQueries, p.queries - first);
+      for (int64_t q = 0; q < count; ++q)
+        samples.read(q * of_query, of_query, g.locations, g.weights, p.sample(b, first + q, head, level));
+      samples.place(count * of_query, sides.width, sides.height);
+      for (int64_t q = first + kQueries; q < std::min(first + 2 * kQueries, p.queries); ++q) {
+        const int64_t next = p.sample(b, q, head, level);
+        g.locations.template ask_for<false>(2 * next, 2 * of_query);
+        g.weights.template ask_for<false>(next, of_query);
+        g.of_locations.template ask_for<true>(2 * next, 2 * of_query);
+        g.of_weights.template ask_for<true>(next, of_query);
+        ask_for<false>(g.grads + ((b * p.queries + q) * p.heads + head) * p.d, p.d * static_cast<int64_t>(sizeof(T)));
+      }
+      for (int64_t q = 0; q < count; ++q) {
+        convert(row, g.grads + ((b * p.queries + first + q) * p.heads + head) * p.d, p.d);
+        Vec of_zeros = zero();
+        for (int64_t j = 0; j < stride; j += kLanes) of_zeros = fma(load(row + j), zero(), of_zeros);
+        const float outside = simd::sum_lanes(of_zeros);
+        for (int64_t k = 0; k < of_query; ++k) {
+          float dots[4];
+          const int64_t i = q * of_query + k;
+          // Where most tokens are read several times, they are near by.
+          if (const int64_t next = i + kSamplesAhead; packed == nullptr && next < count * of_query) {
+            if constexpr (kDots) samples.ask_for_corners<false>(next, corners.value, corners.first, p.d);
+            if constexpr (kTokens)
+              samples.ask_for_corners<true>(next, Tokens<float>(of_tokens, stride), corners.first, p.d);
+          }
+          corners.template run<kDots, kTokens>(samples, i, row, outside, dots);
+          if constexpr (kDots) of_sample(samples, i, dots, xy + 2 * k, of_weights + k);
+        }
+        if constexpr (!kDots) continue;
+        const int64_t at = p.sample(b, first + q, head, level);
+        g.of_locations.put(2 * at, xy, 2 * of_query);
+        g.of_weights.put(at, of_weights, of_query);
+      }
+    }
+  }
+};
 
 void multiscale_deformable_attention_backward(Tensor grad, Tensor value, Tensor spatial_shapes, Tensor locations,
                                               Tensor weights, std::optional<Tensor> grad_value,
@@ -389,57 +566,31 @@ void multiscale_deformable_attention_backward(Tensor grad, Tensor value, Tensor 
                                               std::optional<Tensor> grad_weights) {
   in_large_pages(grad_value);
   const Problem p(value, spatial_shapes, locations);
-  const int64_t stride = round_up(p.d, kLanes);
-  const bool wants_dots = grad_locations || grad_weights;
+  if (p.levels == 0) return;
+  // All levels of a head at once read what lies side by side; one level at a time is for many threads. A token's sum is
+  // in the order of the queries in both.
+  const bool by_heads = p.batch * p.heads >= 2 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t levels = by_heads ? p.levels : 1;
   with_type(value.scalar_type(), [&](auto t) {
     using T = decltype(t);
-    const T* grads = const_data<T>(grad);
+    const Gradients<T> gradients{p,
+                                 value,
+                                 const_data<T>(grad),
+                                 Numbers(locations),
+                                 Numbers(weights),
+                                 Numbers(grad_locations),
+                                 Numbers(grad_weights),
+                                 grad_value,
+                                 levels};
+    const int64_t of_head = p.levels / levels;
     parallel_workers(
-        p.batch * p.heads * p.levels, [] { return 0; },
-        [&](int, int64_t item) {
-          const int64_t b = item / p.levels / p.heads, head = item / p.levels % p.heads, l = item % p.levels;
-          const Level& level = p.level[l];
-          Scratch memory;
-          Samples samples(memory, kQueries * p.points);
-          Sides sides(memory, samples);
-          for (int64_t i = 0; i < kQueries * p.points; ++i) sides.set(samples, i, level);
-          const Tokens<T> tokens(value, b, head);
-          const int64_t sums = level.height * level.width * stride;
-          float* of_tokens = grad_value ? memory.take(sums) : nullptr;
-          if (of_tokens != nullptr) std::fill_n(of_tokens, sums, 0.0f);
-          float* row = memory.take(stride);
-          std::fill_n(row, stride, 0.0f);
-          float *xy = memory.take(2 * p.points), *of_weights = memory.take(p.points);
-          const LevelBackward<T> backward{tokens, p.d, stride, of_tokens, level.first};
-          for (int64_t first = 0; first < p.queries; first += kQueries) {
-            const int64_t count = std::min(kQueries, p.queries - first);
-            for (int64_t q = 0; q < count; ++q)
-              samples.read(q * p.points, p.points, locations, weights, p.sample(b, first + q, head, l));
-            samples.place(count * p.points, sides.width, sides.height);
-            for (int64_t q = 0; q < count; ++q) {
-              convert(row, grads + ((b * p.queries + first + q) * p.heads + head) * p.d, p.d);
-              Vec of_zeros = zero();
-              for (int64_t j = 0; j < stride; j += kLanes) of_zeros = fma(load(row + j), zero(), of_zeros);
-              const float outside = simd::sum_lanes(of_zeros);
-              for (int64_t k = 0; k < p.points; ++k) {
-                float dots[4];
-                const int64_t i = q * p.points + k;
-                if (wants_dots) {
-                  backward.template run<true>(samples, i, row, outside, dots);
-                  of_sample(samples, i, level, dots, xy + 2 * k, of_weights + k);
-                } else {
-                  backward.template run<false>(samples, i, row, outside, dots);
-                }
-              }
-              const int64_t at = p.sample(b, first + q, head, l);
-              put(grad_locations, 2 * at, xy, 2 * p.points);
-              put(grad_weights, at, of_weights, p.points);
-            }
-          }
-          if (!grad_value) return;
-          const Tokens<T> to(*grad_value, b, head);
-          for (int64_t token = 0; token < level.height * level.width; ++token)
-            convert(to.at(level.first + token), of_tokens + token * stride, p.d);
+        p.batch * p.heads * of_head, [&] { return BackwardWorker<T>(gradients); },
+        [&](BackwardWorker<T>& worker, int64_t item) {
+          const int64_t b = item / of_head / p.heads, head = item / of_head % p.heads, level = item % of_head * levels;
+          if (p.d == kLanes) return worker.template run<1>(b, head, level);
+          if (p.d == 2 * kLanes) return worker.template run<2>(b, head, level);
+          if (p.d == 4 * kLanes) return worker.template run<4>(b, head, level);
+          worker.template run<0>(b, head, level);
         });
   });
 }
