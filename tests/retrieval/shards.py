@@ -27,9 +27,11 @@ QUERIES = (2, 0, 3)
 def run(body: Callable[[int, int, Path], None], rank: int, world: int, folder: str, told: Connection) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=240))
     try:
         body(rank, world, Path(folder))
+        # Nobody leaves while others still listen.
+        dist.barrier()
         told.send(None)
     except BaseException:
         told.send(traceback.format_exc())
