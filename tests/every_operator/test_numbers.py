@@ -43,7 +43,7 @@ def skip_what_is_not_there(backend: Backend, call: Call) -> None:
         pytest.skip("not on this backend")
     if backend.name == "triton" and call.operator in WITHOUT_KERNELS:
         pytest.skip("not on this backend")
-    if backend.name in ("cuda", "device_on_host", "triton") and call.name == "wide heads":
+    if backend.name in ("cuda", "device_on_host") and call.name == "wide heads":
         pytest.skip("not yet on this backend")
 
 

@@ -71,7 +71,7 @@ from velm_kernels.sequence.rotary import triton as triton_rotary
 
 FILE = Path(__file__).with_name("resources.csv")
 ARCHITECTURES = (80, 90, 100, 120)
-DIMENSIONS = (64, 128, 256)
+DIMENSIONS = backend.DIMENSIONS
 DTYPES = ("float16", "float32")
 # Kernels over tiles of queries and keys. The second launch of a kernel, the one for few queries and those for one kind
 # of sums alone take the block sizes of the first.
@@ -210,10 +210,12 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
 
 def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> dict[str, Any]:
     """A call of attention_forward that needs everything a level has."""
+    # As many programs share the columns of wide rows.
+    heads = HEADS if dim <= 256 or queries != 1 else HEADS // 4
     queries = queries or QUERIES
     given: dict[str, Any] = dict.fromkeys(OPERATOR.names)
     for name, length in (("query", queries), ("key", TOKENS), ("value", TOKENS)):
-        given[name] = _empty(BATCH, HEADS, length, dim, dtype=dtype)
+        given[name] = _empty(BATCH, heads, length, dim, dtype=dtype)
     given |= {"max_seqlen_q": 0, "max_seqlen_k": 0, "scale": dim**-0.5, "norm_eps": 1e-6}
     given |= {"is_causal": True, "softcap": 0.0, "dropout_p": 0.0, "return_key_mass": False}
     given["key_lengths"] = _empty(BATCH)
@@ -225,7 +227,7 @@ def _arguments(level: str, dtype: torch.dtype, dim: int, queries: int = 0) -> di
     if level == "loaded":
         given["range_start"] = given["range_stop"] = _empty(BATCH, queries)
         given["mask"] = _empty(BATCH, 1, queries, TOKENS, dtype=torch.bool)
-        given["bias"] = _empty(1, HEADS, queries, TOKENS, dtype=dtype)
+        given["bias"] = _empty(1, heads, queries, TOKENS, dtype=dtype)
         given |= {"softcap": 30.0, "dropout_p": 0.1, "seed": _empty(dtype=torch.int64)}
     return given
 
@@ -418,6 +420,7 @@ def instances(architectures: tuple[int, ...], dtypes: tuple[str, ...], dims: tup
             for dim in dims:
                 for kind, level in ATTENTION:
                     has_entry = (size, dim) in backend.TABLE[SHARED_ENTRY.get(kind, kind), level]
+                    has_entry = has_entry and backend.has_blocks(getattr(torch, dtype), dim, arch)
                     if has_entry and is_launched(kind, getattr(torch, dtype), dim):
                         yield kind, level, dtype, dim, arch
             for kind in (*PRODUCTS, *(IN_16_BITS if size == 2 else ())):

@@ -93,9 +93,19 @@ def test_a_damaged_file_is_tuned_again(tuning: Path, monkeypatch: pytest.MonkeyP
 def test_every_kernel_has_an_entry_for_every_architecture() -> None:
     for kind, level in backend.TABLE:
         for dtype in backend.DTYPES:
-            for head_dim in (1, 16, 17, 64, 80, 128, 200, 256):
+            for head_dim in (1, 16, 17, 64, 80, 128, 200, 256, 320, 512):
                 for arch in (80, 90, 100, 120):
                     config = backend._lookup(kind, level, dtype, head_dim, arch)
                     for size in (config.block_m, config.block_n):
                         assert size >= 16 and size & (size - 1) == 0
                     assert config.num_warps in (4, 8)
+
+
+@pytest.mark.parametrize("arch", [0, 80, 90, 100, 120])
+def test_wide_rows_of_16_bits_are_refused_where_they_have_no_blocks(arch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "architecture", lambda device: arch)
+    for dtype in backend.DTYPES:
+        for columns in (256, 257):
+            rows = {"query": torch.empty(1, 1, 1, 8, dtype=dtype), "value": torch.empty(1, 1, 1, columns, dtype=dtype)}
+            refused = bool(backend.too_wide(rows, "query", "value"))
+            assert refused == (columns == 257 and dtype != torch.float32 and arch in (90, 100, 120))

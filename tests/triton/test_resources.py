@@ -82,7 +82,8 @@ def test_older_versions_compiled_these_blocks(monkeypatch: pytest.MonkeyPatch) -
         resources._launches.cache_clear()
         for key, cells in table.items():
             compiled = cells[version].split(":")[0]
-            if not compiled and {key[0], key[1]} & set(versions.NEWEST_FIRST):
+            asked_last = bool({key[0], key[1]} & set(versions.NEWEST_FIRST)) or key[3] > versions.WIDEST
+            if not compiled and asked_last:
                 continue
             assert compiled == resources.blocks_and_warps(key), f"Triton {version}, {key}: make triton-versions"
     resources._launches.cache_clear()

@@ -9,7 +9,8 @@ compiled kernels are kept too: a second run compiles only what has changed, and 
 `versions.csv` says by which blocks (block_m x block_n x stages x warps) each older version compiled an instance without
 complaints, the registers a thread and the digest of what it compiled, which is not there where the row is older than
 digests; a run writes it as it goes, with `--stale` of what is compiled otherwise now. A field is empty where the
-version complained, and where it was not asked yet about one of `NEWEST_FIRST`. Of the newest version resources.csv says
+version complained, and where it was not asked yet about one of `NEWEST_FIRST` or heads of more than `WIDEST`. Of the
+newest version resources.csv says
 more.
 """
 
@@ -30,6 +31,8 @@ FILE = Path(__file__).with_name("versions.csv")
 # Second launches, which do nothing but where there is NaN, and the level of decomposed positions: older versions have
 # compiled some of them, or none.
 NEWEST_FIRST = ("grad_key_guarded", "grad_value_guarded", "grad_side_guarded", "grid")
+# Heads of more columns, which older versions were not asked about either.
+WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")
 Key = tuple[str, str, str, int, int]
 

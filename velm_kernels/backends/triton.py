@@ -211,11 +211,34 @@ _Row = dict[int, _Blocks]
 _Rows = dict[tuple[int, int], _Row]
 
 
+# The largest head dimension of each of the columns.
+DIMENSIONS = (64, 128, 256, 512)
+
+
 def _rows(size: int, *entries: _Row | _Blocks) -> _Rows:
-    """Entries for elements of `size` bytes and head dimensions up to 64, 128 and 256."""
-    return {
-        (size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip((64, 128, 256), entries)
-    }
+    """Entries for elements of `size` bytes and head dimensions up to 64, 128, 256 and 512. Where only the last is not
+    given it is that of 256: wider rows are multiplied in more pieces, and more programs share their sums."""
+    if len(entries) == 3:
+        entries = (*entries, entries[-1])
+    return {(size, dim): entry if isinstance(entry, dict) else {ANY: entry} for dim, entry in zip(DIMENSIONS, entries)}
+
+
+# Where rows of more than 256 columns of 16 bits have blocks without spills; of float32 they have them everywhere.
+WIDE_16_BITS = (80,)
+
+
+def has_blocks(dtype: torch.dtype, columns: int, arch: int) -> bool:
+    """Whether `TABLE` is right for rows of so many columns; the interpreter, 0, needs no table."""
+    return columns <= 256 or dtype == torch.float32 or arch in (0, *WIDE_16_BITS)
+
+
+def too_wide(arguments: Arguments, *rows: str) -> list[str]:
+    """Why kernels over tiles of queries and keys cannot serve `rows` of `arguments`, if they are too wide."""
+    tensor = arguments[rows[0]]
+    columns, arch = max(arguments[name].shape[-1] for name in rows), architecture(tensor.device)
+    if has_blocks(tensor.dtype, columns, arch):
+        return []
+    return [f"rows of {columns} columns of 16 bits have blocks for compute capability 8.0 alone"]
 
 
 TABLE: dict[tuple[str, str], _Rows] = {
@@ -224,12 +247,14 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (128, 64, 8, 3), 120: (128, 64, 8, 2)},
         {ANY: (128, 64, 8, 3), 120: (64, 64, 8, 2)},
         (64, 32, 8, 2),
+        {ANY: (64, 32, 8, 2), 120: (64, 32, 8, 1)},
     ),
     ("forward", "loaded"): _rows(
         2,
         {ANY: (128, 64, 8, 2), 120: (128, 32, 8, 2)},
         {ANY: (128, 64, 8, 2), 80: (128, 32, 8, 2), 120: (32, 64, 8, 2)},
         (32, 32, 8, 2),
+        {ANY: (32, 32, 8, 2), 120: (32, 32, 8, 1)},
     )
     | _rows(
         4,
@@ -242,6 +267,7 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (128, 64, 8, 2), 100: (64, 64, 8, 2)},
         {ANY: (128, 32, 8, 2), 100: (64, 64, 8, 2), 120: (64, 32, 8, 2)},
         {ANY: (64, 32, 8, 1), 90: (32, 32, 8, 2)},
+        (32, 32, 8, 2),
     ),
     ("grad_query", "loaded"): _rows(
         2,
@@ -279,6 +305,7 @@ TABLE: dict[tuple[str, str], _Rows] = {
         {ANY: (64, 16, 4, 2), 80: (32, 32, 8, 2)},
         {ANY: (128, 16, 8, 2), 90: (16, 32, 8, 2), 120: (32, 16, 4, 2)},
         {ANY: (32, 32, 8, 2), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)},
+        {ANY: (32, 32, 8, 1), 90: (16, 32, 8, 1), 100: (16, 32, 8, 1)},
     )
     | _rows(
         4,

@@ -101,6 +101,15 @@ def merged_attention(
     return out.transpose(1, 2).flatten(2)
 
 
+# Columns of a head that `cross_attention` takes.
+WIDEST_HEAD = 512
+
+
+def too_wide(head_dim: int) -> str | None:
+    """Return why `cross_attention` cannot serve heads of so many columns, or None."""
+    return f"head_dim {head_dim} is above {WIDEST_HEAD}" if head_dim > WIDEST_HEAD else None
+
+
 def unsupported(head_dim: int, *masks: Any) -> str | None:
     """Return why `cross_attention` cannot serve a call with this head_dim and these masks, or None.
 
@@ -108,8 +117,8 @@ def unsupported(head_dim: int, *masks: Any) -> str | None:
     not depend on them. It is reproduced by leaving the call to the original, where that can be known without waiting
     for a device; on a GPU and under a compiler these rows pass nothing to queries and keys.
     """
-    if head_dim > 256:
-        return f"head_dim {head_dim} is above 256"
+    if head_dim > WIDEST_HEAD:
+        return too_wide(head_dim)
     for mask in masks:
         if mask is None:
             continue

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from . import masks
-from .calls import added_mask, weights_wanted
+from .calls import WIDEST_HEAD, added_mask, too_wide, weights_wanted
 from .patching import is_replaced
 from .plain import are_plain, has_listeners, may_read, under_autocast
 
@@ -49,8 +49,8 @@ def why_original(
         return f"attn_implementation={implementation!r}"
     if weights_wanted(module, kwargs, returned=implementation == "eager"):
         return "output_attentions=True"
-    if head_dim > 256:
-        return f"head_dim {head_dim} is above 256"
+    if head_dim > WIDEST_HEAD:
+        return too_wide(head_dim)
     if implementation == "eager" and isinstance(mask, Tensor) and not mask.is_floating_point():
         return f"the mask is {mask.dtype}, which eager attention adds to the scores"
     for name in _CHANGING:

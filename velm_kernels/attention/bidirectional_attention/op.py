@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from velm_kernels.attention.bidirectional_attention import reference
-from velm_kernels.backends import Arguments, cuda
+from velm_kernels.backends import Arguments, cuda, triton
 from velm_kernels.layout import empty_heads_last, unit_last_stride
 from velm_kernels.operator import Operator
 
@@ -42,9 +42,17 @@ def meaning(
     )
 
 
-def _too_many_features(arguments: Arguments) -> list[str]:
-    names = ("query_a", "value_a", "value_b")
-    return [f"{name} has {size} features, more than 256" for name in names if (size := arguments[name].shape[3]) > 256]
+def _too_many_features(arguments: Arguments, most: int = 512) -> list[str]:
+    sizes = {name: arguments[name].shape[3] for name in ("query_a", "value_a", "value_b")}
+    return [f"{name} has {size} features, more than {most}" for name, size in sizes.items() if size > most]
+
+
+def _too_many_in_triton(arguments: Arguments) -> list[str]:
+    return _too_many_features(arguments) or triton.too_wide(arguments, "query_a", "value_a", "value_b")
+
+
+def _too_many_in_cuda(arguments: Arguments) -> list[str]:
+    return _too_many_features(arguments, 256)
 
 
 def _flops(a: Any) -> int:
@@ -76,7 +84,7 @@ OPERATOR = Operator(
     },
     incoming=lambda grad, a: unit_last_stride(grad) if grad.dim() == 4 else grad.contiguous(),
     triton="attention.bidirectional_attention.triton",
-    reasons=dict.fromkeys(("triton", *cuda.NAMESPACES), _too_many_features),
+    reasons={"triton": _too_many_in_triton, **dict.fromkeys(cuda.NAMESPACES, _too_many_in_cuda)},
     flops=_flops,
     backward_flops=_backward_flops,
 )

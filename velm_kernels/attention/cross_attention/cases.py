@@ -166,7 +166,7 @@ CASES = [
     _attention("", _plain, numbers_only=False, published=_MODELS),
     _attention("everything", _everything, ("bias", *_WEIGHTS), numbers_only=False),
     _attention("grouped heads", _plain, sizes=_SIZES | {"group": 2}, larger=_LARGER | _FEW_HEADS | {"head_dim": 64}),
-    _attention("wide heads", _wide, sizes=_of(1, 1, 5, 9, 320, group=2), larger=_of(1, 2, 19, 40, 512, group=2)),
+    _attention("wide heads", _wide, sizes=_of(1, 1, 3, 6, 320, group=2), larger=_of(1, 2, 19, 40, 512, group=2)),
     _attention("few queries", _plain, sizes=_of(2, 2, 1, 40, 16, group=2), larger=_of(2, 3, 2, 1100, 64, group=4)),
     _attention(
         "logsumexp and key mass",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from velm_kernels import checks
 from velm_kernels.attention.cross_attention import reference, torch_attention
-from velm_kernels.backends import Arguments, cuda, order
+from velm_kernels.backends import Arguments, cuda, order, triton
 from velm_kernels.backends.schemas import parameters
 from velm_kernels.layout import empty_heads_last, empty_like_heads, product
 from velm_kernels.operator import Operator
@@ -79,13 +79,13 @@ def _sums(query: Tensor, shape: tuple[int, ...]) -> Tensor:
     return query.new_empty(shape) if is_float32_or_64 else query.new_empty(shape, dtype=torch.float32)
 
 
-# Columns of a row of query, key or value that kernels for GPUs are compiled for.
-WIDEST_ON_GPUS = 256
+# Columns of a row of query, key or value that the CUDA kernels are compiled for.
+WIDEST_IN_CUDA = 256
 
 
 def _too_wide(arguments: Arguments) -> list[str]:
     widths = {"head_dim": arguments["query"].shape[-1], "value_dim": arguments["value"].shape[-1]}
-    return [f"{name} {width} is above {WIDEST_ON_GPUS}" for name, width in widths.items() if width > WIDEST_ON_GPUS]
+    return [f"{name} {width} is above {WIDEST_IN_CUDA}" for name, width in widths.items() if width > WIDEST_IN_CUDA]
 
 
 def meaning(*values: Any, not_finite: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -157,7 +157,7 @@ OPERATOR = Operator(
     torch_gives="attention.cross_attention.torch_attention",
     reasons={
         "torch": torch_attention.why_not,
-        "triton": _too_wide,
+        "triton": lambda a: triton.too_wide(a, "query", "value"),
         **dict.fromkeys(cuda.NAMESPACES, lambda a: [*_no_rel_pos(a), *_too_wide(a)]),
     },
     check=_check_values,

@@ -291,7 +291,7 @@ def delta_of(
         strides = Strides(*(0,) * (3 - grad_logsumexp.dim()), *grad_logsumexp.stride())
     if p.dtype != torch.float32 and p.sizes.group * p.queries <= EXACT_DELTA_ROWS:
         return _delta_of_products(p, grad_out, grad_logsumexp, strides, logsumexp, shift, delta)
-    config = Config(32, 0, 4, 1)
+    config = Config(32 if p.value_dim <= 256 else 16, 0, 4, 1)
     arguments = (
         grad_out,
         out,

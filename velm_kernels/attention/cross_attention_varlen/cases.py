@@ -82,6 +82,6 @@ CASES = [
     for name, make, wider in (
         ("", _packed, {}),
         ("ragged", _ragged, {}),
-        ("wide heads", _ragged, {"heads": 1, "queries": 4, "head_dim": 488}),
+        ("wide heads", _ragged, {"sequences": 2, "heads": 1, "queries": 2, "keys": 5, "head_dim": 488}),
     )
 ]

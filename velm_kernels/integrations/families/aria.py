@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from velm_kernels.linear.linear import linear
 
 from .. import multihead
-from ..calls import dropout_p, split_heads
+from ..calls import dropout_p, split_heads, too_wide
 from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..projections import is_plain, project
@@ -45,8 +45,8 @@ class CrossAttention(Replacement):
         reason = multihead.why_original(inner, hidden_states, key_value_states, drops=True)
         if reason is None and inner.in_proj_weight is None:
             reason = "widths of queries, keys and values differ"
-        if reason is None and inner.head_dim > 256:
-            reason = f"head_dim {inner.head_dim} is above 256"
+        if reason is None:
+            reason = too_wide(inner.head_dim)
         if reason is None and attn_mask is not None and (attn_mask.dtype is not torch.bool or attn_mask.dim() != 3):
             reason = f"the mask is {attn_mask.dtype} with {attn_mask.dim()} dimensions"
         if reason is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import velm_kernels
 
 from .. import masks
-from ..calls import dropout_p, split_heads, weights_wanted
+from ..calls import WIDEST_HEAD, dropout_p, split_heads, too_wide, weights_wanted
 from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import DROPOUTS
@@ -50,8 +50,8 @@ class Attention(_WeightsMayBeUnread):
         reason = masks.why_not(attention_mask)
         if output_attentions and (not self.velm_weights_unread or weights_wanted(self)):
             reason = "output_attentions=True"
-        elif self.attention_head_size > 256:
-            reason = f"head_dim {self.attention_head_size} is above 256"
+        elif self.attention_head_size > WIDEST_HEAD:
+            reason = too_wide(self.attention_head_size)
         elif attention_mask is not None and not attention_mask.is_floating_point():
             reason = f"the mask is {attention_mask.dtype}, which the original adds to the scores"
         if reason is not None:
@@ -93,8 +93,8 @@ class BidirectionalAttention(_WeightsMayBeUnread):
         reason = None
         if not self.velm_weights_unread or weights_wanted(self):
             reason = "the attention weights are returned"
-        if reason is None and self.head_dim > 256:
-            reason = f"head_dim {self.head_dim} is above 256"
+        if reason is None:
+            reason = too_wide(self.head_dim)
         if reason is not None:
             return self.velm_original(
                 reason, vision_features, text_features, vision_attention_mask, text_attention_mask

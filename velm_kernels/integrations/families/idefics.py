@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import velm_kernels
 
-from ..calls import split_heads
+from ..calls import split_heads, too_wide
 from ..interface import implied_causal, masked_attention, rms_norm, rotate, tells, why_original
 from ..patching import Replacement, plain_linears, replaces
 
@@ -174,7 +174,7 @@ class PerceiverAttention(Replacement):
 
     @classmethod
     def why_not(cls, module: nn.Module) -> str | None:
-        return f"head_dim {module.head_dim} is above 256" if module.head_dim > 256 else None  # type: ignore[operator]
+        return too_wide(module.head_dim)  # type: ignore[arg-type]
 
     def forward(self, context: Tensor, latents: Tensor) -> Tensor:
         latents = self.latents_layer_norm(latents)

@@ -12,7 +12,7 @@ from velm_kernels.pooling import masked_pool
 from velm_kernels.pooling.modules import multihead_pool as pool
 
 from .. import multihead
-from ..calls import dropout_p, split_heads
+from ..calls import WIDEST_HEAD, dropout_p, split_heads, too_wide
 from ..interface import masked_attention
 from ..patching import Replacement, plain_linears, replaces
 from ..plain import are_plain, is_bare, under_autocast
@@ -114,8 +114,8 @@ class ResidualAttentionBlock(Replacement):
             return "keys and values of different tokens"
         if inner.in_proj_weight is None:
             return "widths of queries, keys and values differ"
-        if inner.head_dim > 256:
-            return f"head_dim {inner.head_dim} is above 256"
+        if inner.head_dim > WIDEST_HEAD:
+            return too_wide(inner.head_dim)
         if mask is not None and (mask.dim() not in (2, 3) or mask.requires_grad):
             return f"the mask has {mask.dim()} dimensions, or a gradient"
         return None

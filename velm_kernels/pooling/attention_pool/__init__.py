@@ -20,7 +20,7 @@ from velm_kernels.pooling.tokens import check_values, checked_cu_seqlens, checke
 from velm_kernels.processors import NEVER, TORCH_ATTENTION_KEYS
 
 # Heads of so many columns are the widest that cross_attention takes.
-WIDEST_HEAD = 256
+WIDEST_HEAD = 512
 # Elements of tokens, queries and scores up to which torch's form is the faster one, without a gradient and with one
 # (see velm_kernels.backends.small); tokens of a row up to which forming keys and values of them is.
 SMALL, SMALL_RECORDED, FEW_TOKENS = 1 << 19, 1 << 16, 8

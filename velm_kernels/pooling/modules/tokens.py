@@ -151,7 +151,7 @@ class PerceiverResampler(nn.Module):
     Args:
         dim: features of the tokens and of the latents.
         depth: number of blocks.
-        heads, head_dim: of the attention; head_dim at most 256.
+        heads, head_dim: of the attention; head_dim at most 512.
         n_latents: number of latents.
         hidden_dim: features inside the feed-forward blocks, by default ``4 * dim``.
         qk_norm: whether queries and keys are normalised (LayerNorm over head_dim).
