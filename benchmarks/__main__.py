@@ -14,6 +14,7 @@ import torch
 from benchmarks import (
     attention,
     fusion,
+    grids,
     harness,
     linear,
     losses,
@@ -30,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPERATORS = {
     "attention": attention.cases,
     "fusion": fusion.cases,
+    "grids": grids.cases,
     "linear": linear.cases,
     "losses": losses.cases,
     "pooling": pooling.cases,
