@@ -203,3 +203,19 @@ def test_the_rule_for_convolutions(
     with velm_kernels.use_backend("reference"):
         velm_kernels.patch_embed(pixels, weight, bias)
     assert not convolved
+
+
+@pytest.mark.parametrize("memory", ["contiguous", "channels last", "turned"])
+@pytest.mark.parametrize(("cls", "patch", "sizes"), CONVOLUTIONS[1:], ids=str)
+def test_weights_in_other_memory(cls: Any, patch: tuple[int, ...], sizes: tuple[int, ...], memory: str) -> None:
+    """Of a model that was moved to channels_last, whose weight is a matrix as it lies."""
+    original, pixels = convolution(cls, patch), LAYOUTS[memory](drawn(2, 3, *sizes))
+    weight = LAYOUTS["channels last"](original.weight.detach())
+    assert weight.stride(1) == 1
+    found = []
+    for given in (weight, original.weight.detach()):
+        leaves = [pixels.detach().requires_grad_(), given.requires_grad_()]
+        out = velm_kernels.patch_embed(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out, leaves, drawn(*out.shape))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -23,9 +23,9 @@ SMALL, SMALL_OF_HIDDEN, SMALL_OF_WEIGHT = 1 << 21, 1 << 20, 1 << 22
 # Rows whose targets are looked at for that.
 SMALL_ROWS = 1 << 12
 _DTYPES = frozenset((torch.float32, torch.bfloat16))
-# Rows up to which a second multiplication of the logits costs less than writing a gradient of weight twice: on a server
-# of 2 threads with AMX, at 1024 x 32000, backward makes 8 rows 3 times as fast, 128 (float32) and 512 (bfloat16) no
-# slower, and 2048 slower.
+# Rows up to which a second multiplication of the logits costs less than multiplying a gradient of weight once more: on
+# a server of 2 threads with AMX, at 1024 x 32000, backward made 8 rows 3 times as fast, 128 (float32) and 512
+# (bfloat16) no slower, and 2048 slower.
 FEW_ROWS = {torch.float32: 128, torch.bfloat16: 512, torch.float16: 512}
 
 
@@ -74,14 +74,18 @@ def linear_cross_entropy(
         ValueError: shapes or devices do not fit together, a setting is out of range; on the CPU, or with VELM_CHECK=1,
             a target is neither in the vocabulary nor ``ignore_index`` (else its loss is NaN).
 
-    Logits exist for some rows at a time; sums accumulate in float32. With a mean or a sum, forward computes those
-    gradients that are wanted while it has the logits, and backward multiplies them by what comes in, in float32: three
-    products, as many as plain torch has. Of few rows (128 in float32, 512 in 16 bits) backward makes them, where weight
-    has one, which is then larger than the logits. Per-row results (``"none"``, ``return_logprobs``) have gradients of
-    their own each. Both form the logits a second time in backward: a fourth product. On the CPU labelled rows are
-    counted; on a GPU that would wait for it, so all rows are multiplied there, those without a label as zeros. The
-    products are torch's: on the CPU their sums of about 1000 terms and more have other last bits for other numbers of
-    threads.
+    Logits exist for some rows at a time, 64 MiB; sums accumulate in float32. With a mean or a sum, forward computes
+    those gradients that are wanted while it has the logits, and backward multiplies them by what comes in, in float32:
+    three products, as many as plain torch has. It gives their memory, so that there is one gradient of weight, unless
+    the graph is kept (``retain_graph=True``) or others may hold what is saved (hooks of saved tensors, checkpoints). Of
+    few rows (128 in float32, 512 in 16 bits) backward makes them, where weight has one, which is then larger than the
+    logits. Per-row results (``"none"``, ``return_logprobs``) have gradients of their own each. Both form the logits a
+    second time in backward: a fourth product. On the CPU labelled rows are counted; on a GPU that would wait for it, so
+    all rows are multiplied there, those without a label as zeros. The products are torch's: on the CPU their sums of
+    about 1000 terms and more have other last bits for other numbers of threads.
+
+    A call of at most 2^20 to 2^22 logits on the CPU, which are less than such a chunk, is computed by torch's own
+    ``cross_entropy`` of the rows with a label.
 
     The formula: ``loss = logsumexp(z) - z[target]``; with ``p = softmax(z)`` the gradient of z is
     ``p - onehot(target)``, by chunks as in Liger Kernel (Hsu et al., 2024) and Cut Your Losses (Wijmans et al., 2024).

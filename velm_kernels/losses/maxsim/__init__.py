@@ -44,7 +44,8 @@ def maxsim(
     The scores of tokens, ``(queries, documents, tokens, tokens of a document)``, exist for some documents at a time. Of
     each token of a query the place of the nearest one in a document is kept where a gradient is recorded, int32, of
     equal ones the first; backward adds those rows alone. Products and sums are in float32; without a gradient each
-    score of bfloat16 is rounded before its sum, on processors that multiply bfloat16.
+    score of bfloat16 is rounded before its sum, on processors that multiply bfloat16. Small calls without masks on the
+    CPU are computed by torch's own operators.
 
     The formula is that of ColBERT (Khattab and Zaharia, 2020) and ColPali (Faysse et al., 2024).
 
