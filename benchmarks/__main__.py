@@ -21,6 +21,7 @@ from benchmarks import (
     models,
     pooling,
     published,
+    retrieval,
     sequence,
     static,
     terminal,
@@ -36,6 +37,7 @@ OPERATORS = {
     "losses": losses.cases,
     "pooling": pooling.cases,
     "published": published.cases,
+    "retrieval": retrieval.cases,
     "sequence": sequence.cases,
 }
 FAMILIES = (*OPERATORS, "models")

@@ -34,14 +34,10 @@ NOT_THERE |= {
     "topk_similarity",
     "cross_attention-rel_pos",
 }
-# What only the reference has.
-WITHOUT_KERNELS = {"topk_similarity"}
 
 
 def skip_what_is_not_there(backend: Backend, call: Call) -> None:
     if backend.name in ("cuda", "device_on_host") and {call.operator, str(call)} & NOT_THERE:
-        pytest.skip("not on this backend")
-    if backend.name == "triton" and call.operator in WITHOUT_KERNELS:
         pytest.skip("not on this backend")
     if backend.name in ("cuda", "device_on_host") and call.name == "wide heads":
         pytest.skip("not yet on this backend")
@@ -110,7 +106,6 @@ def test_work_that_is_divided(backend: Backend, call: Call) -> None:
 
     ``velm check`` runs the same sizes in every dtype, on every backend.
     """
-    skip_what_is_not_there(backend, call)
     expected = larger(call, torch.float32)
     given, runs = call.poisoned(expected.arguments), []
     for threads in (1, 2, 3) if EXPLORES else (1, 3):

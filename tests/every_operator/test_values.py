@@ -77,7 +77,6 @@ NOT_YET["device_on_host"] |= {
     "cross_attention-rel_pos",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
-NOT_YET["triton"] = {"topk_similarity"}
 
 
 def pattern(x: Tensor, only_finite: bool) -> Tensor:

@@ -66,6 +66,7 @@ from velm_kernels.pooling.pool.reference import MODES
 from velm_kernels.pooling.pool.triton import pool_backward, pool_forward
 from velm_kernels.pooling.pool_grid.triton import pool_grid_backward, pool_grid_forward
 from velm_kernels.pooling.weighted_rows.triton import weighted_rows_backward, weighted_rows_forward
+from velm_kernels.retrieval.topk_similarity.triton import topk_similarity_backward, topk_similarity_forward
 from velm_kernels.sequence import triton_rows
 from velm_kernels.sequence.rotary import triton as triton_rotary
 
@@ -172,6 +173,10 @@ STREAMING = (
     "linear_cross_entropy_gradient",
     "maxsim_grad_queries",
     "maxsim_grad_documents",
+    "topk_pairs",
+    "topk_pairs_backward",
+    "topk_grad_queries",
+    "topk_grad_database",
     "deformable",
     "deformable_samples",
     "deformable_corners",
@@ -192,6 +197,7 @@ PRODUCTS = (
     "bilinear_attention_side",
     "bilinear_attention_joint",
     "maxsim",
+    "topk_keys",
 )
 # And those that float32 has no need of.
 IN_16_BITS = ("delta_of_products",)
@@ -293,6 +299,7 @@ def others(dtype: torch.dtype, arch: int) -> dict[str, Launch]:
         _bilinear_attention(dtype)
         _pooling(dtype)
         _losses(dtype)
+        _retrieval(dtype)
         _sequence(dtype)
         _deformable(dtype)
     return {launch.kind: launch for launch in launches}
@@ -404,6 +411,14 @@ def _losses(dtype: torch.dtype) -> None:
     out, places = _empty(BATCH, BATCH, dtype=torch.float32), _empty(BATCH * 32, BATCH)
     maxsim_forward(queries, documents, *masks, True, out, places)
     maxsim_backward(out, queries, documents, *masks, places, True, queries, documents)
+
+
+def _retrieval(dtype: torch.dtype) -> None:
+    queries, database = _empty(64, 512, dtype=dtype), _empty(4096, 512, dtype=dtype)
+    given = (queries, database, _empty(4096, dtype=torch.bool), _empty(4096, dtype=torch.int64))
+    values, places = _empty(64, 100, dtype=torch.float32), _empty(64, 100, dtype=torch.int64)
+    topk_similarity_forward(*given, 100, "cosine", values, places)
+    topk_similarity_backward(values, *given, places, 100, "cosine", queries, database)
 
 
 def is_launched(kind: str, dtype: torch.dtype, dim: int) -> bool:

@@ -53,7 +53,7 @@ def test_every_operator(file: str, which: str) -> None:
 @pytest.mark.slow
 def test_what_is_peculiar_to_an_operator() -> None:
     """All but draws: the cases of every operator cross the borders of blocks, in any layout."""
-    folders = ("tests/attention", "tests/fusion", "tests/losses", "tests/pooling", "tests/sequence")
+    folders = ("tests/attention", "tests/fusion", "tests/losses", "tests/pooling", "tests/retrieval", "tests/sequence")
     interpreted(*folders, "-k", "triton and not compile and not opcheck", "-m", "not hypothesis")
 
 

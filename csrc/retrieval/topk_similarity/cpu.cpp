@@ -5,16 +5,16 @@
 // the similarity of those is summed once more, always in the same order. So what is found depends on no tile, thread or
 // instruction that scores were made by, and of equal rows the lower index is found.
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <vector>
 
 #include "common/tensor.h"
 #include "retrieval/topk_similarity/filter.h"
+#include "retrieval/topk_similarity/tiles.h"
 #include "simd/layout.h"
-#include "simd/lines.h"
 #include "simd/parallel.h"
-#include "simd/product.h"
 #include "simd/scratch.h"
 
 namespace velm {
@@ -33,14 +33,17 @@ constexpr int64_t kTogether = 1024;
 constexpr int64_t kMostFound = 1 << 22;
 // Rows of a database below which another thread costs more than it saves.
 constexpr int64_t kFewestRows = 512;
-// A tile of scores: rows, of fewer bytes than a part of the second-level cache, and columns.
-constexpr int64_t kMostRows = 48, kBytes = 1 << 17;
-constexpr int kVectors = 2, kColumns = kVectors * kLanes;
+// Bytes of some rows that are multiplied with all queries: a part of the second-level cache.
+constexpr int64_t kBytes = 1 << 17;
+// Queries that one thread takes at least.
+constexpr int64_t kFewestQueries = 32;
 
 struct Problem {
   int64_t rows, dim, row_stride;
   const bool* valid;
   const int64_t* ids;
+  // Whether queries are bfloat16.
+  bool of_bf16;
 
   bool has(int64_t row) const { return !valid || valid[row]; }
   int64_t id(int64_t row) const { return ids ? ids[row] : row; }
@@ -105,34 +108,43 @@ void search_few(const Problem& problem, const Queries& queries, const T* databas
   for (int64_t i = 0; i < count; ++i) search_rows<M, 1>(problem, queries, database, {at[i]});
 }
 
-// The rows of a tile: where they are, in float32, one after another or as they lie in the database.
-template <class T>
+// Some rows of the database: where they are, one after another as Tiles multiplies them, or as they lie.
+template <class T, class Tiles>
 struct Block {
+  using Element = typename Tiles::Element;
+
   int64_t* at;
   float* square_sums;
-  float* converted;
-  const float* data = nullptr;
+  Element* converted;
+  const Element* data = nullptr;
   int64_t count = 0, stride = 0;
 
   Block(Scratch& scratch, int64_t rows, int64_t dim)
-      : at(scratch.take<int64_t>(rows)), square_sums(scratch.take(rows)), converted(scratch.take(rows * dim)) {}
+      : at(scratch.take<int64_t>(rows)),
+        square_sums(scratch.take(rows)),
+        converted(scratch.take<Element>(rows * Tiles::row_of(dim))) {
+    std::memset(static_cast<void*>(converted), 0, sizeof(Element) * static_cast<size_t>(rows * Tiles::row_of(dim)));
+  }
 
   // Takes the next rows that count, at most `most`, from `begin` on; returns the first behind them.
   int64_t take(const Problem& problem, const T* database, int64_t begin, int64_t end, int64_t most) {
+    constexpr bool kSame = std::is_same_v<T, Element>, kAnyDim = Tiles::kRows == Tiles::kMostRows;
     count = 0;
     int64_t row = begin;
     for (; row < end && count < most; ++row)
       if (problem.has(row)) at[count++] = row;
-    bool is_direct = false;
-    if constexpr (std::is_same_v<T, float>) is_direct = count > 0 && at[count - 1] - at[0] == count - 1;
+    // Matrix instructions read whole tiles.
+    const bool is_whole = kAnyDim || (count % Tiles::kRows == 0 && 2 * Tiles::words(problem.dim) == problem.dim);
+    const bool is_direct = kSame && is_whole && count > 0 && at[count - 1] - at[0] == count - 1;
+    const int64_t row_of = Tiles::row_of(problem.dim);
     for (int64_t i = 0; i < count; ++i) {
       const T* from = database + at[i] * problem.row_stride;
-      square_sums[i] = square_sum(from, problem.dim);
-      if (!is_direct) simd::convert(converted + i * problem.dim, from, problem.dim);
+      square_sums[i] =
+          is_direct ? square_sum(from, problem.dim) : Tiles::convert(converted + i * row_of, from, problem.dim);
     }
     data = converted;
-    stride = problem.dim;
-    if constexpr (std::is_same_v<T, float>) {
+    stride = row_of;
+    if constexpr (kSame) {
       if (is_direct) {
         data = database + at[0] * problem.row_stride;
         stride = problem.row_stride;
@@ -142,29 +154,26 @@ struct Block {
   }
 };
 
-// The rows of kColumns queries, turned: (dim, kColumns), zeros behind the last query.
-inline void pack(float* to, const Queries& queries, int64_t first, int64_t dim) {
-  for (int64_t j = 0; j < kColumns; ++j) {
-    const float* from = queries.data + (first + j) * dim;
-    for (int64_t i = 0; i < dim; ++i) to[i * kColumns + j] = first + j < queries.count ? from[i] : 0.0f;
-  }
-}
-
-template <Metric M, class T>
+template <Metric M, class Tiles, class T>
 void search_tiles(const Problem& problem, const Queries& queries, const T* database, int64_t begin, int64_t end) {
+  constexpr int64_t kColumns = Tiles::kColumns, kVectors = kColumns / kLanes;
   const int64_t dim = problem.dim, columns = simd::round_up(queries.count, kColumns);
-  const int64_t most = std::clamp<int64_t>(kBytes / (4 * dim + 1), 12, kMostRows);
-  const Rounding rounding(dim, 0.0f);
+  constexpr int64_t kSize = sizeof(typename Tiles::Element),
+                    kLeast = Tiles::kRows == Tiles::kMostRows ? 12 : Tiles::kRows;
+  const int64_t most = std::clamp<int64_t>(kBytes / (kSize * dim + 1) / kLeast * kLeast, kLeast, Tiles::kMostRows);
+  const Rounding rounding(dim, Tiles::kFactor * static_cast<float>(!std::is_same_v<T, simd::bf16> + !problem.of_bf16));
   Scratch scratch;
-  Block<T> block(scratch, most, dim);
-  float* packed = scratch.take(columns * dim);
-  float* scores = scratch.take(most * kColumns);
+  Block<T, Tiles> block(scratch, most, dim);
+  const int64_t panel = Tiles::words(dim) * kColumns;
+  auto* packed = scratch.take<typename Tiles::Word>(columns / kColumns * panel);
+  float* scores = scratch.take(Tiles::kRows * kColumns);
   float* of_rows = scratch.take(most);
   const OfQuery of_queries{scratch.take(columns), scratch.take(columns)};
   const auto set = [&](int64_t q) {
     set_bound<M>(of_queries, q, limit_of<M>(queries.nearest[q]), queries.square_sums[q], rounding);
   };
-  for (int64_t first = 0; first < columns; first += kColumns) pack(packed + first * dim, queries, first, dim);
+  for (int64_t first = 0; first < columns; first += kColumns)
+    Tiles::pack(packed + first / kColumns * panel, queries.data + first * dim, queries.count - first, dim);
   for (int64_t q = 0; q < columns; ++q) {
     of_queries.offset[q] = kInfinity;
     of_queries.slope[q] = 0.0f;
@@ -173,7 +182,7 @@ void search_tiles(const Problem& problem, const Queries& queries, const T* datab
   const auto decide = [&](int64_t q, int64_t i) {
     const T* row = database + block.at[i] * problem.row_stride;
     const float sum = sum_pair<M == Metric::l2>(queries.data + q * dim, row, dim);
-    const float inverse_row = M == Metric::cosine ? 1.0f / norm_of(block.square_sums[i]) : 1.0f;
+    const float inverse_row = M == Metric::cosine ? 1.0f / norm_of(square_sum(row, dim)) : 1.0f;
     const float similarity = similarity_of<M>(sum, queries.inverse_norms[q], inverse_row);
     if (offer<M>(problem, queries.nearest[q], similarity, block.at[i])) set(q);
   };
@@ -181,21 +190,35 @@ void search_tiles(const Problem& problem, const Queries& queries, const T* datab
     begin = block.take(problem, database, begin, end, most);
     for (int64_t i = 0; i < block.count; ++i) of_rows[i] = of_row<M>(block.square_sums[i], rounding);
     for (int64_t first = 0; first < columns; first += kColumns) {
-      simd::product<kVectors, false, simd::Start::zero>(scores, kColumns, block.count, block.data, block.stride, dim,
-                                                        packed + first * dim, kColumns);
-      for (int64_t i = 0; i < block.count; ++i) {
-        const Vec row(of_rows[i]);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const int64_t at = first + v * kLanes;
-          const auto passes = !(simd::load(scores + i * kColumns + v * kLanes) < bound<M>(of_queries, at, row));
-          if (simd::stdx::none_of(passes)) [[likely]]
-            continue;
-          for (int lane = 0; lane < kLanes; ++lane)
-            if (passes[lane] && at + lane < queries.count) decide(at + lane, i);
+      for (int64_t above = 0; above < block.count; above += Tiles::kRows) {
+        const int64_t tall = std::min(Tiles::kRows, block.count - above);
+        Tiles::multiply(scores, block.data + above * block.stride, block.stride, tall, dim,
+                        packed + first / kColumns * panel);
+        for (int64_t i = 0; i < tall; ++i) {
+          const Vec row(of_rows[above + i]);
+          for (int64_t v = 0; v < kVectors; ++v) {
+            const int64_t at = first + v * kLanes;
+            const auto passes = !(simd::load(scores + i * kColumns + v * kLanes) < bound<M>(of_queries, at, row));
+            if (simd::stdx::none_of(passes)) [[likely]]
+              continue;
+            for (int lane = 0; lane < kLanes; ++lane)
+              if (passes[lane] && at + lane < queries.count) decide(at + lane, above + i);
+          }
         }
       }
     }
   }
+}
+
+template <Metric M, class T>
+void search_many(const Problem& problem, const Queries& queries, const T* database, int64_t begin, int64_t end) {
+#if defined(VELM_AMX)
+  if (ByMatrices::is_usable()) {
+    const ByMatrices configured;
+    return search_tiles<M, ByMatrices>(problem, queries, database, begin, end);
+  }
+#endif
+  search_tiles<M, ByVectors>(problem, queries, database, begin, end);
 }
 
 template <Metric M>
@@ -218,7 +241,7 @@ void search(const Problem& problem, const Tensor& queries, const T* database, Te
   const int64_t ranges = std::clamp<int64_t>(problem.rows / kFewestRows, 1, threads);
   // No list holds more than there is.
   const int64_t kept = std::min(k, simd::divide_up(problem.rows, ranges));
-  const int64_t together = std::clamp<int64_t>(kMostFound / (ranges * kept + 1), kColumns, kTogether);
+  const int64_t together = std::clamp<int64_t>(kMostFound / (ranges * kept + 1), kFewestQueries, kTogether);
   for (int64_t first = 0; first < all; first += together) {
     const int64_t count = std::min(together, all - first);
     Scratch scratch;
@@ -230,8 +253,8 @@ void search(const Problem& problem, const Tensor& queries, const T* database, Te
       square_sums[q] = square_sum(wide + q * dim, dim);
       inverse_norms[q] = 1.0f / norm_of(square_sums[q]);
     }
-    const int64_t groups = std::clamp<int64_t>(threads / ranges, 1, simd::divide_up(count, kColumns));
-    const int64_t group = simd::round_up(simd::divide_up(count, groups), kColumns);
+    const int64_t groups = std::clamp<int64_t>(threads / ranges, 1, simd::divide_up(count, kFewestQueries));
+    const int64_t group = simd::round_up(simd::divide_up(count, groups), kFewestQueries);
     std::unique_ptr<Found[]> found(new Found[static_cast<size_t>(ranges * count * kept)]);
     std::vector<Nearest> nearest(static_cast<size_t>(ranges * count));
     for (int64_t i = 0; i < ranges * count; ++i) nearest[static_cast<size_t>(i)] = {found.get() + i * kept, kept, 0, 0};
@@ -244,7 +267,7 @@ void search(const Problem& problem, const Tensor& queries, const T* database, Te
       if (some.count <= kFew)
         search_few<M>(problem, some, database, begin, end);
       else
-        search_tiles<M>(problem, some, database, begin, end);
+        search_many<M>(problem, some, database, begin, end);
     });
     simd::parallel_ranges(count, 16, [&](int64_t begin, int64_t end) {
       std::vector<Found> of_all;
@@ -263,8 +286,12 @@ void search(const Problem& problem, const Tensor& queries, const T* database, Te
 
 void topk_similarity(Tensor queries, Tensor database, Optional valid, Optional ids, int64_t metric, Tensor values,
                      Tensor places) {
-  const Problem problem{database.size(0), database.size(1), database.stride(0),
-                        valid ? const_data<bool>(*valid) : nullptr, ids ? const_data<int64_t>(*ids) : nullptr};
+  const Problem problem{database.size(0),
+                        database.size(1),
+                        database.stride(0),
+                        valid ? const_data<bool>(*valid) : nullptr,
+                        ids ? const_data<int64_t>(*ids) : nullptr,
+                        queries.scalar_type() == ScalarType::BFloat16};
   const auto by = [&](auto m) {
     constexpr Metric M = decltype(m)::value;
     with_type(database.scalar_type(), [&](auto t) {

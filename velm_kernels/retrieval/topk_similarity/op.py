@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from velm_kernels.backends import Arguments
 from velm_kernels.operator import Operator
 from velm_kernels.retrieval.topk_similarity.reference import by_place
 
@@ -15,6 +16,12 @@ def _shapes(a: Any) -> tuple[Tensor, Tensor]:
     shape = (a.queries.shape[0], a.k)
     wide = torch.promote_types(a.queries.dtype, torch.float32)
     return a.queries.new_empty(shape, dtype=wide), a.queries.new_empty(shape, dtype=torch.int64)
+
+
+def _many(arguments: Arguments) -> list[str]:
+    from velm_kernels.retrieval.topk_similarity import triton
+
+    return triton.why_not(arguments)
 
 
 # queries (queries, dim) and database (rows, dim), last stride 1, any row stride, of one dtype or queries in float32;
@@ -36,7 +43,9 @@ OPERATOR = Operator(
         "queries": lambda a: a.queries.new_empty(a.queries.shape),
         "database": lambda a: a.database.new_empty(a.database.shape),
     },
+    triton="retrieval.topk_similarity.triton",
     cpu="retrieval.topk_similarity.cpu",
+    reasons={"triton": _many},
     cuda=False,
     flops=lambda a: 2 * a.queries[0] * a.database[0] * a.queries[1],
     backward_flops=lambda a: 2 * a.queries[0] * a.k * a.queries[1] * (bool(a.wanted & 1) + bool(a.wanted & 2)),
