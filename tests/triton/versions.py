@@ -29,8 +29,18 @@ SUPPORTED = ("3.6", "3.7", "3.8", "3.9")
 OLDER = SUPPORTED[:-1]
 FILE = Path(__file__).with_name("versions.csv")
 # Second launches, which do nothing but where there is NaN, and the level of decomposed positions: older versions have
-# compiled some of them, or none.
-NEWEST_FIRST = ("grad_key_guarded", "grad_value_guarded", "grad_side_guarded", "grid")
+# compiled some of them, or none; and topk_similarity, which none was asked about.
+NEWEST_FIRST = (
+    "grad_key_guarded",
+    "grad_value_guarded",
+    "grad_side_guarded",
+    "grid",
+    "topk_keys",
+    "topk_pairs",
+    "topk_pairs_backward",
+    "topk_grad_queries",
+    "topk_grad_database",
+)
 # Heads of more columns, which older versions were not asked about either.
 WIDEST = 256
 KEYS = ("kernel", "level", "dtype", "head_dim", "arch")

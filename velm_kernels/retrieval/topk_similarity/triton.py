@@ -15,8 +15,9 @@ from velm_kernels.retrieval.topk_similarity.triton_kernels import (
 )
 from velm_kernels.triton.launches import cdiv
 
-# Tiles of scores. Small tiles for the interpreter, so that small tests cross their edges.
-TILE, SMALL = Config(16, 64, 4, 2), Config(16, 16, 4, 1)
+# Tiles of scores; of float32, where a product is three of mma.sync, for more warps. Small tiles for the interpreter, so
+# that small tests cross their edges.
+TILE, WIDE, SMALL = Config(16, 64, 4, 2), Config(16, 64, 8, 2), Config(16, 16, 4, 1)
 # Features at a time, by element size.
 STEP = {2: 64, 4: 32}
 # Columns of a row at a time.
@@ -50,7 +51,7 @@ def topk_similarity_forward(
     if k == 0 or count == 0:
         return
     arch = architecture(queries.device)
-    config = SMALL if arch == 0 else TILE
+    config = SMALL if arch == 0 else WIDE if queries.dtype == torch.float32 else TILE
     blocks = cdiv(count, config.block_m)
     splits = max(1, min(cdiv(rows, config.block_n), 3 if arch == 0 else PROGRAMS // blocks))
     # Of one element a tile would be none.
@@ -138,9 +139,9 @@ def topk_similarity_backward(
         launch("topk_pairs_backward", topk_pairs_kernel, pairs, arguments, constants, ROWS)
     column_blocks = cdiv(dim, ROWS.block_n)
     if grad_queries is not None:
-        given = (queries, database, places, None, None, factors, own_query, grad_queries, k, dim, *strides)
+        of_queries = (queries, database, places, None, None, factors, own_query, grad_queries, k, dim, *strides)
         grid = queries.shape[0] * column_blocks
-        launch("topk_grad_queries", topk_gradient_kernel, grid, (*given, column_blocks), constants, ROWS)
+        launch("topk_grad_queries", topk_gradient_kernel, grid, (*of_queries, column_blocks), constants, ROWS)
     if grad_database is not None:
         grad_database.zero_()
         sorted_places, order = places.flatten().sort(stable=True)
@@ -148,7 +149,6 @@ def topk_similarity_backward(
         # What is none comes first, as -1.
         before = torch.nn.functional.pad(sorted_places, (1, 0), value=-1)[:-1]
         stops.masked_fill_(before == sorted_places, 0)
-        given = (database, queries, places, order, stops, factors, own_row, grad_database, k, dim, *strides[::-1])
-        launch(
-            "topk_grad_database", topk_gradient_kernel, pairs * column_blocks, (*given, column_blocks), constants, ROWS
-        )
+        grid = pairs * column_blocks
+        of_rows = (database, queries, places, order, stops, factors, own_row, grad_database, k, dim, *strides[::-1])
+        launch("topk_grad_database", topk_gradient_kernel, grid, (*of_rows, column_blocks), constants, ROWS)
