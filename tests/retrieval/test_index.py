@@ -18,7 +18,7 @@ from torch import Tensor
 
 import velm_kernels
 from velm_kernels import ImageTextIndex
-from velm_kernels.retrieval import store
+from velm_kernels.retrieval import search, store
 from velm_kernels.retrieval.places import Places
 
 pytestmark = pytest.mark.filterwarnings("ignore:velm_kernels. topk_similarity runs on plain torch")
@@ -377,6 +377,35 @@ def test_searches_beside_changes_see_one_moment() -> None:
         for thread in threads:
             thread.join()
     assert not wrong
+
+
+def test_what_a_search_has_begun_with_never_changes() -> None:
+    """The states before each change find what they found, whatever comes after."""
+    index, queries = ImageTextIndex(4, metric="dot"), features(5, 4, 1)
+    seen = []
+
+    def look() -> None:
+        state = index._store.state
+        seen.append((state, search.exact(state, queries, 30, "dot"), state.texts(state.order())))
+
+    index.add(features(100, 4), metadata=list(range(100)))
+    look()
+    for change in (
+        lambda: index.add(features(100, 4, 2)),
+        lambda: index.remove(range(0, 100, 7)),
+        lambda: index.remove(range(1, 100, 7)),
+        lambda: index.update(range(2, 100, 7), features(14, 4, 3)),
+        lambda: index.update(range(2, 100, 7), metadata=["new"] * 14),
+        lambda: index.refresh(lambda ids, _: features(len(ids), 4, 4)),
+        lambda: index.add(features(400, 4, 5), metadata=[0] * 400),
+        lambda: index.remove(range(200, 550)),
+        lambda: index.add(features(100, 4, 6)),
+    ):
+        change()
+        look()
+    for state, found, texts in seen:
+        assert all(torch.equal(*both) for both in zip(search.exact(state, queries, 30, "dot"), found))
+        assert state.texts(state.order()) == texts
 
 
 def test_refresh_beside_changes() -> None:

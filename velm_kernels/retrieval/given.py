@@ -14,6 +14,8 @@ from velm_kernels import checks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 METRICS = ("dot", "cosine", "l2")
 ENGINES = ("exact", "faiss")
+# Made once: dumps with other than the usual settings makes one for every call.
+_ENCODE = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 Where = Mapping[str, Any] | Callable[[Any], bool]
 
 
@@ -99,13 +101,13 @@ def _text(name: str, value: Any) -> bytes:
     if value is None:
         return b""
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+        return _ENCODE(value).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{name}: expected what JSON can hold, given {checks.describe(value)} ({error})") from None
 
 
 def untexted(text: bytes) -> Any:
-    return json.loads(text) if text else None
+    return json.loads(text.decode()) if text else None
 
 
 def condition(name: str, where: Any) -> Callable[[bytes], bool]:
