@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import velm_kernels
@@ -310,6 +311,23 @@ def test_cuda_kernels(
         found.append([*(out.detach() for out in outs), *grads])
     for name, exact, plain, got in zip(("rotated_query", "rotated_key", *names), *found, strict=True):
         assert_accurate(name, got, plain, exact)
+
+
+@pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
+def test_what_begins_at_odd_places(backend: Backend) -> None:
+    """One of query, cos, sin and the norm's weight, beside others that are read 16 bytes at a time."""
+    generator = torch.Generator().manual_seed(9)
+    query, *table = (torch.randn(*size, 64, generator=generator) for size in ((2, 3, 5), (2, 5), (2, 5)))
+    for weight in ((), (torch.randn(64, generator=generator),)):
+        given, found = [query, *table, *weight], []
+        for odd in (None, *range(len(given))):
+            moved = [F.pad(x, (1, 3))[..., 1:-3] if i == odd else x for i, x in enumerate(given)]
+            leaves = [x.detach().requires_grad_() for x in moved]
+            with backend.use():
+                out, _ = velm_kernels.rotary(leaves[0], None, *leaves[1:3], query_norm_weight=(*leaves[3:], None)[0])
+                found.append([out.detach(), *torch.autograd.grad(out, leaves, query)])
+        for other in found[1:]:
+            close(other, found[0])
 
 
 @pytest.mark.parametrize("backend", CUDA_KERNELS, ids=str)
