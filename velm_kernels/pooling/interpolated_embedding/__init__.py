@@ -38,8 +38,9 @@ def interpolated_embedding(
         weight: the table, ``(height, width, dim)``, or ``(side * side, dim)`` of a square one; float32, bfloat16,
             float16, or float64 (computed by the reference backend). Beside taps any number of rows, ``(..., dim)``.
         positions: floating point ``(..., 2)``: (row, column), whole numbers in the middle of a row of the table,
-            anywhere (the x of ``grid_sample``, without align_corners, is column ``((x + 1) * width - 1) / 2``); computed with in float32. Or taps: a pair ``(indices, weights)`` of integers and floating-point
-            numbers ``(..., taps)``: the rows of the table and their weights; -1 is no row.
+            anywhere, computed with in float32; the x of ``grid_sample`` without align_corners is the column
+            ``((x + 1) * width - 1) / 2``. Or taps: a pair ``(indices, weights)`` of integers and floating-point numbers
+            ``(..., taps)``: the rows of the table and their weights; -1 is no row.
         mode: "bilinear", 4 rows, or "bicubic", 16 rows by the kernel of Keys (1981) with a = -3/4, as torch takes it.
             Not looked at beside taps.
         padding: "border": what lies outside is like the nearest row and column inside, as in interpolate; "zeros":
