@@ -24,7 +24,8 @@ def merged(parts: list[Found], k: int, metric: str) -> Found:
 
 
 def exact(state: State, queries: Tensor, k: int, metric: str, order: Tensor | None = None) -> Found:
-    """``(values, ids)``, both ``(queries, k)``. ``order``: of these rows alone, by their numbers."""
+    """``(values, ids)``, both ``(queries, k)``. ``order``: of these rows alone, all there, by their
+    numbers."""
     parts = _parts(state, queries, k, metric, order)
     if not parts:
         none = state.segments[0]
@@ -59,17 +60,17 @@ def _chosen(segment: Segment, order: Tensor | None, since: int) -> tuple[Tensor,
     """The rows to search: features, ids and which of them count."""
     first = int(torch.searchsorted(segment.order[: segment.count], since)) if since else 0
     features, ids = segment.features[first : segment.count], segment.ids[first : segment.count]
-    mask = segment.mask()
     if order is not None:
+        # All of them are there.
         _, rows = segment.find(order)
-        rows = rows[rows >= first] if mask is None else rows[(rows >= first) & mask[rows]]
-        rows = rows - first
+        rows = rows[rows >= first] - first
         if len(rows) * FEW < len(ids):
             rows = rows.to(features.device)
             return features[rows], ids[rows], None
         valid = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
         valid[rows] = True
         return features, ids, valid.to(features.device)
+    mask = segment.mask()
     return features, ids, None if mask is None else mask[first:].to(features.device)
 
 
