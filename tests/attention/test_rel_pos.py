@@ -137,6 +137,7 @@ def grids(draw: st.DrawFn) -> Case:
 @example(case=Case(queries=33, keys=96 * 3, key_height=3, dtype=torch.bfloat16, head_dim=16))
 @example(case=Case(queries=5, keys=90, key_height=90, softcap=3.0, dropout_p=0.2, bias_shape=(True, True, True, True)))
 @example(case=Case(queries=70, keys=120, key_height=1, group=2, masks=frozenset({"key_ranges", "key_mask"})))
+@example(case=Case(queries=20, keys=40, key_height=5, bias_shape=(False, True, True, True)))
 @example(case=Case(queries=1, keys=12, key_height=4, dtype=torch.float16, rel_pos_float32=True))
 def test_numbers(backend: Backend, case: Case) -> None:
     if INTERPRETED:
@@ -200,3 +201,27 @@ def test_broadcast_and_strided_biases(backend: Backend) -> None:
         whole = height.expand(2, 2, 17, 4).contiguous(), width.contiguous()
         same = cross_attention(query, key, key, rel_pos_height=whole[0], rel_pos_width=whole[1])
     assert torch.equal(got, same)
+
+
+@first_and_last_cpu_backend
+def test_key_mass_of_more_keys_than_weights_are_kept_for(backend: Backend) -> None:
+    query, key = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 33_000, 4)
+    height, width = torch.randn(1, 1, 6, 150), torch.randn(1, 1, 6, 220)
+    *_, exact = reference.cross_attention(
+        *(x.double() for x in (query, key, key)), rel_pos_height=height.double(), rel_pos_width=width.double()
+    )
+    with backend.use():
+        biases = {"rel_pos_height": height, "rel_pos_width": width}
+        _, mass = cross_attention(query, key, key, **biases, return_key_mass=True)
+    torch.testing.assert_close(mass.double(), exact, rtol=1e-4, atol=1e-9)
+
+
+@first_and_last_cpu_backend
+def test_rows_whose_logsumexp_has_lost_the_number_of_keys(backend: Backend) -> None:
+    query, value = torch.zeros(1, 1, 70, 4), torch.randn(1, 1, 6, 4, requires_grad=True)
+    biases = {"rel_pos_height": torch.full((1, 1, 70, 2), -1e7), "rel_pos_width": torch.zeros(1, 1, 70, 3)}
+    with backend.use():
+        out = cross_attention(query, torch.zeros(1, 1, 6, 4), value, **biases)
+        (grad,) = torch.autograd.grad(out.sum(), value)
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
+    torch.testing.assert_close(grad, torch.full_like(grad, 70 / 6))
