@@ -77,9 +77,6 @@ NOT_YET["device_on_host"] |= {
     "cross_attention-rel_pos",
 }
 NOT_YET["cuda"] = NOT_YET["device_on_host"]
-# The sums of score gradients over the rows and columns of a grid are a product with zeros and ones: NaN of one key
-# reaches the gradients of that query's other rows and columns.
-NOT_YET.setdefault("triton", set()).add("cross_attention-rel_pos")
 
 
 def pattern(x: Tensor, only_finite: bool) -> Tensor:

@@ -96,8 +96,15 @@ def grad_rel_pos_kernel(
         b_ds = grad_scores(b_p, b_dp, b_delta, dropout, True)
         b_n = start_n + b_j
         b_place = tl.where(of_rows, b_n // masks.key_width, b_n % masks.key_width)
-        b_ones = (b_place[:, None] == b_o[None, :]).to(tl.float32)
-        b_sum = product_add(b_ds, b_ones, b_sum, PRECISION)
+        if tl.max(tl.max(((b_ds - b_ds) != 0.0).to(tl.int32), 1), 0) != 0:
+            # 0 times what is not finite would be NaN: each sum has the terms of its own keys and no others.
+            for j in tl.range(0, BLOCK_N):
+                b_term = tl.sum(tl.where((b_j == j)[None, :], b_ds, 0.0), 1)
+                place = tl.sum(tl.where(b_j == j, b_place, 0), 0)
+                b_sum = tl.where((b_o == place)[None, :], b_sum + b_term[:, None], b_sum)
+        else:
+            b_ones = (b_place[:, None] == b_o[None, :]).to(tl.float32)
+            b_sum = product_add(b_ds, b_ones, b_sum, PRECISION)
     b_row = (to_int64(b) * sizes.heads + head) * queries + b_m
     if of_rows:
         if grad_height is not None:
