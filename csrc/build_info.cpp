@@ -1,5 +1,7 @@
 // What a library says about itself, readable without torch: ctypes.CDLL(path).velm_build_info.
 
+#include <string>
+
 #define VELM_STRINGIZE_(x) #x
 #define VELM_STRINGIZE(x) VELM_STRINGIZE_(x)
 
@@ -22,4 +24,22 @@ extern "C" __attribute__((visibility("default"))) const char* velm_build_info() 
          "\ncuda=" VELM_CUDA_VERSION "\nptx=" VELM_PTX
 #endif
       ;
+}
+
+namespace {
+std::string& signatures() {
+  static std::string all;
+  return all;
+}
+}  // namespace
+
+// By static initialisers, when the library is opened.
+extern "C" void velm_note_signature(const char* name, const char* types) {
+  signatures().append(name).append("(").append(types).append(")\n");
+}
+
+// "name(types of arguments)" a line: what the kernels of this library were compiled to take. The package compares them
+// with what it declares, so that one that was left over from other sources of the same version is not called.
+extern "C" __attribute__((visibility("default"))) const char* velm_signatures() {
+  return signatures().c_str();
 }

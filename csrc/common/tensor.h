@@ -1,13 +1,13 @@
 // What the operators of every family share on the CPU: results, rows of 4-D tensors.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 
+#include "common/kernel.h"
 #include "simd/dtype.h"
 #include "simd/pages.h"
 

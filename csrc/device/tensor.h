@@ -4,13 +4,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
 #include <stdexcept>
 
+#include "common/kernel.h"
 #include "device/view.h"
 
 #if defined(VELM_DEVICE_ON_HOST)

@@ -117,7 +117,7 @@ def test_the_stand_in_that_it_was_linked_with_is_found_by_nobody() -> None:
 @needs_the_library
 @needs_binutils
 def test_exports_nothing_but_its_description() -> None:
-    assert symbols("--defined-only", LIBRARY) == {"velm_build_info"}
+    assert symbols("--defined-only", LIBRARY) == {"velm_build_info", "velm_signatures"}
 
 
 @needs_the_library
@@ -155,7 +155,7 @@ def test_which_devices_and_drivers_it_is_for(capability, driver, build, expected
 def test_the_words_of_the_loader_are_the_reason(tmp_path: Path) -> None:
     broken = tmp_path / "libvelm_cuda.so"
     broken.write_bytes(b"not a library")
-    reason = cpu.open_library(broken)
+    reason = cpu.open_library(broken, [])
     assert reason is not None
     assert reason.startswith("libvelm_cuda.so does not load: ")
     assert "file too short" in reason or "invalid ELF header" in reason

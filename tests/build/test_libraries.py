@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 import velm_kernels
 from velm_kernels.backends import cpu
@@ -35,7 +36,7 @@ def disassembled() -> dict[Path, str]:
 @every_library
 def test_exports_nothing_but_its_description(library: Path) -> None:
     exported = [line.split()[-1] for line in tool("nm", "-D", "--defined-only", library).splitlines()]
-    assert exported == ["velm_build_info"]
+    assert sorted(exported) == ["velm_build_info", "velm_signatures"]
 
 
 @every_library
@@ -140,3 +141,38 @@ def test_every_library_that_runs_here_has_the_same_operators() -> None:
             operators[isa] = {schema.partition("(")[0] for schema in cpu._schemas if cpu.has(schema.partition("(")[0])}
     assert "baseline" in operators
     assert all(found == operators["baseline"] for found in operators.values())
+
+
+@every_library
+def test_kernels_take_what_is_declared(library: Path) -> None:
+    isa = library.stem.removeprefix("libvelm_cpu_")
+    if cpu.why_not(isa) is not None:
+        pytest.skip(f"this processor cannot run {isa} code")
+    describe = ctypes.CDLL(str(library)).velm_signatures
+    describe.restype = ctypes.c_char_p
+    noted = {line.partition("(")[0] for line in describe().decode().splitlines()}
+    declared = {schema.partition("(")[0] for schema in cpu._schemas}
+    # Registered without VELM_KERNEL, a kernel would be compared with nothing.
+    assert noted == {name for name in declared if cpu._is_registered(isa, name)}
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        "Tensor x, Tensor gamma, Tensor beta, bool regions_contiguous, Tensor(a!) out",  # one fewer
+        "Tensor x, Tensor? gamma, Tensor beta, bool regions_contiguous, float gamma_offset, Tensor(a!) out",
+        "Tensor x, Tensor gamma, Tensor beta, int regions_contiguous, float gamma_offset, Tensor(a!) out",
+    ],
+)
+def test_a_library_of_other_sources_is_a_reason(taken: str) -> None:
+    library = cpu.library_path("baseline")
+    assert cpu.open_library(library, cpu._schemas) is None
+    reason = cpu.open_library(library, [f"film_forward({taken}) -> ()"])
+    assert reason is not None
+    assert reason.startswith("libvelm_cpu_baseline.so was built from other sources: its film_forward takes (Tensor, ")
+
+
+def test_a_library_of_older_sources_is_a_reason() -> None:
+    older = Path(torch.__file__).parent / "lib" / "libc10.so"
+    reason = cpu.open_library(older, [])
+    assert reason == "libc10.so was built from older sources: build it again (`make lib`, or `pip install .`)"

@@ -7,8 +7,10 @@ can live in one process and be compared.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import torch
 
 from velm_kernels.backends import Arguments, kinds_depend_on, tensors_of
 from velm_kernels.backends.choice import Choice
+from velm_kernels.backends.schemas import parameters
 
 # Best last. The emulated set computes the bf16 dot product of avx512_bf16 with ordinary AVX-512 arithmetic, so that
 # its data layouts are tested on processors without the instruction; it is never chosen by itself. Operators that form
@@ -86,21 +89,48 @@ def why_not(isa: str) -> str | None:
     return load(isa)
 
 
-def open_library(path: Path) -> str | None:
-    """Opens a library of operators; returns what went wrong, in the words of the loader, or None."""
+def open_library(path: Path, schemas: list[str]) -> str | None:
+    """Opens a library of operators, which are declared by ``schemas``; returns what went wrong, or None."""
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
         # torch names the library alone, and what the loader said stands behind that.
         return f"{path.name} does not load: {error.__cause__ or error}"
+    return _why_other(path, schemas)
+
+
+def _why_other(path: Path, schemas: list[str]) -> str | None:
+    """Why the library that is open was not built from these sources, or None if it was.
+
+    Torch compares no types, and a kernel would read what it is given as whatever it was compiled for."""
+    again = "build it again (`make lib`, or `pip install .`)"
+    try:
+        noted = ctypes.CDLL(str(path)).velm_signatures
+    except AttributeError:
+        return f"{path.name} was built from older sources: {again}"
+    noted.restype = ctypes.c_char_p
+    compiled = dict(line.rstrip(")").split("(") for line in noted().decode().splitlines())
+    for schema in schemas:
+        name, _, rest = schema.partition("(")
+        declared = _types(rest.rpartition(") -> ")[0])
+        if compiled.get(name, declared) != declared:
+            return (
+                f"{path.name} was built from other sources: its {name} takes ({compiled[name]}), where this package "
+                f"gives ({declared}); {again}"
+            )
     return None
+
+
+def _types(arguments: str) -> str:
+    """``"Tensor, Tensor?"`` of ``"Tensor x, Tensor(a!)? out"``: what a kernel in C++ knows of them."""
+    return ", ".join(re.sub(r"\(\w!\)", "", parameter.kind) for parameter in parameters(arguments))
 
 
 def load(isa: str) -> str | None:
     """Opens the library for ``isa`` once; returns what went wrong, or None."""
     if isa not in _loaded:
         define_all(f"velm_cpu_{isa}", _schemas)
-        _loaded[isa] = open_library(library_path(isa)) or ""
+        _loaded[isa] = open_library(library_path(isa), _schemas) or ""
     return _loaded[isa] or None
 
 

@@ -68,7 +68,7 @@ def open_now(backend: str) -> str | None:
     """Opens the library of ``backend``; returns what went wrong, or None."""
     define_all(NAMESPACES[backend], _schemas)
     _opened.append(backend)
-    return open_library(library_path(backend))
+    return open_library(library_path(backend), _schemas)
 
 
 def faults() -> list[tuple[str, str]]:

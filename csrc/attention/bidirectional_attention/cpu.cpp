@@ -288,8 +288,8 @@ void forward(Tensor query_a, Tensor query_b, Tensor value_a, Tensor value_b, std
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("bidirectional_attention_forward", TORCH_BOX(&forward));
-  m.impl("bidirectional_attention_backward", TORCH_BOX(&backward));
+  VELM_KERNEL(m, "bidirectional_attention_forward", forward);
+  VELM_KERNEL(m, "bidirectional_attention_backward", backward);
 }
 
 }  // namespace velm::bidirectional

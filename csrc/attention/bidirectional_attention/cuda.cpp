@@ -138,8 +138,8 @@ void bidirectional_backward_op(MaybeTensor grad_out_a, MaybeTensor grad_out_b, M
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("bidirectional_attention_forward", TORCH_BOX(&bidirectional_forward_op));
-  m.impl("bidirectional_attention_backward", TORCH_BOX(&bidirectional_backward_op));
+  VELM_KERNEL(m, "bidirectional_attention_forward", bidirectional_forward_op);
+  VELM_KERNEL(m, "bidirectional_attention_backward", bidirectional_backward_op);
 }
 
 }  // namespace

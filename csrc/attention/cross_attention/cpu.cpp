@@ -121,6 +121,6 @@ void attention_backward(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor quer
 #define VELM_IMPL(name, dispatch, m) VELM_IMPL_(name, dispatch, m)
 
 VELM_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("attention_forward", TORCH_BOX(&velm::attention::attention_forward));
-  m.impl("attention_backward", TORCH_BOX(&velm::attention::attention_backward));
+  VELM_KERNEL(m, "attention_forward", velm::attention::attention_forward);
+  VELM_KERNEL(m, "attention_backward", velm::attention::attention_backward);
 }

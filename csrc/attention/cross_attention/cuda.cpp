@@ -159,8 +159,8 @@ void attention_backward_op(Tensor grad_out, MaybeTensor grad_logsumexp, Tensor q
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("attention_forward", TORCH_BOX(&attention_forward_op));
-  m.impl("attention_backward", TORCH_BOX(&attention_backward_op));
+  VELM_KERNEL(m, "attention_forward", attention_forward_op);
+  VELM_KERNEL(m, "attention_backward", attention_backward_op);
 }
 
 }  // namespace

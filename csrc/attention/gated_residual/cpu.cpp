@@ -205,8 +205,8 @@ void gated_residual_backward(Tensor grad, std::optional<Tensor> x, Tensor gate, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("gated_residual_forward", TORCH_BOX(&gated_residual_forward));
-  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward));
+  VELM_KERNEL(m, "gated_residual_forward", gated_residual_forward);
+  VELM_KERNEL(m, "gated_residual_backward", gated_residual_backward);
 }
 
 }  // namespace

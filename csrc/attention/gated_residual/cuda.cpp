@@ -39,8 +39,8 @@ void gated_residual_backward_op(Tensor grad, std::optional<Tensor> x, Tensor gat
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("gated_residual_forward", TORCH_BOX(&gated_residual_forward_op));
-  m.impl("gated_residual_backward", TORCH_BOX(&gated_residual_backward_op));
+  VELM_KERNEL(m, "gated_residual_forward", gated_residual_forward_op);
+  VELM_KERNEL(m, "gated_residual_backward", gated_residual_backward_op);
 }
 
 }  // namespace

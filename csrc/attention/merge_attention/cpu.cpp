@@ -212,8 +212,8 @@ void merge_attention_backward(Tensor grad_out, std::optional<Tensor> grad_logsum
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("merge_attention_forward", TORCH_BOX(&merge_attention_forward));
-  m.impl("merge_attention_backward", TORCH_BOX(&merge_attention_backward));
+  VELM_KERNEL(m, "merge_attention_forward", merge_attention_forward);
+  VELM_KERNEL(m, "merge_attention_backward", merge_attention_backward);
 }
 
 }  // namespace

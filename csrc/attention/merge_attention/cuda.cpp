@@ -60,8 +60,8 @@ void merge_attention_backward_op(Tensor grad_out, std::optional<Tensor> grad_log
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("merge_attention_forward", TORCH_BOX(&merge_attention_forward_op));
-  m.impl("merge_attention_backward", TORCH_BOX(&merge_attention_backward_op));
+  VELM_KERNEL(m, "merge_attention_forward", merge_attention_forward_op);
+  VELM_KERNEL(m, "merge_attention_backward", merge_attention_backward_op);
 }
 
 }  // namespace

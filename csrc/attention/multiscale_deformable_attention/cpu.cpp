@@ -596,8 +596,8 @@ void multiscale_deformable_attention_backward(Tensor grad, Tensor value, Tensor 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("multiscale_deformable_attention_forward", TORCH_BOX(&multiscale_deformable_attention_forward));
-  m.impl("multiscale_deformable_attention_backward", TORCH_BOX(&multiscale_deformable_attention_backward));
+  VELM_KERNEL(m, "multiscale_deformable_attention_forward", multiscale_deformable_attention_forward);
+  VELM_KERNEL(m, "multiscale_deformable_attention_backward", multiscale_deformable_attention_backward);
 }
 
 }  // namespace

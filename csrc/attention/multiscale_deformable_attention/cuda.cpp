@@ -65,8 +65,8 @@ void deformable_backward_op(Tensor grad, Tensor value, Tensor shapes, Tensor loc
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("multiscale_deformable_attention_forward", TORCH_BOX(&deformable_forward_op));
-  m.impl("multiscale_deformable_attention_backward", TORCH_BOX(&deformable_backward_op));
+  VELM_KERNEL(m, "multiscale_deformable_attention_forward", deformable_forward_op);
+  VELM_KERNEL(m, "multiscale_deformable_attention_backward", deformable_backward_op);
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ void bilinear_backward(Tensor grad, Tensor x, Tensor y, Tensor weight, std::opti
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("bilinear_forward", TORCH_BOX(&bilinear_forward));
-  m.impl("bilinear_backward", TORCH_BOX(&bilinear_backward));
+  VELM_KERNEL(m, "bilinear_forward", bilinear_forward);
+  VELM_KERNEL(m, "bilinear_backward", bilinear_backward);
 }
 
 }  // namespace

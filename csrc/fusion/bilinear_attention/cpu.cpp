@@ -132,8 +132,8 @@ void bilinear_attention_backward(Given grad_maps, Given grad_logits, Tensor v, T
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("bilinear_attention_forward", TORCH_BOX(&bilinear_attention_forward));
-  m.impl("bilinear_attention_backward", TORCH_BOX(&bilinear_attention_backward));
+  VELM_KERNEL(m, "bilinear_attention_forward", bilinear_attention_forward);
+  VELM_KERNEL(m, "bilinear_attention_backward", bilinear_attention_backward);
 }
 
 }  // namespace

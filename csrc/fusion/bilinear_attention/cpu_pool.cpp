@@ -52,8 +52,8 @@ void bilinear_attention_pool_backward(Tensor grad, Tensor v, Tensor q, Tensor at
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("bilinear_attention_pool_forward", TORCH_BOX(&bilinear_attention_pool_forward));
-  m.impl("bilinear_attention_pool_backward", TORCH_BOX(&bilinear_attention_pool_backward));
+  VELM_KERNEL(m, "bilinear_attention_pool_forward", bilinear_attention_pool_forward);
+  VELM_KERNEL(m, "bilinear_attention_pool_backward", bilinear_attention_pool_backward);
 }
 
 }  // namespace

@@ -88,10 +88,10 @@ void pool_backward(Tensor grad, Tensor v, Tensor q, Tensor attention, Given v_le
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("bilinear_attention_forward", TORCH_BOX(&forward));
-  m.impl("bilinear_attention_backward", TORCH_BOX(&backward));
-  m.impl("bilinear_attention_pool_forward", TORCH_BOX(&pool_forward));
-  m.impl("bilinear_attention_pool_backward", TORCH_BOX(&pool_backward));
+  VELM_KERNEL(m, "bilinear_attention_forward", forward);
+  VELM_KERNEL(m, "bilinear_attention_backward", backward);
+  VELM_KERNEL(m, "bilinear_attention_pool_forward", pool_forward);
+  VELM_KERNEL(m, "bilinear_attention_pool_backward", pool_backward);
 }
 
 }  // namespace

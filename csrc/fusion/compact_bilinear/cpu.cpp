@@ -47,7 +47,7 @@ void multiply_spectra(Tensor a, Tensor b, Tensor out) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("multiply_spectra", TORCH_BOX(&multiply_spectra));
+  VELM_KERNEL(m, "multiply_spectra", multiply_spectra);
 }
 
 }  // namespace

@@ -41,7 +41,7 @@ void count_sketches_forward(Tensor x, Tensor index_x, Tensor sign_x, Tensor y, T
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("count_sketches_forward", TORCH_BOX(&count_sketches_forward));
+  VELM_KERNEL(m, "count_sketches_forward", count_sketches_forward);
 }
 
 }  // namespace

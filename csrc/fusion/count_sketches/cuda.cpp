@@ -21,7 +21,7 @@ void count_sketches_forward_op(Tensor x, Tensor order_x, Tensor sign_x, Tensor y
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("count_sketches_forward", TORCH_BOX(&count_sketches_forward_op));
+  VELM_KERNEL(m, "count_sketches_forward", count_sketches_forward_op);
 }
 
 }  // namespace

@@ -48,8 +48,8 @@ void dropout_residual_backward(Tensor grad, Tensor seed, double dropout_p, Tenso
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("dropout_residual_forward", TORCH_BOX(&dropout_residual_forward));
-  m.impl("dropout_residual_backward", TORCH_BOX(&dropout_residual_backward));
+  VELM_KERNEL(m, "dropout_residual_forward", dropout_residual_forward);
+  VELM_KERNEL(m, "dropout_residual_backward", dropout_residual_backward);
 }
 
 }  // namespace

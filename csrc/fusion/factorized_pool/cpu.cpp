@@ -225,8 +225,8 @@ void factorized_pool_backward(Tensor grad, Tensor a, Tensor b, std::optional<Ten
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("factorized_pool_forward", TORCH_BOX(&factorized_pool_forward));
-  m.impl("factorized_pool_backward", TORCH_BOX(&factorized_pool_backward));
+  VELM_KERNEL(m, "factorized_pool_forward", factorized_pool_forward);
+  VELM_KERNEL(m, "factorized_pool_backward", factorized_pool_backward);
 }
 
 }  // namespace

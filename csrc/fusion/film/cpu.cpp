@@ -167,8 +167,8 @@ void film_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> g
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("film_forward", TORCH_BOX(&film_forward));
-  m.impl("film_backward", TORCH_BOX(&film_backward));
+  VELM_KERNEL(m, "film_forward", film_forward);
+  VELM_KERNEL(m, "film_backward", film_backward);
 }
 
 }  // namespace

@@ -46,8 +46,8 @@ void film_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("film_forward", TORCH_BOX(&film_forward_op));
-  m.impl("film_backward", TORCH_BOX(&film_backward_op));
+  VELM_KERNEL(m, "film_forward", film_forward_op);
+  VELM_KERNEL(m, "film_backward", film_backward_op);
 }
 
 }  // namespace

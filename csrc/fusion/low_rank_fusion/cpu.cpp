@@ -367,8 +367,8 @@ void low_rank_fusion_backward(Tensor grad, Tensor x0, Tensor x1, Optional x2, Op
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("low_rank_fusion_forward", TORCH_BOX(&low_rank_fusion_forward));
-  m.impl("low_rank_fusion_backward", TORCH_BOX(&low_rank_fusion_backward));
+  VELM_KERNEL(m, "low_rank_fusion_forward", low_rank_fusion_forward);
+  VELM_KERNEL(m, "low_rank_fusion_backward", low_rank_fusion_backward);
 }
 
 }  // namespace

@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_gradients_op(Tensor 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("low_rank_fusion_forward", TORCH_BOX(&low_rank_fusion_forward));
-  m.impl("low_rank_projections", TORCH_BOX(&low_rank_projections));
-  m.impl("low_rank_gradients", TORCH_BOX(&low_rank_gradients_op));
+  VELM_KERNEL(m, "low_rank_fusion_forward", low_rank_fusion_forward);
+  VELM_KERNEL(m, "low_rank_projections", low_rank_projections);
+  VELM_KERNEL(m, "low_rank_gradients", low_rank_gradients_op);
 }
 
 }  // namespace

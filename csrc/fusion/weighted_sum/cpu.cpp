@@ -142,8 +142,8 @@ void weighted_sum_backward(Tensor grad, std::vector<Tensor> features, Tensor wei
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("weighted_sum_forward", TORCH_BOX(&weighted_sum_forward));
-  m.impl("weighted_sum_backward", TORCH_BOX(&weighted_sum_backward));
+  VELM_KERNEL(m, "weighted_sum_forward", weighted_sum_forward);
+  VELM_KERNEL(m, "weighted_sum_backward", weighted_sum_backward);
 }
 
 }  // namespace

@@ -59,8 +59,8 @@ void weighted_sum_backward_op(Tensor grad, std::vector<Tensor> features, Tensor 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("weighted_sum_forward", TORCH_BOX(&weighted_sum_forward_op));
-  m.impl("weighted_sum_backward", TORCH_BOX(&weighted_sum_backward_op));
+  VELM_KERNEL(m, "weighted_sum_forward", weighted_sum_forward_op);
+  VELM_KERNEL(m, "weighted_sum_backward", weighted_sum_backward_op);
 }
 
 }  // namespace

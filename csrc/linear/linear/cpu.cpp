@@ -150,8 +150,8 @@ void linear_epilogue_backward(Tensor grad, std::optional<Tensor> saved, std::str
 }  // namespace velm::linear
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("linear_forward", TORCH_BOX(&velm::linear::linear_forward));
-  m.impl("linear_backward", TORCH_BOX(&velm::linear::linear_backward));
-  m.impl("linear_epilogue", TORCH_BOX(&velm::linear::linear_epilogue));
-  m.impl("linear_epilogue_backward", TORCH_BOX(&velm::linear::linear_epilogue_backward));
+  VELM_KERNEL(m, "linear_forward", velm::linear::linear_forward);
+  VELM_KERNEL(m, "linear_backward", velm::linear::linear_backward);
+  VELM_KERNEL(m, "linear_epilogue", velm::linear::linear_epilogue);
+  VELM_KERNEL(m, "linear_epilogue_backward", velm::linear::linear_epilogue_backward);
 }

@@ -311,8 +311,8 @@ void contrastive_gradients(Tensor tile, Tensor scale, Optional bias, int64_t dia
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("contrastive_statistics", TORCH_BOX(&contrastive_statistics));
-  m.impl("contrastive_gradients", TORCH_BOX(&contrastive_gradients));
+  VELM_KERNEL(m, "contrastive_statistics", contrastive_statistics);
+  VELM_KERNEL(m, "contrastive_gradients", contrastive_gradients);
 }
 
 }  // namespace

@@ -213,9 +213,9 @@ void linear_cross_entropy_fresh(Tensor x) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("linear_cross_entropy_fresh", TORCH_BOX(&linear_cross_entropy_fresh));
-  m.impl("linear_cross_entropy_sums", TORCH_BOX(&linear_cross_entropy_sums));
-  m.impl("linear_cross_entropy_gradient", TORCH_BOX(&linear_cross_entropy_gradient));
+  VELM_KERNEL(m, "linear_cross_entropy_fresh", linear_cross_entropy_fresh);
+  VELM_KERNEL(m, "linear_cross_entropy_sums", linear_cross_entropy_sums);
+  VELM_KERNEL(m, "linear_cross_entropy_gradient", linear_cross_entropy_gradient);
 }
 
 }  // namespace

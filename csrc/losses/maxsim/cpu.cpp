@@ -183,8 +183,8 @@ void maxsim_gradients(Tensor grad, Tensor queries, Tensor documents, Tensor plac
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("maxsim_best", TORCH_BOX(&maxsim_best));
-  m.impl("maxsim_gradients", TORCH_BOX(&maxsim_gradients));
+  VELM_KERNEL(m, "maxsim_best", maxsim_best);
+  VELM_KERNEL(m, "maxsim_gradients", maxsim_gradients);
 }
 
 }  // namespace

@@ -107,7 +107,7 @@ void sigmoid_pass(Tensor tile, Tensor scale, Optional bias, int64_t diagonal, Op
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("sigmoid_pass", TORCH_BOX(&sigmoid_pass));
+  VELM_KERNEL(m, "sigmoid_pass", sigmoid_pass);
 }
 
 }  // namespace

@@ -130,7 +130,7 @@ void attention_pool_forward(Tensor x, Tensor rows, std::optional<Tensor> lengths
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward));
+  VELM_KERNEL(m, "attention_pool_forward", attention_pool_forward);
 }
 
 }  // namespace

@@ -252,7 +252,7 @@ void attention_pool_backward(Tensor grad, Tensor x, Tensor rows, std::optional<T
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward));
+  VELM_KERNEL(m, "attention_pool_backward", attention_pool_backward);
 }
 
 }  // namespace

@@ -60,8 +60,8 @@ void attention_pool_backward_op(Tensor grad, Tensor x, Tensor rows, std::optiona
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("attention_pool_forward", TORCH_BOX(&attention_pool_forward_op));
-  m.impl("attention_pool_backward", TORCH_BOX(&attention_pool_backward_op));
+  VELM_KERNEL(m, "attention_pool_forward", attention_pool_forward_op);
+  VELM_KERNEL(m, "attention_pool_backward", attention_pool_backward_op);
 }
 
 }  // namespace

@@ -76,7 +76,7 @@ void gather_rows(Tensor x, Tensor index, std::optional<Tensor> offsets, std::opt
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("gather_rows_forward", TORCH_BOX(&gather_rows));
+  VELM_KERNEL(m, "gather_rows_forward", gather_rows);
 }
 
 }  // namespace

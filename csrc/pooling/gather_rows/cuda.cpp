@@ -16,7 +16,7 @@ void gather_rows_op(Tensor x, Tensor index, std::optional<Tensor> offsets, std::
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("gather_rows_forward", TORCH_BOX(&gather_rows_op));
+  VELM_KERNEL(m, "gather_rows_forward", gather_rows_op);
 }
 
 }  // namespace

@@ -171,7 +171,7 @@ void match_rows(Tensor a, Tensor b, Tensor similarity, Tensor best) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("match_rows_forward", TORCH_BOX(&match_rows));
+  VELM_KERNEL(m, "match_rows_forward", match_rows);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ void match_rows_op(Tensor a, Tensor b, Tensor similarity, Tensor best) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("match_rows_forward", TORCH_BOX(&match_rows_op));
+  VELM_KERNEL(m, "match_rows_forward", match_rows_op);
 }
 
 }  // namespace

@@ -130,8 +130,8 @@ void merge_patches_backward(Tensor grad, std::optional<Tensor> table, int64_t to
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("merge_patches_forward", TORCH_BOX(&merge_patches_forward));
-  m.impl("merge_patches_backward", TORCH_BOX(&merge_patches_backward));
+  VELM_KERNEL(m, "merge_patches_forward", merge_patches_forward);
+  VELM_KERNEL(m, "merge_patches_backward", merge_patches_backward);
 }
 
 }  // namespace

@@ -512,7 +512,7 @@ void pool_forward(Tensor x, std::optional<Tensor> lengths, std::optional<Tensor>
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("pool_forward", TORCH_BOX(&pool_forward));
+  VELM_KERNEL(m, "pool_forward", pool_forward);
 }
 
 }  // namespace

@@ -223,7 +223,7 @@ void pool_backward(Tensor grad, std::optional<Tensor> x, std::optional<Tensor> l
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("pool_backward", TORCH_BOX(&pool_backward));
+  VELM_KERNEL(m, "pool_backward", pool_backward);
 }
 
 }  // namespace

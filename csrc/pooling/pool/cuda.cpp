@@ -50,8 +50,8 @@ void pool_backward_op(Tensor grad, std::optional<Tensor> x, std::optional<Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("pool_forward", TORCH_BOX(&pool_forward_op));
-  m.impl("pool_backward", TORCH_BOX(&pool_backward_op));
+  VELM_KERNEL(m, "pool_forward", pool_forward_op);
+  VELM_KERNEL(m, "pool_backward", pool_backward_op);
 }
 
 }  // namespace

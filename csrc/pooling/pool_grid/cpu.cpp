@@ -96,8 +96,8 @@ void pool_grid_backward(Tensor grad, std::optional<Tensor> table, int64_t tokens
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("pool_grid_forward", TORCH_BOX(&pool_grid_forward));
-  m.impl("pool_grid_backward", TORCH_BOX(&pool_grid_backward));
+  VELM_KERNEL(m, "pool_grid_forward", pool_grid_forward);
+  VELM_KERNEL(m, "pool_grid_backward", pool_grid_backward);
 }
 
 }  // namespace

@@ -163,8 +163,8 @@ void weighted_rows_backward(Tensor grad, std::optional<Tensor> x, Tensor indices
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("weighted_rows_forward", TORCH_BOX(&weighted_rows_forward));
-  m.impl("weighted_rows_backward", TORCH_BOX(&weighted_rows_backward));
+  VELM_KERNEL(m, "weighted_rows_forward", weighted_rows_forward);
+  VELM_KERNEL(m, "weighted_rows_backward", weighted_rows_backward);
 }
 
 }  // namespace

@@ -312,7 +312,7 @@ void topk_similarity(Tensor queries, Tensor database, Optional valid, Optional i
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("topk_similarity", TORCH_BOX(&topk_similarity));
+  VELM_KERNEL(m, "topk_similarity", topk_similarity);
 }
 
 }  // namespace

@@ -158,7 +158,7 @@ void topk_gradients(Tensor grad, Tensor queries, Tensor database, Tensor places,
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("topk_gradients", TORCH_BOX(&topk_gradients));
+  VELM_KERNEL(m, "topk_gradients", topk_gradients);
 }
 
 }  // namespace

@@ -28,8 +28,8 @@ void add_at_tokens_backward(Tensor grad, Tensor, Tensor place, Tensor grad_featu
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("add_at_tokens_forward", TORCH_BOX(&add_at_tokens_forward));
-  m.impl("add_at_tokens_backward", TORCH_BOX(&add_at_tokens_backward));
+  VELM_KERNEL(m, "add_at_tokens_forward", add_at_tokens_forward);
+  VELM_KERNEL(m, "add_at_tokens_backward", add_at_tokens_backward);
 }
 
 }  // namespace

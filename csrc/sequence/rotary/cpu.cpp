@@ -520,10 +520,10 @@ void normed_rotary_backward(Tensor grad_rotated_query, Tensor grad_rotated_key, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
-  m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
-  m.impl("normed_rotary_forward", TORCH_BOX(&normed_rotary_forward));
-  m.impl("normed_rotary_backward", TORCH_BOX(&normed_rotary_backward));
+  VELM_KERNEL(m, "rotary_forward", rotary_forward);
+  VELM_KERNEL(m, "rotary_backward", rotary_backward);
+  VELM_KERNEL(m, "normed_rotary_forward", normed_rotary_forward);
+  VELM_KERNEL(m, "normed_rotary_backward", normed_rotary_backward);
 }
 
 }  // namespace

@@ -106,10 +106,10 @@ void normed_rotary_backward_op(Tensor grad_rotated_query, Tensor grad_rotated_ke
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("rotary_forward", TORCH_BOX(&rotary_forward));
-  m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
-  m.impl("normed_rotary_forward", TORCH_BOX(&normed_rotary_forward));
-  m.impl("normed_rotary_backward", TORCH_BOX(&normed_rotary_backward_op));
+  VELM_KERNEL(m, "rotary_forward", rotary_forward);
+  VELM_KERNEL(m, "rotary_backward", rotary_backward);
+  VELM_KERNEL(m, "normed_rotary_forward", normed_rotary_forward);
+  VELM_KERNEL(m, "normed_rotary_backward", normed_rotary_backward_op);
 }
 
 }  // namespace

@@ -37,8 +37,8 @@ void splice_into_backward(Tensor grad, Tensor index, std::optional<Tensor> place
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("splice_into_forward", TORCH_BOX(&splice_into_forward));
-  m.impl("splice_into_backward", TORCH_BOX(&splice_into_backward));
+  VELM_KERNEL(m, "splice_into_forward", splice_into_forward);
+  VELM_KERNEL(m, "splice_into_backward", splice_into_backward);
 }
 
 }  // namespace

@@ -92,8 +92,8 @@ void splice_tokens_backward(Tensor grad, std::optional<Tensor> token_ids, Tensor
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("splice_tokens_forward", TORCH_BOX(&splice_tokens_forward));
-  m.impl("splice_tokens_backward", TORCH_BOX(&splice_tokens_backward));
+  VELM_KERNEL(m, "splice_tokens_forward", splice_tokens_forward);
+  VELM_KERNEL(m, "splice_tokens_backward", splice_tokens_backward);
 }
 
 }  // namespace

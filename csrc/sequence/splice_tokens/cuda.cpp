@@ -41,8 +41,8 @@ void splice_tokens_backward(Tensor grad, std::optional<Tensor> keys, Tensor orde
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, VELM_DISPATCH_KEY, m) {
-  m.impl("splice_tokens_forward", TORCH_BOX(&splice_tokens_forward));
-  m.impl("splice_tokens_backward", TORCH_BOX(&splice_tokens_backward));
+  VELM_KERNEL(m, "splice_tokens_forward", splice_tokens_forward);
+  VELM_KERNEL(m, "splice_tokens_backward", splice_tokens_backward);
 }
 
 }  // namespace

@@ -64,8 +64,8 @@ void glu_backward(Tensor grad, std::optional<Tensor> x, Tensor gate, std::option
 }
 
 STABLE_TORCH_LIBRARY_IMPL(VELM_NAMESPACE, CPU, m) {
-  m.impl("glu_forward", TORCH_BOX(&glu_forward));
-  m.impl("glu_backward", TORCH_BOX(&glu_backward));
+  VELM_KERNEL(m, "glu_forward", glu_forward);
+  VELM_KERNEL(m, "glu_backward", glu_backward);
 }
 
 }  // namespace
