@@ -51,12 +51,11 @@ struct SchemaType<std::vector<T>> {
   static std::string name() { return SchemaType<T>::name() + "[]"; }
 };
 
-template <class... Arguments>
-bool note_kernel(const char* name, void (*)(Arguments...)) {
+template <class Result, class... Arguments>
+void note_kernel(const char* name, Result (*)(Arguments...)) {
   std::string types;
   ((types += (types.empty() ? "" : ", ") + SchemaType<std::remove_cvref_t<Arguments>>::name()), ...);
   velm_note_signature(name, types.c_str());
-  return true;
 }
 
 }  // namespace velm

@@ -1,5 +1,4 @@
 // The attention operators: norms are applied here, the rest is on plain pointers.
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstring>
@@ -7,6 +6,7 @@
 #include "attention/cross_attention/cpu_backward.h"
 #include "attention/cross_attention/cpu_forward.h"
 #include "attention/cross_attention/cpu_norm.h"
+#include "common/kernel.h"
 #include "simd/parallel.h"
 
 namespace velm::attention {

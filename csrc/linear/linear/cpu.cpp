@@ -1,6 +1,5 @@
 // velm::linear on the CPU: activation(x w^T + bias) + residual and its gradients.
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
@@ -8,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "common/kernel.h"
 #include "linear/linear/cpu_elementwise.h"
 #include "linear/linear/cpu_gemm.h"
 #include "simd/parallel.h"
