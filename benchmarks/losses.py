@@ -165,7 +165,7 @@ def linear_cross_entropy_case(share: int, batch: int, tokens: int, dim: int, voc
         shape=f"{rows // share} of {rows} x {dim}, vocabulary {vocabulary}",
         make=make,
         wanted=("hidden", "weight"),
-        ways={"eager": eager, "velm": velm_kernels.linear_cross_entropy},  # type: ignore[dict-item]
+        ways={"eager": eager, "velm": velm_kernels.linear_cross_entropy},
         flops=product,
         traffic=traffic,
         backward_flops=2 * product,
