@@ -151,9 +151,9 @@ def test_kernels_take_what_is_declared(library: Path) -> None:
     describe = ctypes.CDLL(str(library)).velm_signatures
     describe.restype = ctypes.c_char_p
     noted = {line.partition("(")[0] for line in describe().decode().splitlines()}
-    declared = {schema.partition("(")[0] for schema in cpu._schemas}
+    known = (name.partition("::") for name in torch._C._dispatch_get_all_op_names())
     # Registered without VELM_KERNEL, a kernel would be compared with nothing.
-    assert noted == {name for name in declared if cpu._is_registered(isa, name)}
+    assert noted == {name for home, _, name in known if home == f"velm_cpu_{isa}" and cpu._is_registered(isa, name)}
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,12 @@ def test_a_library_of_other_sources_is_a_reason(taken: str) -> None:
     reason = cpu.open_library(library, [f"film_forward({taken}) -> ()"])
     assert reason is not None
     assert reason.startswith("libvelm_cpu_baseline.so was built from other sources: its film_forward takes (Tensor, ")
+
+
+def test_so_it_is_where_an_operator_is_declared_after_the_library_was_opened() -> None:
+    assert cpu.why_not("baseline") is None
+    with pytest.raises(RuntimeError, match=r"built from other sources: its maxsim_best takes \(Tensor, "):
+        cpu.declare("maxsim_best(Tensor z) -> ()")
 
 
 def test_a_library_of_older_sources_is_a_reason() -> None:

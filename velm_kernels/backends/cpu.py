@@ -45,10 +45,18 @@ def library_path(isa: str) -> Path:
 
 def declare(schema: str) -> None:
     """Declares an operator in the namespace of every instruction set whose library is opened; it implements it."""
+    opened = [isa for isa, error in _loaded.items() if not error]
+    for isa in opened:
+        compare(library_path(isa), schema)
     _schemas.append(schema)
-    for isa, error in _loaded.items():
-        if not error:
-            define_all(f"velm_cpu_{isa}", [schema])
+    for isa in opened:
+        define_all(f"velm_cpu_{isa}", [schema])
+
+
+def compare(library: Path, schema: str) -> None:
+    """Raises an error where a library that is open already has another kernel than the one that is declared now."""
+    if reason := _why_other(library, [schema]):
+        raise RuntimeError(reason)
 
 
 def define_all(namespace: str, schemas: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from velm_kernels.backends import Arguments, failures
-from velm_kernels.backends.cpu import DTYPES, define_all, library_directory, open_library
+from velm_kernels.backends.cpu import DTYPES, compare, define_all, library_directory, open_library
 
 NAMESPACES = {"cuda": "velm_cuda", "device_on_host": "velm_device_on_host"}
 # The compute capability from which on the kernels run.
@@ -30,6 +30,8 @@ _opened: list[str] = []
 
 def declare(schema: str) -> None:
     """Declares an operator in the namespaces of the libraries that are opened, which implement it."""
+    for backend in _opened:
+        compare(library_path(backend), schema)
     _schemas.append(schema)
     for backend in _opened:
         define_all(NAMESPACES[backend], [schema])
@@ -67,8 +69,10 @@ def why_not_open(backend: str) -> str | None:
 def open_now(backend: str) -> str | None:
     """Opens the library of ``backend``; returns what went wrong, or None."""
     define_all(NAMESPACES[backend], _schemas)
-    _opened.append(backend)
-    return open_library(library_path(backend), _schemas)
+    reason = open_library(library_path(backend), _schemas)
+    if reason is None:
+        _opened.append(backend)
+    return reason
 
 
 def faults() -> list[tuple[str, str]]:

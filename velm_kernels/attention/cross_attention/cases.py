@@ -114,7 +114,7 @@ def _unread(arguments: Arguments) -> Arguments:
 def _wide(draw: Draw, batch: int, heads: int, queries: int, keys: int, head_dim: int, group: int = 1) -> Arguments:
     """Heads of more than 256 columns; values that are narrower."""
     head_dim = min(head_dim, MAX_HEAD_DIM)
-    value = _heads(draw, batch, heads, keys, head_dim - 24)
+    value = _heads(draw, batch, heads, keys, max(1, head_dim - 24))
     return _plain(draw, batch, heads, queries, keys, head_dim, group) | {"value": value, "is_causal": True}
 
 

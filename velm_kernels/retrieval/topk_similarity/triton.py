@@ -90,7 +90,8 @@ def _places(keys: Tensor, order: Tensor | None) -> Tensor:
     is_none = keys < -(1 << 63) + (1 << 32)
     after = after.masked_fill(is_none, 0)
     if order is not None and order.shape[0]:
-        after = order[after]
+        # Where a kernel was compiled and not executed, its keys are anything.
+        after = order[after.clamp_(0, order.shape[0] - 1)]
     return after.masked_fill(is_none, -1)
 
 
